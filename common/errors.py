@@ -1,0 +1,37 @@
+"""How bad input is told: one clear line a problem, exit code 2, nothing started.
+
+Exit codes of every command: 0 done, 2 bad input, 3 the loss became NaN or infinite, 143 (SIGTERM) or 130 (SIGINT) stopped
+with the state saved; anything else is a fault and shows its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_NOT_FINITE = 3
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class BadInput(Exception):
+    """Input that we refuse. Each line says what was given, what is allowed, and what to type."""
+
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def exit_cleanly(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`; tell bad input on stderr and exit 2, else exit with what it returns (None is 0)."""
+    try:
+        code = main() or 0
+    except BadInput as error:
+        for line in error.problems:
+            print(f"error: {line}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except KeyboardInterrupt:
+        code = EXIT_SIGINT
+    sys.exit(code)

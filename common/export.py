@@ -1,0 +1,131 @@
+"""A finished run in Hugging Face form: weights from its last checkpoint, one parameter at a time, tokenizer, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import checkpoint
+from common.config import Config
+from common.errors import BadInput
+from common.ranks import Ranks
+from common.run import Run
+
+SHARD_BYTES = 4 * 2**30
+
+
+def to_hf(run: Run, task: ModuleType, ranks: Ranks) -> None:
+    """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already."""
+    import torch.distributed as dist
+
+    if ranks.rank == 0:
+        last = checkpoint.latest(run.out)
+        folder = run.out / "hf"
+        if last and _exported_step(folder) != last.step:
+            write(last, run.cfg, task, folder, run.tokenizer, run.facts)
+            print(f"export    {folder}", flush=True)
+    dist.barrier()
+
+
+def _exported_step(folder: Path) -> int | None:
+    try:
+        return json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write(
+    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path | None, facts: dict[str, Any]
+) -> None:
+    """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole."""
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        _weights(source, tmp)
+        task.hf_config(cfg.model).save_pretrained(tmp)
+        eod = _tokenizer(tokenizer, tmp)
+        _finish_config(tmp, task, cfg, eod)
+        (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
+        (tmp / "twinstack.json").write_text(json.dumps({"step": source.step, **facts}, indent=1), encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise BadInput(f"{folder}: cannot write the export: {error.strerror or error}") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+
+
+def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
+    """model-0000k-of-0000n.safetensors, at most SHARD_BYTES each, and their index; fp32 as the masters are."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in source.names():
+        bytes_of = source.meta["files"][name]["bytes"] // 3  # its file holds the weight and two moments
+        if size and size + bytes_of > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_of
+    index, total = {}, 0
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: source.read(name, ("weight",))["weight"].clone() for name in names}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+        total += sum(t.numel() * 4 for t in tensors.values())
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _tokenizer(tokenizer: Path | None, folder: Path) -> int | None:
+    """Copy the tokenizer; returns its end-of-document id."""
+    if tokenizer is None:
+        return None
+    from common import tokenizer as tokenizers
+
+    loaded = tokenizers.load(tokenizer)
+    loaded.save(folder)
+    return loaded.eod_id
+
+
+def _finish_config(folder: Path, task: ModuleType, cfg: Config, eod: int | None) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"architectures": [task.hf_class(cfg.model)], "use_cache": True, "dtype": "float32"}
+    if eod is not None:
+        values |= {"bos_token_id": eod, "eos_token_id": eod}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: dict[str, Any]) -> str:
+    """README.md of the export: what it is, on what it was trained, how, and what it reached."""
+    import yaml
+
+    losses = _losses(source.path.parent / "metrics.jsonl", source.step)
+    rows = {
+        **task.card(cfg.model), "trained with": f"{source.meta['stack']} to step {source.step:,}",
+        "training loss": losses.get("loss"), "validation loss": losses.get("valid_loss"),
+        "data": f"{cfg.data.train} (content {str((facts.get('data') or {}).get('train'))[:16]})",
+        "tokenizer": str(facts.get("tokenizer"))[:16], "commit": facts.get("commit"), "config": facts.get("config"),
+    }  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    config = yaml.safe_dump(cfg.dump(), sort_keys=False, width=120)
+    return (
+        f"---\nlibrary_name: transformers\ntags: [{task.FAMILY}]\n---\n# {facts.get('config')}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n```yaml\n{config}```\n"
+    )
+
+
+def _losses(path: Path, step: int) -> dict[str, float]:
+    """The last training and validation loss that the log holds up to `step`."""
+    found: dict[str, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if values["step"] <= step:
+                found |= {k: values[k] for k in ("loss", "valid_loss") if k in values}
+    return found

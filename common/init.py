@@ -1,0 +1,77 @@
+"""Law 4: a parameter's first value depends on (seed, its Hugging Face name, its full shape) alone."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = Sequence[int]
+Source = Callable[[str, Shape], "torch.Tensor"]  # (Hugging Face name, full shape) -> fp32 tensor on the CPU
+
+
+def hashed(*parts: object) -> int:
+    """A 63-bit seed from whatever identifies a random stream."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
+    """Draw a parameter on the CPU: `initial(name)` is 'zeros', 'ones' or a standard deviation."""
+    import torch
+
+    def draw(name: str, shape: Shape) -> torch.Tensor:
+        kind = initial(name)
+        if kind == "zeros":
+            return torch.zeros(*shape)
+        if kind == "ones":
+            return torch.ones(*shape)
+        generator = torch.Generator().manual_seed(hashed("init", seed, name, tuple(shape)))
+        return torch.empty(*shape).normal_(0.0, kind, generator=generator)
+
+    return draw
+
+
+def from_hf(folder: str | Path, prefix: str = "") -> Source:
+    """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.
+
+    prefix: of names that the folder may lack ('transformer.' for a GPT-2 saved without its head).
+    """
+    import torch
+    from safetensors import safe_open
+
+    files = {name: path for path in sorted(Path(folder).glob("*.safetensors")) for name in _names(path)}
+    if not files:
+        raise BadInput(f"init.from={folder}: no *.safetensors there; a Hugging Face folder with weights is needed")
+
+    def read(name: str, shape: Shape) -> torch.Tensor:
+        stored = name if name in files else name.removeprefix(prefix)
+        if stored not in files:
+            raise BadInput(f"init.from={folder}: holds no {name}; it is a model of another architecture")
+        with safe_open(files[stored], framework="pt") as f:
+            tensor = f.get_tensor(stored)
+        if tuple(tensor.shape) != tuple(shape):
+            raise BadInput(f"init.from={folder}: {name} is {tuple(tensor.shape)}, the config's model wants {tuple(shape)}")
+        return tensor.float()
+
+    return read
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as f:
+        return list(f.keys())
+
+
+def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """Give a model whose parameters are on the meta device (`accelerate.init_empty_weights`) memory without values."""
+    import torch
+
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+    model.tie_weights()  # named_parameters() names a shared weight once

@@ -1,0 +1,341 @@
+"""From a launch script to running ranks: `python -m common.launch recipes.gpt.megatron.pretrain CONFIG OUT [a.b=c]`.
+
+Checks everything on the host first (torch-free, under a second), because an error is lost among the ranks' output. Then
+starts torchrun, passes signals on to the ranks, waits for their save however long it takes, and ends with their code.
+"""
+
+import contextlib
+import ctypes
+import glob
+import importlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config import STACKS
+from common.errors import EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
+DEFAULT_PORT = 29500
+USAGE = """\
+usage: bash {script} CONFIG OUT [section.key=value ...] [--dry-run]
+
+CONFIG     a YAML file, for example {example}
+OUT        folder of the run; the same command again continues it
+a.b=c      overrides a value of CONFIG
+--dry-run  print the resolved config, its size and the torchrun command; start nothing
+
+NPROC      processes on this node (default: its GPUs, else 1)
+NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+           several nodes: how many, which one this is (from 0), address and port of node 0; under srun they are known
+
+exit code: 0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved"""
+
+
+class Command(NamedTuple):
+    config: str
+    out: str
+    overrides: list[str]
+    dry_run: bool
+
+
+class Nodes(NamedTuple):
+    nproc: int  # processes on this node
+    nnodes: int
+    node_rank: int
+    master_addr: str | None  # None: one node
+    master_port: int | None  # None: any free one
+
+    @property
+    def world(self) -> int:
+        return self.nproc * self.nnodes
+
+
+# ---- what is asked for
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Arguments of the launch script; options may stand anywhere."""
+    known = {"--dry-run"}
+    unknown = [a for a in argv if a.startswith("-") and a not in known]
+    words = [a for a in argv if not a.startswith("-")]
+    problems = [f"unknown option {a}; there is --dry-run and --help" for a in unknown]
+    if not words:
+        problems.append("CONFIG and OUT are missing; type: pretrain.sh CONFIG OUT [section.key=value ...] (or --help)")
+    elif len(words) == 1 or re.match(r"\w+(\.\w+)+=", words[1]):
+        example = " ".join([words[0], f"out/{Path(words[0]).stem}", *words[1:]])
+        problems.append(f"OUT is missing; type: pretrain.sh {example}")
+    if problems:
+        raise BadInput(problems)
+    return Command(words[0], words[1], words[2:], "--dry-run" in argv)
+
+
+def nodes(given: Mapping[str, str]) -> Nodes:
+    """Processes and nodes from the environment; BadInput names every variable that makes no sense."""
+    problems: list[str] = []
+    env = _from_slurm(given, problems) | {k: v for k, v in given.items() if v.strip()}
+
+    def number(name: str, default: int, least: int, most: int = 2**20) -> int:
+        text = env.get(name, "").strip()
+        if not text:
+            return default
+        if not re.fullmatch(r"\d+", text) or not least <= int(text) <= most:
+            upper = f" to {most}" if most < 2**20 else ""
+            problems.append(f"{name}={text}: must be a whole number from {least}{upper}")
+            return default
+        return int(text)
+
+    nproc = number("NPROC", 0, 1) or max(1, visible_gpus(given))
+    nnodes = number("NNODES", 1, 1)
+    rank = number("NODE_RANK", 0, 0)
+    port = number("MASTER_PORT", 0, 1, 65535) or None
+    if nnodes == 1:
+        if rank:
+            problems.append(f"NODE_RANK={rank} and NNODES is 1; set NNODES to the number of nodes")
+        if problems:
+            raise BadInput(problems)
+        return Nodes(nproc, 1, 0, None, port)
+
+    address = env.get("MASTER_ADDR")
+    if "NODE_RANK" not in env:
+        problems.append(f"NNODES={nnodes} needs NODE_RANK: 0 on the node of MASTER_ADDR, up to {nnodes - 1}")
+    elif rank >= nnodes:
+        problems.append(f"NODE_RANK={rank}: must be below NNODES={nnodes}; the first node is 0")
+    if not address:
+        problems.append(f"NNODES={nnodes} needs MASTER_ADDR: the address of node 0 as the others reach it")
+    else:
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError:
+            problems.append(f"MASTER_ADDR={address}: no such host; give a name or address that this node can reach")
+    if problems:
+        raise BadInput(problems)
+    return Nodes(nproc, nnodes, rank, address, port or DEFAULT_PORT)
+
+
+def _from_slurm(env: Mapping[str, str], problems: list[str]) -> dict[str, str]:
+    """NNODES and so on for one of srun's tasks. A batch script that does not use srun is one node."""
+    if "SLURM_STEP_ID" not in env or "NNODES" in env:
+        return {}
+    count = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")
+    tasks = env.get("SLURM_STEP_NUM_TASKS", count)
+    if tasks != count:
+        problems.append(f"srun started {tasks} tasks on {count} nodes; give srun --ntasks-per-node=1 (and NPROC)")
+    if count == "1":
+        return {}
+    return {
+        "NNODES": count,
+        "NODE_RANK": env.get("SLURM_NODEID", ""),
+        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")),
+        # two jobs that share a node get different ports
+        "MASTER_PORT": str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """'gpu[007-009,12],login1' -> 'gpu007'"""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodelist)
+    return "".join(part or "" for part in match.groups()) if match else ""
+
+
+def visible_gpus(env: Mapping[str, str]) -> int:
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        ids = [v.strip() for v in visible.split(",")]
+        return next((i for i, v in enumerate(ids) if v in ("", "-1")), len(ids))  # CUDA stops at the first that is none
+    devices = [d for d in glob.glob("/dev/nvidia*") if re.fullmatch(r"/dev/nvidia\d+", d)]
+    if devices or not shutil.which("nvidia-smi"):
+        return len(devices)
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout  # WSL has no /dev/nvidia*
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+# ---- the command and its environment
+
+
+def torchrun(on: Nodes) -> list[str]:
+    """torchrun's options. Several nodes: static rendezvous, which needs no node to recognize itself as MASTER_ADDR."""
+    options = [f"--nproc-per-node={on.nproc}"]
+    if on.master_addr is not None:
+        return options + [
+            f"--nnodes={on.nnodes}",
+            f"--node-rank={on.node_rank}",
+            f"--master-addr={on.master_addr}",
+            f"--master-port={on.master_port}",
+            f"--local-addr={local_address(on.master_addr)}",
+        ]
+    if on.master_port is not None:
+        return options + ["--master-addr=127.0.0.1", f"--master-port={on.master_port}"]
+    return options + ["--standalone", "--local-addr=127.0.0.1"]  # any free port
+
+
+def free_port(on: Nodes) -> Nodes:
+    """`on` with a port that can be had: one node takes another one and says so, several nodes must agree on theirs."""
+    if on.master_port is None or on.node_rank != 0 or not port_in_use(on.master_port):
+        return on
+    if on.nnodes > 1:
+        raise BadInput(f"MASTER_PORT={on.master_port} is in use on this node; give all {on.nnodes} nodes another one")
+    print(f"note: MASTER_PORT={on.master_port} is in use; taking a free one", file=sys.stderr)
+    return on._replace(master_port=None)
+
+
+def port_in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        # as torch's store does: connections that linger after their process do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def local_address(master_addr: str) -> str:
+    """This node's address on the way to MASTER_ADDR. Node 0's own name is often 127.0.1.1: then its default route."""
+    found = _route_to(master_addr)
+    literal = master_addr == "localhost" or master_addr.startswith("127.")
+    if found.startswith("127.") and not literal:
+        with contextlib.suppress(OSError):
+            return _route_to("192.0.2.1")  # an address for documentation: stands for any other network
+    return found
+
+
+def _route_to(host: str) -> str:
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # UDP: chooses the route, sends nothing
+        return probe.getsockname()[0]
+
+
+def interface(address: str) -> str | None:
+    import psutil
+
+    names = (name for name, addresses in psutil.net_if_addrs().items() if address in [a.address for a in addresses])
+    return next(names, None)
+
+
+def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """What the ranks need to know; what the user has set is kept."""
+    made = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
+    if on.master_addr is not None:
+        name = interface(local_address(on.master_addr))
+        if name:
+            made |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # =: this very name, no prefix
+    always = {"TWINSTACK_EXIT_CODE": str(scratch / "exit_code"), "PET_LOG_DIR": str(scratch)}
+    return made | dict(given) | always
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- running
+
+
+class Stop:
+    """Passes the signals that ask us to stop on to the ranks, past torchrun, which would kill them after 30 s."""
+
+    def __init__(self, agent: subprocess.Popen):
+        self.agent = agent
+        self.asked = 0  # the first signal that came
+        self.killed = False  # before there was anything to save
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self)
+
+    def __call__(self, number: int, _frame: object) -> None:
+        again, self.asked = bool(self.asked), self.asked or number
+        if again:
+            if number == signal.SIGINT:
+                print(f"still saving; to end at once without it: kill -9 {os.getpid()}", file=sys.stderr, flush=True)
+            return
+        import psutil
+
+        try:
+            ranks = psutil.Process(self.agent.pid).children()
+        except psutil.NoSuchProcess:
+            return
+        # One that cannot take the signal yet has trained nothing, so neither has any: all need all.
+        self.killed = not ranks or not all(_catches_sigterm(r.pid) for r in ranks)
+        if self.killed:
+            ranks = [psutil.Process(self.agent.pid), *ranks]
+        for process in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if self.killed else signal.SIGTERM)
+
+
+def _catches_sigterm(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return not Path("/proc/self/status").exists()  # a process that has ended; or not Linux: taken to be ready
+    caught = int(re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def _end_with_launcher() -> None:
+    """Linux: kill -9 of the launcher takes torchrun with it (prctl PR_SET_PDEATHSIG); the ranks follow likewise."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+
+
+def run(arguments: Sequence[str], on: Nodes) -> int:
+    """torchrun with these arguments; returns the exit code of the launch."""
+    with tempfile.TemporaryDirectory(prefix="twinstack_") as folder:
+        scratch = Path(folder)
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "common.agent", *arguments],
+            env=environment(on, scratch, os.environ),
+            start_new_session=True,  # Ctrl-C is for the launcher alone
+            preexec_fn=_end_with_launcher,
+        )
+        stop = Stop(agent)
+        code = agent.wait()
+        told = scratch / "exit_code"
+        return exit_code(code, int(told.read_text() or 0) if told.exists() else 0, stop)
+
+
+def exit_code(agent: int, told: int, stop: Stop) -> int:
+    """agent: how torchrun ended; told: what the ranks said of themselves, 0 if nothing."""
+    saved = told in (EXIT_SIGTERM, EXIT_SIGINT) and agent in (0, told)  # else a rank failed while it saved
+    if stop.asked and (stop.killed or saved):
+        return 128 + stop.asked
+    if told and (saved or told not in (EXIT_SIGTERM, EXIT_SIGINT)):
+        return told
+    return agent if agent >= 0 else 128 - agent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    module, *rest = sys.argv[1:] if argv is None else argv
+    recipe, stack, _ = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
+    if {"-h", "--help"} & set(rest):
+        script = module.replace(".", "/") + ".sh"
+        print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/tiny.yaml"))
+        return 0
+    command = parse(rest)
+    if stack not in STACKS:
+        raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
+    on = nodes(os.environ)
+
+    from common.run import describe, prepare
+
+    task = importlib.import_module(f"{recipe}.task")
+    job = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
+    on = free_port(on)
+    arguments = [*torchrun(on), "-m", module, command.config, command.out, *command.overrides]
+    if command.dry_run:
+        print(describe(job, task, ["torchrun", *arguments]))
+        return 0
+    return run(arguments, on)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

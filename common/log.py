@@ -1,0 +1,155 @@
+"""What a run tells: a header, one aligned line a step, OUT/metrics.jsonl, TensorBoard. Rank 0 only."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+from common import flops
+from common.ranks import Ranks
+from common.run import Run
+
+
+class Log:
+    """Opened once the run's checkpoint is known: what metrics.jsonl holds after that step is cut off, the rest is kept."""
+
+    def __init__(self, run: Run, task: ModuleType, ranks: Ranks):
+        self.first = ranks.rank == 0
+        self.run, self.device = run, ranks.device
+        self.start = self.step_start = time.perf_counter()
+        self.first_step = run.resume.step if run.resume else 0
+        self.flops_per_token = task.forward_backward_flops(run.cfg.model, run.cfg.data.seq_len)["full"]
+        self.gpu = _gpu_name(ranks)
+        if not self.first:
+            return
+        self.file = _reopen(run.out / "metrics.jsonl", self.first_step)
+        self.board = _tensorboard(run.out / "tensorboard", self.first_step)
+        print(header(run, self.gpu), flush=True)
+
+    def begin_step(self) -> None:
+        self.step_start = time.perf_counter()
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, **parts: float) -> None:
+        """One optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping."""
+        if not self.first:
+            return
+        seconds = time.perf_counter() - self.step_start
+        rate = self.run.tokens_per_step / seconds
+        memory = peak_memory(self.device)
+        values = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **parts, "ms": seconds * 1e3,
+                  "tokens_per_s": rate, "mem_bytes": memory}  # fmt: skip
+        mfu = flops.mfu(self.flops_per_token, rate, self.gpu, self.run.layout.world)
+        shown = "" if mfu is None else f"  mfu {mfu:.0%}"
+        total = self.run.cfg.train.steps
+        eta = (time.perf_counter() - self.start) / max(1, step - self.first_step) * (total - step)
+        width = len(str(total))
+        print(
+            f"step  {step:>{width}}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {seconds * 1e3:.0f} ms  "
+            f"{count(rate)} tok/s{shown}  mem {memory / 2**30:.1f} GiB  eta {duration(eta)}",
+            flush=True,
+        )
+        self._write(values)
+
+    def valid(self, step: int, loss: float, tokens: int) -> None:
+        """Validation loss (mean over `tokens` targets) after `step`."""
+        if not self.first:
+            return
+        width = len(str(self.run.cfg.train.steps))
+        print(f"valid {step:>{width}}  loss {loss:.4f}  ppl {_perplexity(loss):.4g}", flush=True)
+        self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens})
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if name != "step":
+                self.board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        if self.first:
+            self.file.close()
+            self.board.close()
+
+
+def _reopen(path: Path, step: int) -> TextIO:
+    """Append to metrics.jsonl after the lines of steps up to `step`, which stay byte for byte."""
+    keep = 0
+    if path.is_file():
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                keep += len(line)
+        os.truncate(path, keep)
+    return open(path, "a", encoding="utf-8")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+
+
+def header(run: Run, gpu: str | None) -> str:
+    """What a reader of the log needs to know to believe it."""
+    cfg, layout, facts = run.cfg, run.layout, run.facts
+    versions = "  ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    rows = {
+        "model": f"{facts['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, vocabulary {cfg.model.vocab_size:,}",
+        "data": f"train {str(facts['data']['train'])[:12]}  valid {str(facts['data']['valid'])[:12]}  tokenizer {str(facts['tokenizer'])[:12]}",
+        "step": f"{cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,} tokens, {cfg.train.dtype}, seed {cfg.train.seed}",
+        "layout": f"{run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
+        f"{layout.accumulate} micro batches of {layout.micro_batch}  {getattr(cfg, run.stack).model_dump_json()}",
+        "on": f"{layout.world} x {gpu}" if gpu else f"CPU ({os.cpu_count()} cores)",
+        "versions": f"python {sys.version.split()[0]}  {versions}",
+        "commit": facts["commit"],
+        "from": str(run.resume.path) if run.resume else f"init.from={cfg.init.from_}",
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+
+
+def _gpu_name(ranks: Ranks) -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+
+
+def peak_memory(device: Any) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _perplexity(loss: float) -> float:
+    import math
+
+    return math.exp(min(loss, 50.0))
+
+
+def count(number: float) -> str:
+    """18600 -> '18.6k'"""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """77 -> '1m17s'"""
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"

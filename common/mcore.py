@@ -1,0 +1,423 @@
+"""What every Megatron recipe needs: a CPU as its device, groups, attention and norm modules, optimizer, state in and out.
+
+Checked with megatron-core 0.19.2. Its own distributed checkpoint cannot be read by another stack, and in that version does
+not load a distributed optimizer over torch's AdamW; the state here goes parameter by parameter instead.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import random as parallel_random
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.overrides import TorchFunctionMode
+
+from common import state
+from common.checkpoint import PARTS, Entry
+from common.config import Config, Layout
+from common.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# ---- a CPU where Megatron expects a GPU ------------------------------------------------------------------------------
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: on a CPU everything is in order already."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> "_NoStream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> "_NoStream":
+        return self
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """device='cuda' makes a CPU tensor, and a tensor's type name reads as a GPU's."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not kwargs:
+            found = func(*args)
+            return found.replace("torch.", "torch.cuda.", 1) if func is torch.Tensor.type and len(args) == 1 else found
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _use_cpu() -> None:
+    """Replace the few torch.cuda functions that Megatron calls; done once a process."""
+    cuda = torch.cuda
+    # a function of its own for each: torch.compile keeps them in a table by identity
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *_, **__: _NoStream())
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: nullcontext()
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    parallel_random._set_cuda_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
+
+
+def device_names(ranks: Ranks) -> AbstractContextManager:
+    """Around Megatron's own code where it writes device='cuda': building, schedules, optimizer. Nothing on a GPU."""
+    return _CudaMeansCpu() if ranks.device.type == "cpu" else nullcontext()
+
+
+# ---- groups and random states ----------------------------------------------------------------------------------------
+
+
+def start(ranks: Ranks, layout: Layout) -> None:
+    """Tensor-, pipeline- and data-parallel groups for this layout."""
+    if ranks.device.type == "cpu":
+        _use_cpu()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def seed_parallel(seed: int) -> None:
+    """After ranks.seed_micro_batch: the states that dropout inside tensor- and sequence-parallel regions draws from.
+
+    These add the tp rank; both add the pipeline stage, so that two stages do not drop the same units.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed((seed + 100 * stage) % 2**62)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm as config.normalization says, whose gradients are summed over tp with sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps, self.shape = eps, (hidden_size,)
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        layer_norm = config.normalization == "LayerNorm"
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) if layer_norm else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (T, B, H) -> (T, B, H)
+        if self.bias is None:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, **_: Any,
+    ):  # fmt: skip
+        super().__init__(config=config)
+        self.mask_type, self.scale = attn_mask_type, softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None, **_: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """query (T, B, heads, D), key and value (S, B, kv_heads, D), mask (B, 1, T, S) -> (T, B, heads x D)"""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, heads, T, D)
+        causal = attention_mask is None and (attn_mask_type or self.mask_type) == AttnMaskType.causal
+        p = self.dropout if self.training else 0.0
+        # the heads are split over tp: each rank drops its own; with sequence parallelism the region is forked already
+        fork = p > 0 and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if attention_mask is None else ~attention_mask, dropout_p=p, is_causal=causal,
+                scale=self.scale, enable_gqa=q.size(1) != k.size(1),
+            )  # fmt: skip
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    """A pre-norm transformer layer of the modules above: needs neither TransformerEngine nor Apex."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=SdpaAttention, linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp, k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )  # fmt: skip
+
+
+def use_own_norms() -> None:
+    """Megatron builds the final norm by itself: where TransformerEngine is missing, let it be ours (sequence parallel)."""
+    transformer_block.LayerNormImpl = Norm
+
+
+def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> TransformerConfig:
+    """Megatron's configuration from our system keys and the family's shapes. `megatron.extra` is merged last."""
+    dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
+    system = cfg.megatron
+    made: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "sequence_parallel": system.sequence_parallel and layout.tp > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": cfg.train.dtype == "bf16",
+        "calculate_per_token_loss": True,  # law 5: gradients are summed, then divided by the targets of the global batch
+        "finalize_model_grads_func": finalize_model_grads,
+        "use_cpu_initialization": True,
+        "perform_initialization": False,  # `fill` gives every value
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+    } | shapes
+    if system.recompute:
+        made |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**(made | system.extra))
+
+
+# ---- wrapping and optimizer ------------------------------------------------------------------------------------------
+
+
+def wrap(config: TransformerConfig, net: torch.nn.Module, cfg: Config, ranks: Ranks) -> DistributedDataParallel:
+    """Megatron's data parallelism; gradients are accumulated and reduced in fp32."""
+    net = net.to(ranks.device)
+    if config.bf16:
+        net = Float16Module(config, net)
+    overlap = ranks.device.type == "cuda"  # needs streams
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap
+    )
+    with device_names(ranks):
+        return DistributedDataParallel(config, ddp_config, net)
+
+
+def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> MegatronOptimizer:
+    o = cfg.optim
+    with device_names(ranks):
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0],
+                adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.grad_clip or float("inf"),
+                bf16=cfg.train.dtype == "bf16", params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=cfg.megatron.distributed_optimizer,
+            ),
+            [model],
+        )  # fmt: skip
+    for one in each(optimizer):
+        if isinstance(one.optimizer, torch.optim.AdamW):  # neither TransformerEngine's nor Apex's
+            for group in one.optimizer.param_groups:
+                group["fused"] = True  # as common/optim.py has it
+    return optimizer
+
+
+def each(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def set_lr(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """wd_mult is 0 for biases and norms; only Megatron's own scheduler would apply it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def update(optimizer: MegatronOptimizer, ranks: Ranks) -> float:
+    """Clip and step; returns the global gradient norm before clipping."""
+    with device_names(ranks):
+        _, grad_norm, _ = optimizer.step()
+    return float(grad_norm)
+
+
+# ---- training state by Hugging Face name -----------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """How one Megatron parameter stands for Hugging Face ones. Weights and moments convert alike: rows move, none mix."""
+
+    hf: tuple[str, ...]
+    to_hf: Callable[[torch.Tensor], Sequence[torch.Tensor]]  # whole Megatron tensor -> one for each name
+    from_hf: Callable[..., torch.Tensor]  # those -> whole Megatron tensor
+    blocks: int = 1  # stacked blocks that are each split over tp: 2 for gate and up
+    rows: int | None = None  # rows without the padding that makes a vocabulary divisible by tp
+
+
+Rules = Callable[[str], Rule | None]  # global Megatron name -> rule; None: a copy that another parameter already stands for
+
+
+def split(whole: torch.Tensor, dim: int, blocks: int, tp: int, rank: int) -> torch.Tensor:
+    """This tp rank's part of a whole Megatron tensor."""
+    return torch.cat([block.chunk(tp, dim)[rank] for block in whole.chunk(blocks, dim)], dim)
+
+
+def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
+    """The inverse of split over all ranks."""
+    pieces = [shard.chunk(blocks, dim) for shard in shards]
+    return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)
+
+
+def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters under the names they have without pipeline stages and wrappers: layers.0 of stage 1 becomes layers.2."""
+    core = model
+    while hasattr(core, "module"):
+        core = core.module
+    numbers = {
+        name: f"{name.rpartition('.')[0]}.{layer.layer_number - 1}"
+        for name, layer in core.named_modules()
+        if hasattr(layer, "layer_number") and name.rpartition(".")[0].endswith("layers")
+    }
+    found = []
+    for name, parameter in core.named_parameters():
+        layer = next((n for n in numbers if name.startswith(n + ".")), None)
+        found.append((numbers[layer] + name[len(layer) :] if layer else name, parameter))
+    return found
+
+
+def fill(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules, shapes: Mapping[str, Sequence[int]],
+    values: state.Values, step: int,
+) -> None:  # fmt: skip
+    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
+
+    shapes: the full shape of each Hugging Face parameter.
+    """
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in global_names(model):
+        rule = rules(name)
+        theirs = [values(hf, shapes[hf]) for hf in rule.hf]
+        local = {}
+        for part in PARTS if step else PARTS[:1]:
+            whole = rule.from_hf(*[t[part] for t in theirs])
+            if rule.rows:
+                padded = -(-rule.rows // tp) * tp
+                whole = F.pad(whole, (0, 0, 0, padded - rule.rows))
+            sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
+            local[part] = split(whole, parameter.partition_dim, rule.blocks, tp, rank) if sharded else whole
+        with torch.no_grad():
+            parameter.copy_(local["weight"])
+        for main, where in _mains(optimizer, parameter):
+            one = _owner(optimizer, main)
+            main.detach().copy_(local["weight"].flatten()[where].view_as(main))
+            if step:
+                made = state.adam_state(main, step)
+                for part in MOMENTS:
+                    made[part].copy_(local[part].flatten()[where].view_as(main))
+                if not isinstance(one, torch.optim.AdamW):
+                    made.pop("step")  # the fused optimizers count in their groups
+                one.state[main] = made
+    for one in each(optimizer):
+        if step and not isinstance(one.optimizer, torch.optim.AdamW):
+            for group in one.optimizer.param_groups:
+                group["step"] = step
+
+
+def _owner(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.optim.Optimizer:
+    for one in each(optimizer):
+        if any(main is p for group in one.optimizer.param_groups for p in group["params"]):
+            return one.optimizer
+    raise KeyError("a main parameter without an optimizer")
+
+
+def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, slice]]:
+    """The fp32 tensor that the optimizer steps for this parameter on this rank, and which flat part of it that is."""
+    for one in each(optimizer):
+        if hasattr(one, "model_param_group_index_map"):  # distributed optimizer
+            if parameter in one.model_param_group_index_map:
+                group, order = one.model_param_group_index_map[parameter]
+                piece = one._get_model_param_range_map(parameter)["param"]
+                yield one.optimizer.param_groups[group]["params"][order], slice(piece.start, piece.end)
+        elif hasattr(parameter, "main_param"):  # bf16
+            yield parameter.main_param, slice(None)
+        else:
+            yield parameter, slice(None)
+        return
+
+
+def read(model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules) -> Iterator[Entry]:
+    """Every parameter's master and moments by Hugging Face name, gathered over dp and tp one at a time.
+
+    The ranks that share a pipeline stage take turns to write.
+    """
+    tp_group, dp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    tp, dp = tp_group.size(), dp_group.size()
+    turn = dp_group.rank() * tp + tp_group.rank()
+    for number, (name, parameter) in enumerate(global_names(model)):
+        rule = rules(name)
+        if rule is None or (name == "output_layer.weight" and getattr(parameter, "shared_embedding", False)):
+            continue  # the last stage's copy of a tied embedding
+        parts = _local_parts(optimizer, parameter, dp_group)
+        if tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+            parts = {part: _gather(t, parameter.partition_dim, rule.blocks, tp_group) for part, t in parts.items()}
+        mine = number % (tp * dp) == turn
+        whole = {part: rule.to_hf(t[: rule.rows] if rule.rows else t) for part, t in parts.items()} if mine else {}
+        for place, hf in enumerate(rule.hf):
+            yield hf, {part: t[place].contiguous().cpu() for part, t in whole.items()} if mine else None
+
+
+def _local_parts(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, dp_group: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    """fp32 weight, exp_avg, exp_avg_sq of this tp rank's shard, whole over dp."""
+    distributed = any(hasattr(one, "model_param_group_index_map") for one in each(optimizer))
+    stacked = torch.zeros(3, parameter.numel(), device=parameter.device)
+    for main, where in _mains(optimizer, parameter):
+        moments = _owner(optimizer, main).state.get(main, {})
+        stacked[0, where] = main.detach().flatten()
+        for row, part in enumerate(MOMENTS, 1):
+            if part in moments:
+                stacked[row, where] = moments[part].flatten()
+    if distributed and dp_group.size() > 1:
+        dist.all_reduce(stacked, group=dp_group)  # each element is non-zero on one rank only: the sum is exact
+    return {part: row.view(parameter.shape) for part, row in zip(PARTS, stacked, strict=True)}
+
+
+def _gather(shard: torch.Tensor, dim: int, blocks: int, group: dist.ProcessGroup) -> torch.Tensor:
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return join(shards, dim, blocks)

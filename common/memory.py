@@ -1,0 +1,112 @@
+"""Estimate of the memory that one rank needs. Numbers in, bytes out; torch-free, so that it is known before a start.
+
+Model states, bytes a parameter in bf16 (ZeRO, arXiv:1910.02054, section 3.1: 2 weight, 2 gradient, 12 master and Adam):
+    baseline              16                    fp32 weights (4 + 4 + 8) under autocast; its bf16 copies: activations
+    deepspeed stage 1     4 + 16/N              } DeepSpeed keeps an fp32 copy of a rank's share of the gradients, hence
+    deepspeed stage 2     2 + 18/N              } the 18 of its own estimators (deepspeed/runtime/zero/stage_1_and_2.py,
+    deepspeed stage 3     18/N + 4 x largest    } stage3.py: estimate_zero{2,3}_model_states_mem_needs)
+    megatron              18                    } gradients are accumulated in fp32 (Megatron Core user guide,
+    its dist. optimizer   6 + 12/N              } "Distributed Optimizer"); in fp32 16 and 8 + 8/N
+N is the number of data-parallel ranks, `largest` the layer or embedding that stage 3 gathers for a moment.
+
+Activations of one layer and one micro batch, bytes in bf16 (Korthikanti et al., arXiv:2205.05198, table 2), with
+s = seq_len, b = micro_batch, h = hidden, t = tp:
+    alone 34sbh    tp (10 + 24/t)sbh    tp and sequence parallelism 34sbh/t    recompute 2sbh, and one layer in full
+without its term 5as/h, the attention matrix: scaled_dot_product_attention does not keep it. Generalized to other ffn,
+grouped queries, gated MLPs and fp32. With pp the first stage holds the activations of pp micro batches (section 4.2.3).
+
+Not counted: communication buckets, workspace, the CUDA context (about half a GiB), fragmentation.
+"""
+
+from typing import Any
+
+from common.config import Config, layout
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+
+
+def estimate(
+    *,
+    stack: str,  # baseline, deepspeed or megatron
+    parameters: int,  # of the whole model, tied ones once
+    layers: int,
+    hidden: int,
+    seq_len: int,
+    vocab: int,
+    micro_batch: int,
+    dtype: str = "bf16",  # or fp32
+    ffn: int | None = None,  # width of the MLP; default 4 x hidden
+    kv_hidden: int | None = None,  # width of keys; default hidden
+    gated: bool = False,  # SwiGLU
+    tied: bool = True,
+    dropout: bool = False,
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    accumulate: int = 1,  # micro batches a step
+    zero_stage: int = 0,
+    offload: bool = False,
+    sequence_parallel: bool = False,
+    distributed_optimizer: bool = False,
+    recompute: bool = False,
+) -> dict[str, int]:
+    """Bytes on the fullest rank: weights, gradients, optimizer, activations, logits, total, host (CPU memory).
+
+    With pp, activations are those of the first stage and logits those of the last; the total is the larger stage's.
+    """
+    width = 2 if dtype == "bf16" else 4  # bytes of a weight, gradient or activation
+    embedding = vocab * hidden
+    body = parameters - embedding * (1 if tied else 2)
+    held = parameters // tp if pp == 1 else (body // pp + embedding) // tp  # parameters of the first stage
+    host = 0
+
+    if stack == "megatron":
+        share = dp if distributed_optimizer else 1
+        weights, gradients = width * held, 4 * held
+        optimizer = (12 if dtype == "bf16" else 8) * held // share
+    elif stack == "deepspeed" and zero_stage:
+        layer = (body // layers) // tp
+        largest = max(layer, embedding // tp)
+        weights = width * held if zero_stage < 3 else width * (held // dp + largest)
+        gradients = {1: width * held, 2: width * held // dp, 3: width * largest}[zero_stage]
+        partition, optimizer = 4 * held // dp, 12 * held // dp
+        if offload:
+            host, optimizer = partition + optimizer, 0
+        else:
+            gradients += partition
+    else:  # fp32 weights, gradients and moments, in bf16 under autocast: also deepspeed's stage 0, which is fp32 only
+        weights, gradients, optimizer = 4 * held, 4 * held, 8 * held
+
+    tokens = seq_len * micro_batch
+    ffn, kv = ffn or 4 * hidden, kv_hidden or hidden
+    whole = tokens * hidden * (4 * width + (2 if dropout else 0))  # inputs of norms, qkv, MLP; dropout masks
+    split = tokens * width * (2 * hidden + 2 * kv + (4 if gated else 2) * ffn)  # q, k, v, output; MLP
+    layer_bytes = (whole // tp if sequence_parallel else whole) + split // tp
+    kept = tokens * hidden * width // (tp if sequence_parallel else 1) if recompute else layer_bytes
+    flying = min(pp, max(1, accumulate))  # micro batches whose activations the first stage holds
+    stage = layers // pp * kept
+    activations = flying * stage + (layer_bytes if recompute else 0)
+    if stack == "baseline" and dtype == "bf16":
+        activations += 2 * held  # autocast's copies of the weights live until the backward pass
+    # fp32 logits (arXiv:2205.05198, section 4.3: 4sbv/t), their gradient, and in a bf16 run the model's own.
+    logits = tokens * vocab // tp * (8 if dtype == "fp32" else 10)
+
+    last_stage = activations - (flying - 1) * stage + logits
+    total = weights + gradients + optimizer + (max(activations, last_stage) if pp > 1 else activations + logits)
+    return {
+        "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations,
+        "logits": logits, "total": total, "host": host,
+    }  # fmt: skip
+
+
+def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
+    """`estimate` for a decoder (model resolved) trained by `cfg` on `world` ranks; BadInput as config.layout."""
+    shared, system = layout(cfg, stack, world), getattr(cfg, stack)
+    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute")
+    return estimate(
+        stack=stack, parameters=model.parameters(), layers=model.layers, hidden=model.hidden, seq_len=cfg.data.seq_len,
+        vocab=model.vocab_size, micro_batch=shared.micro_batch, dtype=cfg.train.dtype, ffn=model.ffn,
+        kv_hidden=model.hidden * model.kv_heads // model.heads, gated=model.arch == "llama", tied=model.tied,
+        dropout=model.dropout > 0, dp=shared.dp, tp=shared.tp, pp=shared.pp, accumulate=shared.accumulate,
+        **{name: getattr(system, name) for name in names if hasattr(system, name)},
+    )  # fmt: skip

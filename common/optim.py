@@ -1,0 +1,46 @@
+"""The optimizer's definition, shared by every stack: AdamW's groups and the learning rate of a step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from common.config import Optim
+
+if TYPE_CHECKING:
+    import torch
+
+
+def lr_at(step: int, optim: Optim) -> float:
+    """Learning rate of optimizer step `step` (the first is 1): linear warmup, then decay to min_lr at decay_steps.
+
+    Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts).
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (step - optim.warmup_steps) / max(1, optim.decay_steps - optim.warmup_steps))
+    share = 1.0 - done if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return optim.min_lr + share * (optim.lr - optim.min_lr)
+
+
+def groups(
+    named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
+) -> list[dict[str, Any]]:
+    """AdamW's two parameter groups: matrices with weight decay, biases and norms without."""
+    decayed, plain = [], []
+    for name, parameter in named:
+        (decayed if decays(name) else plain).append(parameter)
+    split = [(decayed, optim.weight_decay), (plain, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in split if params]
+
+
+def adamw(
+    named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
+) -> "torch.optim.AdamW":
+    """torch's AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU."""
+    import torch
+
+    return torch.optim.AdamW(
+        groups(named, decays, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True
+    )

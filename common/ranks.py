@@ -1,0 +1,188 @@
+"""What every process of a run does first and last: device, process group, signals, random states, exit codes."""
+
+import ctypes
+import datetime
+import logging
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
+from common.init import hashed
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+_signal = 0  # the signal that asked this process to save and stop
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: "torch.device"
+
+
+class Stopped(Exception):
+    """The run ends early with this exit code; what had to be saved is saved."""
+
+    def __init__(self, code: int, why: str):
+        super().__init__(why)
+        self.code = code
+
+
+def quiet() -> None:
+    """Silence what the libraries say on import; errors and our own lines remain."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.disable(logging.WARNING)
+
+
+def start() -> Ranks:
+    """Join the process group that torchrun describes (or be one process alone) and listen to SIGTERM and SIGINT."""
+    import torch
+    import torch.distributed as dist
+
+    _die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _remember)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        hour = datetime.timedelta(hours=1)  # the first step may compile for minutes on one rank while the others wait
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=hour, **alone)
+        if alone:  # DeepSpeed reads these even though the group is there
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _remember(number: int, _frame: object) -> None:
+    global _signal
+    _signal = number
+
+
+def stop_asked() -> int:
+    """The number of the signal that came, or 0. The ranks agree on it with the loss (one all-reduce a step)."""
+    return _signal
+
+
+def stopped(number: int, step: int) -> Stopped:
+    """How a run ends that was asked to by signal `number` (as agreed by the ranks) and saved `step`."""
+    code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
+    return Stopped(code, f"stopped after step {step}, state saved; the same command continues")
+
+
+def _die_with_parent() -> None:
+    """Linux: a rank whose torchrun is killed must not go on alone and write into OUT (prctl PR_SET_PDEATHSIG)."""
+    agent = os.environ.get("TWINSTACK_AGENT")  # its process number, from common/agent.py
+    if sys.platform == "linux" and agent:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+        if os.getppid() != int(agent):  # it died before this rank got here
+            os._exit(1)
+
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
+    """Set torch's generators for one micro batch: random units are a function of these four alone. Returns the seed."""
+    import torch
+
+    value = hashed("dropout", seed, step, micro_batch, dp_rank)
+    torch.manual_seed(value)
+    return value
+
+
+def check_dtype(dtype: str, device: "torch.device") -> None:
+    """Refuse bf16 where the GPU only emulates it: compute capability below 8.0."""
+    import torch
+
+    if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise BadInput(f"train.dtype=bf16: {name} has no bf16 arithmetic; use train.dtype=fp32")
+
+
+def total(number: int, group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu") -> int:
+    """The sum over the ranks of `group` (default: all) of a number that each knows for itself."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) == 1:
+        return number
+    value = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(value, group=group)
+    return int(value)
+
+
+def agree(loss: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[float, int]:
+    """Sum the ranks' shares of the loss, and learn whether any was asked to stop: one all-reduce a step.
+
+    Called after the backward passes and before the optimizer's update: a loss that is not finite ends the run there.
+    Returns the loss of the global batch and the signal's number (0: go on).
+    """
+    import torch
+    import torch.distributed as dist
+
+    shares = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, SIGTERMs seen, SIGINTs seen
+    shares[0] = loss
+    shares[1], shares[2] = stop_asked() == signal.SIGTERM, stop_asked() == signal.SIGINT
+    if ranks.world > 1:
+        dist.all_reduce(shares)
+    value, terms, interrupts = shares.tolist()
+    number = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
+    if not math.isfinite(value):
+        raise Stopped(
+            EXIT_NOT_FINITE,
+            f"error: the loss of step {step} is {value} (samples {samples.start} to {samples.stop - 1}): stopped before the "
+            f"update, nothing saved; the last checkpoint is as it was",
+        )
+    return value, int(number)
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Entry point of a rank: `main(argv)`, then leave the group and exit with the code that the launcher passes on."""
+    quiet()
+    global _signal
+    _signal = 0
+    code = 0
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        code = EXIT_BAD_INPUT
+        _say([f"error: {line}" for line in error.problems])
+    except Stopped as stop:
+        code = stop.code
+        _say([str(stop)])
+    if code:
+        _record(code)
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds
+
+
+def _say(lines: list[str]) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _record(code: int) -> None:
+    """Tell the launcher the ranks' own exit code: torchrun reports 1 for every failure."""
+    path = os.environ.get("TWINSTACK_EXIT_CODE")
+    if path:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(str(code))
+        except FileExistsError:
+            pass

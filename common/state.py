@@ -1,0 +1,95 @@
+"""Parameters and optimizer state by Hugging Face name, in and out of torch's own AdamW; what a checkpoint says of its run.
+
+The stacks' doors are in common/zero.py and common/mcore.py; all speak in `Values` and `checkpoint.Entry`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from common import config, init
+from common.checkpoint import Checkpoint, Entry
+from common.config import Config
+from common.ranks import Ranks
+from common.run import Run, find
+
+if TYPE_CHECKING:
+    import torch
+
+Parts = Mapping[str, "torch.Tensor"]  # `weight`, and where the run has made steps `exp_avg` and `exp_avg_sq`; fp32, CPU
+Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -> parts
+Named = Iterable[tuple[str, "torch.nn.Parameter"]]
+
+
+def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> Values:
+    """Where this run's parameters come from: its checkpoint, else the Hugging Face folder init.from, else the seed."""
+    if resume:
+        return lambda name, shape: _of_shape(resume, name, shape)
+    if cfg.init.from_ == "scratch":
+        source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
+    else:
+        source = init.from_hf(find(cfg.init.from_), task.HF_PREFIX[cfg.model.arch])
+    return lambda name, shape: {"weight": source(name, shape)}
+
+
+def _of_shape(checkpoint: Checkpoint, name: str, shape: init.Shape) -> Parts:
+    from common.errors import BadInput
+
+    parts = checkpoint.read(name)
+    if tuple(parts["weight"].shape) != tuple(shape):
+        given = tuple(parts["weight"].shape)
+        raise BadInput(f"{checkpoint.path}: {name} is {given} there and {tuple(shape)} in this model: another model's size")
+    return parts
+
+
+def meta(run: Run, step: int) -> dict[str, Any]:
+    """What state.json says beside its files."""
+    return {
+        "step": step, "samples": step * run.cfg.train.global_batch, "seed": run.cfg.train.seed, "stack": run.stack,
+        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.science(run.cfg),
+        "commit": run.facts["commit"],
+    }  # fmt: skip
+
+
+def fill_torch(named: Named, optimizer: "torch.optim.Optimizer", values: Values, step: int) -> None:
+    """Set whole fp32 parameters and their AdamW state after `step` steps."""
+    import torch
+
+    for name, parameter in named:
+        parts = values(name, parameter.shape)
+        with torch.no_grad():
+            parameter.copy_(parts["weight"])
+        if step:
+            optimizer.state[parameter] = adam_state(parameter, step)
+            for part in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[parameter][part].copy_(parts[part])
+
+
+def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"]:
+    """AdamW's state of one parameter (or flat partition), moments zero. Each has a `step` of its own: torch adds to it."""
+    import torch
+
+    device = parameter.device if parameter.device.type == "cuda" else None  # where fused AdamW wants it
+    counter = torch.tensor(float(step), dtype=torch.float32, device=device)
+    return {"step": counter, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def read_torch(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
+    """Parameters that every rank holds whole: they take turns to write."""
+    for number, (name, parameter) in enumerate(named):
+        if number % ranks.world != ranks.rank:
+            yield name, None
+            continue
+        state = optimizer.state.get(parameter, {})
+        yield name, parts_of(parameter, state.get("exp_avg"), state.get("exp_avg_sq"))
+
+
+def parts_of(
+    weight: "torch.Tensor", exp_avg: "torch.Tensor | None", exp_avg_sq: "torch.Tensor | None"
+) -> dict[str, "torch.Tensor"]:
+    """The three parts of a checkpoint's file, fp32 on the CPU; a moment that does not exist yet is zero."""
+    import torch
+
+    weight = weight.detach().float().cpu()
+    moments = [torch.zeros_like(weight) if m is None else m.detach().float().cpu() for m in (exp_avg, exp_avg_sq)]
+    return dict(zip(("weight", "exp_avg", "exp_avg_sq"), (weight, *moments), strict=True))

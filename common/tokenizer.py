@@ -1,0 +1,292 @@
+"""Tokenizers behind one small face: `load`, `train_bpe`, `train_char`, and the class `Tokenizer` they return.
+
+Text is data here: a special token spelled out in a text (`<|endoftext|>` in a web page) is encoded as the ordinary
+characters it is made of, never as the special id. Whoever wants an end of document appends `eod_id`.
+
+Families: byte-level BPE and characters. WordPiece (BERT) and SentencePiece (T5) belong in `load`, where a comment
+says so.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import BadInput
+
+if TYPE_CHECKING:  # the library is imported by the functions that need it: validating a config must not wait for it
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_SIZE = 50_257
+GPT2_EOD = 50_256
+TOKENIZERS = Path(__file__).resolve().parents[1] / "corpora" / "tokenizers"  # where a name is looked up first
+HUB_NAMES = {"gpt2": "openai-community/gpt2"}
+
+# A cut point that no pre-token spans: GPT-2's regex `'s|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` has no
+# alternative in which whitespace follows something else, and none that looks behind. The classes are the ones on which
+# Python's and the tokenizer's Unicode tables cannot disagree.
+_CUT = re.compile(r"[\w!-~](?=[ \n])")
+
+
+def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
+    """The type ids are stored in, by Megatron's rule: 2 bytes while `size` (number of ids) < 65,500, else 4."""
+    return np.uint16 if size < 65_500 else np.int32
+
+
+class Tokenizer:
+    """One tokenizer. Made by `load`, `train_bpe` or `train_char`.
+
+    size: number of ids. eod_id: id that ends a document, or None. pad_id: id of padding, or None.
+    kind: 'bpe', 'char', or the model's name in lower case.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", config: dict[str, Any] | None = None):
+        """backend: a `tokenizers.Tokenizer`. config: content of its tokenizer_config.json, if it has one."""
+        self.backend = backend
+        self.config = dict(config or {})
+        backend.encode_special_tokens = True  # special tokens spelled in a text are text
+        backend.no_truncation()
+        backend.no_padding()
+        self.size: int = backend.get_vocab_size()
+        self.eod_id = self._id_of("eos_token", END_OF_TEXT)
+        self.pad_id = self._id_of("pad_token", None)
+        self.kind: str = type(backend.model).__name__.lower()
+        if self.kind == "bpe" and backend.pre_tokenizer is None and not self._spec["model"]["merges"]:
+            self.kind = "char"
+
+    def _id_of(self, role: str, default: str | None) -> int | None:
+        token = self.config.get(role) or default
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added. BadInput when a character tokenizer does not know a character."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, nothing added; the texts are shared among the processor's cores."""
+        if self.kind == "char":
+            return [self._encode_chars(text).tolist() for text in texts]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end, in the type they are stored in, and the number of ids of each text (int64)."""
+        dtype = token_dtype(self.size)
+        if self.kind == "char":
+            arrays = [self._encode_chars(text) for text in texts]
+            lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+            return np.concatenate([*arrays, np.empty(0, np.int32)]).astype(dtype), lengths
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
+        ids = chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(ids, dtype, int(lengths.sum())), lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens spelled out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, text: str, size: int) -> Iterator[str]:
+        """The text cut into pieces of about `size` characters whose ids, end to end, are the ids of the whole text.
+
+        One long text occupies one core; its pieces occupy all. A tokenizer for which no cut is known to be harmless
+        gives the text whole.
+        """
+        start = 0
+        while self._can_cut and len(text) - start > 1.5 * size:
+            match = _CUT.search(text, start + size)
+            if match is None:
+                break
+            yield text[start : match.end()]
+            start = match.end()
+        yield text[start:]
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        return json.loads(self.backend.to_str())
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        if self.kind == "char":
+            return True
+        before = self._spec["pre_tokenizer"] or {}
+        after = self._spec["post_processor"] or {"type": "ByteLevel"}
+        return (
+            self.kind == "bpe"
+            and self._spec["normalizer"] is None
+            and before.get("type") == "ByteLevel"
+            and before.get("use_regex", True)
+            and after.get("type") == "ByteLevel"
+        )
+
+    @cached_property
+    def _id_of_character(self) -> np.ndarray:
+        """Code point -> id, -1 where unknown; the last entry stands for every code point beyond the table."""
+        vocab = {ord(char): i for char, i in self.backend.get_vocab().items() if len(char) == 1}
+        table = np.full(max(vocab) + 2, -1, dtype=np.int32)
+        table[list(vocab)] = list(vocab.values())
+        return table
+
+    def _encode_chars(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        table = self._id_of_character
+        ids = table[np.minimum(points, len(table) - 1)]
+        if len(ids) and ids.min() < 0:
+            where = int(ids.argmin())
+            raise BadInput(
+                f"character {text[where]!r} is not among the {self.size} of the tokenizer; "
+                "remove it from the text or build the corpus, and with it the tokenizer, from text that has it"
+            )
+        return ids
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of what decides the ids; equal for copies of one tokenizer in whichever files they came."""
+        spec = {key: self._spec[key] for key in ("model", "normalizer", "pre_tokenizer", "post_processor")}
+        if (spec["post_processor"] or {}).get("type") == "ByteLevel":
+            spec["post_processor"] = None  # moves offsets only
+        spec["pre_tokenizer"] = {k: v for k, v in (spec["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
+        spec["model"] = {key: value or None for key, value in spec["model"].items()}  # "" and null are the same affix
+        spec["added"] = [(token["id"], token["content"]) for token in self._spec["added_tokens"]]
+        spec["eod"] = self.eod_id
+        canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, the form `transformers.AutoTokenizer` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.config
+        if self.eod_id is not None:
+            config.setdefault("eos_token", self.backend.id_to_token(self.eod_id))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(name_or_dir: str | Path) -> Tokenizer:
+    """The tokenizer in a folder (tokenizer.json, or GPT-2's vocab.json + merges.txt), or the one of a name (`gpt2`).
+
+    A name is looked up in corpora/tokenizers/NAME, then on the Hugging Face hub. BadInput when there is none.
+    """
+    folder = Path(name_or_dir)
+    if not folder.is_dir():
+        folder = _find_by_name(str(name_or_dir))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _from_json(folder)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = _from_gpt2_files(folder)
+    else:  # WordPiece (vocab.txt) and SentencePiece (spiece.model) belong here
+        raise BadInput(
+            f"{folder}: no tokenizer there; give a folder with tokenizer.json, "
+            "or with GPT-2's vocab.json and merges.txt"
+        )
+    if str(name_or_dir) in HUB_NAMES:
+        _check_gpt2(tokenizer, folder)
+    return tokenizer
+
+
+def _find_by_name(name: str) -> Path:
+    local = TOKENIZERS / name
+    if local.is_dir():
+        return local
+    if name == "char":
+        raise BadInput(
+            "tokenizer char: characters are those of one text, so there is no such tokenizer by itself; "
+            "build a corpus with it (python -m data.tinyshakespeare OUT) and give OUT/tokenizer"
+        )
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise BadInput(f"tokenizer {name}: no such folder; give a folder with tokenizer.json, or a name such as gpt2")
+    import huggingface_hub
+
+    try:
+        wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+        return Path(huggingface_hub.snapshot_download(HUB_NAMES.get(name, name), allow_patterns=wanted))
+    except Exception as error:  # no network, no such name, no access: each has a class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"tokenizer {name}: no such folder, nor is it in corpora/tokenizers or on the hub ({reason}); put its "
+            f"tokenizer.json, or GPT-2's vocab.json and merges.txt, into corpora/tokenizers/{name} or give their folder"
+        ) from None
+
+
+def _from_json(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        config_file = folder / "tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    except Exception as error:  # the library raises plain Exception
+        raise BadInput(f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: {error}") from None
+    return Tokenizer(backend, config)
+
+
+def _from_gpt2_files(folder: Path) -> Tokenizer:
+    from tokenizers.models import BPE
+
+    try:
+        model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:
+        raise BadInput(f"{folder}: vocab.json and merges.txt cannot be read: {error}") from None
+    backend = _byte_level(model)
+    backend.add_special_tokens([END_OF_TEXT])
+    tokenizer = Tokenizer(backend)
+    _check_gpt2(tokenizer, folder)
+    return tokenizer
+
+
+def _check_gpt2(tokenizer: Tokenizer, folder: Path) -> None:
+    if (tokenizer.size, tokenizer.eod_id) != (GPT2_SIZE, GPT2_EOD):
+        raise BadInput(
+            f"{folder}: {tokenizer.size:,} ids with {END_OF_TEXT} = {tokenizer.eod_id}; GPT-2 has {GPT2_SIZE:,} with "
+            f"{GPT2_EOD}; the files are damaged or of another tokenizer (then give its tokenizer.json)"
+        )
+
+
+def _byte_level(model: Any) -> "tokenizers.Tokenizer":
+    """GPT-2's frame around a BPE model: its splitting regex, bytes as letters, no space put before a text."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers, processors
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids: `<|endoftext|>` (id 0), the 256 bytes, then merges."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise BadInput(f"vocabulary of {vocab_size}: byte-level BPE needs at least 257 (256 bytes and {END_OF_TEXT})")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def train_char(text: str) -> Tokenizer:
+    """One id a character of `text`, in code point order, no special ids: nanoGPT's shakespeare_char (65 there)."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    if not text:
+        raise BadInput("no text to take characters from; give a source that is not empty")
+    vocab = {char: i for i, char in enumerate(sorted(set(text)))}
+    backend = Backend(models.BPE(vocab, []))  # no merges: one id a character
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)

@@ -1,0 +1,138 @@
+"""What every DeepSpeed recipe needs: its configuration from our names, and the training state in and out by name.
+
+DeepSpeed's own checkpoints cannot change stage or rank count in general (stage 1 to 3 is refused, stage 0 has no
+universal form); ours go through the engine parameter by parameter: deepspeed/utils/tensor_fragment.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param
+from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
+
+from common import state
+from common.checkpoint import Entry
+from common.config import Config, Layout
+from common.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start(ranks: Ranks) -> None:
+    """Let DeepSpeed use the process group that is there. On a CPU its shared-memory collectives would be compiled first:
+    gloo serves."""
+    if ranks.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+
+
+def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
+    """DeepSpeed's JSON, from our names. `deepspeed.extra` is merged last."""
+    system = cfg.deepspeed
+    zero: dict[str, Any] = {"stage": system.zero_stage}
+    if system.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulate,
+        "gradient_clipping": cfg.optim.grad_clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW, the one that all stacks share
+        "bf16": {"enabled": cfg.train.dtype == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    if layout.tp > 1:
+        made["tensor_parallel"] = {"autotp_size": layout.tp}
+    return _merged(made, system.extra)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        both[key] = _merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def grad_norm(engine: Any) -> float | None:
+    """Global gradient norm before clipping, to be read before engine.step() at stage 0 (where the engine keeps none), after
+    it at the others; None when it is not the time."""
+    if engine.zero_optimization_stage() == 0:
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).item() if grads else None
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def fill(engine: Any, values: state.Values, step: int) -> None:
+    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time."""
+    stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
+    if stage == 0:
+        state.fill_torch(named, engine.optimizer, values, step)
+        return
+    inner = engine.optimizer
+    if step:
+        for group in inner.optimizer.param_groups:
+            for flat in group["params"]:
+                inner.optimizer.state[flat] = state.adam_state(flat, step)
+        if stage == 3:
+            for flat in inner.fp32_partitioned_groups_flat:  # held back from param_groups between steps
+                inner.optimizer.state[flat] = state.adam_state(flat, step)
+        else:
+            _link(inner)
+    put = _put_stage3 if stage == 3 else _put_stage12
+    for name, parameter in named:
+        put(parameter, values(name, getattr(parameter, "ds_shape", parameter.shape)), bool(step))
+
+
+def _link(inner: Any) -> None:
+    """Stage 1 and 2: let every parameter find its moments. DeepSpeed 0.19.8 links all groups after the step of the first,
+    when the second has none yet (runtime/zero/stage_1_and_2.py, _optimizer_step)."""
+    inner._hp_optimizer_states_linked = False
+    inner._lazy_init_hp_params_optimizer_state()
+
+
+def _put_stage12(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool) -> None:
+    with torch.no_grad():
+        parameter.copy_(parts["weight"])
+    if parameter._hp_mapping is None:  # this rank owns no piece of its master
+        return
+    device = parameter._hp_mapping.hp_fragment.device
+    parameter.set_full_hp_param(parts["weight"].to(device))
+    for part in MOMENTS if moments else ():
+        parameter.set_full_hp_param(parts[part].to(device), part)
+
+
+def _put_stage3(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool) -> None:
+    weight = _piece(parameter, parts["weight"])
+    parameter.ds_tensor.data.copy_(weight)
+    if parameter.ds_status.name == "AVAILABLE":
+        parameter.data.copy_(parts["weight"])
+    safe_set_local_fp32_param(parameter, weight)
+    for part in MOMENTS if moments else ():
+        set_local_state(parameter, _piece(parameter, parts[part]), part)
+
+
+def _piece(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's equal share of a flat parameter; the last one is padded with zeros."""
+    size, rank = parameter.ds_tensor.numel(), parameter._z3_optimizer._get_param_partition_rank(parameter)
+    piece = torch.zeros(size)
+    mine = whole.flatten()[rank * size : (rank + 1) * size]
+    piece[: mine.numel()] = mine
+    return piece.to(parameter.ds_tensor.device)
+
+
+def read(engine: Any, ranks: Ranks) -> Iterator[Entry]:
+    """Every parameter's master and moments, gathered one at a time; the ranks take turns to write."""
+    named = engine.module.named_parameters()
+    if engine.zero_optimization_stage() == 0:
+        yield from state.read_torch(named, engine.optimizer, ranks)
+        return
+    if engine.zero_optimization_stage() < 3:
+        _link(engine.optimizer)
+    for number, (name, parameter) in enumerate(named):
+        weight = safe_get_full_fp32_param(parameter)  # a collective
+        moments = [safe_get_full_optimizer_state(parameter, part) for part in MOMENTS]
+        mine = number % ranks.world == ranks.rank
+        yield name, state.parts_of(weight, *moments) if mine else None

@@ -1,0 +1,24 @@
+"""C4, English (364,868,892 documents): T5's training text. Its own validation split becomes valid.
+
+Streamed from the hub, or from --source, a local folder of the dataset with both splits. --max-mb takes the first MB of
+each split.
+
+    python -m data.c4 corpora/c4 --tokenizer gpt2 --max-mb 1000
+"""
+
+from common.errors import exit_cleanly
+from data import build, hub
+
+NAME = "allenai/c4"
+
+
+def main() -> None:
+    p = build.parser(__doc__, valid_share=None)
+    p.add_argument("--source", metavar="DIR", help="a local folder of the dataset (column: text)")
+    args = p.parse_args()
+    config = None if args.source else "en"
+    hub.run(args, "c4", args.source or NAME, config, {"valid": "validation", "train": "train"})
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

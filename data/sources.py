@@ -1,0 +1,292 @@
+"""Where documents come from: files on disk, a dataset of the Hugging Face hub or a local copy of one.
+
+A source is read front to back and can begin anywhere: each document carries a cursor, and `documents(part, cursor)`
+goes on behind it. That is what makes an interrupted build continue.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from common.corpus import fingerprint
+from common.errors import BadInput
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .text .md .rst .tex .html .htm .xml .csv .tsv .raw .tokens "
+    ".py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh .sql".split()
+)
+JSON_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+PACKED_SUFFIXES = frozenset({".gz", ".zst"})
+
+
+class Document(NamedTuple):
+    text: str
+    where: str  # for messages: file and line, or dataset and row
+    cursor: list[int]  # where to go on behind this document
+
+
+class Errors:
+    """What to do about input that cannot be used: `stop` raises BadInput, `skip` counts it by kind in `counts`."""
+
+    def __init__(self, on_error: str = "stop", counts: dict[str, int] | None = None):
+        self.on_error = on_error
+        self.counts: Counter[str] = Counter(counts or {})
+
+    def bad(self, where: str, kind: str, detail: str = "") -> None:
+        """kind: what is wrong, in a few words that serve as the name of its count too."""
+        if self.on_error != "skip":
+            told = f" ({detail})" if detail else ""
+            raise BadInput(f"{where}: {kind}{told}; mend it, or give --on-error skip to leave out and count such input")
+        self.counts[kind] += 1
+
+
+class Source(Protocol):
+    """parts: which split each part is for, None where shares decide. whole_files: files that are one document each, or
+    None where documents are smaller than files. total_bytes: of all text, or None where unknown."""
+
+    parts: list[str | None]
+    whole_files: int | None
+    total_bytes: int | None
+
+    def identity(self) -> Any:
+        """What the content depends on, without names of folders: equal for copies of one source."""
+
+    def names(self) -> list[str]:
+        """For the manifest."""
+
+    def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
+        """The documents of a part behind `cursor` ([] is its beginning)."""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """Text and JSON-lines files, each also packed as .gz or .zst; folders are searched for known suffixes, sorted.
+
+    split_documents (text): 'none', a file is a document; 'blank-line', documents are separated by blank lines; 'line'.
+    text_key (JSON lines): the field that holds the text; a line is a document.
+    """
+
+    def __init__(self, sources: Sequence[str | Path], text_key: str = "text", split_documents: str = "none"):
+        self.text_key, self.split_documents = text_key, split_documents
+        self.parts: list[str | None] = [None]
+        self.files = [pair for source in sources for pair in _find(Path(source))]  # (name, path)
+        whole = split_documents == "none" and not any(_is_json(path) for _, path in self.files)
+        self.whole_files = len(self.files) if whole else None
+        packed = any(path.suffix in PACKED_SUFFIXES for _, path in self.files)
+        self.total_bytes = None if packed else sum(path.stat().st_size for _, path in self.files)
+
+    def identity(self) -> Any:
+        return [hash_of_files(self.files), self.text_key, self.split_documents]
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.files]
+
+    def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
+        """A cursor is [file, lines of it that are done]."""
+        first, done = cursor or (0, 0)
+        for number in range(first, len(self.files)):
+            path = self.files[number][1]
+            if _is_json(path):
+                yield from self._of_json_lines(path, number, done, errors)
+            elif self.split_documents == "none":
+                text = read_text(path, errors)
+                if text is not None:
+                    yield Document(text, str(path), [number + 1, 0])
+            else:
+                yield from self._of_lines(path, number, done, errors)
+            done = 0
+
+    def _of_json_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
+        count = 0
+        for count, line in enumerate(_lines(path), 1):
+            if count <= done or not line.strip():
+                continue
+            where = f"{path}:{count}"
+            try:
+                text = json.loads(line.decode("utf-8"))[self.text_key]
+                if not isinstance(text, str):
+                    raise TypeError
+            except UnicodeDecodeError as error:
+                errors.bad(where, "not UTF-8", f"byte {error.start} of the line")
+            except ValueError as error:
+                errors.bad(where, "not JSON", str(error))
+            except (KeyError, TypeError, IndexError):
+                errors.bad(where, "no such text field", f"--text-key {self.text_key}: no string under this key")
+            else:
+                yield Document(text, where, [number, count])
+        if not count:
+            errors.bad(str(path), "empty file")
+
+    def _of_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
+        by_line = self.split_documents == "line"
+        held: list[str] = []  # lines of the document being read
+        count = 0
+        for count, raw in enumerate(_lines(path), 1):
+            if count <= done:
+                continue
+            try:
+                line = raw.decode("utf-8-sig" if count == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                errors.bad(f"{path}:{count}", "not UTF-8", f"byte {error.start} of the line")
+                continue
+            if line.strip():
+                held.append(line)
+            if held and (by_line or not line.strip()):
+                yield Document("".join(held), f"{path}:{count}", [number, count])
+                held = []
+        if held:
+            yield Document("".join(held), f"{path}:{count}", [number, count])
+        if not count:
+            errors.bad(str(path), "empty file")
+
+
+def _find(source: Path) -> list[tuple[str, Path]]:
+    """(name relative to the source, path) of a file, or of the files of a folder that can be read."""
+    if source.is_file():
+        return [(source.name, source)]
+    if not source.is_dir():
+        raise BadInput(f"--source {source}: no such file or folder")
+    found = sorted(
+        (path.relative_to(source).as_posix(), path)
+        for path in source.rglob("*")
+        if path.is_file() and _inner_suffix(path) in TEXT_SUFFIXES | JSON_SUFFIXES
+    )
+    if not found:
+        known = " ".join(sorted(TEXT_SUFFIXES | JSON_SUFFIXES))
+        raise BadInput(f"--source {source}: no file of a kind we take ({known}, each also .gz .zst); name the files")
+    return found
+
+
+def _inner_suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
+
+
+def _is_json(path: Path) -> bool:
+    return _inner_suffix(path) in JSON_SUFFIXES
+
+
+def hash_of_files(files: Sequence[tuple[str, Path]]) -> str:
+    """sha256 (hex) over names, sizes and sampled content: equal for copies, wherever they lie."""
+    parts = [[name, fingerprint(path)] for name, path in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _unpacked(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
+    return open(path, "rb")
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged packed file raises."""
+    import zlib
+
+    try:
+        import zstandard
+    except ImportError:
+        return (EOFError, gzip.BadGzipFile, zlib.error)
+    return (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with _unpacked(path) as file:
+            yield from file
+    except _damage() as error:
+        raise BadInput(f"{path}: cannot be unpacked: {error}; get the file again") from None
+
+
+def read_text(path: Path, errors: Errors) -> str | None:
+    """A file as text, exactly as stored but for a byte order mark; None for one that `errors` skipped."""
+    try:
+        with _unpacked(path) as file:
+            raw = file.read()
+    except _damage() as error:
+        raise BadInput(f"{path}: cannot be unpacked: {error}; get the file again") from None
+    if not raw.strip():
+        errors.bad(str(path), "empty file")
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        errors.bad(f"{path}:{raw.count(b'\n', 0, error.start) + 1}", "not UTF-8", f"byte {error.start:,} of the file")
+        return None
+
+
+# ---- datasets -------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A dataset by the library `datasets`: a name on the hub, streamed, or a local folder of the same schema.
+
+    splits: for each part (our split or None, theirs): [(None, 'train')] shares one split of theirs by our shares,
+    [('valid', 'validation'), ('train', 'train')] takes theirs.
+    """
+
+    whole_files = None
+    total_bytes = None
+
+    def __init__(
+        self, name: str, config: str | None, splits: Sequence[tuple[str | None, str]], text_key: str = "text"
+    ):
+        self.name, self.config, self.splits, self.text_key = name, config, list(splits), text_key
+        self.parts = [ours for ours, _ in self.splits]
+        self.local = os.path.isdir(name)
+
+    def identity(self) -> Any:
+        if self.local:
+            folder = Path(self.name)
+            files = sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file())
+            return [hash_of_files(files), self.config, self.splits, self.text_key]
+        return [self.name, self.config, self.splits, self.text_key]
+
+    def names(self) -> list[str]:
+        return [f"{self.name} {self.config or ''} {theirs}".replace("  ", " ") for _, theirs in self.splits]
+
+    def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
+        """A cursor is [rows done]."""
+        done = cursor[0] if cursor else 0
+        rows = self._open(self.splits[part][1])
+        rows = rows.skip(done) if done else rows
+        for batch in rows.iter(batch_size=1000):
+            if self.text_key not in batch:
+                raise BadInput(f"{self.name}: has no column {self.text_key!r}; --text-key takes {' or '.join(batch)}")
+            for text in batch[self.text_key]:
+                where = f"{self.name} row {done}"
+                done += 1
+                if not isinstance(text, str):
+                    errors.bad(where, "no text", f"{type(text).__name__} under {self.text_key}")
+                    continue
+                yield Document(text, where, [done])
+
+    def _open(self, split: str) -> Any:
+        import datasets
+        from huggingface_hub.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.set_verbosity_error()  # its retries; what fails in the end is told below
+        try:
+            if self.local and any((Path(self.name) / f).is_file() for f in ("dataset_dict.json", "state.json")):
+                saved = datasets.load_from_disk(self.name)
+                return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return datasets.load_dataset(self.name, self.config, split=split, streaming=True)
+        except KeyError:
+            raise BadInput(f"{self.name}: has no split {split!r}; it has {', '.join(saved)}") from None
+        except Exception as error:  # no network, no such name or split or config: each has its own class there
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BadInput(
+                f"dataset {self.name} ({self.config or 'default'}, {split}) cannot be opened: {reason}; check the "
+                "name and the network, or give a local copy: --source DIR (for plain .jsonl files: python -m data.text)"
+            ) from None

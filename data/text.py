@@ -1,0 +1,27 @@
+"""Your own text: files and folders of text or JSON lines, each also packed as .gz or .zst.
+
+A text file is one document (--split-documents none), or each line, or each paragraph between blank lines; in JSON lines
+(.jsonl, .ndjson) each line is. A folder is searched for the usual suffixes of text; a file named by itself is taken
+whatever its suffix is. Text is taken exactly as stored, a byte order mark aside.
+
+    python -m data.text corpora/books --source books/ --tokenizer gpt2
+    python -m data.text corpora/mine --source dump.jsonl.zst --text-key content --vocab-size 16384
+"""
+
+from common.errors import exit_cleanly
+from data import build
+from data.sources import Files
+
+
+def main() -> None:
+    p = build.parser(__doc__, valid_share=0.01)
+    p.add_argument("--source", metavar="PATH", nargs="+", required=True, help="files and folders")
+    p.add_argument("--text-key", metavar="KEY", default="text", help="field of JSON lines (default: %(default)s)")
+    told = "where documents of a text file are separated (default: none)"
+    p.add_argument("--split-documents", choices=("none", "blank-line", "line"), default="none", help=told)
+    args = p.parse_args()
+    build.build(build.options(args, "text"), Files(args.source, args.text_key, args.split_documents))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

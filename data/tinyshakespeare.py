@@ -1,0 +1,56 @@
+"""Tiny Shakespeare (1.1 MB): one text, its first 90% of characters train, the rest valid, no end of document.
+
+As nanoGPT prepares it: with characters (65 ids) 1,003,854 and 111,540 tokens, with --tokenizer gpt2 301,966 and 36,059.
+Public domain; downloaded, or taken from --source (the file input.txt, or the folder it is in).
+
+    python -m data.tinyshakespeare corpora/shakespeare_char
+"""
+
+import hashlib
+import urllib.request
+from pathlib import Path
+
+from common.errors import BadInput, exit_cleanly
+from data import build
+from data.sources import Files
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def cut(text: str, raw: bytes) -> build.Cut:
+    """nanoGPT's: by characters, not at a line."""
+    bound = int(len(text) * 0.9)
+    return [("train", text[:bound]), ("valid", text[bound:])]
+
+
+def find(source: str | None, download_to: Path) -> Path:
+    """The text: --source, or its input.txt, or downloaded once beside OUT."""
+    if source is not None:
+        path = Path(source)
+        return path / "input.txt" if (path / "input.txt").is_file() else path
+    if not download_to.is_file():
+        try:
+            with urllib.request.urlopen(URL, timeout=30) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise BadInput(f"{URL} cannot be fetched ({error}); give the file by --source FILE") from None
+        if hashlib.sha256(content).hexdigest() != SHA256:
+            raise BadInput(f"{URL}: what came is not the known text ({len(content):,} bytes); give --source FILE")
+        download_to.parent.mkdir(parents=True, exist_ok=True)
+        download_to.write_bytes(content)
+    return download_to
+
+
+def main() -> None:
+    p = build.parser(__doc__, valid_share=None, tokenizer="char")
+    p.add_argument("--source", metavar="PATH", help="input.txt, or its folder, instead of a download")
+    args = p.parse_args()
+    opt = build.options(args, "tinyshakespeare")
+    opt.shares = {"valid": 0.1}
+    opt.append_eod = False
+    build.build(opt, Files([find(args.source, args.out.parent / "tinyshakespeare.txt")]), cut)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,114 @@
+"""Pretrain GPT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
+
+bash recipes/gpt/deepspeed/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny deepspeed.zero_stage=2
+"""
+
+import sys
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from common import batches, checkpoint, export, optim, run, state, zero
+from common.log import Log
+
+from .. import task
+from . import model as zero_model
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    zero.start(ranks)
+    ds_config = zero.ds_config(cfg, layout)
+
+    # ---- model
+    net = zero_model.build(cfg, ds_config)
+
+    # ---- optimizer
+    optimizer = optim.adamw(net.named_parameters(), task.decays, cfg.optim)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
+
+    # ---- data
+    if ranks.rank == 0:
+        run.begin(job)
+    log = Log(job, task, ranks)
+
+    def loss_of(rows: batches.Rows) -> torch.Tensor:
+        """Summed loss of one micro batch."""
+        batch = task.batch(rows, ranks.device)
+        logits = engine(**task.inputs(batch)).logits  # (B, T, V)
+        return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+            totals[0] += loss_of(rows)
+            totals[1] += batches.targets([rows])
+        dist.all_reduce(totals)
+        log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
+        engine.train()
+
+    def save(step: int) -> None:
+        checkpoint.save(job.out, zero.read(engine, ranks), state.meta(job, step), cfg.train.keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    zero.fill(engine, state.values(cfg, task, job.resume), step)
+
+    # ---- loop
+    engine.train()
+    while step < cfg.train.steps:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, ranks.rank))
+        targets = processes.total(batches.targets(rows), device=ranks.device)  # of the global batch
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for micro, micro_rows in enumerate(rows):
+            processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
+            micro_loss = loss_of(micro_rows)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
+            loss += micro_loss.detach() / targets
+            if micro + 1 < layout.accumulate:
+                engine.step()  # not a boundary: counts the micro batch, no update
+        loss, stop = processes.agree(loss, ranks, step, job.samples(step))
+
+        grad_norm = zero.grad_norm(engine) if system.zero_stage == 0 else None
+        engine.step()
+        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine)
+
+        log.step(step, loss, grad_norm, lr)
+        last = step == cfg.train.steps
+        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+            evaluate(step)
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(step)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    engine.destroy()
+    export.to_hf(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

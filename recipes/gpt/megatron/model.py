@@ -1,0 +1,65 @@
+"""GPT as Megatron Core defines it, from the recipe's shapes."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from common import mcore
+from common.config import Config, Layout
+
+from .. import task
+
+
+class Gpt(GPTModel):
+    """GPTModel whose vocabulary need not divide by tp: the rows added are kept out of the softmax."""
+
+    real_vocab: int
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels (B, T), logits (T, B, V / tp) -> losses (B, T)"""
+        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
+            logits = logits.clone()
+            logits[..., -padding:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def transformer_config(cfg: Config[task.Model], layout: Layout) -> TransformerConfig:
+    m = cfg.model
+    shapes: dict[str, Any] = {
+        "num_layers": m.layers, "hidden_size": m.hidden, "num_attention_heads": m.heads, "ffn_hidden_size": m.ffn,
+        "num_query_groups": m.kv_heads, "hidden_dropout": m.dropout, "attention_dropout": m.dropout,
+        "layernorm_epsilon": m.norm_eps,
+    }  # fmt: skip
+    if m.arch == "gpt2":
+        shapes |= {"activation_func": partial(F.gelu, approximate="tanh")}
+    else:
+        shapes |= {"activation_func": F.silu, "gated_linear_unit": True, "normalization": "RMSNorm", "add_bias_linear": False}
+    return mcore.transformer_config(cfg, layout, **shapes)
+
+
+def build(cfg: Config[task.Model], layout: Layout) -> Gpt:
+    """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
+    m = cfg.model
+    config = transformer_config(cfg, layout)
+    if cfg.megatron.transformer_engine:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        mcore.use_own_norms()
+        spec = mcore.layer_spec(AttnMaskType.causal)
+    net = Gpt(
+        config=config, transformer_layer_spec=spec, vocab_size=-(-m.vocab_size // layout.tp) * layout.tp,
+        max_sequence_length=m.positions, share_embeddings_and_output_weights=m.tied,
+        position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=int(m.rope_theta),
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+    )  # fmt: skip
+    net.real_vocab = m.vocab_size
+    return net

@@ -1,0 +1,215 @@
+"""What makes it GPT, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+
+Two architectures. `gpt2`: learned positions, LayerNorm, tanh GELU, biases, tied by default (Radford et al. 2019).
+`llama`: rotary positions, RMSNorm, SwiGLU, grouped queries, no biases, untied by default (Touvron et al. 2023).
+Shapes: B samples, T positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.config import Config, Positive, Section, Share
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FAMILY = "gpt"
+AUTO_CLASS = "AutoModelForCausalLM"  # what loads an export
+HF_PREFIX = {"gpt2": "transformer.", "llama": "model."}  # that a folder saved without its head lacks in its names
+
+
+class Model(Section):
+    arch: Literal["gpt2", "llama"] = "gpt2"
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    kv_heads: Positive | None = None  # llama: key-value heads; default: heads
+    ffn: Positive | None = None  # default: 4 x hidden; llama: 8/3 x hidden rounded up to a multiple of 128
+    positions: Positive | None = None  # rows of the position table; default: data.seq_len
+    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
+    tied: bool | None = None  # output weights are the embedding; default: gpt2 true, llama false
+    dropout: Share = 0.0  # embedding, attention and residual
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02  # residual projections: divided by sqrt(2 x layers)
+
+    def problems(self) -> Iterator[str]:
+        if self.hidden % self.heads:
+            yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}"
+        if self.kv_heads and self.heads % self.kv_heads:
+            yield f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}"
+        if self.arch == "gpt2" and self.kv_heads not in (None, self.heads):
+            yield f"model.kv_heads={self.kv_heads}: grouped queries need model.arch=llama"
+        if self.arch == "gpt2" and self.tied is False:
+            yield "model.tied=false: GPT2LMHeadModel always ties its output to its embedding; use model.arch=llama"
+        if self.arch == "llama" and self.dropout:
+            yield f"model.dropout={self.dropout}: LlamaForCausalLM has attention dropout only; use 0, or model.arch=gpt2"
+        if self.arch == "llama" and self.hidden % self.heads == 0 and self.hidden // self.heads % 2:
+            yield f"model.hidden / model.heads = {self.hidden // self.heads} is odd: rotary positions rotate pairs"
+
+    def layout_problems(self, cfg: Config[Model], stack: str) -> Iterator[str]:
+        """Layouts that this family cannot do on `stack`, with the reason."""
+        system = getattr(cfg, stack)
+        tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+        kv = self.kv_heads or self.heads
+        if self.heads % tp or kv % tp:
+            yield f"{stack}.tp={tp} does not divide model.heads={self.heads} and model.kv_heads={kv}"
+        if self.resolved_ffn() % tp:
+            yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
+        if self.layers % pp:
+            yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
+        if getattr(system, "sequence_parallel", False) and cfg.data.seq_len % tp:
+            yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.seq_len={cfg.data.seq_len}"
+
+    def resolved_ffn(self) -> int:
+        if self.ffn:
+            return self.ffn
+        return 4 * self.hidden if self.arch == "gpt2" else -(-8 * self.hidden // 3 // 128) * 128
+
+    def resolve(self, cfg: Config[Model], tokenizer_size: int | None) -> Model:
+        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
+        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
+        return self.model_copy(
+            update={
+                "kv_heads": self.kv_heads or self.heads,
+                "ffn": self.resolved_ffn(),
+                "positions": self.positions or cfg.data.seq_len,
+                "vocab_size": self.vocab_size or rounded,
+                "tied": self.arch == "gpt2" if self.tied is None else self.tied,
+            }
+        )
+
+    def parameters(self) -> int:
+        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        h, f, v = self.hidden, self.ffn, self.vocab_size
+        if self.arch == "gpt2":
+            layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
+            return self.layers * layer + v * h + self.positions * h + 2 * h
+        kv = h * self.kv_heads // self.heads
+        layer = 2 * h * h + 2 * h * kv + 3 * h * f + 2 * h
+        return self.layers * layer + v * h * (1 if self.tied else 2) + h
+
+
+def hf_config(model: Model) -> PreTrainedConfig:
+    """The `transformers` configuration of a resolved model."""
+    from transformers import GPT2Config, LlamaConfig
+
+    if model.arch == "gpt2":
+        return GPT2Config(
+            vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.hidden, n_layer=model.layers,
+            n_head=model.heads, n_inner=model.ffn, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
+            resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout, initializer_range=model.init_std,
+            bos_token_id=None, eos_token_id=None, use_cache=False, loss_type="ForCausalLMLoss",
+        )  # fmt: skip
+    return LlamaConfig(
+        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.hidden,
+        intermediate_size=model.ffn, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads, rms_norm_eps=model.norm_eps, rope_theta=model.rope_theta,
+        tie_word_embeddings=model.tied, initializer_range=model.init_std, attention_bias=False, mlp_bias=False,
+        bos_token_id=None, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+
+
+def hf_model(model: Model) -> PreTrainedModel:
+    """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+    return (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(hf_config(model))
+
+
+def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        net = hf_model(model)
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+
+
+def initial(model: Model, name: str) -> float | str:
+    """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
+
+    GPT-2 section 2.3 and Megatron-LM (arXiv:1909.08053 section 5.1): residual projections are scaled by 1/sqrt(2 x layers).
+    """
+    if name.endswith(".bias"):
+        return "zeros"
+    if any(part in name for part in ("ln_", "norm")):
+        return "ones"
+    if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")):
+        return model.init_std / (2 * model.layers) ** 0.5
+    return model.init_std
+
+
+def decays(name: str) -> bool:
+    """Weight decay for matrices and embeddings; none for biases and norms."""
+    return not (name.endswith(".bias") or any(part in name for part in ("ln_", "norm")))
+
+
+def batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Rows of the corpus -> inputs (B, T), targets (B, T), loss_mask (B, T); with data.reset_attention also
+    position_ids (B, T) and attention_mask (B, 1, T, T), True where a query may see a key."""
+    import torch
+
+    def put(name: str) -> torch.Tensor:
+        return torch.from_numpy(rows[name]).to(device, non_blocking=True)
+
+    tokens = put("tokens")
+    made = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": put("loss_mask")}
+    if "segment" in rows:
+        segment = put("segment")
+        same = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
+        made |= {"position_ids": put("position"), "attention_mask": same.tril()[:, None]}
+    return made
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the `transformers` class takes."""
+    given = {"input_ids": batch["inputs"]}
+    return given | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in fp32, summed over the targets that count. logits (B, T, V) -> scalar."""
+    import torch.nn.functional as F
+
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")  # (B x T,)
+    return (losses * loss_mask.flatten()).sum()
+
+
+def forward_backward_flops(model: Model, seq_len: int) -> dict[str, float]:
+    """FLOPs a token, forward and backward, without recompute, by both conventions of attention.
+
+    Matrix products: 6 x weights that multiply. Attention scores and values: 12 x layers x hidden x T when every pair is
+    computed (PaLM, arXiv:2204.02311 appendix B; Megatron-LM, arXiv:2205.05198 appendix A), half of it when only the causal
+    half is counted (as Megatron-LM's training.py does today).
+    """
+    h, kv = model.hidden, model.hidden * model.kv_heads // model.heads
+    mlp = (2 if model.arch == "gpt2" else 3) * h * model.ffn
+    weights = model.layers * (2 * h * h + 2 * h * kv + mlp) + model.vocab_size * h
+    attention = 12.0 * model.layers * h * seq_len
+    return {"full": 6.0 * weights + attention, "causal": 6.0 * weights + attention / 2}
+
+
+def card(model: Model) -> dict[str, Any]:
+    """What the model card says of the architecture."""
+    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+
+
+def hf_shapes(model: Model) -> dict[str, Any]:
+    """The entries of an export's config.json that fix its shapes, for checking a folder without importing transformers."""
+    if model.arch == "gpt2":
+        return {"n_layer": model.layers, "n_embd": model.hidden, "n_head": model.heads,
+                "n_positions": model.positions, "vocab_size": model.vocab_size}  # fmt: skip
+    return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads, "intermediate_size": model.ffn, "vocab_size": model.vocab_size,
+            "tie_word_embeddings": model.tied}  # fmt: skip
+
+
+def hf_class(model: Model) -> str:
+    return "GPT2LMHeadModel" if model.arch == "gpt2" else "LlamaForCausalLM"

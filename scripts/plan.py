@@ -1,0 +1,108 @@
+"""What a config needs on each stack and layout, before anything is started: memory a GPU, tokens, FLOPs, days.
+
+python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
+"""
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import config, flops, memory
+from common.config import Config
+from common.errors import BadInput, exit_cleanly
+
+SIZES = (40, 80, 141)  # GB of an A100-40GB, of an A100-80GB or H100, of an H200
+ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all (default 8)")
+    parser.add_argument("--gpu", help="GPU model, for the days of training: A100, H100, 'H100 PCIe', ...")
+    args = parser.parse_intermixed_args()
+    if args.gpus < 1:
+        raise BadInput(f"--gpus {args.gpus}: must be 1 or more")
+    peak = flops.peak_tflops(args.gpu)
+    if args.gpu and peak is None:
+        raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/flops.py has the table (A100, H100, L4, ...)")
+
+    task = importlib.import_module(f"recipes.{family(args.config)}.task")
+    cfg = config.load(args.config, args.overrides, task.Model)
+    model = cfg.model.resolve(cfg, None)
+    if model.vocab_size is None:
+        raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
+
+    tokens = cfg.train.global_batch * cfg.data.seq_len
+    per_token = task.forward_backward_flops(model, cfg.data.seq_len)
+    print(f"parameters     {model.parameters():,}")
+    print(f"FLOPs a token  {per_token['full']:.4g} ({per_token['causal']:.4g} counting the causal half of attention)")
+    in_all = tokens * cfg.train.steps
+    print(f"tokens a step  {cfg.train.global_batch} x {cfg.data.seq_len} = {tokens:,}; in all {in_all:.4g}")
+    if peak:
+        seconds = per_token["full"] * in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
+        speed = f"{ASSUMED_MFU:.0%} of {peak:g} TFLOP/s"
+        print(f"time           {seconds / 86400:.3g} days if {args.gpus} x {args.gpu} reach {speed}")
+    print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, estimated (common/memory.py); * is what the config says")
+    columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in (*memory.PARTS, "total"))
+    print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
+    for name, stack, changed in layouts(cfg):
+        try:
+            shared = config.layout(changed, stack, args.gpus)
+        except BadInput as error:
+            if name.startswith("*"):
+                print(f"{name:<44} cannot: {error.problems[0]}")
+            continue  # the other rows are examples: those that do not divide are left out
+        found = memory.estimate_for(changed, model, stack, args.gpus)
+        row = f"{name:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
+        row += "".join(f"{found[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
+        print(row + "".join(f"{'fits' if found['total'] < size * 1e9 else '-':>8}" for size in SIZES))
+
+
+def family(path: str) -> str:
+    """recipes/gpt/configs/x.yaml -> gpt"""
+    parts = Path(path).resolve().parts
+    if "recipes" not in parts[:-1]:
+        raise BadInput(f"{path}: a config is planned by the recipe it lies in: recipes/FAMILY/configs/NAME.yaml")
+    return parts[len(parts) - 1 - parts[::-1].index("recipes") + 1]
+
+
+def layouts(cfg: Config) -> Iterator[tuple[str, str, Config]]:
+    """(name, stack, config with that layout): what the config says, then the usual choices for each stack."""
+    for stack in config.STACKS:
+        yield f"* {name_of(cfg, stack)}", stack, cfg
+        for change in CHOICES[stack]:
+            system = getattr(cfg, stack).model_copy(update=change)
+            changed = cfg.model_copy(update={stack: system})
+            if system != getattr(cfg, stack):
+                yield f"  {name_of(changed, stack)}", stack, changed
+
+
+def _megatron(tp: int, pp: int) -> dict[str, object]:
+    return {"tp": tp, "pp": pp, "sequence_parallel": tp > 1, "distributed_optimizer": True}
+
+
+CHOICES: dict[str, list[dict[str, object]]] = {
+    "baseline": [{"recompute": False}, {"recompute": True}],
+    "deepspeed": [{"zero_stage": s, "offload": o} for s, o in ((1, False), (2, False), (3, False), (3, True))],
+    "megatron": [_megatron(tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 8))],
+}
+SHORT = {"sequence_parallel": "sp", "distributed_optimizer": "dist-opt", "zero_stage": "zero", "recompute": "recompute"}
+
+
+def name_of(cfg: Config, stack: str) -> str:
+    """'megatron tp=2 sp dist-opt'"""
+    values = getattr(cfg, stack).model_dump(exclude={"micro_batch", "extra"})
+    words = []
+    for key, value in values.items():
+        if value is True:
+            words.append(SHORT.get(key, key))
+        elif key == "zero_stage" or (value is not False and value != 1):
+            words.append(f"{SHORT.get(key, key)}={value}")
+    return " ".join([stack, *words])
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Make .venv ready: `bash scripts/setup.sh [test|dev]`. Reuses what is there; instant when nothing has changed.
+# Which Python: $PYTHON, else the first of 3.12 or newer that is found.
+set -euo pipefail
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+}
+
+find_python() {
+  local candidate
+  if [[ -n ${PYTHON:-} ]]; then
+    new_enough "$PYTHON" && echo "$PYTHON"
+    return
+  fi
+  # Tested versions first. pyenv has commands in the PATH for versions that are not switched on: they fail, its own do not.
+  for candidate in python3.12 python3.13 python3 python3.14 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
+    if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+requirements() { # PYTHON PYPROJECT EXTRA: one requirement a line
+  "$1" - "$2" "$3" <<'PYTHON'
+import re, sys, tomllib
+
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+wanted = list(project["dependencies"])
+todo = [sys.argv[2]] if sys.argv[2] else []
+while todo:
+    for line in project["optional-dependencies"][todo.pop()]:
+        own = re.fullmatch(project["name"] + r"\[(\w+)\]", line)
+        todo.append(own[1]) if own else wanted.append(line)
+print("\n".join(wanted))
+PYTHON
+}
+
+extra=${1:-}
+case $extra in "" | test | dev) ;; *) fail "no extra named $extra; there is test and dev" ;; esac
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+python=$venv/bin/python
+
+wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+stamp=$venv/.installed-${extra:-plain}
+if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
+
+if [[ ! -e $venv ]]; then
+  found=$(find_python) ||
+    fail "no Python 3.12 or newer found; install one, or name it: PYTHON=/path/to/python3.12 bash scripts/setup.sh"
+  echo "setup: making .venv with $found"
+  "$found" -m venv "$venv" ||
+    fail "$found cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv); remove .venv, then again"
+fi
+new_enough "$python" || fail ".venv is there without a working Python 3.12 or newer; move it away, then run this again"
+
+echo "setup: installing into .venv (the first time: gigabytes, minutes)"
+mapfile -t packages < <(requirements "$python" "$root/pyproject.toml" "$extra")
+"$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "${packages[@]}" ||
+  fail "pip could not install (see above); run this again when that is solved"
+echo "$wanted" >"$stamp"
+if [[ -n $extra ]]; then echo "$wanted" >"$venv/.installed-plain"; fi
+echo "setup: .venv is ready"

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Check everything that is checked before a change lands: ruff, shellcheck, the tests that need neither GPU nor cluster.
+#   bash scripts/test.sh [--source DIR] [pytest arguments ...]
+# --source (or SOURCE): a folder of texts and data sets that some tests can use. Slow ones: add -m slow.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+source_dir=${SOURCE:-}
+arguments=()
+while (($#)); do
+  case $1 in
+    --source)
+      source_dir=${2:?--source needs a folder}
+      shift
+      ;;
+    --source=*) source_dir=${1#*=} ;;
+    -h | --help)
+      sed -n '2,4s/^# //p' "$0"
+      exit 0
+      ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+if [[ -n $source_dir ]]; then
+  [[ -d $source_dir ]] || {
+    echo "error: --source $source_dir: no such folder" >&2
+    exit 2
+  }
+  arguments+=(--source "$(cd -- "$source_dir" && pwd)")
+fi
+
+bash "$root/scripts/setup.sh" test
+cd -- "$root"
+export PATH=$root/.venv/bin:$PATH
+
+ruff check .
+find . -name '*.sh' -not -path './.venv/*' -not -path './out/*' -print0 | xargs -0 shellcheck .ci/run
+pytest -q -m "not slow and not gpu and not slurm" "${arguments[@]}"

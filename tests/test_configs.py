@@ -1,0 +1,214 @@
+"""Every config: it loads, its model is as large as its source says, its layouts divide and fit."""
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from common import config, flops
+from common.config import Config
+from common.memory import PARTS, estimate, estimate_for
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {p.stem: p for p in sorted((ROOT / "recipes").glob("gpt/configs/*.yaml"))}
+PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.startswith("tiny")]
+GPUS = {"shakespeare_char_cpu": 1, "shakespeare_char_gpu": 1, "gpt3_175b": 768}  # the others: one node of 8
+
+# name: (published count, its unit, what the source leaves out of our count, or counts that we do not have)
+NANOGPT = "nanoGPT's model.py prints it: without position embeddings; its models have no biases"
+GPT3 = "GPT-3 paper (arXiv:2005.14165) table 2.1; its vocabulary is 50,257, ours the padded 50,304"
+MEGATRON = "Megatron-LM paper (arXiv:1909.08053) table 2; it counts 50,257 tokens, trains the padded 51,200"
+PUBLISHED = {
+    "shakespeare_char_cpu": ("0.80", 1e6, NANOGPT),
+    "shakespeare_char_gpu": ("10.65", 1e6, NANOGPT),
+    "gpt2_124m": ("123.59", 1e6, NANOGPT),
+    "megatron_355m": ("355", 1e6, MEGATRON),
+    "megatron_2.5b": ("2.5", 1e9, MEGATRON),
+    "megatron_8.3b": ("8.3", 1e9, MEGATRON),
+    "gpt3_125m": ("125", 1e6, GPT3),
+    "gpt3_350m": ("350", 1e6, GPT3),
+    "gpt3_760m": ("760", 1e6, GPT3),
+    "gpt3_1.3b": ("1.3", 1e9, GPT3),
+    "gpt3_2.7b": ("2.7", 1e9, GPT3),
+    "gpt3_6.7b": ("6.7", 1e9, GPT3),
+    "gpt3_13b": ("13", 1e9, GPT3),
+    "gpt3_175b": ("175", 1e9, GPT3),
+    "llama_160m": ("162417408", 1, "JackFram/llama-160m, the sum over the shapes of its config.json"),
+    "llama_1b": ("1100048384", 1, "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T, its safetensors on the hub"),
+}
+
+
+@cache
+def load(name: str) -> Config:
+    task = importlib.import_module("recipes.gpt.task")
+    cfg = config.load(CONFIGS[name], [], task.Model)
+    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, 256)})  # 256: for the configs without a vocab_size
+
+
+def counted_as_published(name: str) -> int:
+    """Our parameters counted as the source counts them."""
+    model = load(name).model
+    count, h = model.parameters(), model.hidden
+    if name.startswith(("shakespeare", "gpt2")):
+        biases = model.layers * (3 * h + h + 4 * h + h) + (2 * model.layers + 1) * h  # attention, MLP; LayerNorms
+        return count - biases - model.positions * h
+    if name.startswith(("megatron", "gpt3")):
+        return count - (model.vocab_size - 50257) * h
+    return count
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_the_transformers_class(name: str) -> None:
+    import torch
+
+    from recipes.gpt import task
+
+    model = load(name).model
+    with torch.device("meta"):
+        made = task.hf_model(model)
+    assert sum(p.numel() for p in made.parameters()) == model.parameters()  # parameters() yields a tied weight once
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
+def test_parameters_are_those_published(name: str) -> None:
+    digits, unit, source = PUBLISHED[name]
+    ours = counted_as_published(name)
+    if (
+        name == "gpt3_350m"
+    ):  # the only one whose name is not its count: 355.9 million, in every reading of the table's shapes
+        assert ours == 355_871_744
+        return
+    decimals = len(digits.partition(".")[2])
+    assert f"{ours / unit:.{decimals}f}" == digits, source
+
+
+def test_the_differences_to_the_sources_are_the_stated_ones() -> None:
+    assert load("gpt2_124m").model.parameters() - counted_as_published("gpt2_124m") == 102_144 + 1024 * 768
+    assert "102,144" in CONFIGS["gpt2_124m"].read_text()
+    assert load("megatron_355m").model.parameters() - counted_as_published("megatron_355m") == 943 * 1024
+    assert load("gpt3_175b").model.parameters() - counted_as_published("gpt3_175b") == 47 * 12288
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith(("megatron", "gpt3"))])
+def test_parameters_follow_the_published_formula(name: str) -> None:
+    """arXiv:2104.04473 equation 2, 12Lh^2 (1 + 13/(12h) + (V+s)/(12Lh)), which leaves out the last LayerNorm's 2h."""
+    cfg = load(name)
+    layers, h = cfg.model.layers, cfg.model.hidden
+    formula = 12 * layers * h**2 + 13 * layers * h + (cfg.model.vocab_size + cfg.data.seq_len) * h
+    assert cfg.model.parameters() - formula == 2 * h
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
+def test_the_layouts_divide_and_fit_an_80_gb_gpu(name: str) -> None:
+    cfg, gpus = load(name), GPUS.get(name, 8)
+    for stack in config.STACKS:
+        total = estimate_for(cfg, cfg.model, stack, gpus)["total"]
+        too_large = stack == "baseline" and 16 * cfg.model.parameters() > 80e9
+        assert (total > 80e9) == too_large, (stack, total)
+        assert not too_large or "does not fit" in CONFIGS[name].read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_head_and_the_arithmetic_are_true(name: str) -> None:
+    text, cfg = CONFIGS[name].read_text(), load(name)
+    assert f"recipes/gpt/configs/{name}.yaml" in text.partition("model:")[0], "the head gives the command"
+    product = (
+        f"{cfg.train.global_batch} x {cfg.data.seq_len} = {cfg.train.global_batch * cfg.data.seq_len:,} tokens a step"
+    )
+    assert product in text
+    above, mark, below = text.partition("# ---- below this line nothing may change the loss ----\n")
+    assert mark and re.findall(r"^(\w+):", below, re.M) == list(config.STACKS)
+    assert not any(f"\n{stack}:" in above for stack in config.STACKS)
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith("gpt3")])
+def test_gpt3_steps_are_the_published_tokens(name: str) -> None:
+    cfg = load(name)
+    tokens = cfg.train.global_batch * cfg.data.seq_len
+    assert cfg.train.steps == cfg.optim.decay_steps == -(-300_000_000_000 // tokens)
+    assert cfg.optim.warmup_steps == round(3_000_000_000 / tokens)
+    assert abs(cfg.model.init_std - (1 / 3 / cfg.model.hidden) ** 0.5) < 0.0011  # the script's rule, which it rounds
+
+
+SHAPE = {"parameters": 1_315_819_520, "layers": 24, "hidden": 2048, "seq_len": 2048, "vocab": 50304, "micro_batch": 4}
+
+
+def states(**changed: object) -> int:
+    found = estimate(**(SHAPE | changed))
+    return found["weights"] + found["gradients"] + found["optimizer"]
+
+
+def test_model_states_are_the_published_bytes_a_parameter() -> None:
+    n = SHAPE["parameters"]
+    assert states(stack="baseline") == states(stack="baseline", dtype="fp32") == 16 * n  # ZeRO paper, section 3.1
+    assert states(stack="baseline", dp=8) == 16 * n
+    assert states(stack="megatron") == 18 * n  # Megatron Core user guide, distributed optimizer
+    assert states(stack="megatron", dtype="fp32") == 16 * n
+    assert states(stack="megatron", dp=8, distributed_optimizer=True) == 6 * n + 12 * n // 8
+    assert states(stack="megatron", dp=8, distributed_optimizer=True, dtype="fp32") == 8 * n + 8 * n // 8
+    assert states(stack="megatron", tp=2) == 18 * (n // 2)
+
+
+def test_model_states_are_those_of_deepspeeds_own_estimators() -> None:
+    zero2 = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2").estimate_zero2_model_states_mem_needs
+    zero3 = importlib.import_module("deepspeed.runtime.zero.stage3").estimate_zero3_model_states_mem_needs
+    n, embedding = SHAPE["parameters"], 50304 * 2048
+    for gpus in (1, 8, 64):
+        _, theirs = zero2(n, gpus, 1, cpu_offload=False)
+        assert states(stack="deepspeed", zero_stage=2, dp=gpus) == pytest.approx(theirs, rel=1e-6)
+        _, theirs, _ = zero3(n, embedding, gpus, 1, cpu_offload=False)
+        assert states(stack="deepspeed", zero_stage=3, dp=gpus) == pytest.approx(theirs, rel=1e-6)
+    _, theirs = zero2(n, 8, 1, cpu_offload=True)
+    offloaded = estimate(**SHAPE, stack="deepspeed", zero_stage=2, dp=8, offload=True)
+    assert offloaded["weights"] == theirs and offloaded["host"] == 2 * n and offloaded["optimizer"] == 0
+
+
+def test_activations_are_those_of_the_paper() -> None:
+    """arXiv:2205.05198, table 2 without 5as/h; 34 has two dropout masks of a byte."""
+    sbh, layers = 2048 * 4 * 2048, 24
+
+    def a_layer(**changed: object) -> float:
+        return estimate(**SHAPE, stack="megatron", dropout=True, **changed)["activations"] / layers / sbh
+
+    assert a_layer() == 34
+    assert a_layer(tp=2) == 10 + 24 / 2
+    assert a_layer(tp=4, sequence_parallel=True) == 34 / 4
+    assert a_layer(recompute=True) == pytest.approx(2 + 34 / layers)
+    assert a_layer(pp=4, accumulate=8) == 34  # the first of 4 stages: a quarter of the layers, 4 micro batches
+
+
+def test_estimates_grow_and_shrink_as_they_must() -> None:
+    def total(**changed: object) -> int:
+        return estimate(**(SHAPE | {"stack": "deepspeed", "zero_stage": 1, "dp": 8} | changed))["total"]
+
+    assert total() > total(zero_stage=2) > total(zero_stage=3) > total(zero_stage=3, dp=64)
+    assert total(offload=True) < total()
+    assert total(recompute=True) < total()
+    for key in ("layers", "hidden", "seq_len", "vocab", "micro_batch"):
+        assert total(**{key: SHAPE[key] * 2}) > total(), key
+    megatron = {"stack": "megatron", "zero_stage": 0}
+    assert total(**megatron, distributed_optimizer=True) < total(**megatron)
+    assert total(**megatron, tp=2, sequence_parallel=True) < total(**megatron, tp=2) < total(**megatron)
+    assert total(**megatron, pp=2, accumulate=8) < total(**megatron, accumulate=8)
+    found = estimate(**SHAPE, stack="baseline")
+    assert found["total"] == sum(found[part] for part in PARTS)
+
+
+def test_peaks_and_mfu() -> None:
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835.5, "NVIDIA H200": 989.4,
+        "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA B200": 2250, "NVIDIA GB200": 2500,
+        "NVIDIA L4": 121, "NVIDIA L40": 181.05, "NVIDIA L40S": 362.05, "NVIDIA A10G": 125, "NVIDIA A40": 149.7,
+        "NVIDIA RTX A6000": 154.8, "NVIDIA RTX 6000 Ada Generation": 364.2, "NVIDIA GeForce RTX 4090": 165.2,
+        "Tesla V100-SXM2-16GB": 125, "Tesla V100-PCIE-32GB": 112, "Tesla T4": 65, "H100": 989.4,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "AMD EPYC": None,
+        None: None,
+    }  # fmt: skip
+    assert {name: flops.peak_tflops(name) for name in peaks} == peaks
+    assert flops.mfu(1e9, 312_000 * 8, "NVIDIA A100-SXM4-80GB", 8) == pytest.approx(1.0)
+    assert flops.mfu(1e9, 1e6, None, 1) is None
+    cfg, task = load("gpt2_124m"), importlib.import_module("recipes.gpt.task")
+    per_token = task.forward_backward_flops(cfg.model, 1024)
+    assert per_token["causal"] < per_token["full"] == pytest.approx(6 * 123.5e6 + 12 * 12 * 768 * 1024, rel=0.001)

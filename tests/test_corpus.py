@@ -1,0 +1,384 @@
+"""common/corpus.py: Megatron's files, and an order that is a pure function (law 3)."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import corpus as corpora
+from common import tokenizer as tokenizers
+from common.corpus import Corpus, Stream, Writer, permute, write_manifest
+from common.errors import BadInput
+
+EOD = 0
+
+
+@pytest.fixture(scope="module")
+def documents(source):
+    """Token ids of the scenes of Shakespeare, each ending in EOD, and of the tokenizer: [ids], size."""
+    text = (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:120_000]
+    tokenizer = tokenizers.train_bpe([text], 500)
+    assert tokenizer.eod_id == EOD
+    return [np.array([*ids, EOD]) for ids in tokenizer.encode_batch(text.split("\n\n"))]
+
+
+def write(prefix, documents, dtype=np.uint16, manifest=True, **facts):
+    writer = Writer(prefix, dtype)
+    for ids in documents:
+        writer.add(ids)
+    writer.finish()
+    if manifest:
+        write_manifest(prefix, {"eod_id": EOD, "tokenizer_hash": "h", "tokenizer_size": 500, "tokenizer": "tok"} | facts)
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def prefix(documents, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("corpus") / "train", documents)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megatron_reads_ours(megatron, documents, tmp_path, dtype):
+    write(tmp_path / "ours", documents, dtype)
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
+    assert len(theirs) == len(documents) and theirs.index.dtype == dtype
+    assert all(np.array_equal(theirs[i], ids) for i, ids in enumerate(documents))
+    assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_we_read_megatrons_and_write_the_same_bytes(megatron, documents, tmp_path, dtype):
+    import torch
+
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for ids in documents:
+        builder.add_document(torch.from_numpy(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    theirs = Corpus(tmp_path / "theirs")
+    assert theirs.documents == len(documents) and theirs.tokens == sum(map(len, documents))
+    assert all(np.array_equal(theirs.get(i), ids) for i, ids in enumerate(documents))
+    assert np.array_equal(theirs.flat, np.concatenate(documents))
+    assert theirs.manifest == {} and theirs.eod_id is None and theirs.max_token_id == max(map(max, documents))
+    ours = Corpus(write(tmp_path / "ours", documents, dtype))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+    assert ours.content_hash == theirs.content_hash  # from the manifest, and computed
+
+
+def test_we_read_documents_of_several_sequences(megatron, documents, tmp_path):
+    import torch
+
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "s.bin"), dtype=np.int32)
+    for ids in documents[:9]:
+        builder.add_document(torch.from_numpy(ids), [1, len(ids) - 1])  # as BERT's sentences
+    builder.finalize(str(tmp_path / "s.idx"))
+    corpus = Corpus(tmp_path / "s")
+    assert corpus.documents == 9 and len(corpus.lengths) == 18
+    assert all(np.array_equal(corpus.get(i), ids) for i, ids in enumerate(documents[:9]))
+
+
+def test_the_type_of_ids_is_megatrons(megatron):
+    for size in (65, 50_257, 65_499, 65_500, 65_536, 250_000):
+        assert tokenizers.token_dtype(size) == megatron.DType.optimal_dtype(size)
+
+
+def test_writing_in_chunks_and_resuming_gives_the_same_bytes(documents, tmp_path):
+    write(tmp_path / "at_once", documents, manifest=False)
+    flat = np.concatenate(documents)
+    ends = np.cumsum([len(ids) for ids in documents])
+    middle = int(ends[len(ends) // 2])
+    writer = Writer(tmp_path / "parts", np.uint16)
+    for start in range(0, middle, 97):  # chunks that end inside documents
+        stop = min(start + 97, middle)
+        writer.append(flat[start:stop], ends[(ends > start) & (ends <= stop)] - start)
+    state = writer.sync()
+    writer.append(flat[middle : middle + 5], [])
+    writer.close()  # killed here: what came after `sync` is dropped
+    assert not (tmp_path / "parts.bin").exists() and not (tmp_path / "parts.idx").exists()
+    writer = Writer(tmp_path / "parts", np.uint16, resume=json.loads(json.dumps(state)))
+    writer.append(flat[middle:], ends[ends > middle] - middle)
+    writer.finish()
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"parts.{suffix}").read_bytes() == (tmp_path / f"at_once.{suffix}").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["at_once.bin", "at_once.idx", "parts.bin", "parts.idx"]
+
+
+def test_an_empty_corpus_is_readable(tmp_path):
+    corpus = Corpus(write(tmp_path / "empty", []))
+    assert (corpus.documents, corpus.tokens, corpus.max_token_id) == (0, 0, -1)
+    with pytest.raises(BadInput, match="less than one sample"):
+        Stream(tmp_path / "empty", 8)
+
+
+def test_damaged_files_are_named(documents, tmp_path):
+    def fresh():
+        write(tmp_path / "a", documents)
+
+    def complaint(prefix="a"):
+        with pytest.raises(BadInput) as error:
+            Corpus(tmp_path / prefix).verify()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no corpus at" in complaint("nothing")
+    fresh()
+    (tmp_path / "a.idx").unlink()
+    assert "a.idx is missing" in complaint()
+    fresh()
+    (tmp_path / "a.bin").unlink()
+    assert "a.bin is missing" in complaint()
+    fresh()
+    (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
+    assert "a.bin has" in complaint()
+    fresh()
+    (tmp_path / "a.idx").write_bytes((tmp_path / "a.idx").read_bytes()[:-8])
+    assert "a.idx: " in complaint()
+    (tmp_path / "a.idx").write_bytes(b"MMIDIDX")
+    assert "not the index" in complaint()
+    (tmp_path / "a.idx").write_bytes(b"x" * 100)
+    assert "not the index" in complaint()
+    fresh()
+    (tmp_path / "a.json").write_text("{}")
+    assert "a.json" in complaint()
+    write(tmp_path / "b", documents[1:])
+    fresh()
+    (tmp_path / "b.bin").replace(tmp_path / "a.bin")
+    assert "another corpus" in complaint()
+    (tmp_path / "train.bin").touch()
+    assert "is a folder" in complaint("")
+
+
+def test_swapped_files_of_one_size_are_found(documents, tmp_path):
+    one, other = write(tmp_path / "a", documents), write(tmp_path / "b", [ids[::-1] for ids in documents])
+    assert Corpus(one).content_hash != Corpus(other).content_hash
+    Corpus(one).verify(500)
+    (tmp_path / "b.bin").replace(tmp_path / "a.bin")
+    with pytest.raises(BadInput, match=r"a\.bin is not the file"):
+        Corpus(one).verify()
+
+
+def test_an_id_the_model_does_not_know(documents, prefix, tmp_path):
+    largest = int(max(map(max, documents)))
+    bare = write(tmp_path / "bare", documents, manifest=False)
+    for each in (prefix, bare):
+        Corpus(each).verify(largest + 1)
+        with pytest.raises(BadInput, match=f"token id {largest}, the model knows ids below {largest:,}"):
+            Corpus(each).verify(largest)
+
+
+def test_the_manifest_tells(documents, prefix):
+    corpus = Corpus(prefix)
+    assert corpus.manifest["documents"] == len(documents) and corpus.manifest["dtype"] == "uint16"
+    assert corpus.tokenizer_dir.name == "tok" and corpus.tokenizer_hash == "h" and corpus.eod_id == EOD
+    assert corpus.max_token_id == max(map(max, documents))
+
+
+# ---- permutation ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(n, key):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 2**44), st.data())
+def test_permute_is_a_function_of_each_number_alone(n, data):
+    i = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
+    keys = np.array(data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=len(i), max_size=len(i))), dtype=np.uint64)
+    together = permute(i, n, keys)
+    assert together.min() >= 0 and together.max() < n
+    assert together.tolist() == [int(permute([a], n, int(key))[0]) for a, key in zip(i, keys, strict=True)]
+
+
+def test_permute_shuffles():
+    n = 10_000
+    orders = np.stack([permute(np.arange(n), n, key) for key in range(20)])
+    assert len(np.unique(orders, axis=0)) == 20
+    within = [np.corrcoef(order[:-1], order[1:])[0, 1] for order in orders]
+    with_place = [np.corrcoef(order, np.arange(n))[0, 1] for order in orders]
+    between = np.corrcoef(orders)[np.triu_indices(20, 1)]
+    assert max(np.abs([*within, *with_place, *between])) < 5 / np.sqrt(n)  # five standard deviations
+    # Where the first element goes is uniform: 8 places, 4000 keys, 500 each expected.
+    counts = np.bincount(permute(np.zeros(4000, int), 8, np.arange(4000)), minlength=8)
+    assert ((counts - 500) ** 2 / 500).sum() < 30  # chi-squared with 7 degrees of freedom; 24.3 is p = 0.001
+
+
+def test_the_order_of_a_seed_never_changes():
+    """A golden: a change here changes every published run."""
+    assert permute(range(8), 8, 1234).tolist() == GOLDEN_PERMUTATION
+    key = corpora._epoch_key(1234, np.array([0, 0, 1]), np.array([0, 1, 0]))
+    assert key.tolist() == GOLDEN_KEYS
+
+
+GOLDEN_PERMUTATION = []
+GOLDEN_KEYS = []
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
+    stream = Stream(prefix, 64, pack=pack)
+    n = len(stream)
+    everything = stream.samples(0, 3 * n)
+    for epoch in range(3):
+        assert sorted(j for _, j in everything[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert everything[:n] != everything[n : 2 * n] != sorted(everything[n : 2 * n])
+    again = Stream(prefix, 64, pack=pack)
+    for first, count in ((0, 1), (n - 3, 7), (2 * n - 1, 2), (17, 40)):
+        assert again.samples(first, count) == everything[first : first + count]
+    numbers = np.random.default_rng(0).integers(0, 3 * n, 50)
+    rows, one = again.rows(numbers), [stream.rows([k]) for k in numbers]
+    assert np.array_equal(rows["tokens"], np.concatenate([r["tokens"] for r in one]))
+    assert Stream(prefix, 64, pack=pack, seed=1).samples(0, n) != everything[:n]
+
+
+def test_the_order_is_the_same_in_another_process(prefix):
+    code = f"from common.corpus import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str(Stream(prefix, 64).samples(0, 50))
+
+
+def test_packed_rows(documents, prefix):
+    flat, T = np.concatenate(documents), 64
+    stream = Stream(prefix, T, shuffle=False)
+    assert len(stream) == (len(flat) - 1) // T
+    rows = stream.rows(range(len(stream)))
+    assert rows.keys() == {"tokens", "loss_mask"}
+    assert rows["tokens"].dtype == np.int64 and rows["tokens"].shape == (len(stream), T + 1)
+    assert rows["loss_mask"].dtype == bool and rows["loss_mask"].shape == (len(stream), T) and rows["loss_mask"].all()
+    assert np.array_equal(rows["tokens"][:, :-1].ravel(), flat[: len(stream) * T])
+    assert np.array_equal(rows["tokens"][:, 1:].ravel(), flat[1 : len(stream) * T + 1])
+
+
+def test_one_document_a_row(documents, prefix):
+    T = 32
+    stream = Stream(prefix, T, pack=False, shuffle=False)
+    rows = stream.rows(range(len(stream)))
+    assert len(stream) == len(documents) and min(map(len, documents)) < T + 1 < max(map(len, documents))
+    for tokens, mask, ids in zip(rows["tokens"], rows["loss_mask"], documents, strict=True):
+        real = ids[: T + 1]
+        assert tokens.tolist() == real.tolist() + [EOD] * (T + 1 - len(real))
+        assert mask.tolist() == [t + 1 < len(real) for t in range(T)]
+    padded = Stream(prefix, T, pack=False, shuffle=False, pad_id=7).rows(range(len(stream)))["tokens"]
+    assert set(padded[:, 1:][~rows["loss_mask"]]) == {7}
+
+
+def oracle(tokens, real):
+    """Segment, position and mask of a row, by a plain loop. tokens: T+1 ids; real: how many are not padding."""
+    segment, position, mask = [0], [0], []
+    for t in range(1, len(tokens) - 1):
+        begins = t - 1 < real and tokens[t - 1] == EOD
+        segment.append(segment[-1] + begins)
+        position.append(0 if begins else position[-1] + 1)
+    for t in range(len(tokens) - 1):
+        mask.append(t + 1 < real and tokens[t] != EOD)
+    return segment, position, mask
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("T", [1, 50])
+def test_segments_positions_and_mask(documents, prefix, pack, T):
+    stream = Stream(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
+    rows = stream.rows(range(len(stream)))
+    assert rows["segment"].dtype == np.int32 and rows["position"].dtype == np.int64
+    for k, tokens in enumerate(rows["tokens"].tolist()):
+        real = T + 1 if pack else min(T + 1, len(documents[k]))
+        segment, position, mask = oracle(tokens, real)
+        assert rows["segment"][k].tolist() == segment
+        assert rows["position"][k].tolist() == position
+        assert rows["loss_mask"][k].tolist() == mask
+    if T > 1 and pack:
+        assert rows["segment"].max() > 2 and not rows["loss_mask"].all()
+
+
+def test_validation_is_file_order_without_end(prefix):
+    stream = Stream(prefix, 64, shuffle=False)
+    assert stream.samples(0, len(stream)) == [(0, j) for j in range(len(stream))]
+    for beyond in (len(stream), -1):
+        with pytest.raises(IndexError):
+            stream.rows([beyond])
+
+
+def test_blend_proportions_and_epochs(documents, tmp_path):
+    a = write(tmp_path / "a", documents[:150])
+    b = write(tmp_path / "b", documents[150:250])
+    c = write(tmp_path / "c", documents[250:])
+    weights = [0.5, 0.3, 0.2]
+    stream = Stream([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
+    which, index = stream.locate(range(25_000))
+    seen = np.cumsum(which[:, None] == np.arange(3), axis=0)  # (samples, corpora)
+    due = np.arange(1, len(which) + 1)[:, None] * np.array(weights)
+    assert np.abs(seen - due).max() <= 1.0 + 1e-9
+    assert seen[9_999].tolist() == [5000, 3000, 2000] and seen[19_999].tolist() == [10_000, 6000, 4000]
+    for k, n in enumerate(stream.sizes):  # each corpus: whole permutations, one after the other
+        mine = index[which == k]
+        for epoch in range(len(mine) // n):
+            assert np.array_equal(np.sort(mine[epoch * n : (epoch + 1) * n]), np.arange(n))
+    assert stream.samples(12_345, 99) == list(zip(which[12_345:12_444], index[12_345:12_444], strict=True))
+
+
+def test_a_blend_without_weights_goes_by_size(documents, tmp_path):
+    a, b = write(tmp_path / "a", documents[:200]), write(tmp_path / "b", documents[200:250])
+    stream = Stream([a, b], 32)
+    which, _ = stream.locate(range(10_000))
+    assert abs((which == 0).mean() - stream.sizes[0] / stream.sizes.sum()) < 1e-4
+    valid = Stream([a, b], 32, shuffle=False)
+    assert valid.samples(0, len(valid)) == [(k, j) for k, n in enumerate(valid.sizes) for j in range(n)]
+
+
+def test_content_hash_of_a_stream(documents, prefix, tmp_path):
+    copy = write(tmp_path / "elsewhere", documents)
+    assert Stream(copy, 64).content_hash == Stream(prefix, 64).content_hash
+    other = write(tmp_path / "other", documents[1:])
+    hashes = {Stream(data, 64).content_hash for data in (copy, other, [copy, other], [[1, copy], [2, other]])}
+    assert len(hashes) == 4
+
+
+def test_bad_streams(documents, prefix, tmp_path):
+    bare = write(tmp_path / "bare", documents, manifest=False)
+    other = write(tmp_path / "other", documents, tokenizer_hash="another")
+    char = write(tmp_path / "char", documents, eod_id=None)
+    for told, data, settings_ in (
+        ("less than one sample", prefix, {"seq_len": 10**6}),
+        ("no end of document id", char, {"reset_attention": True}),
+        ("no end of document id", bare, {"eod_mask_loss": True}),
+        ("different tokenizers", [prefix, other], {}),
+        ("a list of prefixes", [], {}),
+        ("a list of prefixes", [prefix, [1, prefix]], {}),
+        ("weight above 0", [[0, prefix], [1, prefix]], {}),
+        ("under 1/10,000", [[1e-9, prefix], [1, prefix]], {}),
+        ("weights have no meaning", [[1, prefix], [1, prefix]], {"shuffle": False}),
+        ("no corpus at", [prefix, str(tmp_path / "nothing")], {}),
+    ):
+        with pytest.raises(BadInput, match=told) as error:
+            Stream(data, **{"seq_len": 64} | settings_)
+        assert "\n" not in str(error.value)
+    Stream(bare, 64, eod_mask_loss=True, eod_id=EOD)
+
+
+def test_opening_is_light():
+    """Validation before a launch imports this module: no torch, no tokenizer library."""
+    code = "import sys, common.corpus, common.tokenizer; print([m for m in ('torch', 'tokenizers', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

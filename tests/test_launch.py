@@ -1,0 +1,497 @@
+"""The launcher: environment, ports, signals, exit codes, several nodes, SLURM. Stand-in ranks first, then real runs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from common import launch
+from common.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+STANDIN = ROOT / "tests/launch_standin.py"
+STACKS = [pytest.param(s, marks=pytest.mark.slow) if s != "baseline" else s for s in launch.STACKS]
+OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def env_with(**given: object) -> dict[str, str]:
+    """This environment with nothing of a cluster in it, plus what is given."""
+    kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "GLOO_", "NCCL_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in given.items()}
+
+
+def start_standin(folder: Path, *words: object, **env: object) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    mode, *value = (str(w) for w in words)
+    command = [sys.executable, str(STANDIN), mode, str(folder), *value]
+    return subprocess.Popen(command, env=env_with(**({"NPROC": 2} | env)), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def wait_for_ready(folder: Path, ranks: int = 2) -> None:
+    wait_for(lambda: len(list(folder.glob("ready_*"))) == ranks, "the ranks")
+
+
+def rank_pids(folder: Path) -> list[int]:
+    return [int(p.read_text()) for p in folder.glob("pid_*")]
+
+
+# ---- what is asked for
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({"NPROC": "abc"}, "NPROC=abc: must be a whole number from 1"),
+        ({"NPROC": "0"}, "NPROC=0: must be a whole number from 1"),
+        ({"NPROC": "-1"}, "NPROC=-1"),
+        ({"NNODES": "two"}, "NNODES=two"),
+        ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, "NNODES=2 needs NODE_RANK"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "127.0.0.1"}, "NODE_RANK=2: must be below NNODES=2"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 and NNODES is 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be a whole number from 1 to 65535"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "no.such.host.invalid"}, "no such host"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "16"}, "--ntasks-per-node=1"),
+    ],
+)
+def test_bad_environment_is_told_in_one_line(env: dict[str, str], told: str) -> None:
+    with pytest.raises(BadInput) as error:
+        launch.nodes(env)
+    assert [line for line in error.value.problems if told in line], error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "CONFIG and OUT are missing"),
+        (["a.yaml"], "OUT is missing; type: pretrain.sh a.yaml out/a"),
+        (["a.yaml", "train.steps=3"], "OUT is missing; type: pretrain.sh a.yaml out/a train.steps=3"),
+        (["a.yaml", "out", "--dryrun"], "unknown option --dryrun"),
+        (["no_such.yaml", "out"], "no such config"),
+    ],
+)
+def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], told: str, tmp_path: Path) -> None:
+    script = ROOT / "recipes/gpt/baseline/pretrain.sh"
+    done = subprocess.run(["bash", script, *arguments], env=env_with(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_bad_variable_is_told_at_once() -> None:
+    script = ROOT / "recipes/gpt/baseline/pretrain.sh"
+    env = env_with(NPROC="x", MASTER_PORT="99999", NNODES=2)
+    done = subprocess.run(["bash", script, "a.yaml", "out"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == len(done.stderr.splitlines()) == 4
+
+
+def test_processes_default_to_the_gpus() -> None:
+    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "0,1,2"}).nproc == 3
+    assert launch.nodes({"CUDA_VISIBLE_DEVICES": ""}).nproc == 1
+    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "-1"}).nproc == 1
+    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "4"}).nproc == 4
+
+
+def test_slurm_tells_the_nodes() -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1"}
+    on = launch.nodes(step | {"SLURM_STEP_NODELIST": "localhost,other[1-3]", "SLURM_JOB_ID": "123", "NPROC": "8"})
+    assert on == launch.Nodes(8, 2, 1, "localhost", 20123)
+    batch = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}  # without srun: one node
+    assert launch.nodes(batch | {"NPROC": "1"}).nnodes == 1
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("gpu[007-009,12],login1", "gpu007"),
+        ("a,b", "a"),
+        ("n1", "n1"),
+        ("x[3,5]-ib", "x3-ib"),
+        ("rack-2-[10-12]", "rack-2-10"),
+    ],
+)
+def test_first_host_of_a_nodelist(nodelist: str, first: str) -> None:
+    assert launch.first_host(nodelist) == first
+
+
+def test_what_the_user_has_set_stays() -> None:
+    on = launch.Nodes(2, 1, 0, None, None)
+    assert launch.environment(on, Path("x"), {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    threads = launch.environment(on, Path("x"), {})["OMP_NUM_THREADS"]
+    assert threads == str(max(1, launch.cores() // 2))
+    assert int(launch.environment(on._replace(nproc=1000), Path("x"), {})["OMP_NUM_THREADS"]) == 1
+
+
+def test_port_in_use_takes_another_on_one_node_and_is_refused_on_several(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert launch.free_port(launch.Nodes(1, 1, 0, None, port)).master_port is None
+        assert f"MASTER_PORT={port} is in use" in capsys.readouterr().err
+        with pytest.raises(BadInput, match=f"MASTER_PORT={port} is in use"):
+            launch.free_port(launch.Nodes(1, 2, 0, "127.0.0.1", port))
+        assert launch.free_port(launch.Nodes(1, 2, 1, "127.0.0.1", port)).master_port == port  # node 0's, not ours
+
+
+# ---- mechanics, on stand-in ranks
+
+
+@pytest.mark.parametrize(("words", "code"), [(("finish",), 0), (("code", 2), 2), (("code", 3), 3)])
+def test_exit_code_of_the_ranks_passes_through_and_nothing_buries_their_words(
+    words: tuple, code: int, tmp_path: Path
+) -> None:
+    before = set(Path("/tmp").glob("torchelastic_*")) | set(Path("/tmp").glob("twinstack_*"))
+    process = start_standin(tmp_path, *words)
+    _, told = process.communicate()
+    assert (process.returncode, told) == (code, "")
+    after = set(Path("/tmp").glob("torchelastic_*")) | set(Path("/tmp").glob("twinstack_*"))
+    assert not [p for p in after - before if str(process.pid) in p.name]
+
+
+def test_a_broken_rank_shows_its_traceback_and_one_line(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "crash")
+    _, told = process.communicate()
+    assert process.returncode == 1
+    assert "RuntimeError: rank one is broken" in told
+    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 1\n$", told)
+    assert told.count("error: rank") == told.count("Traceback") == 1
+
+
+def test_a_killed_rank_ends_the_launch_soon(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "hang")
+    wait_for_ready(tmp_path)
+    os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGKILL)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 137
+    assert "error: rank 1" in told and "SIGKILL" in told
+    assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_ends_with_its_code(number: int, code: int, tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "save", 1)
+    wait_for_ready(tmp_path)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (code, "")
+    assert (tmp_path / "saved").exists()
+
+
+def test_signals_to_all_processes_of_a_job_are_one_stop(tmp_path: Path) -> None:
+    """A scheduler signals launcher, torchrun and ranks alike, and may do it twice."""
+    process = start_standin(tmp_path, "save", 2)
+    wait_for_ready(tmp_path)
+    for _ in range(2):
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            each.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (143, "")
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.slow
+def test_a_save_longer_than_torchruns_patience_is_waited_for(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "save", 40)
+    wait_for_ready(tmp_path)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode == 130 and (tmp_path / "saved").exists()
+    assert time.monotonic() - begin > 39
+    assert told == f"still saving; to end at once without it: kill -9 {process.pid}\n"
+
+
+def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:
+    """Ranks that still start up have nothing to save."""
+    process = start_standin(tmp_path, "hang")
+    wait_for_ready(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    wait_for(lambda: not any(psutil.pid_exists(p) for p in rank_pids(tmp_path)), "the end of the ranks", 5)
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "hang")
+    wait_for_ready(tmp_path)
+    all_pids = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+    assert len(all_pids) >= 3 and set(rank_pids(tmp_path)) < set(all_pids)  # torchrun and two ranks
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(psutil.pid_exists(p) for p in all_pids), "the end of torchrun and its ranks", 10)
+
+
+# ---- real runs
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config of a few thousand parameters over a corpus of random ids."""
+    from common.corpus import Writer, write_manifest
+
+    ids = np.random.default_rng(0).integers(0, 128, (2, 8, 400))
+    for name, documents in zip(("train", "valid"), ids, strict=True):
+        writer = Writer(tmp_path / "corpus" / name, np.uint16)
+        for document in documents:
+            writer.add(document)
+        writer.finish()
+        write_manifest(tmp_path / "corpus" / name, {"tokenizer_size": 128})
+    values = {
+        "model": {"arch": "gpt2", "layers": 2, "hidden": 32, "heads": 4, "vocab_size": 128},
+        "data": {"train": str(tmp_path / "corpus/train"), "valid": str(tmp_path / "corpus/valid"), "seq_len": 32},
+        "optim": {"lr": 1e-3, "decay_steps": 100},
+        "train": {"steps": 4, "global_batch": 8},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def pretrain(stack: str, config: Path, out: Path, *overrides: str) -> list[str]:
+    script = ROOT / f"recipes/gpt/{stack}/pretrain.sh"
+    if not (script.parent / "pretrain.py").exists():
+        pytest.skip(f"no {stack} recipe")
+    return ["bash", str(script), str(config), str(out), *overrides]
+
+
+def training_lines(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def test_dry_run_starts_nothing_from_any_folder(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "common").mkdir()  # a folder of the user's by the name of one of ours
+    (tmp_path / "common/__init__.py").touch()
+    command = pretrain("baseline", Path(config.name), Path("out"), "--dry-run", "train.steps=7")
+    begin = time.monotonic()
+    done = subprocess.run(command, env=env_with(NPROC=2), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 3  # under 1 s on an idle machine
+    assert "torchrun --nproc-per-node=2" in done.stdout
+    assert "-m recipes.gpt.baseline.pretrain config.yaml out train.steps=7" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_sigterm_saves_and_the_same_command_continues(stack: str, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(pretrain(stack, config, out, "train.steps=1000000"), env=env_with(NPROC=2))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(training_lines(out)) > 2, "the first steps", 180)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    lines = training_lines(out)
+    assert (out / f"step_{len(lines)}").is_dir()
+
+    steps = f"train.steps={len(lines) + 2}"
+    subprocess.run(pretrain(stack, config, out, steps), env=env_with(NPROC=2), check=True)
+    again = training_lines(out)
+    assert again[: len(lines)] == lines
+    assert [line["step"] for line in again] == list(range(1, len(lines) + 3))
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[list[list[str]]]:
+    """Two network namespaces joined by a cable: for each, how a command is run there. Addresses 10.77.0.1 and .2."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("two nodes on one machine need root and iproute2")
+    names = [f"twin{i}_{os.getpid()}" for i in (1, 2)]
+    cables = [f"tw{i}x{os.getpid() % 2**24}" for i in (1, 2)]
+
+    def ip(*words: str, check: bool = True) -> None:
+        subprocess.run(["ip", *words], check=check, capture_output=True)
+
+    try:
+        ip("netns", "add", names[0])
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for i, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+def on_two_nodes(two_nodes: list[list[str]], command: list[str]) -> list[subprocess.Popen]:
+    cluster = {"NNODES": 2, "MASTER_ADDR": "10.77.0.1", "NPROC": 1}
+    return [
+        subprocess.Popen(node + command, env=env_with(NODE_RANK=rank, **cluster), stderr=subprocess.PIPE, text=True)
+        for rank, node in enumerate(two_nodes)
+    ]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_two_nodes_give_the_losses_of_one(stack: str, config: Path, two_nodes: list[list[str]], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    layout = ["megatron.tp=2"] if stack == "megatron" else []
+    processes = on_two_nodes(two_nodes, pretrain(stack, config, two, *layout))
+    told = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], told
+    subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2), check=True)
+    losses = [[line["loss"] for line in training_lines(out)] for out in (one, two)]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_sigterm_on_one_of_two_nodes_saves_on_both(config: Path, two_nodes: list[list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processes = on_two_nodes(two_nodes, pretrain("baseline", config, out, "train.steps=1000000"))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(training_lines(out)) > 2, "the first steps", 180)
+    processes[1].send_signal(signal.SIGTERM)
+    told = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [143, 143], told
+    assert (out / f"step_{len(training_lines(out))}").is_dir()
+
+
+# ---- SLURM
+
+
+SLURM_CONF = """\
+ClusterName=local
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+ReturnToService=2
+SlurmdSpoolDir={folder}/slurmd
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldPidFile={folder}/slurmctld.pid
+StateSaveLocation={folder}/slurmctld
+SelectType=select/cons_tres
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment for sbatch: of a SLURM that is there, else of one started for this test."""
+    if not shutil.which("sbatch"):
+        pytest.skip("NO SLURM HERE: sbatch is missing (Debian, Ubuntu: apt install slurm-wlm munge)")
+    if subprocess.run(["sinfo"], capture_output=True, timeout=60).returncode == 0:
+        yield {}
+        return
+    if os.geteuid() or not shutil.which("slurmctld") or not shutil.which("slurmd"):
+        pytest.skip("NO SLURM HERE: sinfo fails, and starting one needs root, slurmctld and slurmd")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("slurmd", "slurmctld"):
+        (folder / name).mkdir()
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("", 0))
+        b.bind(("", 0))
+        ports = [a.getsockname()[1], b.getsockname()[1]]
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(host=socket.gethostname().split(".")[0], ports=ports, folder=folder))
+    env = {"SLURM_CONF": str(conf)}
+    daemons = []
+    if not Path("/run/munge/munge.socket.2").exists():
+        Path("/run/munge").mkdir(exist_ok=True)
+        shutil.chown("/run/munge", "munge", "munge")
+        daemons.append(subprocess.Popen(["munged", "--foreground"], user="munge", group="munge", extra_groups=[]))
+    for name in ("slurmctld", "slurmd"):
+        with open(folder / f"{name}.log", "w") as log:
+            daemons.append(subprocess.Popen([name, "-D"], env=os.environ | env, stdout=log, stderr=log))
+
+    def idle() -> bool:
+        return "idle" in subprocess.run(["sinfo"], env=os.environ | env, capture_output=True, text=True).stdout
+
+    try:
+        wait_for(idle, f"SLURM (logs in {folder})")
+        yield env
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(30)
+
+
+def sbatch(slurm: dict[str, str], folder: Path, *words: object) -> str:
+    command = ["sbatch", "--parsable", "--time=30", str(ROOT / "scripts/slurm.sh"), *map(str, words)]
+    env = env_with(NPROC=2, **slurm)
+    return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def job(slurm: dict[str, str], number: str, field: str) -> str:
+    env = env_with(**slurm)
+    shown = subprocess.run(["scontrol", "show", "job", number], env=env, check=True, capture_output=True, text=True)
+    return re.search(rf"\b{field}=(\S*)", shown.stdout)[1]
+
+
+def standin_script(folder: Path, *words: object) -> list[object]:
+    """A launch script around the stand-in, and its arguments."""
+    script = folder / "standin.sh"
+    script.write_text(f'exec "{sys.executable}" "{STANDIN}" "$@"\n')
+    mode, *value = words
+    return [script, mode, folder, *value]
+
+
+@pytest.mark.slurm
+def test_slurm_runs_a_launch_script_to_the_end(slurm: dict[str, str], config: Path, tmp_path: Path) -> None:
+    _, script, *arguments = pretrain("baseline", Path(config.name), Path("out"))
+    number = sbatch(slurm, tmp_path, script, *arguments)  # relative paths mean the folder of sbatch
+    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 200)
+    assert job(slurm, number, "JobState") == "COMPLETED", (tmp_path / f"slurm-{number}.out").read_text()
+    assert len(training_lines(tmp_path / "out")) == 4
+
+
+@pytest.mark.slurm
+def test_slurm_passes_a_failure_on(slurm: dict[str, str], tmp_path: Path) -> None:
+    number = sbatch(slurm, tmp_path, *standin_script(tmp_path, "code", 3))
+    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
+    assert job(slurm, number, "ExitCode") == "3:0"
+
+
+@pytest.mark.slurm
+def test_slurm_saves_and_requeues_on_the_signal_before_the_limit(slurm: dict[str, str], tmp_path: Path) -> None:
+    number = sbatch(slurm, tmp_path, *standin_script(tmp_path, "save", 3))
+    wait_for_ready(tmp_path)
+    time.sleep(61)  # in the first minute it is taken for a mistake
+    subprocess.run(["scancel", "--batch", "--signal=TERM", number], env=env_with(**slurm), check=True)
+    wait_for(lambda: job(slurm, number, "JobState") == "PENDING", "the requeued job", 60)
+    assert (tmp_path / "saved").exists()
+    # SLURM lets a requeued job wait two minutes
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=env_with(**slurm), check=True)
+    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
+    assert (job(slurm, number, "JobState"), job(slurm, number, "Restarts")) == ("COMPLETED", "1")
+
+
+@pytest.mark.slurm
+def test_slurm_saves_and_does_not_requeue_what_was_cancelled(slurm: dict[str, str], tmp_path: Path) -> None:
+    number = sbatch(slurm, tmp_path, *standin_script(tmp_path, "save", 1))
+    wait_for_ready(tmp_path)
+    subprocess.run(["scancel", number], env=env_with(**slurm), check=True)
+    wait_for((tmp_path / "saved").exists, "the save", 30)
+    time.sleep(5)
+    assert (job(slurm, number, "JobState"), job(slurm, number, "Restarts")) == ("CANCELLED", "0")
