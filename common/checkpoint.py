@@ -11,7 +11,6 @@ all there is to keep of them.
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,31 +63,51 @@ def save(out: Path, entries: Iterator[Entry], meta: dict[str, Any], keep: int) -
     final = out / f"step_{meta['step']}"
     tmp = out / f"step_{meta['step']}.tmp"
     first = dist.get_rank() == 0
+    written: dict[str, Any] = {}
+    fault = None
     if first:
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        try:
+            tmp.mkdir(parents=True)
+        except OSError as error:
+            fault = _told(tmp, "be made", error)
     dist.barrier()
-    written, fault = {}, None
     for name, parts in entries:
         if parts is not None and fault is None:
             try:
                 written[name] = _write(tmp / f"{name}.safetensors", parts)
             except OSError as error:  # told once all ranks are through the collectives
-                fault = f"{tmp}: cannot write {name}: {error.strerror or error}; the steps saved before are whole"
+                fault = _told(tmp / f"{name}.safetensors", "be written", error)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (written, fault))
     faults = [f for _, f in gathered if f]
-    if faults:
+    if first and not faults:
+        files = {name: info for part, _ in gathered for name, info in part.items()}
+        try:
+            _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
+        except OSError as error:
+            faults = [_told(final, "be finished", error)]
+    told = [faults]
+    dist.broadcast_object_list(told)
+    if told[0]:
         if first:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise BadInput(faults[0])
+        raise BadInput(told[0][0])
     if first:
-        files = {name: info for part, _ in gathered for name, info in part.items()}
-        _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
-        for old in finished(out)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+        _remove_old(out, meta["step"], keep)
     return final
+
+
+def _told(path: Path, what: str, error: OSError) -> str:
+    return f"{path}: cannot {what}: {error.strerror or error}; the steps saved before are whole"
+
+
+def _remove_old(out: Path, step: int, keep: int) -> None:
+    """Leave the last `keep` steps up to `step`. Later ones are damaged: the run came to this step without them."""
+    steps = finished(out)
+    upto = [path for path in steps if int(path.name[5:]) <= step]
+    for path in {*steps, *out.glob("step_*.tmp")} - set(upto[-keep:]):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, parts: "dict[str, torch.Tensor]") -> dict[str, Any]:
@@ -122,14 +141,14 @@ def finished(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def latest(out: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; says which damaged ones it passes over. BadInput if there are only damaged ones."""
+def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint; adds to `notes` which damaged ones it passes over. BadInput if all are damaged."""
     problems = []
     for path in reversed(finished(out)):
         found = _open(path)
         if isinstance(found, Checkpoint):
-            for problem in problems:
-                print(f"{problem}; continuing from {path}", file=sys.stderr)
+            if notes is not None:
+                notes += [f"{problem}; continuing from {path}" for problem in problems]
             return found
         problems.append(found)
     if problems:
@@ -141,15 +160,17 @@ def _open(path: Path) -> Checkpoint | str:
     """The checkpoint, or what is wrong with it."""
     try:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = meta["files"].items()
+        sizes = {path / f"{name}.safetensors": int(known["bytes"]) for name, known in meta["files"].items()}
+        step = int(meta["step"])
     except FileNotFoundError:
         return f"{path / 'state.json'} is missing"
-    except (ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{path / 'state.json'} is not readable"
-    for name, known in files:
-        file = path / f"{name}.safetensors"
+    if path.name != f"step_{step}":
+        return f"{path / 'state.json'} is of step {step}"
+    for file, size in sizes.items():
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != known["bytes"]:
-            return f"{file} has {file.stat().st_size} of {known['bytes']} bytes"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} of {size} bytes"
     return Checkpoint(path, meta)

@@ -4,35 +4,58 @@
 the systems: nothing in them may change it. Every problem is found and reported at once.
 """
 
+import copy
 import difflib
+import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from common.errors import BadInput
 
+ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("baseline", "deepspeed", "megatron")
 M = TypeVar("M", bound="Section")
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]  # steps x samples, the largest product, is below 2^63
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _blend(value: Any) -> str | list:
+    """A prefix, a list of prefixes, or a list of [weight, prefix]."""
+
+    def prefix(entry: Any) -> bool:
+        return isinstance(entry, str) and bool(entry)
+
+    def weighted(entry: Any) -> bool:
+        if not (isinstance(entry, list) and len(entry) == 2 and prefix(entry[1])):
+            return False
+        weight = entry[0]
+        return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
+
+    if prefix(value) or isinstance(value, list) and value and (all(map(prefix, value)) or all(map(weighted, value))):
+        return value
+    raise ValueError("must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]")
 
 
 class Section(BaseModel):
     """Values as written: unknown keys and silent conversions ('4' for 4) are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Data(Section):
-    train: str | list[str | list[float | str]]  # prefix of a .bin/.idx, or a blend: prefixes or [weight, prefix]
-    valid: str | None = None
+    train: Annotated[str | list, PlainValidator(_blend)]  # prefix of a .bin/.idx, or a blend of them
+    valid: NonEmpty | None = None
     seq_len: Positive  # tokens of a sample that are predicted (the block size)
-    tokenizer: str | None = None  # folder; default: the one that the corpus was made with
+    tokenizer: NonEmpty | None = None  # folder; default: the one that the corpus was made with
     pack: bool = True  # True: windows over the stream of documents. False: one document a sample, padded
     eod_mask_loss: bool = False  # do not learn to predict the first token of the next document
     reset_attention: bool = False  # attention and positions begin anew at each document
@@ -41,8 +64,8 @@ class Data(Section):
 class Optim(Section):
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay_steps: Positive | None = None  # steps, warmup included, after which lr is min_lr; default: train.steps at the first start
+    warmup_steps: Count = 0
+    decay_steps: Positive | None = None  # steps, warmup included, until min_lr; default: train.steps at the first start
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -55,14 +78,14 @@ class Train(Section):
     global_batch: Positive  # samples a step, over all ranks and micro batches
     dtype: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    eval_every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only after the last one
+    eval_every: Count = 0  # steps; 0: only after the last one
     eval_samples: Positive | None = None  # validation samples used; default: all
-    save_every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only after the last one
+    save_every: Count = 0  # steps; 0: only after the last one
     keep: Positive = 2  # checkpoints kept
 
 
 class Init(Section):
-    from_: Annotated[str, Field(alias="from")] = "scratch"  # `scratch`, or a Hugging Face folder of the same shape
+    from_: Annotated[str, Field(alias="from", min_length=1)] = "scratch"  # or a Hugging Face folder of the same shape
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
@@ -122,13 +145,19 @@ FREE = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `6e-4` as a number and refuses a key that is given twice."""
+    """SafeLoader that reads `6e-4` as a number and refuses a key that is given twice or is no word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):  # `on` is true, `1` a number
+                told = f"the key {key_node.value if isinstance(key_node, yaml.ScalarNode) else key!r} is no word"
+                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+            if key in seen:
+                told = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -139,23 +168,33 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
-    if not path.is_file():
-        raise BadInput(no_such_config(path))
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not path.is_file():
+            raise BadInput(no_such_config(path))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
+        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise BadInput(f"{path}: not YAML: {told}") from None
     if not isinstance(values, dict):
-        raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {type(values).__name__}")
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {held}")
     return values
 
 
 def no_such_config(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("recipes/gpt/configs")
-    there = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {folder / close[0]}?" if close else ""
-    return f"no such config: {path}{hint} {folder} has: {', '.join(there) or 'no *.yaml'}"
+    """One line that lists the configs beside `path`, else those of the repository."""
+    what = "is a folder, not a config" if path.is_dir() else "no such config"
+    folder = path if path.is_dir() else path.parent
+    there = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
+    close = difflib.get_close_matches(path.name, [p.name for p in there], 1)
+    hint = next((f"; did you mean {p}?" for p in there if p.name in close), ";")
+    by_folder: dict[Path, list[str]] = {}
+    for p in there:
+        by_folder.setdefault(p.parent, []).append(p.name)
+    listed = " ".join(f"{folder} has: {', '.join(names)}" for folder, names in by_folder.items())
+    return f"{path}: {what}{hint} {listed}"
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -179,7 +218,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         else:
             try:
                 node[last] = yaml.load(value, _Loader)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):
                 problems.append(f"override {text!r}: {value!r} is not a YAML value; quote it: {key}='\"{value}\"'")
     return problems
 
@@ -196,30 +235,52 @@ def load(path: str | Path, overrides: Sequence[str], model: type[M]) -> Config[M
         cfg = Config[model].model_validate(values)
     except ValidationError as error:
         problems += [_explain(e, model) for e in error.errors(include_url=False)]
-        cfg = _without_bad_keys(values, error, model)
-    if cfg is not None:
+        cfg, bad = _without_bad_keys(values, model)
+        told = list(_rules(cfg)) if cfg is not None else []
+        problems += [rule for rule in told if not any(re.search(rf"\b{re.escape(key)}\b", rule) for key in bad)]
+    else:
         problems += _rules(cfg)
     if problems:
         raise BadInput([f"{path}: {p}" if not p.startswith("override") else p for p in dict.fromkeys(problems)])
     return cfg
 
 
-def _without_bad_keys(values: dict[str, Any], error: ValidationError, model: type[M]) -> Config[M] | None:
-    """The config with its bad values dropped, so that the rules between keys are checked in the same go."""
-    for e in error.errors(include_url=False):
-        node, names = values, [n for n in e["loc"] if isinstance(n, str)]
-        for name in names[:-1]:
-            node = node.get(name) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(names[-1], None)
-    try:
-        return Config[model].model_validate(values)
-    except ValidationError:
-        return None  # a required value is among the bad ones
+STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
+
+
+def _without_bad_keys(values: dict[str, Any], model: type[M]) -> tuple[Config[M] | None, set[str]]:
+    """The config with its bad values dropped or, where one is required, replaced, so that the rules between keys are
+    checked in the same go; and the names of those keys, of which the rules say nothing of worth."""
+    values = copy.deepcopy(values)
+    tried: dict[tuple[str, ...], int] = {}  # how many of STAND_INS
+    while True:
+        try:
+            return Config[model].model_validate(values), {".".join(key) for key in tried}
+        except ValidationError as error:
+            found = {_names(e) for e in error.errors(include_url=False)}
+        for *sections, last in found:
+            key = (*sections, last)
+            number = tried[key] = tried.get(key, -1) + 1
+            node = values
+            for name in sections:
+                node = node.setdefault(name, {})
+            node.pop(last, None)
+            if number > len(STAND_INS):
+                return None, set()
+            if number:  # dropping it was not enough
+                node[last] = copy.deepcopy(STAND_INS[number - 1])
+
+
+def _names(error: Any) -> tuple[str, ...]:
+    """The keys down to a bad value, without places in a list."""
+    return tuple(name for name in error["loc"] if isinstance(name, str))
 
 
 def _rules(cfg: Config) -> Iterator[str]:
     yield from cfg.model.problems()
+    positions = getattr(cfg.model, "positions", None)
+    if positions is not None and positions < cfg.data.seq_len:
+        yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}"
     o, t = cfg.optim, cfg.train
     if o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}"
@@ -234,19 +295,15 @@ def _rules(cfg: Config) -> Iterator[str]:
         )
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
-    if isinstance(cfg.data.train, list):
-        for entry in cfg.data.train:
-            if isinstance(entry, list) and not (
-                len(entry) == 2 and isinstance(entry[0], int | float) and entry[0] > 0 and isinstance(entry[1], str)
-            ):
-                yield f"data.train: {entry!r} must be a prefix or [weight above 0, prefix]"
-        if not cfg.data.train:
-            yield "data.train is an empty list; give a prefix, or a list of prefixes or [weight, prefix]"
 
 
-def _known_keys(loc: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+def _known_keys(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """The keys of the section at `loc`."""
     node: Any = Config[model]
     for name in loc:
+        if get_origin(node) is dict:  # expect: the names are the user's
+            node = get_args(node)[1]
+            continue
         field = getattr(node, "model_fields", {}).get(name)
         if field is None:
             return []
@@ -255,18 +312,24 @@ def _known_keys(loc: Sequence[str | int], model: type[BaseModel]) -> list[str]:
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
-    loc = [n for n in error["loc"] if isinstance(n, str) and not re.search(r"[\[(]|^(str|float|int|bool|dict)$", n)]
-    name = ".".join(loc)
-    given = error.get("input")
+    *sections, last = _names(error)
+    name = ".".join([*sections, last])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1], model)
-        close = difflib.get_close_matches(loc[-1], known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{name}: unknown key{hint} {'.'.join(loc[:-1]) or 'a config'} has: {', '.join(known)}"
+        known = _known_keys(sections, model)
+        close = difflib.get_close_matches(last, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        return f"{name}: unknown key{hint} {'.'.join(sections) or 'a config'} has: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"{name}={given!r}: {message}"
+    if error["type"] == "model_type":
+        message = f"should be a section: {', '.join(_known_keys([*sections, last], model))}"
+    return f"{name}={written(error.get('input'))}: {message}"
+
+
+def written(value: Any) -> str:
+    """A value as one would write it in a config."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class Layout(Section):
@@ -335,4 +398,13 @@ def science(cfg: Config) -> dict[str, Any]:
 
 
 def write_yaml(cfg: Config, path: str | Path) -> None:
-    Path(path).write_text(yaml.safe_dump(cfg.dump(), sort_keys=False, width=120), encoding="utf-8")
+    """Write a config; a reader sees the old file or the new one, never half of it."""
+    part = Path(f"{path}.tmp")
+    part.write_text(yaml.safe_dump(cfg.dump(), sort_keys=False, width=120), encoding="utf-8")
+    part.replace(path)
+
+
+def write_section(path: str | Path, name: str, section: Section) -> None:
+    """One section alone, to be put into a config."""
+    text = yaml.safe_dump({name: section.model_dump(by_alias=True)}, sort_keys=False, width=120, default_flow_style=None)
+    Path(path).write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ def to_hf(run: Run, task: ModuleType, ranks: Ranks) -> None:
         last = checkpoint.latest(run.out)
         folder = run.out / "hf"
         if last and _exported_step(folder) != last.step:
-            write(last, run.cfg, task, folder, run.tokenizer, run.facts)
+            write(last, run.cfg, task, folder, run.out / "tokenizer", run.facts)
             print(f"export    {folder}", flush=True)
     dist.barrier()
 
@@ -36,7 +36,7 @@ def _exported_step(folder: Path) -> int | None:
 
 
 def write(
-    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path | None, facts: dict[str, Any]
+    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path, facts: dict[str, Any]
 ) -> None:
     """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole."""
     tmp = folder.with_name(folder.name + ".tmp")
@@ -81,9 +81,9 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _tokenizer(tokenizer: Path | None, folder: Path) -> int | None:
-    """Copy the tokenizer; returns its end-of-document id."""
-    if tokenizer is None:
+def _tokenizer(tokenizer: Path, folder: Path) -> int | None:
+    """Copy the tokenizer, where the run has one; returns its end-of-document id."""
+    if not tokenizer.is_dir():
         return None
     from common import tokenizer as tokenizers
 

@@ -75,3 +75,9 @@ def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
     model.tie_weights()  # named_parameters() names a shared weight once
+
+
+def differences(theirs: dict[str, object], ours: dict[str, object]) -> list[str]:
+    """'n_layer=12, the model gives 4': where a folder's config.json contradicts the shapes that we would build."""
+    given = {**(theirs.get("rope_parameters") or {}), **{k: v for k, v in theirs.items() if v is not None}}
+    return [f"{k}={given[k]!r}, the model gives {v!r}" for k, v in ours.items() if k in given and given[k] != v]

@@ -68,6 +68,7 @@ def parse(argv: Sequence[str]) -> Command:
     unknown = [a for a in argv if a.startswith("-") and a not in known]
     words = [a for a in argv if not a.startswith("-")]
     problems = [f"unknown option {a}; there is --dry-run and --help" for a in unknown]
+    problems += [f"{name} is empty" for name, word in zip(("CONFIG", "OUT"), words, strict=False) if not word]
     if not words:
         problems.append("CONFIG and OUT are missing; type: pretrain.sh CONFIG OUT [section.key=value ...] (or --help)")
     elif len(words) == 1 or re.match(r"\w+(\.\w+)+=", words[1]):
@@ -334,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.dry_run:
         print(describe(job, task, ["torchrun", *arguments]))
         return 0
+    for note in job.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return run(arguments, on)
 
 

@@ -102,10 +102,13 @@ def header(run: Run, gpu: str | None) -> str:
     """What a reader of the log needs to know to believe it."""
     cfg, layout, facts = run.cfg, run.layout, run.facts
     versions = "  ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    hashes = facts["data"] | {"tokenizer": facts["tokenizer"]}
     rows = {
-        "model": f"{facts['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, vocabulary {cfg.model.vocab_size:,}",
-        "data": f"train {str(facts['data']['train'])[:12]}  valid {str(facts['data']['valid'])[:12]}  tokenizer {str(facts['tokenizer'])[:12]}",
-        "step": f"{cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,} tokens, {cfg.train.dtype}, seed {cfg.train.seed}",
+        "model": f"{facts['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, "
+        f"vocabulary {cfg.model.vocab_size:,}",
+        "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
+        "step": f"{cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,} tokens, "
+        f"{cfg.train.dtype}, seed {cfg.train.seed}",
         "layout": f"{run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
         f"{layout.accumulate} micro batches of {layout.micro_batch}  {getattr(cfg, run.stack).model_dump_json()}",
         "on": f"{layout.world} x {gpu}" if gpu else f"CPU ({os.cpu_count()} cores)",

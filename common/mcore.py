@@ -7,7 +7,7 @@ not load a distributed optimizer over torch's AdamW; the state here goes paramet
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from common import state
 from common.checkpoint import PARTS, Entry
 from common.config import Config, Layout
 from common.ranks import Ranks
+from common.rules import Rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -276,19 +277,6 @@ def update(optimizer: MegatronOptimizer, ranks: Ranks) -> float:
 
 
 # ---- training state by Hugging Face name -----------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """How one Megatron parameter stands for Hugging Face ones. Weights and moments convert alike: rows move, none mix."""
-
-    hf: tuple[str, ...]
-    to_hf: Callable[[torch.Tensor], Sequence[torch.Tensor]]  # whole Megatron tensor -> one for each name
-    from_hf: Callable[..., torch.Tensor]  # those -> whole Megatron tensor
-    blocks: int = 1  # stacked blocks that are each split over tp: 2 for gate and up
-    rows: int | None = None  # rows without the padding that makes a vocabulary divisible by tp
-
-
-Rules = Callable[[str], Rule | None]  # global Megatron name -> rule; None: a copy that another parameter already stands for
 
 
 def split(whole: torch.Tensor, dim: int, blocks: int, tp: int, rank: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import errno
 import logging
 import math
 import os
@@ -153,36 +154,54 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     global _signal
     _signal = 0
     code = 0
+    lines: list[str] = []
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        code = EXIT_BAD_INPUT
-        _say([f"error: {line}" for line in error.problems])
+        code, lines = EXIT_BAD_INPUT, [f"error: {line}" for line in error.problems]
     except Stopped as stop:
-        code = stop.code
-        _say([str(stop)])
-    if code:
-        _record(code)
+        code, lines = stop.code, [str(stop)]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = error.filename or "writing into OUT"
+        again = "the checkpoints are whole, and the same command continues"
+        code, lines = EXIT_BAD_INPUT, [f"error: {where}: {error.strerror}; mend that: {again}"]
+    except Exception:
+        if _recorded() != EXIT_BAD_INPUT:  # else another rank has said why, and its end broke a collective here
+            raise
+        code = EXIT_BAD_INPUT
+    first = bool(code) and _record(code)
+    if code != EXIT_BAD_INPUT:  # all ranks have agreed to stop, on every node
+        first = os.environ.get("RANK", "0") == "0"
+    if first and lines:  # bad input may be seen by one rank alone (its node lacks a file): the first speaks for all
+        print("\n".join(lines), file=sys.stderr, flush=True)
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized() and code != EXIT_BAD_INPUT:  # the others may wait in a collective: torchrun ends them
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds
 
 
-def _say(lines: list[str]) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _record(code: int) -> None:
-    """Tell the launcher the ranks' own exit code: torchrun reports 1 for every failure."""
+def _record(code: int) -> bool:
+    """Tell the launcher the ranks' own exit code (torchrun reports 1 for every failure): True where none has before."""
     path = os.environ.get("TWINSTACK_EXIT_CODE")
-    if path:
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(str(code))
-        except FileExistsError:
-            pass
+    if not path:
+        return True
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _recorded() -> int:
+    """The exit code that a rank of this node has told the launcher, 0 if none has."""
+    try:
+        with open(os.environ.get("TWINSTACK_EXIT_CODE", ""), encoding="utf-8") as file:
+            return int(file.read() or 0)
+    except FileNotFoundError:
+        return 0

@@ -3,18 +3,23 @@
 The launch script does it on the host, where the error is the last thing on the screen; each rank does it again.
 """
 
+import contextlib
 import json
 import os
+import struct
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from common import checkpoint, config
+from pydantic import ValidationError
+
+from common import checkpoint, config, init
 from common.config import Config, Layout
-from common.corpus import Stream
+from common.corpus import Stream, write_json
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +33,7 @@ class Run(NamedTuple):
     layout: Layout
     train: Stream | None  # None in a dry run whose corpus is not there yet
     valid: Stream | None
-    tokenizer: Path | None  # folder to export, if the corpus knows one
+    tokenizer: str | Path | None  # folder or name, if config or corpus knows one
     facts: dict[str, Any]  # what run.json holds: hashes, versions, commit
     resume: checkpoint.Checkpoint | None
     notes: list[str]
@@ -54,16 +59,18 @@ def prepare(
     problems: list[str] = []
     train, valid, data_problems = _streams(cfg)
     folder, known = _tokenizer(cfg, train, valid, data_problems)
-    notes = data_problems if dry_run else []
+    notes = list(data_problems) if dry_run else []
     if not dry_run:
         problems += data_problems
 
     out_path = Path(out)
-    recorded = _recorded(out_path, problems)
+    recorded = _recorded(out_path, type(cfg), problems)
     model = cfg.model.resolve(cfg, known.get("size"))
-    decay = cfg.optim.decay_steps or recorded.get("optim", {}).get("decay_steps") or cfg.train.steps
+    decay = cfg.optim.decay_steps or recorded and recorded.optim.decay_steps
+    decay = decay or max(cfg.train.steps, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
     cfg = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
-    problems += _vocabulary(cfg, train, valid, known)
+    if cfg.model.vocab_size or notes or not data_problems:  # else the tokenizer is unknown for what is told already
+        problems += _vocabulary(cfg, train, valid, known)
     problems += _init(cfg, task)
 
     layout = None
@@ -77,7 +84,9 @@ def prepare(
     if recorded:
         problems += _same_run(cfg, recorded, facts, out_path)
     if not problems:
-        resume = checkpoint.latest(out_path)
+        resume = checkpoint.latest(out_path, notes)
+        if resume is not None:
+            problems += _continues(cfg, resume)
     if problems:
         raise BadInput(problems)
     return Run(cfg, stack, out_path, layout, train, valid, folder, facts, resume, notes)
@@ -86,7 +95,7 @@ def prepare(
 def find(path: str) -> Path:
     """A path of a config: as it stands from here, else from the repository's root."""
     here = Path(path)
-    return here if here.is_absolute() or here.exists() or here.with_suffix(".bin").exists() else ROOT / here
+    return here if here.is_absolute() or here.exists() or Path(f"{path}.bin").exists() else ROOT / here
 
 
 def _streams(cfg: Config) -> tuple[Stream | None, Stream | None, list[str]]:
@@ -119,8 +128,8 @@ def _found(spec: str | list) -> str | list:
 
 def _tokenizer(
     cfg: Config, train: Stream | None, valid: Stream | None, problems: list[str]
-) -> tuple[Path | None, dict[str, Any]]:
-    """The tokenizer's folder and {hash, size, eod_id}; corpora and config must agree on the hash."""
+) -> tuple[str | Path | None, dict[str, Any]]:
+    """The tokenizer's folder (or name) and {hash, size, eod_id}; corpora and config must agree on the hash."""
     corpora = [corpus for stream in (train, valid) if stream is not None for corpus in stream.corpora]
     hashes = {corpus.prefix: corpus.tokenizer_hash for corpus in corpora if corpus.tokenizer_hash}
     folder, known = None, {}
@@ -128,8 +137,8 @@ def _tokenizer(
         from common import tokenizer
 
         try:
-            folder = find(cfg.data.tokenizer) if find(cfg.data.tokenizer).is_dir() else None
-            loaded = tokenizer.load(folder or cfg.data.tokenizer)
+            folder = find(cfg.data.tokenizer) if find(cfg.data.tokenizer).is_dir() else cfg.data.tokenizer
+            loaded = tokenizer.load(folder)
             known = {"hash": loaded.hash, "size": loaded.size}
             hashes = {f"data.tokenizer={cfg.data.tokenizer}": loaded.hash} | hashes
         except BadInput as error:
@@ -155,56 +164,130 @@ def _vocabulary(cfg: Config, train: Stream | None, valid: Stream | None, known: 
                 f"data.{name}: holds token id {largest} and model.vocab_size={size}; "
                 f"set model.vocab_size above it, or tokenize with a tokenizer of {size} ids"
             )
-    if known.get("size", 0) > size:
+    if (known.get("size") or 0) > size:
         problems.append(f"model.vocab_size={size} is below the tokenizer's {known['size']} ids")
     return problems
 
 
 def _init(cfg: Config, task: ModuleType) -> list[str]:
-    """Is init.from a Hugging Face folder of this architecture (its config.json says so)?"""
+    """Is init.from a Hugging Face folder of this architecture (its config.json says so), with whole weights?"""
     if cfg.init.from_ == "scratch":
         return []
     folder = find(cfg.init.from_)
     name = f"init.from={cfg.init.from_}"
     if not (folder / "config.json").is_file():
         return [f"{name}: no config.json there; give `scratch` or a Hugging Face folder"]
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theirs = _json(folder / "config.json")
+    if theirs is None:
+        return [f"{name}: its config.json cannot be read; get the folder again"]
     if theirs.get("model_type") != cfg.model.arch:
         return [f"{name}: is a {theirs.get('model_type')!r} model, the config's model.arch is {cfg.model.arch!r}"]
-    ours, problems = task.hf_shapes(cfg.model), []
-    for key, value in ours.items():
-        if key in theirs and theirs[key] is not None and theirs[key] != value:
-            problems.append(f"{name}: has {key}={theirs[key]}, the config's model gives {value}")
+    problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
+    return problems + _whole_weights(folder, name)
+
+
+def _whole_weights(folder: Path, name: str) -> list[str]:
+    """Are there safetensors, each as long as its header says? Pickles (.bin) are never read: they can run code."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
+    if not files:
+        return [f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed"]
+    problems = []
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+            end = max((t["data_offsets"][1] for key, t in header.items() if key != "__metadata__"), default=0)
+            if path.stat().st_size != 8 + size + end:
+                problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError):
+            problems.append(f"{name}: {path.name} is not a safetensors file; get it again")
     return problems
 
 
-def _recorded(out: Path, problems: list[str]) -> dict[str, Any]:
-    """The config of the run that OUT holds, {} if it holds none; problems if OUT cannot be used."""
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if it cannot be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | None:
+    """The config of the run that OUT holds, None if it holds none; problems if OUT cannot be used."""
+    unusable = _unusable(out)
+    if unusable:
+        problems.append(f"{out}: {unusable}; choose another OUT")
+        return None
     if (out / "config.yaml").is_file():
-        return config.read_yaml(out / "config.yaml")
-    if out.is_dir() and any(p.suffix != ".tmp" and p.name != "tensorboard" for p in out.iterdir()):
+        try:
+            return schema.model_validate(config.read_yaml(out / "config.yaml"))
+        except BadInput as error:
+            problems += [f"{line}; restore that file, or choose another OUT" for line in error.problems]
+        except ValidationError as error:
+            keys = ", ".join(".".join(map(str, e["loc"])) for e in error.errors()[:3])
+            problems.append(f"{out / 'config.yaml'}: is not the config of such a run ({keys}); choose another OUT")
+    elif (out / "step_0" / "state.json").is_file():  # of `python -m recipes.FAMILY.convert from-hf`
+        return None
+    elif out.is_dir() and any(p.suffix != ".tmp" and p.name != "tensorboard" for p in out.iterdir()):
         problems.append(f"{out}: is not empty and holds no run (no config.yaml); choose another OUT")
-    elif out.exists() and not out.is_dir():
-        problems.append(f"{out}: is a file; choose another OUT")
-    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"{out}: not writable; choose another OUT")
-    return {}
+    return None
 
 
-def _same_run(cfg: Config, recorded: dict[str, Any], facts: dict[str, Any], out: Path) -> list[str]:
+def _unusable(out: Path) -> str | None:
+    """Why nothing can be written into OUT, None if it can be. Leaves no trace."""
+    try:
+        if not os.path.lexists(out):
+            with contextlib.suppress(FileNotFoundError):
+                out.lstat()  # raises for a name that is too long, a loop of links, a file among its parents
+        place = next(p for p in [out, *out.absolute().parents] if os.path.lexists(p))
+        if not place.is_dir():
+            what = "is a file" if place.exists() else "is a broken link"
+            return what if place == out else f"{place} {what}"
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x")
+    except OSError as error:
+        return f"not writable ({error.strerror})"
+    return None
+
+
+def _same_run(cfg: Config, recorded: Config, facts: dict[str, Any], out: Path) -> list[str]:
     """A science key that differs from the run in OUT makes another run of it: name each."""
-    other = type(cfg).model_validate(recorded)
-    ours, theirs = config.science(cfg), config.science(other)
-    problems = [
-        f"{out} holds another run: {key} was {theirs.get(key)!r}, is {ours.get(key)!r}; choose another OUT, or {key}={theirs.get(key)}"
-        for key in ours | theirs
-        if ours.get(key) != theirs.get(key)
-    ]
-    known = json.loads((out / "run.json").read_text(encoding="utf-8")) if (out / "run.json").is_file() else {}
-    for key, value in known.get("data", {}).items():
+    problems = _other_run(str(out), config.science(cfg), config.science(recorded))
+    known = _json(out / "run.json") if (out / "run.json").exists() else {"data": {}}
+    if known is None or not isinstance(known.get("data"), dict):
+        return [*problems, f"{out / 'run.json'}: cannot be read; restore it, or choose another OUT"]
+    for key, value in known["data"].items():
         if facts["data"].get(key) not in (None, value):
             problems.append(f"{out} holds another run: the content of data.{key} has changed; choose another OUT")
+    return problems
+
+
+def _other_run(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    told = {key: (config.written(theirs.get(key)), config.written(ours.get(key))) for key in ours | theirs}
+    return [
+        f"{where} holds another run: {key} was {was}, is {now}; choose another OUT, or {key}={was}"
+        for key, (was, now) in told.items()
+        if was != now
+    ]
+
+
+def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
+    """Can this run go on from that checkpoint?"""
+    ours, theirs = config.science(cfg), resume.meta.get("science") or config.science(cfg)
+    if resume.meta.get("stack") == "huggingface":  # imported: only its shapes are given
+        apart = ("model.dropout", "model.init_std")
+        ours = {k: ours.get(k) for k in theirs if k not in apart}
+        theirs = {k: v for k, v in theirs.items() if k not in apart}
+    problems = _other_run(str(resume.path), ours, theirs)
+    if cfg.train.steps < resume.step:
+        problems.append(
+            f"train.steps={cfg.train.steps} is below the {resume.step} steps that {resume.path.parent} has made; "
+            f"give train.steps={resume.step} or more, or choose another OUT"
+        )
     return problems
 
 
@@ -237,11 +320,17 @@ def _commit() -> str:
 
 
 def begin(run: Run) -> None:
-    """Rank 0, once nothing can refuse the run any more: record its config and facts in OUT."""
+    """Rank 0, once nothing can refuse the run any more: record its config, tokenizer and facts in OUT."""
+    from common import tokenizer as tokenizers
+
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         config.write_yaml(run.cfg, run.out / "config.yaml")
-        (run.out / "run.json").write_text(json.dumps(run.facts, indent=1) + "\n", encoding="utf-8")
+        if run.tokenizer is not None:
+            tokenizers.load(run.tokenizer).save(run.out / "tokenizer")
+        before = (_json(run.out / "run.json") or {}).get("stacks", [])
+        stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
+        write_json(run.out / "run.json", run.facts | {"stacks": stacks})
     except OSError as error:
         raise BadInput(f"{run.out}: {error.strerror}; choose another OUT") from None
 

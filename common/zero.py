@@ -129,10 +129,11 @@ def read(engine: Any, ranks: Ranks) -> Iterator[Entry]:
     if engine.zero_optimization_stage() == 0:
         yield from state.read_torch(named, engine.optimizer, ranks)
         return
-    if engine.zero_optimization_stage() < 3:
+    stepped = bool(engine.optimizer.optimizer.state)
+    if stepped and engine.zero_optimization_stage() < 3:
         _link(engine.optimizer)
     for number, (name, parameter) in enumerate(named):
         weight = safe_get_full_fp32_param(parameter)  # a collective
-        moments = [safe_get_full_optimizer_state(parameter, part) for part in MOMENTS]
+        moments = [safe_get_full_optimizer_state(parameter, part) if stepped else None for part in MOMENTS]
         mine = number % ranks.world == ranks.rank
         yield name, state.parts_of(weight, *moments) if mine else None

@@ -539,12 +539,17 @@ class _Progress:
         self.start = self.shown = time.monotonic()
         self.bar = None
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+            self._start_bar()
 
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, transient=True)
-            self.task = self.bar.add_task("", total=total, completed=done)
-            self.bar.start()
+    def _start_bar(self) -> None:
+        try:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+        except ImportError:
+            return  # plain lines do
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, transient=True)
+        self.task = self.bar.add_task("", total=self.total, completed=self.done)
+        self.bar.start()
 
     def update(self, done: int) -> None:
         self.done = done

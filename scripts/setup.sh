@@ -53,7 +53,9 @@ wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
 stamp=$venv/.installed-${extra:-plain}
 if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
 
+quiet=(--quiet)
 if [[ ! -e $venv ]]; then
+  quiet=() # minutes of downloads: show them
   found=$(find_python) ||
     fail "no Python 3.12 or newer found; install one, or name it: PYTHON=/path/to/python3.12 bash scripts/setup.sh"
   echo "setup: making .venv with $found"
@@ -62,9 +64,9 @@ if [[ ! -e $venv ]]; then
 fi
 new_enough "$python" || fail ".venv is there without a working Python 3.12 or newer; move it away, then run this again"
 
-echo "setup: installing into .venv (the first time: gigabytes, minutes)"
+echo "setup: installing into .venv"
 mapfile -t packages < <(requirements "$python" "$root/pyproject.toml" "$extra")
-"$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "${packages[@]}" ||
+"$python" -m pip install "${quiet[@]}" --disable-pip-version-check -c "$root/constraints.txt" "${packages[@]}" ||
   fail "pip could not install (see above); run this again when that is solved"
 echo "$wanted" >"$stamp"
 if [[ -n $extra ]]; then echo "$wanted" >"$venv/.installed-plain"; fi

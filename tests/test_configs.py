@@ -13,7 +13,7 @@ from common.memory import PARTS, estimate, estimate_for
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {p.stem: p for p in sorted((ROOT / "recipes").glob("gpt/configs/*.yaml"))}
-PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.startswith("tiny")]
+PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.startswith(("tiny", "quickstart"))]
 GPUS = {"shakespeare_char_cpu": 1, "shakespeare_char_gpu": 1, "gpt3_175b": 768}  # the others: one node of 8
 
 # name: (published count, its unit, what the source leaves out of our count, or counts that we do not have)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from common import tokenizer as tokenizers
 from common.corpus import Corpus, Stream, Writer, permute, write_manifest
 from common.errors import BadInput
 
+ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
 
 
@@ -32,7 +34,8 @@ def write(prefix, documents, dtype=np.uint16, manifest=True, **facts):
         writer.add(ids)
     writer.finish()
     if manifest:
-        write_manifest(prefix, {"eod_id": EOD, "tokenizer_hash": "h", "tokenizer_size": 500, "tokenizer": "tok"} | facts)
+        made_with = {"eod_id": EOD, "tokenizer_hash": "h", "tokenizer_size": 500, "tokenizer": "tok"}
+        write_manifest(prefix, made_with | facts)
     return str(prefix)
 
 
@@ -222,15 +225,16 @@ def test_permute_shuffles():
     assert ((counts - 500) ** 2 / 500).sum() < 30  # chi-squared with 7 degrees of freedom; 24.3 is p = 0.001
 
 
+GOLDEN_PERMUTATION = [2, 1, 3, 0, 6, 4, 7, 5]
+GOLDEN_KEYS = [3265941929054316705, 1493438401812591317, 12124642701059584039]
+
+
 def test_the_order_of_a_seed_never_changes():
     """A golden: a change here changes every published run."""
     assert permute(range(8), 8, 1234).tolist() == GOLDEN_PERMUTATION
     key = corpora._epoch_key(1234, np.array([0, 0, 1]), np.array([0, 1, 0]))
     assert key.tolist() == GOLDEN_KEYS
 
-
-GOLDEN_PERMUTATION = []
-GOLDEN_KEYS = []
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
 
 def test_the_order_is_the_same_in_another_process(prefix):
     code = f"from common.corpus import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == str(Stream(prefix, 64).samples(0, 50))
 
 
@@ -379,6 +383,7 @@ def test_bad_streams(documents, prefix, tmp_path):
 
 def test_opening_is_light():
     """Validation before a launch imports this module: no torch, no tokenizer library."""
-    code = "import sys, common.corpus, common.tokenizer; print([m for m in ('torch', 'tokenizers', 'transformers') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    slow = ("torch", "tokenizers", "transformers", "datasets")
+    code = f"import sys, common.corpus, common.tokenizer; print([m for m in {slow} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == "[]"

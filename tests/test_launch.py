@@ -343,7 +343,8 @@ def two_nodes() -> Iterator[list[list[str]]]:
 
 
 def on_two_nodes(two_nodes: list[list[str]], command: list[str]) -> list[subprocess.Popen]:
-    cluster = {"NNODES": 2, "MASTER_ADDR": "10.77.0.1", "NPROC": 1}
+    # threads decide the last bit of a sum, and the two nodes share this machine's cores
+    cluster = {"NNODES": 2, "MASTER_ADDR": "10.77.0.1", "NPROC": 1, "OMP_NUM_THREADS": 1}
     return [
         subprocess.Popen(node + command, env=env_with(NODE_RANK=rank, **cluster), stderr=subprocess.PIPE, text=True)
         for rank, node in enumerate(two_nodes)
@@ -357,7 +358,7 @@ def test_two_nodes_give_the_losses_of_one(stack: str, config: Path, two_nodes: l
     processes = on_two_nodes(two_nodes, pretrain(stack, config, two, *layout))
     told = [p.communicate(timeout=300)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], told
-    subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2), check=True)
+    subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2, OMP_NUM_THREADS=1), check=True)
     losses = [[line["loss"] for line in training_lines(out)] for out in (one, two)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
@@ -370,6 +371,18 @@ def test_sigterm_on_one_of_two_nodes_saves_on_both(config: Path, two_nodes: list
     told = [p.communicate(timeout=60)[1] for p in processes]
     assert [p.returncode for p in processes] == [143, 143], told
     assert (out / f"step_{len(training_lines(out))}").is_dir()
+
+
+def test_srun_alone_tells_two_nodes_where_they_are(two_nodes: list[list[str]], tmp_path: Path) -> None:
+    """What srun sets in the two tasks of a step; the node list stands for names that resolve."""
+    step = {"SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": os.getpid()}
+    step |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "NPROC": 1}
+    command = [sys.executable, str(STANDIN), "finish", str(tmp_path)]
+    processes = [
+        subprocess.Popen(node + command, env=env_with(SLURM_NODEID=rank, **step)) for rank, node in enumerate(two_nodes)
+    ]
+    assert [p.wait(timeout=60) for p in processes] == [0, 0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pid_0", "pid_1"]
 
 
 # ---- SLURM

@@ -56,6 +56,11 @@ class Model(Section):
     def layout_problems(self, cfg: Config[Model], stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
         system = getattr(cfg, stack)
+        if stack == "deepspeed" and system.tp > 1:
+            yield (
+                f"deepspeed.tp={system.tp}: AutoTP has no policy for GPT-2's fused Conv1D and its shards have no names that a "
+                "checkpoint of another layout could read; use deepspeed.tp=1, or megatron.tp"
+            )
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
         kv = self.kv_heads or self.heads
         if self.heads % tp or kv % tp:
@@ -202,13 +207,36 @@ def card(model: Model) -> dict[str, Any]:
 
 
 def hf_shapes(model: Model) -> dict[str, Any]:
-    """The entries of an export's config.json that fix its shapes, for checking a folder without importing transformers."""
+    """What config.json of a folder must say to hold this model; checked without importing transformers."""
     if model.arch == "gpt2":
-        return {"n_layer": model.layers, "n_embd": model.hidden, "n_head": model.heads,
-                "n_positions": model.positions, "vocab_size": model.vocab_size}  # fmt: skip
+        return {"n_layer": model.layers, "n_embd": model.hidden, "n_head": model.heads, "n_positions": model.positions,
+                "vocab_size": model.vocab_size, "n_inner": model.ffn, "activation_function": "gelu_new",
+                "layer_norm_epsilon": model.norm_eps, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
     return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
             "num_key_value_heads": model.kv_heads, "intermediate_size": model.ffn, "vocab_size": model.vocab_size,
-            "tie_word_embeddings": model.tied}  # fmt: skip
+            "tie_word_embeddings": model.tied, "rms_norm_eps": model.norm_eps, "hidden_act": "silu",
+            "rope_theta": model.rope_theta, "rope_type": "default", "attention_bias": False, "mlp_bias": False,
+            "head_dim": model.hidden // model.heads}  # fmt: skip
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    if config["model_type"] == "gpt2":
+        hidden = config["n_embd"]
+        return Model(
+            arch="gpt2", layers=config["n_layer"], hidden=hidden, heads=config["n_head"], kv_heads=config["n_head"],
+            ffn=config.get("n_inner") or 4 * hidden, positions=config["n_positions"], vocab_size=config["vocab_size"],
+            tied=True, norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        )  # fmt: skip
+    rope = config.get("rope_parameters") or {}
+    heads = config["num_attention_heads"]
+    return Model(
+        arch="llama", layers=config["num_hidden_layers"], hidden=config["hidden_size"], heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads, ffn=config["intermediate_size"],
+        positions=config["max_position_embeddings"], vocab_size=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", False), norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+    )  # fmt: skip
 
 
 def hf_class(model: Model) -> str:

@@ -3,7 +3,6 @@
 bash recipes/gpt/baseline/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny
 """
 
-import sys
 from contextlib import nullcontext
 
 from common import ranks as processes

@@ -3,8 +3,6 @@
 bash recipes/gpt/deepspeed/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny deepspeed.zero_stage=2
 """
 
-import sys
-
 from common import ranks as processes
 
 if __name__ == "__main__":

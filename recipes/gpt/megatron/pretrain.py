@@ -3,7 +3,6 @@
 bash recipes/gpt/megatron/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny megatron.tp=2
 """
 
-import sys
 from collections.abc import Callable, Iterator
 
 from common import ranks as processes

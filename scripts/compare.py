@@ -1,0 +1,179 @@
+"""Runs beside each other: is it one loss curve, and what did each cost? A table, OUT/table.md and OUT/curves.png.
+
+python -m scripts.compare RUN RUN... [--out DIR] [--no-export]
+
+The first RUN is what the others are compared with. Each is an OUT folder of pretrain.sh. Columns:
+
+largest difference   of the training loss at any step that both runs have
+validation loss      the run's own, after its last step
+export's loss        of OUT/hf on the same text, by plain transformers in one process (scripts/heldout.py)
+tokens/s             median of the steps after the first tenth; x: its ratio to the first run's
+peak memory          of the first process: resident set on a CPU, PyTorch's allocator on a GPU
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import checkpoint, config
+from common.config import STACKS
+from common.errors import BadInput, exit_cleanly
+from common.log import count
+from scripts import heldout, plan, plot
+from scripts.check import model_class, read_json, read_lines
+
+COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
+           "tokens/s", "x", "peak memory")  # fmt: skip
+WARM_UP = 0.1  # of a run's steps, left out of its speed
+
+
+class Summary(NamedTuple):
+    name: str
+    layout: str
+    steps: int
+    losses: dict[int, float]  # step -> training loss
+    valid: float | None  # after the last step
+    export: float | None
+    tokens_per_s: float
+    memory: int  # bytes
+    science: dict[str, Any]
+    facts: dict[str, Any]  # of run.json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png (default: none)")
+    parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")
+    args = parser.parse_args()
+    out = Path(args.out) if args.out else None
+    if out and not out.is_dir():
+        raise BadInput(f"--out {out}: no such folder")
+    named = plot.labels(args.runs)
+    if len(named) < 2:
+        raise BadInput("give at least two different runs to compare")
+    runs, problems = [], []
+    for name, path in named.items():
+        try:
+            runs.append(summary(name, path, not args.no_export))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    rows, notes = [row(run, runs[0]) for run in runs], footnotes(runs)
+    show(rows, notes)
+    if out:
+        plot.draw({name: plot.curves(path) for name, path in named.items()}, out / "curves.png")
+        (out / "table.md").write_text(markdown(rows, notes), encoding="utf-8")
+        print(f"{out / 'table.md'}  {out / 'curves.png'}")
+
+
+def summary(name: str, run: Path, with_export: bool) -> Summary:
+    facts = read_json(run / "run.json")
+    if not isinstance(facts, dict) or facts.get("stack") not in STACKS or "family" not in facts:
+        raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
+    cfg = config.load(run / "config.yaml", [], model_class(facts["family"]))
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise BadInput(f"{run / 'metrics.jsonl'}: holds no step yet")
+    valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+    last = steps[-1]["step"]
+    exported = cfg.data.valid and (run / "hf" / "config.json").is_file()
+    export = heldout.evaluate(run)[0] if with_export and exported else None
+    warm = steps[int(len(steps) * WARM_UP) :]
+    return Summary(
+        name=name, layout=layout_of(run, cfg, facts["stack"]), steps=last,
+        losses={line["step"]: line["loss"] for line in steps}, valid=valid.get(last), export=export,
+        tokens_per_s=statistics.median(line["tokens_per_s"] for line in warm),
+        memory=max(line["mem_bytes"] for line in steps), science=config.science(cfg), facts=facts,
+    )  # fmt: skip
+
+
+def layout_of(run: Path, cfg: config.Config, stack: str) -> str:
+    """'megatron tp=2 sp dist-opt, 2 processes'"""
+    name = plan.name_of(cfg, stack)
+    saved = checkpoint.finished(run)
+    if not saved:
+        return name
+    world = read_json(saved[-1] / "state.json")["layout"]["world"]
+    return f"{name}, {world} process{'es' if world > 1 else ''}"
+
+
+def difference(run: Summary, first: Summary) -> tuple[float, int] | None:
+    """The largest difference of loss and the step it is at; None without a common step."""
+    common = run.losses.keys() & first.losses.keys()
+    return max(((abs(run.losses[s] - first.losses[s]), s) for s in common), default=None)
+
+
+def row(run: Summary, first: Summary) -> list[str]:
+    apart = difference(run, first)
+    return [
+        run.name, run.layout, f"{run.steps:,}",
+        "-" if run is first or apart is None else f"{apart[0]:.1e} at step {apart[1]:,}",
+        "-" if run.valid is None else f"{run.valid:.5f}", "-" if run.export is None else f"{run.export:.5f}",
+        count(run.tokens_per_s), f"{run.tokens_per_s / first.tokens_per_s:.2f}", f"{run.memory / 2**30:.2f} GiB",
+    ]  # fmt: skip
+
+
+def footnotes(runs: list[Summary]) -> list[str]:
+    """What a reader of the table needs to know to believe it."""
+    notes, first = [], runs[0]
+    for run in runs[1:]:
+        differ = [key for key in first.science if first.science[key] != run.science.get(key)]
+        if run.facts.get("data") != first.facts.get("data"):
+            differ.append("the content of data")
+        if differ:
+            notes.append(f"Another experiment: {run.name} differs from {first.name} in {', '.join(differ)}.")
+    for run in runs:
+        if run.valid is not None and run.export is not None and abs(run.valid - run.export) > 1e-3:
+            notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
+    versions = {k: v for k, v in first.facts.get("versions", {}).items() if v}
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    commits = dict.fromkeys(str(run.facts.get("commit")) for run in runs)
+    notes.append(f"{machine()}. {told}. Commit {', '.join(commits)}.")
+    return notes
+
+
+def machine() -> str:
+    """The machine that compares: GPUs, else processor and cores, and the date."""
+    import torch
+
+    today = datetime.date.today().isoformat()
+    if torch.cuda.is_available():
+        return f"{today}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{today}, {os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
+
+
+def show(rows: list[list[str]], notes: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS, show_edge=False)
+    for cells in rows:
+        table.add_row(*cells)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False)
+
+
+def markdown(rows: list[list[str]], notes: list[str]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

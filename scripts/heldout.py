@@ -1,0 +1,117 @@
+"""Loss of a run's export on held-out text, by plain `transformers` in one process: no stack, no recipe's model code.
+
+python -m scripts.heldout RUN... [--data PREFIX] [--samples N|all]
+
+RUN is an OUT folder of pretrain.sh that has its export, OUT/hf. The text is the run's own data.valid and
+train.eval_samples, so that the value must be the run's last validation loss. It is kept in OUT/hf/heldout.json and
+not worked out twice.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from common import config
+from common.config import Config
+from common.corpus import Stream
+from common.errors import BadInput, exit_cleanly
+from scripts.check import model_class, read_json
+
+TOKENS_AT_ONCE = 4096  # of one forward pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.heldout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--data", metavar="PREFIX", help="another corpus of the same tokenizer")
+    parser.add_argument("--samples", metavar="N", help="how many of it, or all (default: the run's eval_samples)")
+    args = parser.parse_args()
+    samples = whole_number(args.samples)
+    for run in map(Path, args.runs):
+        start = time.perf_counter()
+        loss, tokens = evaluate(run, args.data, samples)
+        print(f"{run}  loss {loss:.6f}  {tokens:,} tokens  {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def whole_number(text: str | None) -> int | None:
+    """'64' -> 64, 'all' -> 0, None -> None"""
+    if text is None or text == "all":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"--samples {text}: must be a whole number from 1, or all")
+    return int(text)
+
+
+def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> tuple[float, int]:
+    """Mean loss over the targets, and how many there are. samples: None as the run has it, 0 all."""
+    from common.run import find
+
+    facts = read_json(run / "run.json")
+    cfg = config.load(run / "config.yaml", [], model_class(facts["family"]))
+    export = run / "hf"
+    if not (export / "config.json").is_file():
+        raise BadInput(f"{export}: no export there; finish the run: the same pretrain.sh command again")
+    prefixes = data or cfg.data.valid
+    if prefixes is None:
+        raise BadInput(f"{run}: the run has no data.valid; give --data PREFIX")
+    prefixes = [str(find(p)) for p in ([prefixes] if isinstance(prefixes, str) else prefixes)]
+    d = cfg.data
+    masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
+    stream = Stream(prefixes, d.seq_len, pack=d.pack, shuffle=False, **masks)
+    theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
+    if ours and theirs - {ours}:
+        raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")
+    limit = len(stream) if samples == 0 else min(samples or cfg.train.eval_samples or len(stream), len(stream))
+
+    known = {"data": stream.content_hash, "seq_len": d.seq_len, "samples": limit}
+    kept = export / "heldout.json"
+    if kept.is_file():
+        found = read_json(kept)
+        if known.items() <= found.items():
+            return found["loss"], found["tokens"]
+    task = importlib.import_module(f"recipes.{facts['family']}.task")
+    loss, tokens = mean_loss(export, stream, limit, task, cfg)
+    write_where_possible(kept, known | {"loss": loss, "tokens": tokens})
+    return loss, tokens
+
+
+def mean_loss(export: Path, stream: Stream, samples: int, task: ModuleType, cfg: Config) -> tuple[float, int]:
+    """The first `samples` of the stream through the export as `from_pretrained` loads it, in fp32."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = getattr(transformers, task.AUTO_CLASS).from_pretrained(export, dtype=torch.float32).to(device).eval()
+    total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
+    together = max(1, TOKENS_AT_ONCE // cfg.data.seq_len)
+    for first in range(0, samples, together):
+        rows = stream.rows(np.arange(first, min(first + together, samples)))
+        batch = task.batch(rows, device)
+        with torch.no_grad():
+            logits = model(**task.inputs(batch)).logits  # (B, T, V)
+            total += task.loss_sum(logits, batch["targets"], batch["loss_mask"])
+        targets += int(batch["loss_mask"].sum())
+    if not targets:
+        raise BadInput(f"{stream.corpora[0].prefix}: nothing to predict in its first {samples} samples")
+    return (total / targets).item(), targets
+
+
+def write_where_possible(path: Path, values: dict[str, Any]) -> None:
+    """Keep a result beside the export; one that cannot be written to is evaluated anew each time."""
+    try:
+        path.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

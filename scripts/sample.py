@@ -1,0 +1,70 @@
+"""Text from an export, with nothing but AutoModelForCausalLM and AutoTokenizer.
+
+python -m scripts.sample HF_DIR... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
+
+HF_DIR is OUT/hf of a run, or any causal language model in Hugging Face form. The same weights and seed give the same
+text.
+"""
+
+import argparse
+from pathlib import Path
+
+from common.errors import BadInput, exit_cleanly
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", metavar="HF_DIR")
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="how it begins (default: as a document begins)")
+    parser.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens to add (default: %(default)s)")
+    told = "0 takes the likeliest token each time (default: %(default)s)"
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.8, help=told)
+    told = "choose among the K likeliest tokens (default: %(default)s)"
+    parser.add_argument("--top-k", metavar="K", type=int, default=40, help=told)
+    parser.add_argument("--seed", metavar="N", type=int, default=1234, help="default: %(default)s")
+    args = parser.parse_args()
+    problems = [f"{f}: no config.json there" for f in args.folders if not (Path(f) / "config.json").is_file()]
+    ranges = (("tokens", args.tokens, 1), ("temperature", args.temperature, 0), ("top-k", args.top_k, 1))
+    for name, value, least in ranges:
+        if value < least:
+            problems.append(f"--{name} {value}: must be {least} or more")
+    if problems:
+        raise BadInput(problems)
+    for folder in args.folders:
+        print(f"---- {folder}", flush=True)
+        print(sample(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
+
+
+def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and what the model adds to it."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
+    if not ids.numel():  # begin where a document ended
+        if model.config.eos_token_id is None:
+            raise BadInput(f"{folder}: its tokenizer has no end of document to begin after; give --prompt TEXT")
+        ids = torch.tensor([[model.config.eos_token_id]])
+    positions = model.config.max_position_embeddings
+    room = positions - ids.shape[1]
+    if room < 1:
+        raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
+    how = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, **how
+    )  # fmt: skip
+    return tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,55 @@
+"""Under torchrun: Megatron's logits against transformers' for random weights, `logits.py CASES.json`.
+
+CASES: list of {config, overrides, hf}: the Hugging Face folder whose weights both models take.
+"""
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.getcwd())  # the repository's root
+
+from common import ranks as processes  # noqa: E402
+
+processes.quiet()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from common import mcore, run, state  # noqa: E402
+from recipes.gpt import convert, task  # noqa: E402
+from recipes.gpt.megatron import model as megatron_model  # noqa: E402
+
+
+def main(path: str) -> None:
+    ranks = processes.start()
+    for case in json.load(open(path, encoding="utf-8")):
+        job = run.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
+        cfg, layout = job.cfg, job.layout
+        mcore.start(ranks, layout)
+        net = megatron_model.build(cfg, layout)
+        model = mcore.wrap(net.config, net, cfg, ranks)
+        optimizer = mcore.optimizer_for(model, cfg, ranks)
+        shapes = task.hf_parameters(cfg.model)
+        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, None), 0)
+        theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
+        tokens = torch.from_numpy(job.train.rows(range(4))["tokens"])[:, :-1]  # (B, T)
+        model.eval()
+        with torch.no_grad(), mcore.device_names(ranks):
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            shard = model(tokens, positions, None)  # (B, T, V / tp)
+        shards = [torch.empty_like(shard) for _ in range(layout.tp)]
+        dist.all_gather(shards, shard.contiguous(), group=mcore.parallel_state.get_tensor_model_parallel_group())
+        ours = torch.cat(shards, -1)[..., : cfg.model.vocab_size]
+        with torch.no_grad():
+            expected = theirs(tokens).logits
+        if ranks.rank == 0:
+            print(f"LOGITS {(ours - expected).abs().max().item():.3e} of {expected.abs().max().item():.3f}", flush=True)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

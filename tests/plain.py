@@ -1,0 +1,50 @@
+"""The referee's referee: a training loop of one process that shares nothing with the recipes but data, init and schedule."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import config, init, optim
+from common.corpus import Stream
+from recipes.gpt import task
+
+
+def losses(config_path: Path, overrides: list[str]) -> list[tuple[float, float]]:
+    """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
+    cfg = config.load(config_path, overrides, task.Model)
+    data = cfg.data
+    stream = Stream(
+        data.train, data.seq_len, pack=data.pack, seed=cfg.train.seed, eod_mask_loss=data.eod_mask_loss,
+        reset_attention=data.reset_attention,
+    )  # fmt: skip
+    model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
+    net = task.hf_model(model).train()
+    draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(draw(name, parameter.shape))
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
+    adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+    made = []
+    for step in range(1, cfg.train.steps + 1):
+        rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
+        tokens, mask = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["loss_mask"])
+        given = {"input_ids": tokens[:, :-1]}
+        if data.reset_attention:
+            segment = torch.from_numpy(rows["segment"])
+            sees = (segment[:, :, None] == segment[:, None, :]).tril()  # (B, T, T)
+            given |= {"attention_mask": sees[:, None], "position_ids": torch.from_numpy(rows["position"])}
+        logits = net(**given).logits  # (B, T, V)
+        loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        for group in adam.param_groups:
+            group["lr"] = optim.lr_at(step, o)
+        adam.step()
+        made.append((loss.item(), norm.item()))
+    return made

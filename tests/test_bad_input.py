@@ -1,0 +1,671 @@
+"""Bad input, row by row: exit code 2, one line a problem that names the key, file or value; nothing started or overwritten.
+
+Most rows call the launcher in this process with the start of the ranks replaced; the last part starts ranks. What the
+modules of data/ refuse is in test_data.py, the environment's variables, ports and arguments in test_launch.py.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+from common import checkpoint, launch, run, state
+from common.corpus import Writer, write_manifest
+from common.errors import BadInput, exit_cleanly
+from recipes.gpt import task
+
+SCRIPT = ROOT / "recipes/gpt/baseline/pretrain.sh"
+TEXT = """\
+model: {arch: gpt2, layers: 4, hidden: 64, heads: 4, vocab_size: 128}
+data: {train: corpus/train, valid: corpus/valid, seq_len: 32}
+optim: {lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}
+train: {steps: 4, global_batch: 8}
+baseline: {micro_batch: 2}
+deepspeed: {micro_batch: 2, zero_stage: 1}
+megatron: {micro_batch: 2, tp: 1, pp: 1}
+"""
+
+
+class Attempt(NamedTuple):
+    code: int
+    lines: list[str]  # of stderr
+    started: bool
+
+
+Try = Callable[..., Attempt]
+
+
+def corpus(prefix: Path, tokens: int = 4000, vocab: int = 128, seed: int = 0, manifest: bool = True, **facts: Any) -> None:
+    """Random ids below `vocab` under `prefix`, in documents of 400."""
+    writer = Writer(prefix, np.uint16)
+    for document in np.random.default_rng(seed).integers(0, vocab, (tokens // 400, 400)):
+        writer.add(document)
+    writer.finish()
+    if manifest:
+        write_manifest(prefix, {"tokenizer_size": vocab, "tokenizer_hash": "a" * 64} | facts)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder one stands in: a config and its corpus."""
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in os.environ if n.startswith("SLURM_")] + ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(run, "_commit", lambda: "none")  # git: a tenth of a second a row
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    corpus(tmp_path / "corpus/train")
+    corpus(tmp_path / "corpus/valid", seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Try:
+    """attempt(*overrides, stack=, nproc=, config=, out=): the launcher up to the start of the ranks."""
+    started: list[Sequence[str]] = []
+    monkeypatch.setattr(launch, "run", lambda arguments, on: started.append(arguments) or 0)
+
+    def go(*overrides: str, stack: str = "baseline", nproc: int = 1, config: Any = "tiny.yaml", out: Any = "out") -> Attempt:
+        monkeypatch.setenv("NPROC", str(nproc))
+        started.clear()
+        with pytest.raises(SystemExit) as end:
+            exit_cleanly(lambda: launch.main([f"recipes.gpt.{stack}.pretrain", str(config), str(out), *overrides]))
+        return Attempt(end.value.code, capsys.readouterr().err.splitlines(), bool(started))
+
+    return go
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Every path below a folder and what it holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if "tensorboard" not in name:  # each start opens a file of its own there
+            found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+    return found
+
+
+def refused(place: Path, attempt: Callable[[], Attempt], *told: str) -> list[str]:
+    """Exit 2, a line for each of `told` and no other, nothing started, every file as it was."""
+    before = snapshot(place)
+    code, lines, started = attempt()
+    assert code == 2 and not started, lines
+    assert all(line.startswith("error: ") for line in lines), lines
+    for words in told:
+        assert [line for line in lines if words in line], (words, lines)
+    assert len(lines) == len(told), lines
+    assert snapshot(place) == before
+    return lines
+
+
+# ---- keys and values
+
+KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a line
+    # unknown, missing, mistyped
+    ("train.stepz=3", ["train.stepz: unknown key; did you mean 'steps'? train has: steps, global_batch"]),
+    ("trian.steps=3", ["trian: unknown key; did you mean 'train'?"]),
+    ("a.b.c=1", ["a: unknown key; a config has: model, data, optim"]),
+    ("train.steps.x=1", ["override 'train.steps.x=1': steps is a value, not a section"]),
+    ("model=null", [f"model.{key}: is missing; add it, or give model.{key}=" for key in ("layers", "hidden", "heads")]),
+    ("optim.lr=null", ["optim.lr=null: should be a valid number"]),
+    ("train=3", ["train=3: should be a section: steps, global_batch"]),
+    ("baseline=[1]", ["baseline=[1]: should be a section: micro_batch, recompute"]),
+    ("expect.loss=3", ["expect.loss=3: should be a section: value, tolerance, source"]),
+    ("expect.loss.value=3", ["expect.loss.tolerance: is missing", "expect.loss.source: is missing"]),
+    ("deepspeed.extra=3", ["deepspeed.extra=3: should be a valid dictionary"]),
+    ("model.layers=four", ['model.layers="four": should be a valid integer']),
+    ("model.layers=4.0", ["model.layers=4.0: should be a valid integer"]),
+    ("train.global_batch=1e3", ["train.global_batch=1000.0: should be a valid integer"]),
+    ("train.steps='4'", ['train.steps="4": should be a valid integer']),
+    ("train.steps=2024-01-01", ['train.steps="2024-01-01": should be a valid integer']),
+    ("train.steps=", ["train.steps=null: should be a valid integer"]),
+    ("optim.lr=true", ["optim.lr=true: should be a valid number"]),
+    ("data.pack=1", ["data.pack=1: should be a valid boolean"]),
+    ("data.pack=maybe", ['data.pack="maybe": should be a valid boolean']),
+    ("init=scratch", ['init="scratch": should be a section: from']),
+    ("init.from=", ["init.from=null: should be a valid string"]),
+    ('init.from=""', ['init.from="": String should have at least 1 character']),
+    ("optim.betas=0.9", ["optim.betas=0.9: should be a valid list"]),
+    ("optim.betas=[0.9]", ["optim.betas=[0.9]: List should have at least 2 items"]),
+    # overrides that are none
+    ("train.steps", ["override 'train.steps': must be section.key=value, for example train.steps=100"]),
+    ("=x", ["override '=x': must be section.key=value"]),
+    ("", ["override '': must be section.key=value"]),
+    ("train..steps=3", ["override 'train..steps=3': must be section.key=value"]),
+    ("train.steps =3", ["override 'train.steps =3': must be section.key=value"]),
+    ("model.layers=[1,2", ["override 'model.layers=[1,2': '[1,2' is not a YAML value; quote it"]),
+    ("train.steps=2024-13-45", ["override 'train.steps=2024-13-45'"]),
+    ("model.layers=!!python/object/apply:os.abort []", ["is not a YAML value"]),
+    ("train.seed=" + "[" * 2000, ["is not a YAML value"]),
+    # values out of range
+    ("train.steps=0", ["train.steps=0: should be greater than 0"]),
+    ("train.steps=-1", ["train.steps=-1: should be greater than 0"]),
+    ("train.steps=99999999999999999999", ["train.steps=99999999999999999999: should be less than 2147483648"]),
+    ("train.eval_every=-1", ["train.eval_every=-1: should be greater than or equal to 0"]),
+    ("train.keep=0", ["train.keep=0: should be greater than 0"]),
+    ("train.seed=-1", ["train.seed=-1: should be greater than or equal to 0"]),
+    ("train.seed=9223372036854775808", ["train.seed=9223372036854775808: should be less than"]),
+    ("train.dtype=fp16", ["train.dtype=\"fp16\": should be 'fp32' or 'bf16'"]),
+    ("model.arch=bert", ["model.arch=\"bert\": should be 'gpt2' or 'llama'"]),
+    ("model.dropout=1", ["model.dropout=1: should be less than 1"]),
+    ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4: should be less than or equal to 3"]),
+    ("optim.lr=.nan", ["optim.lr=NaN: should be a finite number"]),
+    ("optim.lr=1e400", ["optim.lr=Infinity: should be a finite number"]),
+    ("optim.betas=[.nan,0.9]", ["optim.betas=NaN: should be a finite number"]),
+    ("optim.betas=[0.9,1.5]", ["optim.betas=[0.9, 1.5]: each must be at least 0 and below 1"]),
+    # between keys
+    ("optim.min_lr=1", ["optim.min_lr=1.0 is above optim.lr=0.001"]),
+    ("optim.decay_steps=1", ["optim.decay_steps=1 is below optim.warmup_steps=2"]),
+    ("model.heads=5", ["model.hidden=64 is not a multiple of model.heads=5"]),
+    ("model.kv_heads=2", ["model.kv_heads=2: grouped queries need model.arch=llama"]),
+    ("model.arch=llama model.dropout=0.1", ["model.dropout=0.1: LlamaForCausalLM has attention dropout only"]),
+    ("model.positions=16", ["model.positions=16 is below data.seq_len=32"]),
+    ("train.dtype=bf16 deepspeed.zero_stage=0", ["deepspeed.zero_stage=0 with train.dtype=bf16"]),
+    # blends
+    ("data.train=3", ["data.train=3: must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]"]),
+    ("data.train=[]", ["data.train=[]: must be"]),
+    ('data.train=""', ['data.train="": must be']),
+    ("data.train=[[0,corpus/train]]", ['data.train=[[0, "corpus/train"]]: must be']),
+    ("data.train=[[-1,corpus/train],[1,corpus/valid]]", ["data.train=[[-1, "]),
+    ("data.train=[[.inf,corpus/train],[1,corpus/valid]]", ["data.train=[[Infinity, "]),
+    ("data.train=[[.nan,corpus/train],[1,corpus/valid]]", ["data.train=[[NaN, "]),
+    ("data.train=[[true,corpus/train],[1,corpus/valid]]", ["data.train=[[true, "]),
+    ("data.train=[corpus/train,[1,corpus/valid]]", ["data.train=["]),
+    ("data.train=[[1,2,3]]", ["data.train=[[1, 2, 3]]: must be"]),
+    ("data.train=[[1e-9,corpus/train],[1,corpus/valid]]", ["corpus/train: under 1/10,000 of the blend"]),
+    # every problem in one go, those between keys too, even where a required key is among the bad ones
+    (
+        "model.layers=x model.haeds=4 train.steps=0 optim.min_lr=1 deepspeed.zero_stage=4 =x",
+        ["model.layers=", "model.haeds", "train.steps=0", "optim.min_lr=1.0 is above", "zero_stage=4", "override '=x'"],
+    ),
+    ("model.hidden=x optim.lr=-1 model.positions=16", ["model.hidden=", "optim.lr=-1", "model.positions=16 is below"]),
+    ("data=null optim.min_lr=1", ["data.train", "data.seq_len: is missing", "optim.min_lr=1.0 is above"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "told"), KEYS, ids=[row[0][:40] for row in KEYS])
+def test_keys_and_values(overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+    words = [overrides] if overrides.count("=") < 2 or "!!" in overrides else overrides.split()
+    refused(place, lambda: attempt(*words), *told)
+
+
+# ---- the file
+
+FILES: list[tuple[str, bytes, str]] = [  # name, content, what is told
+    ("empty", b"", "must hold sections (model, data, optim, train), holds nothing"),
+    ("comment", b"# nothing", "holds nothing"),
+    ("list", b"- a\n- b\n", "holds a list"),
+    ("word", b"hello", "holds a str"),
+    ("two documents", f"{TEXT}---\n{TEXT}".encode(), "not YAML: expected a single document"),
+    ("tab", b"model:\n\tlayers: 4\n", "not YAML: while scanning for the next token found character '\\t'"),
+    ("key twice", f"{TEXT}train: {{steps: 3, global_batch: 8}}\n".encode(), "the key 'train' is given twice at line 8"),
+    ("key twice inside", TEXT.replace("steps: 4", "steps: 4, steps: 5").encode(), "the key 'steps' is given twice at line 4"),
+    ("number as key", f"{TEXT}1: 3\n".encode(), "the key '1' is no word at line 8"),
+    ("truth as key", TEXT.replace("steps: 4", "steps: 4, on: 5").encode(), "the key 'on' is no word at line 4"),
+    ("list as key", f"{TEXT}? [a, b]\n: 3\n".encode(), "is no word at line 8"),
+    ("NUL", TEXT.encode() + b"\0", "not YAML: unacceptable character #x0000"),
+    ("UTF-16", TEXT.encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff"),
+    ("Latin-1", TEXT.encode() + "# Jürgen".encode("latin-1"), "not YAML: 'utf-8' codec can't decode byte 0xfc"),
+    ("a tag that runs code", f"{TEXT}x: !!python/object/apply:os.abort []\n".encode(), "not YAML: could not determine"),
+    ("nested too deeply", b"a: " + b"[" * 3000, "not YAML: maximum recursion depth"),
+    ("no such date", TEXT.replace("steps: 4", "steps: 2024-13-45").encode(), "not YAML: month must be in 1..12"),
+    ("section missing", TEXT.replace("optim:", "# ").encode(), "optim: is missing; add it"),
+]
+
+
+@pytest.mark.parametrize(("content", "told"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_config_files(content: bytes, told: str, place: Path, attempt: Try) -> None:
+    (place / "bad.yaml").write_bytes(content)
+    (line,) = refused(place, lambda: attempt(config="bad.yaml"), told)
+    assert line.startswith("error: bad.yaml: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbf" + TEXT.encode(), TEXT.replace("\n", "\r\n").encode(), json.dumps(yaml.safe_load(TEXT)).encode()],
+    ids=["byte order mark", "CRLF", "JSON"],
+)
+def test_config_files_that_are_fine(content: bytes, place: Path, attempt: Try) -> None:
+    (place / "fine.yaml").write_bytes(content)
+    assert attempt(config="fine.yaml") == (0, [], True)
+
+
+def test_no_such_config_lists_what_there_is(place: Path, attempt: Try) -> None:
+    refused(place, lambda: attempt(config="tinny.yaml"), "tinny.yaml: no such config; did you mean tiny.yaml? . has: tiny")
+    (line,) = refused(place, lambda: attempt(config="no/where/tiny.yaml"), "no/where/tiny.yaml: no such config; did you")
+    assert "recipes/gpt/configs has: gpt2_124m.yaml" in line
+    refused(place, lambda: attempt(config=place), f"{place}: is a folder, not a config; {place} has: tiny.yaml")
+    refused(place, lambda: attempt(config="x" * 300), "cannot be read: File name too long")
+    refused(place, lambda: attempt(config=""), "CONFIG is empty")
+
+
+# ---- layouts
+
+LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, what is told
+    ("baseline", 1, "baseline.micro_batch=3", "train.global_batch=8 is not a multiple of baseline.micro_batch=3 x 1 data"),
+    ("baseline", 1, "baseline.micro_batch=16", "baseline.micro_batch may be 1, 2, 4 or 8"),
+    ("baseline", 3, "", "x 3 data-parallel ranks; baseline.micro_batch may be none: change the number of processes"),
+    ("deepspeed", 2, "deepspeed.micro_batch=8", "deepspeed.micro_batch may be 1, 2 or 4"),
+    ("megatron", 3, "megatron.tp=3 train.global_batch=6", "megatron.tp=3 does not divide model.heads=4"),
+    ("megatron", 1, "megatron.tp=2", "megatron.tp=2 x megatron.pp=1 needs 2 processes and there are 1; set NPROC=2"),
+    ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
+    ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2 x megatron.pp=1"),
+    ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
+    ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
+]
+
+
+@pytest.mark.parametrize(("stack", "nproc", "overrides", "told"), LAYOUTS, ids=[f"{r[0]} {r[1]} {r[2]}" for r in LAYOUTS])
+def test_layouts(stack: str, nproc: int, overrides: str, told: str, place: Path, attempt: Try) -> None:
+    refused(place, lambda: attempt(*overrides.split(), stack=stack, nproc=nproc), told)
+
+
+def test_bf16_where_it_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from common.ranks import check_dtype
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    check_dtype("fp32", torch.device("cuda", 0))
+    check_dtype("bf16", torch.device("cpu"))
+    with pytest.raises(BadInput, match="train.dtype=bf16: Tesla T4 has no bf16 arithmetic; use train.dtype=fp32"):
+        check_dtype("bf16", torch.device("cuda", 0))
+
+
+# ---- corpora
+
+
+def _cut(path: str) -> Callable[[Path], None]:
+    return lambda place: os.truncate(place / path, (place / path).stat().st_size - 8)
+
+
+def _swap(place: Path) -> None:
+    """Two corpora of one size, one's ids under the other's index."""
+    (place / "corpus/valid.bin").replace(place / "corpus/train.bin")
+
+
+def _swap_halves(place: Path) -> None:
+    (place / "corpus/train.bin").rename(place / "corpus/x")
+    (place / "corpus/train.idx").rename(place / "corpus/train.bin")
+    (place / "corpus/x").rename(place / "corpus/train.idx")
+
+
+def _without_manifest(**how: Any) -> Callable[[Path], None]:
+    def make(place: Path) -> None:
+        corpus(place / "corpus/train", manifest=False, **how)
+
+    return make
+
+
+def _damaged_tokenizer(place: Path) -> None:
+    (place / "words").mkdir()
+    (place / "words/tokenizer.json").write_text("{")
+
+
+CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, what is done, overrides, what is told
+    ("missing", lambda p: None, "data.train=nothing", ["no corpus at "]),
+    ("missing .bin", lambda p: (p / "corpus/train.bin").unlink(), "", ["train.bin is missing beside its other half"]),
+    ("missing .idx", lambda p: (p / "corpus/train.idx").unlink(), "", ["train.idx is missing beside its other half"]),
+    ("truncated .bin", _cut("corpus/train.bin"), "", ["train.bin has 7,992 bytes"]),
+    ("truncated .idx", _cut("corpus/valid.idx"), "", ["valid.idx: "]),
+    ("truncated manifest", _cut("corpus/train.json"), "", ["train.json: not a manifest"]),
+    ("swapped corpora", _swap, "data.valid=corpus/train", ["train.bin is not the file"] * 2),
+    ("swapped .bin and .idx", _swap_halves, "", ["train.idx: not the index of a corpus"]),
+    ("folder", lambda p: None, "data.train=corpus", ["corpus is a folder of corpora; give one of them, such as "]),
+    ("shorter than a sample", lambda p: None, "data.seq_len=4000", ["train: 4,000 tokens", "valid: 4,000 tokens"]),
+    ("empty", lambda p: corpus(p / "corpus/train", tokens=0), "", ["corpus/train: 0 tokens, less than one sample"]),
+    (
+        "id beyond the vocabulary", lambda p: None, "model.vocab_size=100",
+        ["data.train: holds token id 127 and model.vocab_size=100", "data.valid: holds token id 127",
+         "model.vocab_size=100 is below the tokenizer's 128 ids"],
+    ),
+    ("such an id, no manifest", _without_manifest(vocab=200), "", ["data.train: holds token id 199 and model.vocab_size=128"]),
+    ("vocabulary unknown", _without_manifest(), "model.vocab_size=null", ["model.vocab_size: is missing, and no tokenizer"]),
+    (
+        "tokenizers differ", lambda p: corpus(p / "corpus/valid", tokenizer_hash="b" * 64), "",
+        ["the tokenizers differ (corpus/train has aaaaaaaaaaaa, corpus/valid has bbbbbbbbbbbb); tokenize the corpora with one"],
+    ),
+    (
+        "tokenizers in a blend differ", lambda p: corpus(p / "corpus/valid", tokenizer_hash="b" * 64),
+        "data.train=[corpus/train,corpus/valid]", ["were made with different tokenizers"],
+    ),
+    ("no tokenizer", lambda p: None, "data.tokenizer=./none", ["tokenizer ./none: no such folder"]),
+    ("damaged tokenizer", _damaged_tokenizer, "data.tokenizer=words", ["words: tokenizer.json or tokenizer_config.json can"]),
+    ("no end of document", lambda p: None, "data.reset_attention=true", ["train names no end of document id", "valid names"]),
+    ("two at once", _cut("corpus/train.bin"), "data.valid=nothing", ["train.bin has 7,992 bytes", "no corpus at "]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "overrides", "told"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
+def test_corpora(damage: Callable[[Path], Any], overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+    damage(place)
+    refused(place, lambda: attempt(*overrides.split()), *told)
+
+
+# ---- init.from
+
+HF = {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 32, "vocab_size": 128}
+
+
+class _Bomb:
+    """A pickle that leaves a file behind when it is read."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("exploded",)
+
+
+def _safetensors(path: Path, cut: int = 0) -> None:
+    head = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    path.write_bytes((struct.pack("<Q", len(head)) + head + bytes(16))[: -cut or None])
+
+
+def _hf(config: dict[str, Any] | str = HF, **files: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A Hugging Face folder hf/ with this config.json and these files, `__` for a dot."""
+
+    def make(place: Path) -> None:
+        (place / "hf").mkdir()
+        (place / "hf/config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        for name, write in files.items():
+            write(place / "hf" / name.replace("__", "."))
+
+    return make
+
+
+INDEX = json.dumps({"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}})
+FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
+    ("missing", lambda p: None, ["init.from=hf: no config.json there; give `scratch` or a Hugging Face folder"]),
+    ("config cut", _hf("{"), ["init.from=hf: its config.json cannot be read"]),
+    ("another architecture", _hf({"model_type": "bert"}), ["is a 'bert' model, the config's model.arch is 'gpt2'"]),
+    (
+        "another size", _hf(HF | {"n_layer": 12, "n_embd": 768}, model__safetensors=_safetensors),
+        ["init.from=hf: has n_layer=12, the config's model gives 4", "init.from=hf: has n_embd=768"],
+    ),
+    ("no weights", _hf(), ["init.from=hf: no *.safetensors there; save it again"]),
+    (
+        "pickled weights", _hf(pytorch_model__bin=lambda path: path.write_bytes(pickle.dumps(_Bomb()))),
+        ["no *.safetensors there (pytorch_model.bin: pickles can run code when they are read, so they never are)"],
+    ),
+    ("weights cut", _hf(model__safetensors=lambda path: _safetensors(path, 3)), ["model.safetensors is cut or no safet"]),
+    ("no safetensors", _hf(model__safetensors=lambda path: path.write_bytes(b"x" * 99)), ["model.safetensors is cut or no"]),
+    ("empty weights", _hf(model__safetensors=Path.touch), ["model.safetensors is cut or no safetensors file"]),
+    (
+        "shard missing",
+        _hf(**{"model.safetensors.index.json": lambda p: p.write_text(INDEX), "model-1-of-2.safetensors": _safetensors}),
+        ["init.from=hf: model-2-of-2.safetensors is missing"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "told"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_folders_to_begin_from(make: Callable[[Path], Any], told: list[str], place: Path, attempt: Try) -> None:
+    make(place)
+    refused(place, lambda: attempt("init.from=hf"), *told)
+    assert not (place / "exploded").exists()
+
+
+# ---- OUT
+
+
+def _out_of(place: Path, name: str) -> Path:
+    """A bad OUT of that name."""
+    (place / "file").touch()
+    (place / "full").mkdir()
+    (place / "full/thesis.txt").write_text("do not touch")
+    (place / "broken").symlink_to("nowhere/at/all")
+    (place / "loop").symlink_to("loop")
+    return place / name if not name.startswith("/") else Path(name)
+
+
+OUTS: list[tuple[str, str]] = [
+    ("file", "file: is a file; choose another OUT"),
+    ("file/out", "file/out: not writable (Not a directory); choose another OUT"),
+    ("full", "full: is not empty and holds no run (no config.yaml); choose another OUT"),
+    ("corpus", "corpus: is not empty and holds no run"),
+    ("broken", "broken: is a broken link; choose another OUT"),
+    ("loop", "loop: not writable (Too many levels of symbolic links)"),
+    ("x" * 300, "not writable (File name too long)"),
+    ("/proc/out", "/proc/out: not writable ("),
+    ("/dev/null", "/dev/null: is a file"),
+]
+
+
+@pytest.mark.parametrize(("name", "told"), OUTS, ids=[row[0][:20] for row in OUTS])
+def test_bad_outs(name: str, told: str, place: Path, attempt: Try) -> None:
+    if name.startswith("/proc") and sys.platform != "linux":
+        pytest.skip("needs /proc: a folder in which nobody can write, root neither")
+    out = _out_of(place, name)
+    refused(place, lambda: attempt(out=out), told)
+
+
+def test_an_empty_out_is_refused(place: Path, attempt: Try) -> None:
+    refused(place, lambda: attempt(out=""), "OUT is empty")
+
+
+def _mounted(folder: Path, options: str) -> Iterator[Path]:
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("mount"):
+        pytest.skip("mounting a small disk needs root on Linux")
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no mounts here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """A disk of 1 MB: more than a log, less than a checkpoint of tiny.yaml (12 bytes x 210,000 parameters)."""
+    yield from _mounted(place / "disk", "size=1m")
+
+
+def test_a_read_only_out_is_refused(place: Path, attempt: Try) -> None:
+    for disk in _mounted(place / "disk", "size=1m"):
+        finished_run(disk / "run", (2,))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        refused(place, lambda: attempt(out="disk/new"), "disk/new: not writable (Read-only file system)")
+        refused(place, lambda: attempt(out="disk/run"), "disk/run: not writable (Read-only file system)")
+
+
+def test_a_disk_that_is_full_already_is_refused(place: Path, attempt: Try, small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "all").write_bytes(bytes(2**21))
+    refused(place, lambda: attempt(out="disk/new"), "disk/new: not writable (No space left on device)")
+
+
+@pytest.mark.parametrize("name", ['a b/c\'d "e"', "ünï/çödé", "link", "corpus/out", "$HOME/*", "new\nline"])
+def test_unusual_outs_are_fine(name: str, place: Path, attempt: Try) -> None:
+    (place / "real").mkdir()
+    (place / "link").symlink_to("real")
+    (place / "c ü.yaml").write_text(TEXT)
+    before = snapshot(place)
+    assert attempt(config="c ü.yaml", out=name) == (0, [], True)
+    assert snapshot(place) == before  # OUT is made by the ranks
+
+
+def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
+    """The whole way once: bash, exit code, stderr; relative names count from where one stands."""
+    there = place / "a b/ünï"
+    there.mkdir(parents=True)
+    (there / "c'onfig.yaml").write_text(TEXT.replace("corpus/", "../../corpus/"))
+    command = ["bash", str(SCRIPT), "c'onfig.yaml", "o ut"]
+    env = os.environ | {"NPROC": "1"}
+    done = subprocess.run([*command, "--dry-run"], cwd=there, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "parameters        208,256" in done.stdout
+    before = snapshot(place)
+    done = subprocess.run([*command, "trian.steps=3", "optim.min_lr=1"], cwd=there, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"(error: c'onfig\.yaml: .+\n){2}", done.stderr)
+    assert snapshot(place) == before
+
+
+# ---- OUT that holds a run
+
+
+def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> None:
+    """What a run leaves, without training: config, facts, checkpoints of two made-up parameters, a log."""
+    job = run.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
+    run.begin(job)
+    for step in steps:
+        folder = out / f"step_{step}"
+        folder.mkdir()
+        files = {}
+        for name in ("wte.weight", "ln_f.bias"):
+            content = f"{name} {step}".encode() * 20
+            (folder / f"{name}.safetensors").write_bytes(content)
+            files[name] = {"bytes": len(content), "crc32": zlib.crc32(content), "shape": [4]}
+        (folder / "state.json").write_text(json.dumps(state.meta(job, step) | {"files": files}))
+    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, max(steps) + 1)))
+
+
+ANOTHER_RUN: list[tuple[str, list[str]]] = [  # overrides, the keys that are named
+    ("optim.lr=2e-3", ["optim.lr was 0.001, is 0.002; choose another OUT, or optim.lr=0.001"]),
+    ("train.seed=5", ["train.seed was 1234, is 5"]),
+    ("train.global_batch=16", ["train.global_batch was 8, is 16"]),
+    ("train.dtype=bf16", ['train.dtype was "fp32", is "bf16"']),
+    ("model.hidden=128", ["model.hidden was 64, is 128", "model.ffn was 256, is 512"]),  # a model of another size
+    ("model.vocab_size=256", ["model.vocab_size was 128, is 256"]),
+    ("data.seq_len=16", ["data.seq_len was 32, is 16", "model.positions was 32, is 16"]),
+    ("data.pack=false", ["data.pack was true, is false"]),
+    ("optim.decay_steps=9", ["optim.decay_steps was 4, is 9"]),
+    ("optim.betas=[0.8,0.9]", ["optim.betas was [0.9, 0.999], is [0.8, 0.9]"]),
+    ("optim.lr=2e-3 model.dropout=0.1 train.seed=5", ["optim.lr was", "model.dropout was 0.0, is 0.1", "train.seed was"]),
+    ("data.train=corpus/valid", ["out holds another run: the content of data.train has changed"]),
+    ("data.train=[corpus/train,corpus/valid]", ["the content of data.train has changed"]),
+    ("train.steps=3", ["train.steps=3 is below the 4 steps that out has made; give train.steps=4 or more"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "told"), ANOTHER_RUN, ids=[row[0] for row in ANOTHER_RUN])
+def test_out_that_holds_another_run(overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+    finished_run(place / "out")
+    lines = refused(place, lambda: attempt(*overrides.split()), *told)
+    assert all("holds another run: " in line or "train.steps=3" in line for line in lines)
+
+
+FREE: list[tuple[str, str]] = [  # stack, overrides
+    ("baseline", ""),
+    ("baseline", "train.steps=9"),
+    ("baseline", "train.eval_every=1 train.save_every=3 train.keep=7 train.eval_samples=5"),
+    ("baseline", "expect.val_loss={value: 1.0, tolerance: 0.1, source: me}"),
+    ("baseline", "baseline.micro_batch=4 baseline.recompute=true"),
+    ("baseline", "data.train=moved/train data.valid=moved/valid.bin"),
+    ("baseline", "data.valid=null"),
+    ("deepspeed", "deepspeed.zero_stage=3 deepspeed.micro_batch=1"),
+    ("megatron", "megatron.distributed_optimizer=true train.steps=40"),
+]
+
+
+@pytest.mark.parametrize(("stack", "overrides"), FREE)
+def test_what_a_continued_run_may_change(stack: str, overrides: str, place: Path, attempt: Try) -> None:
+    finished_run(place / "out")
+    shutil.copytree(place / "corpus", place / "moved")
+    words = [overrides] if "{" in overrides else overrides.split()
+    assert attempt(*words, stack=stack) == (0, [], True)
+    job = run.prepare("tiny.yaml", "out", words, stack, task, 1)
+    assert job.resume.step == 4
+    assert job.cfg.optim.decay_steps == 4  # of the first start: raising steps does not bend the schedule
+
+
+def test_a_trial_shorter_than_its_warmup_leaves_a_config_that_is_valid(place: Path) -> None:
+    finished_run(place / "out", (4,), "optim.warmup_steps=50")
+    from common import config
+
+    assert config.load("out/config.yaml", [], task.Model).optim.decay_steps == 50
+
+
+def _spoil(path: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda place: (place / "out" / path).write_bytes(content)
+
+
+def _edit_state(number: int, /, **values: Any) -> Callable[[Path], None]:
+    def edit(place: Path) -> None:
+        path = place / f"out/step_{number}/state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("config cut", _spoil("config.yaml", b"model: {"), "out/config.yaml: not YAML"),
+    ("config empty", _spoil("config.yaml", b""), "out/config.yaml: must hold sections"),
+    ("config of something else", _spoil("config.yaml", b"model: 3\nx: 1\n"), "config.yaml: is not the config of such a run"),
+    ("facts cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
+    ("facts of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
+    (
+        "checkpoint of another model", _edit_state(4, science={"model.hidden": 128}),
+        "out/step_4 holds another run: model.hidden was 128, is 64",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in RECORDS], ids=[row[0] for row in RECORDS])
+def test_records_of_a_run_that_are_damaged(damage: Callable[[Path], Any], told: str, place: Path, attempt: Try) -> None:
+    finished_run(place / "out")
+    damage(place)
+    before = snapshot(place)
+    code, lines, started = attempt()
+    assert code == 2 and not started and told in "\n".join(lines) and snapshot(place) == before
+
+
+SHARD = "wte.weight.safetensors"
+SHARDS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("missing", lambda place: (place / "out/step_4" / SHARD).unlink(), f"step_4/{SHARD} is missing"),
+    ("truncated", lambda place: os.truncate(place / "out/step_4" / SHARD, 9), f"step_4/{SHARD} has 9 of 240 bytes"),
+    ("empty", lambda place: os.truncate(place / "out/step_4" / SHARD, 0), f"step_4/{SHARD} has 0 of 240 bytes"),
+    ("no state", lambda place: (place / "out/step_4/state.json").unlink(), "step_4/state.json is missing"),
+    ("state cut", _spoil("step_4/state.json", b'{"step": 4,'), "step_4/state.json is not readable"),
+    ("state of something else", _spoil("step_4/state.json", b'{"files": [1]}'), "step_4/state.json is not readable"),
+    ("state is binary", _spoil("step_4/state.json", b"\xff\xfe\0"), "step_4/state.json is not readable"),
+    ("state of another step", _edit_state(4, step=3), "step_4/state.json is of step 3"),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in SHARDS], ids=[row[0] for row in SHARDS])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: Callable[[Path], Any], told: str, place: Path, attempt: Try
+) -> None:
+    finished_run(place / "out")
+    damage(place)
+    code, lines, started = attempt()
+    assert (code, started) == (0, True)
+    assert lines == [f"note: out/{told}; continuing from out/step_2"]
+    shutil.rmtree(place / "out/step_2")
+    refused(place, attempt, f"out/{told}", "out: no whole checkpoint is left; restore one, or choose another OUT")
+
+
+def test_a_changed_byte_of_a_checkpoint_is_found(place: Path) -> None:
+    """Where it is read: the launcher does not read gigabytes."""
+    finished_run(place / "out")
+    path = place / "out/step_4" / SHARD
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    found = checkpoint.latest(place / "out")
+    with pytest.raises(BadInput, match=f"{SHARD}: its bytes have changed since it was written; remove .*step_4 to use"):
+        found.read("wte.weight")
+    with pytest.raises(BadInput, match="holds no parameter lm_head.weight; it is a checkpoint of another model"):
+        found.read("lm_head.weight")
+
+
+def test_only_whole_steps_count_as_kept(place: Path) -> None:
+    """A damaged newest step must not push the good ones out."""
+    finished_run(place / "out", (2, 3, 9))
+    (place / "out/step_2.tmp").mkdir()
+    checkpoint._remove_old(place / "out", 3, keep=1)
+    assert [path.name for path in sorted((place / "out").glob("step_*"))] == ["step_3"]

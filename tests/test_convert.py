@@ -1,0 +1,167 @@
+"""Interchange: names and rows move, no bit changes; logits and losses agree; exports load with plain transformers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, case, losses, valid_loss
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from common import config, mcore
+from recipes.gpt import convert, task
+
+VOCAB = 1021  # a prime: does not divide by tp
+SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.tied=true"]}
+
+
+def resolved(name: str, *overrides: str) -> task.Model:
+    cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.vocab_size={VOCAB}", *overrides], task.Model)
+    return cfg.model.resolve(cfg, None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders of random weights, norms and biases too, as another library would save them."""
+    made = {}
+    for name, overrides in SHAPES.items():
+        torch.manual_seed(7)
+        net = task.hf_model(resolved(name, *overrides))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        made[name] = tmp_path_factory.mktemp("hf") / name
+        net.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ["tiny", "tiny_llama"])
+def test_table_is_its_own_inverse_at_every_tp(name, tp):
+    model = resolved(name) if name == "tiny" or tp < 4 else resolved(name, "model.kv_heads=4")
+    rules = convert.rules(model)
+    shapes = task.hf_parameters(model)
+    layer = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+    columns = {"self_attention.linear_qkv", "mlp.linear_fc1"}
+    for block in layer:
+        rule = rules(f"decoder.layers.3.{block}.weight")
+        theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
+        whole = rule.from_hf(*theirs)
+        dim = 0 if block in columns else 1
+        shards = [mcore.split(whole, dim, rule.blocks, tp, rank) for rank in range(tp)]
+        back = rule.to_hf(mcore.join(shards, dim, rule.blocks))
+        assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), block
+
+
+@pytest.fixture(scope="module")
+def moved(drive, settings, folders, tmp_path_factory) -> tuple[Path, str]:
+    """One step from the folder on every stack, Megatron at tp 1 and tp 2."""
+    out = tmp_path_factory.mktemp("convert")
+    stacks = {"baseline": ("baseline", []), "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+              "dp2": ("megatron", []), "tp2": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true"])}  # fmt: skip
+    cases = []
+    for name, shape in SHAPES.items():
+        shared = [*settings, *shape, f"model.vocab_size={VOCAB}", f"init.from={folders[name]}", "train.steps=3"]
+        cases += [case(stack, name, out / name / kind, [*shared, *more]) for kind, (stack, more) in stacks.items()]
+    return out, drive(cases, 2)
+
+
+def test_hf_to_every_stack_and_back_is_bitwise(moved):
+    """The doors read back every weight of the folder before the first step (tests/watch.py)."""
+    lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", moved[1])
+    assert len(lines) == 2 * 4 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_vocabulary_that_does_not_divide_trains_alike(moved, name):
+    out, _ = moved
+    expected = losses(out / name / "baseline")
+    for kind in ("zero3", "dp2", "tp2"):
+        ours = losses(out / name / kind)
+        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert max(abs(ours[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
+        weights = load_file(out / name / kind / "hf" / "model.safetensors")
+        embedding = weights["transformer.wte.weight" if name == "tiny" else "model.embed_tokens.weight"]
+        assert embedding.shape[0] == VOCAB  # the rows added for tp are gone
+
+
+def test_logits_equal_transformers(settings, folders, tmp_path):
+    cases = [
+        {
+            "config": str(ROOT / f"recipes/gpt/configs/{name}.yaml"), "out": str(tmp_path / name), "hf": str(folders[name]),
+            "overrides": [*settings, *shape, f"model.vocab_size={VOCAB}", f"init.from={folders[name]}", *layout],
+        }
+        for name, shape in SHAPES.items()
+        for layout in ([], ["megatron.tp=2"], ["megatron.tp=2", "megatron.sequence_parallel=true"])
+    ]  # fmt: skip
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/logits.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(tmp_path / "cases.json")], cwd=ROOT, env=env, capture_output=True, text=True)
+    found = re.findall(r"LOGITS (\S+) of (\S+)", done.stdout)
+    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-3000:]
+    assert all(float(diff) <= 1e-5 and float(largest) > 0.1 for diff, largest in found), found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_export_loads_with_plain_transformers(moved, corpus, name):
+    run = moved[0] / name / "tp2"
+    net = AutoModelForCausalLM.from_pretrained(run / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    assert type(net).__name__ == ("GPT2LMHeadModel" if name == "tiny" else "LlamaForCausalLM")
+    from common.corpus import Stream
+
+    stream = Stream(str(corpus / "valid"), 64, shuffle=False)
+    tokens = torch.from_numpy(stream.rows(range(16))["tokens"])
+    with torch.no_grad():
+        logits = net(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - valid_loss(run)) <= 1e-5  # the run's own validation loss
+    assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
+    card = (run / "hf" / "README.md").read_text()
+    assert "validation loss" in card and "commit" in card and "vocab_size" in card
+
+
+def convert_cli(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recipes.gpt.convert", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
+    run = moved[0] / "tiny_llama" / "tp2"
+    done = convert_cli("to-hf", run, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load_file(tmp_path / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    done = convert_cli("from-hf", folders["tiny_llama"], tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    state = load_file(tmp_path / "run/step_0/model.norm.weight.safetensors")
+    assert torch.equal(state["weight"], load_file(folders["tiny_llama"] / "model.safetensors")["model.norm.weight"])
+    assert config.read_yaml(tmp_path / "run/model.yaml")["model"]["kv_heads"] == 2
+
+
+def test_commands_refuse_what_they_cannot_convert(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    for words, told in (
+        (("to-hf", tmp_path / "none", tmp_path / "hf"), "holds no run"),
+        (("from-hf", tmp_path / "bert", tmp_path / "out"), "'bert' model"),
+        (("from-hf", tmp_path / "none", tmp_path / "out"), "no config.json"),
+    ):
+        done = convert_cli(*words)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_reads_the_configs_that_transformers_writes():
+    for theirs in (GPT2Config(n_layer=2, n_embd=64, n_head=4), LlamaConfig(num_hidden_layers=2, rope_theta=5e5)):
+        model = task.model_of(json.loads(json.dumps(theirs.to_dict())))
+        with torch.device("meta"):
+            net = (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(theirs)
+        ours = task.hf_parameters(model)
+        assert ours == {name: tuple(p.shape) for name, p in net.named_parameters()}

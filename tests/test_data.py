@@ -1,0 +1,390 @@
+"""data/: the same text gives the same bytes, however it came and however often the work was interrupted."""
+
+import __future__
+
+import gzip
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import tokenizer as tokenizers
+from common.corpus import Corpus
+from common.errors import BadInput
+from data import build, sources
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json", "manifest.json")
+
+
+def run(module, *args, **kwargs):
+    """The real command line, in its own process."""
+    command = [sys.executable, "-m", f"data.{module}", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, **kwargs)
+
+
+def make(module, monkeypatch, *args):
+    """The same in this process, which spares the start."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, args)])
+    importlib.import_module(f"data.{module}").main()
+
+
+def complaint(result):
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def play(source):
+    return (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def speeches(play):
+    return play.split("\n\n")
+
+
+@pytest.fixture(scope="module")
+def words(play, tmp_path_factory):
+    """A small tokenizer in a folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizers.train_bpe([play[:100_000]], 400).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jsonl(speeches, tmp_path_factory):
+    path = tmp_path_factory.mktemp("jsonl") / "speeches.jsonl"
+    path.write_text("".join(json.dumps({"text": s, "n": n}) + "\n" for n, s in enumerate(speeches)), encoding="utf-8")
+    return path
+
+
+def texts(prefix, tokenizer):
+    """The documents of a corpus as text, without their end."""
+    corpus = Corpus(prefix)
+    documents = [corpus.get(k).tolist() for k in range(corpus.documents)]
+    if corpus.eod_id is not None:
+        assert all(ids[-1] == corpus.eod_id and corpus.eod_id not in ids[:-1] for ids in documents)
+        documents = [ids[:-1] for ids in documents]
+    return [tokenizer.decode(ids) for ids in documents]
+
+
+def contents(out):
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_tinyshakespeare_is_nanogpts(source, play, tmp_path, monkeypatch):
+    make("tinyshakespeare", monkeypatch, tmp_path / "c", "--source", source / "tinyshakespeare")
+    train, valid = Corpus(tmp_path / "c" / "train"), Corpus(tmp_path / "c" / "valid")
+    assert (train.tokens, valid.tokens, train.documents, train.eod_id) == (1_003_854, 111_540, 1, None)
+    known = {character: i for i, character in enumerate(sorted(set(play)))}  # nanoGPT's prepare.py
+    assert np.array_equal(train.flat, [known[c] for c in play[: int(len(play) * 0.9)]])
+    assert np.array_equal(valid.flat, [known[c] for c in play[int(len(play) * 0.9) :]])
+    gpt2 = source / "tokenizers" / "gpt2"
+    make("tinyshakespeare", monkeypatch, tmp_path / "w", "--source", source / "tinyshakespeare", "--tokenizer", gpt2)
+    assert [Corpus(tmp_path / "w" / s).tokens for s in ("train", "valid")] == [301_966, 36_059]  # its readme.md
+
+
+def test_documents_come_back_and_shares_hold(speeches, jsonl, words, tmp_path, monkeypatch):
+    out, shares = tmp_path / "out", ("--valid-share", 0.1, "--test-share", 0.05)
+    make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares)
+    tokenizer = tokenizers.load(words)
+    found = {split: texts(out / split, tokenizer) for split in ("train", "valid", "test")}
+    assert sorted(sum(found.values(), [])) == sorted(speeches)
+    assert [s for s in speeches if s in set(found["train"])] == found["train"]  # in the order of the source
+    assert 0.08 < len(found["valid"]) / len(speeches) < 0.12 and 0.035 < len(found["test"]) / len(speeches) < 0.065
+    train, manifest = Corpus(out / "train"), json.loads((out / "manifest.json").read_text())
+    assert train.tokenizer_hash == tokenizer.hash == tokenizers.load(train.tokenizer_dir).hash
+    assert (train.manifest["tokenizer_size"], train.manifest["eod_id"]) == (tokenizer.size, tokenizer.eod_id)
+    assert manifest["splits"].keys() == found.keys() and manifest["documents"] == len(speeches)
+    for split in found:
+        Corpus(out / split).verify(tokenizer.size)
+
+
+def test_a_document_stays_in_its_split(speeches, tmp_path):
+    split = build.by_hash({"valid": 0.2, "test": 0.2}, seed=1)
+    first = [split(text, text.encode()) for text in speeches]
+    assert [split(text, text.encode()) for text in reversed(speeches)] == first[::-1]
+    wider = build.by_hash({"valid": 0.3, "test": 0.2}, seed=1)
+    moved = [wider(text, text.encode())[0][0] for (name, text), in first if name == "valid"]
+    assert set(moved) == {"valid"}  # a larger share keeps what was there
+    other = build.by_hash({"valid": 0.2, "test": 0.2}, seed=2)
+    assert [other(text, text.encode()) for text in speeches] != first
+
+
+def test_few_large_files_are_cut_at_ends_of_lines(source, words, tmp_path, monkeypatch):
+    books = sorted((source / "gutenberg").glob("*_1[36]*.txt"))
+    out, shares = tmp_path / "books", ("--valid-share", 0.02, "--test-share", 0.01)
+    make("text", monkeypatch, out, "--source", *books, "--tokenizer", words, *shares)
+    tokenizer = tokenizers.load(words)
+    parts = zip(*(texts(out / split, tokenizer) for split in ("train", "valid", "test")), strict=True)
+    for book, (train, valid, test) in zip(books, parts, strict=True):
+        text = book.read_bytes().decode("utf-8-sig")
+        assert train + valid + test == text
+        assert train.endswith("\n") and valid.endswith("\n")
+        assert abs(len(valid) / len(text) - 0.02) < 0.002 and abs(len(test) / len(text) - 0.01) < 0.002
+
+
+@pytest.mark.parametrize("how", ["none", "line", "blank-line"])
+def test_bounds_of_documents(speeches, words, tmp_path, monkeypatch, how):
+    text = "\n\n".join(speeches[:40]) + "\n"
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    args = ("--tokenizer", words, "--valid-share", 0, "--split-documents", how)
+    make("text", monkeypatch, tmp_path / "out", "--source", tmp_path / "in.txt", *args)
+    found = texts(tmp_path / "out" / "train", tokenizers.load(words))
+    lines = [line + "\n" for line in text.splitlines() if line]
+    assert found == {"none": [text], "line": lines, "blank-line": [s + "\n" for s in speeches[:40]]}[how]
+    assert not (tmp_path / "out" / "valid.bin").exists()
+
+
+def test_packed_files_and_folders_give_the_same_ids(speeches, jsonl, words, tmp_path, monkeypatch):
+    import zstandard
+
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes()))
+    half = len(jsonl.read_bytes()) // 2  # two frames, as parallel packers write them
+    frames = [zstandard.compress(part) for part in (jsonl.read_bytes()[:half], jsonl.read_bytes()[half:])]
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    flats = []
+    for name in (jsonl, tmp_path / "in", tmp_path / "b.jsonl.zst"):
+        out = tmp_path / f"out{len(flats)}"
+        make("text", monkeypatch, out, "--source", name, "--tokenizer", words)
+        flats.append(Corpus(out / "train").flat.tolist())
+    assert flats[0] == flats[1] == flats[2]
+    for packed, whole in ((".zst", b"".join(frames)), (".gz", gzip.compress(jsonl.read_bytes()))):
+        damaged = tmp_path / f"damaged.jsonl{packed}"
+        for damage in (whole[:3000], whole[:200_000], whole[:-1], whole[:3000] + b"\0" * 3000, b"not packed at all"):
+            damaged.write_bytes(damage)
+            with pytest.raises(BadInput, match=rf"damaged\.jsonl\{packed}: cannot be unpacked"):
+                for _ in sources.Files([damaged]).documents(0, [], sources.Errors("skip")):
+                    pass
+
+
+def test_python_docs_needs_no_network(tmp_path, monkeypatch):
+    make("python_docs", monkeypatch, tmp_path / "out", "--max-mb", 1, "--vocab-size", 512)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert 0.9e6 < manifest["bytes_of_text"] <= 1e6 and manifest["tokenizer_size"] == 512
+    assert 0.04 < manifest["splits"]["valid"]["documents"] / manifest["documents"] < 0.2
+    names = manifest["source_names"]
+    assert "argparse.py" in names and not {"test", "tests", "site-packages"} & {p for n in names for p in n.split("/")}
+    found = texts(tmp_path / "out" / "train", tokenizers.load(tmp_path / "out" / "tokenizer"))
+    found += texts(tmp_path / "out" / "valid", tokenizers.load(tmp_path / "out" / "tokenizer"))
+    assert Path(__future__.__file__).read_text(encoding="utf-8") in found
+
+
+def test_datasets(speeches, words, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parts = {"train": speeches[:300], "validation": speeches[300:360]}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v, "url": v}) for k, v in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    files = tmp_path / "files"
+    files.mkdir()
+    for name in parts:
+        saved[name].to_parquet(files / f"{name}-00000.parquet")
+    tokenizer = tokenizers.load(words)
+    for source in (tmp_path / "saved", files):  # both forms of a local dataset
+        out = tmp_path / f"c4_{source.name}"
+        make("c4", monkeypatch, out, "--source", source, "--tokenizer", words)
+        assert texts(out / "train", tokenizer) == parts["train"]
+        assert texts(out / "valid", tokenizer) == parts["validation"]
+    args = ("--tokenizer", words, "--valid-share", 0.1)
+    make("hub", monkeypatch, tmp_path / "hub", "--name", files, "--text-key", "url", *args)
+    found = [texts(tmp_path / "hub" / split, tokenizer) for split in ("train", "valid")]
+    assert sorted(found[0] + found[1]) == sorted(parts["train"])
+    make("openwebtext", monkeypatch, tmp_path / "owt", "--source", files, *args)
+    assert texts(tmp_path / "owt" / "valid", tokenizer) == found[1]
+    with pytest.raises(BadInput, match="has no column 'body'; --text-key takes text or url"):
+        make("hub", monkeypatch, tmp_path / "x", "--name", files, "--text-key", "body", "--tokenizer", words)
+    with pytest.raises(BadInput, match="has no split 'dev'; it has train, validation"):
+        make("hub", monkeypatch, tmp_path / "y", "--name", tmp_path / "saved", "--split", "dev", "--tokenizer", words)
+    # A source goes on where a cursor says.
+    hub = sources.Hub(str(files), None, [(None, "train")])
+    assert [d.text for d in hub.documents(0, [123], sources.Errors())] == parts["train"][123:]
+
+
+# ---- interruption ---------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+from data import build, text
+build.PART_BYTES, build.BATCH_CHARS = 100_000, 30_000
+{kill}
+sys.argv = ["text.py", *sys.argv[1:]]
+text.main()
+"""
+AT_SAVE = """
+count, write = [0], build.write_json
+def dying(path, values):
+    count[0] += 1
+    if count[0] == {at}:
+        os._exit(9)
+    write(path, values)
+build.write_json = dying
+"""
+AT_BATCH = """
+count, append = [0], build.Writer.append
+def dying(self, *args):
+    count[0] += 1
+    if count[0] == {at}:
+        os._exit(9)
+    append(self, *args)
+build.Writer.append = dying
+"""
+AT_RENAME = """
+count, replace = [0], os.replace
+def dying(a, b):
+    if not str(b).endswith("progress.json"):
+        count[0] += 1
+        if count[0] == {at}:
+            os._exit(9)
+    replace(a, b)
+os.replace = dying
+"""
+
+
+def test_killed_anywhere_and_continued_gives_the_same_bytes(jsonl, tmp_path):
+    """The same command, killed while encoding, saving, finishing and publishing, then let run."""
+    plan = (AT_BATCH, 9), (AT_SAVE, 4), (AT_RENAME, 1), (AT_RENAME, 2), (AT_RENAME, 4), (AT_RENAME, 6), (AT_RENAME, 7)
+
+    def attempt(place, kill):
+        place.mkdir(exist_ok=True)
+        args = ["out", "--source", str(jsonl), "--vocab-size", "300", "--valid-share", "0.1"]
+        return subprocess.run(
+            [sys.executable, "-c", KILLED.format(kill=kill), *args],
+            cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    assert attempt(tmp_path / "straight", "").returncode == 0
+    resumed = 0
+    for kill, at in plan:
+        result = attempt(tmp_path / "killed", kill.format(at=at))
+        assert result.returncode == 9, result.stderr
+        resumed += "continues at" in result.stdout
+        assert not (tmp_path / "killed" / "out" / "manifest.json").exists()
+    assert resumed == len(plan) - 1
+    result = attempt(tmp_path / "killed", "")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
+    assert not (tmp_path / "killed" / "out" / ".partial").exists()
+    assert "already there" in attempt(tmp_path / "killed", "").stdout
+
+
+def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words)
+    before, stamp = contents(out), (out / "train.bin").stat().st_mtime_ns
+    capsys.readouterr()
+    make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words)
+    assert "already there" in capsys.readouterr().out and (out / "train.bin").stat().st_mtime_ns == stamp
+    with pytest.raises(BadInput, match="holds another corpus .*shares was"):
+        make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, "--valid-share", 0.3)
+    assert contents(out) == before
+    shares = ("--valid-share", 0, "--test-share", 0.3)
+    make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares, "--force")
+    assert Corpus(out / "test").documents and not (out / "valid.bin").exists()  # nothing is left of the old one
+    (out / "train.bin").write_bytes(bytes(len((out / "train.bin").read_bytes())))
+    with pytest.raises(BadInput, match=r"train\.bin is not the file .*--force"):
+        make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.doc").touch()
+    with pytest.raises(BadInput, match="not empty and holds no corpus"):
+        make("text", monkeypatch, mine, "--source", jsonl, "--tokenizer", words)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_lines_stop_or_are_counted(speeches, words, tmp_path, monkeypatch):
+    good = [json.dumps({"text": s}).encode() for s in speeches[:50]]
+    bad = {
+        b'{"text": "cut off': "not JSON",
+        b'{"text": "\xff"}': "not UTF-8",
+        b'{"words": "x"}': "no such text field",
+        b'{"text": 5}': "no such text field",
+        b'["x"]': "no such text field",
+        b'{"text": "  "}': "empty text",
+        b'{"text": "\\ud800"}': "half of a surrogate pair",
+    }
+    path = tmp_path / "in.jsonl"
+    for line, told in bad.items():
+        path.write_bytes(b"\n".join([*good[:9], line, *good[9:]]))
+        with pytest.raises(BadInput, match=rf"in\.jsonl:10: {told}.*--on-error skip"):
+            make("text", monkeypatch, tmp_path / "out", "--source", path, "--tokenizer", words, "--valid-share", 0)
+    (tmp_path / "empty.jsonl").touch()
+    path.write_bytes(b"\n".join([*good[:9], *bad, *good[9:]]))
+    args = ("--source", path, tmp_path / "empty.jsonl", "--tokenizer", words, "--valid-share", 0, "--on-error", "skip")
+    make("text", monkeypatch, tmp_path / "out", *args)
+    assert texts(tmp_path / "out" / "train", tokenizers.load(words)) == speeches[:50]
+    skipped = json.loads((tmp_path / "out" / "train.json").read_text())["skipped"]
+    assert skipped == {
+        "empty file": 1, "empty text": 1, "half of a surrogate pair": 1,
+        "no such text field": 3, "not JSON": 1, "not UTF-8": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["none", "line"])
+def test_text_that_is_not_utf8_is_placed(words, tmp_path, monkeypatch, how):
+    (tmp_path / "in.txt").write_bytes("Erste Zeile\nzweite\nJürgen\n".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"in\.txt:3: not UTF-8"):
+        args = ("--tokenizer", words, "--split-documents", how)
+        make("text", monkeypatch, tmp_path / "out", "--source", tmp_path / "in.txt", *args)
+
+
+def test_the_command_line_refuses_in_one_line(jsonl, words, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    out, by = tmp_path / "out", ("--tokenizer", words)
+    for told, args in (
+        ("nowhere: no such file", (out, "--source", tmp_path / "nowhere", *by)),
+        ("no file of a kind we take", (out, "--source", tmp_path / "folder", *by)),
+        ("empty.txt: empty file", (out, "--source", tmp_path / "empty.txt", *by)),
+        ("--valid-share 1.5", (out, "--source", jsonl, *by, "--valid-share", 1.5)),
+        ("no document fell into valid", (out, "--source", jsonl, *by, "--valid-share", 1e-9)),
+        ("at least 257", (out, "--source", jsonl, "--vocab-size", 100)),
+        ("Not a directory", (tmp_path / "file" / "out", "--source", jsonl, *by)),
+        ("is a file", (tmp_path / "file", "--source", jsonl, *by)),
+        ("folder: no tokenizer there", (out, "--source", jsonl, "--tokenizer", tmp_path / "folder")),
+    ):
+        assert told in complaint(run("text", *args))
+    assert run("text", out, "--source", jsonl).returncode == 2  # neither --tokenizer nor --vocab-size
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_work_goes_on_later(jsonl, words, tmp_path):
+    args = (tmp_path / "out", "--source", jsonl, "--tokenizer", words)
+    limit = 100_000  # bytes a file may have, as a stand-in for a full disk
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    assert "the same command continues" in complaint(run("text", *args, preexec_fn=small))
+    assert run("text", *args).returncode == 0
+    Corpus(tmp_path / "out" / "train").verify()
+
+
+def test_help_and_lean_start():
+    for module in ("text", "hub", "c4", "openwebtext", "python_docs", "tinyshakespeare"):
+        code = f"import sys; from data import {module}; print([m for m in {SLOW} if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.stdout.strip() == "[]", (module, result)
+    result = run("c4", "--help")
+    assert result.returncode == 0 and "python -m data.c4" in result.stdout
+
+
+SLOW = ("torch", "transformers", "datasets", "tokenizers", "rich")

@@ -1,0 +1,237 @@
+"""scripts/quickstart.sh and what it ends with: compare, sample, heldout."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+STACKS = ("baseline", "deepspeed", "megatron")
+
+
+def quickstart(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("NPROC", "RANK", "WORLD_SIZE")}
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def module(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def training(run: Path) -> dict[int, float]:
+    return {int(line["step"]): line["loss"] for line in metrics(run) if "loss" in line}
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no such family": (["gtp"], "FAMILY can be: gpt"),
+    "two families": (["gpt", "bert"], "two families, gpt and bert"),
+    "no such source": (["--source", "/nowhere/at/all"], "/nowhere/at/all: no such file or folder"),
+    "source without a path": (["--source", "--steps", "3"], "--source needs a file or folder"),
+    "no steps": (["--steps", "0"], "--steps 0: must be a whole number from 1"),
+    "unknown option": (["--fast"], "unknown option --fast"),
+    "out without a folder": (["--out"], "--out needs a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(name: str) -> None:
+    arguments, told = BAD[name]
+    done = quickstart(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_every_option() -> None:
+    done = quickstart("--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("--source", "--steps", "--out", "NPROC"))
+
+
+# ---- all stages, small -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str], str]]:
+    """A quickstart of 4 steps on 300 kB of text: its OUT, its arguments and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    library = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in library)[:300_000]
+    (folder / "some text.txt").write_text(text, encoding="utf-8")
+    arguments = ["gpt", "--source", str(folder / "some text.txt"), "--steps", "4", "--out", str(folder / "out")]
+    done = quickstart(*arguments)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    yield folder / "out", arguments, done.stdout
+    made = re.search(r"tokenized into (corpora/some_text_txt_\d+)$", done.stdout, re.M)
+    assert made
+    shutil.rmtree(ROOT / made[1])
+
+
+def test_every_stage_says_what_it_does(small: tuple[Path, list[str], str]) -> None:
+    told = small[2]
+    stages = re.findall(r"^\[(\d)/7 +\d+s\] (\w+): .+", told, re.M)
+    assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *STACKS, "sample", "compare"], 1)]
+    assert len(re.findall(r"^\$ env NPROC=2 bash recipes/gpt/\w+/pretrain.sh", told, re.M)) == 3
+    assert len(re.findall(r"^step +1/4 ", told, re.M)) == 3, "progress is on the screen"
+
+
+def test_three_runs_are_one_curve_and_their_exports_reach_it(small: tuple[Path, list[str], str]) -> None:
+    out = small[0]
+    first = training(out / "baseline")
+    assert list(first) == [1, 2, 3, 4]
+    for stack in STACKS:
+        run = out / stack
+        assert max(abs(loss - first[step]) for step, loss in training(run).items()) <= 1e-5, stack
+        (valid,) = [line for line in metrics(run) if "valid_loss" in line]
+        held_out = json.loads((run / "hf/heldout.json").read_text(encoding="utf-8"))
+        assert abs(held_out["loss"] - valid["valid_loss"]) <= 1e-5 and held_out["tokens"] == valid["valid_tokens"]
+    system = yaml.safe_load((out / "megatron/config.yaml").read_text(encoding="utf-8"))["megatron"]
+    assert (system["tp"], system["sequence_parallel"], system["distributed_optimizer"]) == (2, True, True)
+
+
+def test_table_picture_and_samples(small: tuple[Path, list[str], str]) -> None:
+    out, _, told = small
+    table = (out / "table.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == [f"| {stack}" for stack in STACKS]
+    assert "megatron tp=2 sp dist-opt, 2 processes" in table and "deepspeed zero=1, 2 processes" in table
+    assert "Another experiment" not in table and "does not reach" not in table
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = told.partition("[6/7")[2].partition("[7/7")[0]
+    assert all(f"---- {out / stack / 'hf'}" in samples for stack in STACKS)
+
+
+def test_a_rerun_returns_at_once_with_the_same_table(small: tuple[Path, list[str], str]) -> None:
+    out, arguments, _ = small
+    before = (out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in STACKS]
+    done = quickstart(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("already there: ") == 4  # the corpus and three runs
+    assert ((out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in STACKS]) == before
+
+
+def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str], str], tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("This is another text.\n" * 3000, encoding="utf-8")
+    done = quickstart("--source", tmp_path / "other.txt", "--steps", "4", "--out", small[0])
+    made = re.search(r"tokenized into (corpora/other_txt_\d+)$", done.stdout, re.M)
+    assert made
+    shutil.rmtree(ROOT / made[1])
+    assert done.returncode == 2
+    assert "holds another run" in done.stderr and "--out DIR" in done.stderr
+    assert training(small[0] / "baseline").keys() == {1, 2, 3, 4}
+
+
+# ---- whole -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_quickstart(tmp_path: Path) -> None:
+    """As a user runs it; its runs are held to what recipes/gpt/README.md says of them."""
+    start = time.monotonic()
+    done = quickstart("gpt", "--out", tmp_path / "out")
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    print(f"{seconds:.0f} s")
+    first = training(tmp_path / "out/baseline")
+    for stack in STACKS:
+        losses = training(tmp_path / "out" / stack)
+        assert max(abs(losses[step] - first[step]) for step in first) <= 1e-2, stack
+        assert max(abs(losses[step] - first[step]) for step in range(1, 21)) <= 1e-5, stack
+        assert losses[1] > 8.0 and [line["valid_loss"] for line in metrics(tmp_path / "out" / stack) if "valid_loss" in line][-1] < 5.5
+    if len(os.sched_getaffinity(0)) >= 2 and os.getloadavg()[0] < 4:
+        assert seconds < 600
+
+
+@pytest.mark.slow
+def test_a_signal_is_passed_on_and_the_rerun_continues(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--steps", "30", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if re.match(r"step +\d+/30", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143, rest
+    assert "the same command continues" in rest
+    (saved,) = (p for p in (tmp_path / "baseline").glob("step_*"))
+    done = training(tmp_path / "baseline")
+    assert max(done) == int(saved.name[5:]) < 30
+    again = quickstart("--steps", "30", "--out", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert {k: v for k, v in training(tmp_path / "baseline").items() if k in done} == done
+
+
+# ---- compare, on runs made by hand -----------------------------------------------------------------------------------
+
+
+def made(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, valid: float | None = 2.5) -> Path:
+    """A run of pretrain.sh as far as compare reads it."""
+    folder.mkdir(parents=True)
+    cfg = yaml.safe_load((ROOT / "recipes/gpt/configs/tiny.yaml").read_text(encoding="utf-8"))
+    cfg["optim"]["lr"] = lr
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg), encoding="utf-8")
+    facts = {"config": "tiny", "family": "gpt", "stack": stack, "data": {}, "commit": "abc", "versions": {"torch": "2"}}
+    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    lines = [
+        {"step": i, "loss": loss, "tokens_per_s": 100.0 * (1 if i == 1 else 10), "mem_bytes": 2**30}
+        for i, loss in enumerate(losses, 1)
+    ]
+    lines += [{"step": len(losses), "valid_loss": valid}] if valid else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_compare_tells_differences_and_speed(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", "baseline", [4.0, 3.0, 2.0])
+    two = made(tmp_path / "two", "deepspeed", [4.0, 3.5, 2.0], lr=2e-3)
+    done = module("compare", one, two, "--no-export", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| two | deepspeed zero=1 | 3 | 5.0e-01 at step 2 | 2.50000 | - | 1.0k | 1.00 | 1.00 GiB |" in table
+    assert "Another experiment: two differs from one in optim.lr." in table
+    assert "5.0e-01 at step 2" in done.stdout and (tmp_path / "curves.png").is_file()
+
+
+def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", "baseline", [4.0])
+    empty = made(tmp_path / "empty", "deepspeed", [], valid=None)
+    cases = {
+        "at least two different runs": [one, one],
+        "missing: not there": [one, tmp_path / "missing"],
+        "metrics.jsonl: holds no step yet": [one, empty],
+        "nowhere: no such folder": [one, one, "--out", tmp_path / "nowhere"],
+    }
+    for told, arguments in cases.items():
+        done = module("compare", *arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), (arguments, done.stderr)
+        assert re.search(told.replace("missing: ", "missing/run.json: "), done.stderr), done.stderr
+
+
+def test_heldout_and_sample_refuse_what_is_not_there(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "baseline", [4.0])
+    for name, arguments, told in (
+        ("heldout", [run], "no export there"),
+        ("heldout", [run, "--samples", "none"], "--samples none: must be"),
+        ("sample", [run], "no config.json there"),
+        ("sample", [run, "--tokens", "0"], "--tokens 0: must be 1 or more"),
+    ):
+        done = module(name, *arguments)
+        assert done.returncode == 2 and told in done.stderr, (name, done.stderr)

@@ -1,0 +1,105 @@
+"""Every command line of the documents names files that are there, and its `--help` or `--dry-run` works; links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))]
+SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "."}  # run as they stand by the reader; their paths are checked
+PLACEHOLDERS = {"OUT", "RUN", "CONFIG", "DIR", "FOLDER", "HF_DIR", "PATH", "NAME"}  # words in capitals stand for the reader's own
+
+
+class Line(NamedTuple):
+    document: str
+    env: dict[str, str]
+    words: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}: {' '.join(self.words)}"
+
+
+def lines_of(document: str) -> list[Line]:
+    found = []
+    for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S):
+        for text in block.replace("\\\n", " ").splitlines():
+            for part in text.split("&&"):
+                words = shlex.split(part, comments=True)
+                env = {}
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    key, _, env[key] = words.pop(0).partition("=")
+                if words:
+                    found.append(Line(document, env, words))
+    return found
+
+
+LINES = [line for document in DOCUMENTS for line in lines_of(document)]
+
+
+def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """In the repository's root, as on a machine without GPUs."""
+    given = {k: v for k, v in os.environ.items() if k not in ("NPROC", "NNODES", "RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command, cwd=ROOT, env=given | {"CUDA_VISIBLE_DEVICES": ""} | env, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+def test_command(line: Line, settings: list[str], tmp_path: Path) -> None:
+    words = list(line.words)
+    if words[0] == "sbatch":
+        script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).is_file()
+        words = ["bash", *words[script + 1 :]]
+    if words[0] == "python":
+        assert words[1] == "-m", line.name
+        if not set(words[2]).intersection("NAME"):
+            assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line.name
+            done = run([sys.executable, "-m", words[2], "--help"], {})
+            assert done.returncode == 0, done.stderr
+            options = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert all(option in done.stdout for option in options), (options, done.stdout)
+    elif words[0] == "bash":
+        script = words[1]
+        if script == "recipes/mine/deepspeed/pretrain.sh":  # the reader's copy
+            script, words[2] = script.replace("mine", "gpt"), words[2].replace("mine", "gpt")
+        assert (ROOT / script).is_file(), line.name
+        if script.endswith("pretrain.sh") and "CONFIG" not in words:
+            # OUT may be there already, and a corpus may be not
+            command = ["bash", script, words[2], str(tmp_path / "out"), *words[4:], *settings, "--dry-run"]
+            env = line.env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in line.env else {})
+            done = run(command, env)
+            assert done.returncode == 0, done.stderr
+            assert "torchrun" in done.stdout
+        elif script != "scripts/setup.sh":  # the only one without options
+            done = run(["bash", script, "--help"], {})
+            assert done.returncode == 0, done.stderr
+            assert all(word in done.stdout for word in words if word.startswith("--")), done.stdout
+    else:
+        assert words[0] in SHELL_WORDS, line.name
+    for word in words[1:]:
+        if re.match(r"(recipes|scripts|common|data|tests)/[\w/.-]+$", word) and "mine" not in word and not PLACEHOLDERS & set(word.split("/")):
+            assert (ROOT / word).exists(), f"{line.name}: no {word}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    missing = [t for t in targets if "://" not in t and not (ROOT / document).parent.joinpath(t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_the_text_are_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:recipes|scripts|common|data|tests|\.ci|\.github)/[\w/.-]+\.(?:py|sh|yaml|md|yml|toml))`", text)
+    missing = [p for p in paths if not (ROOT / p).exists() and "mine" not in p and not PLACEHOLDERS & set(re.split(r"[/.]", p))]
+    assert not missing

@@ -1,0 +1,78 @@
+"""The house: scripts that read alike, recipes that copy without an edit, folders that shadow no package."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FAMILIES = sorted(p.parent.name for p in (ROOT / "recipes").glob("*/task.py"))
+STACKS = ("baseline", "deepspeed", "megatron")
+BANNERS = ["config", "ranks", "model", "optimizer", "data", "resume", "loop", "export"]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretrain_scripts_have_the_same_banners(family, stack):
+    text = (ROOT / "recipes" / family / stack / "pretrain.py").read_text(encoding="utf-8")
+    assert re.findall(r"^    # ---- (\w+)$", text, re.M) == BANNERS
+    assert len(text.splitlines()) < 260
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launch_scripts_are_one_text(family):
+    scripts = {stack: (ROOT / "recipes" / family / stack / "pretrain.sh").read_text() for stack in STACKS}
+    assert len({text.replace(f"/{stack}/", "/STACK/") for stack, text in scripts.items()}) == 1
+
+
+def test_no_init_file_under_recipes():
+    assert not list((ROOT / "recipes").rglob("__init__.py"))
+
+
+def test_common_imports_no_recipe():
+    for path in (ROOT / "common").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) recipes", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_recipe_folders_shadow_no_package(tmp_path):
+    """From inside recipes/gpt, where folders are named deepspeed and megatron, the packages are still the installed ones."""
+    code = "import deepspeed, megatron.core; print(deepspeed.__file__, megatron.core.__file__)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "recipes/gpt", env=env, capture_output=True, text=True)
+    assert done.stdout.count("site-packages") == 2, done.stdout + done.stderr
+
+
+def test_validation_imports_no_torch():
+    code = "import sys; import common.launch, common.run, common.corpus, recipes.gpt.task; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+def copied_house(folder: Path) -> Path:
+    """A checkout with recipes/mine beside recipes/gpt, as the README says to make it."""
+    for name in ("common", "recipes/gpt"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    mine = folder / "recipes/mine"
+    shutil.copytree(folder / "recipes/gpt", mine)
+    shutil.rmtree(mine / "baseline")
+    shutil.rmtree(mine / "megatron")
+    if (ROOT / ".venv").exists():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def test_a_copied_recipe_trains_without_an_edit(settings, tmp_path):
+    house = copied_house(tmp_path)
+    config = house / "recipes/mine/configs/tiny.yaml"
+    config.write_text(config.read_text().replace("layers: 4", "layers: 3"))
+    command = ["bash", "recipes/mine/deepspeed/pretrain.sh", "recipes/mine/configs/tiny.yaml", "out/mine", *settings]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NPROC": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([*command, "train.steps=3"], cwd=house, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "step  3/3" in done.stdout and (house / "out/mine/hf/model.safetensors").is_file()
+    assert not (house / "out/mine/step_3/transformer.h.3.ln_1.weight.safetensors").exists()

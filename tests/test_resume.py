@@ -1,0 +1,189 @@
+"""Laws 6 and 7: ten steps and ten steps are twenty, whatever stack or layout goes on, and whatever kills the run."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, case, losses
+from safetensors.torch import load_file
+
+LAYOUTS: dict[str, tuple[str, list[str]]] = {
+    "baseline": ("baseline", []),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
+    "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
+    "pp2": ("megatron", ["megatron.pp=2"]),
+    "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
+}
+DTYPES = {"fp32": "fp32", "zero1_bf16": "bf16"}
+HOMES: list[tuple[str, list[str]]] = [
+    ("baseline", []),
+    ("deepspeed", ["deepspeed.zero_stage=1"]),
+    ("deepspeed", ["deepspeed.zero_stage=3"]),
+    ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
+    ("megatron", ["megatron.pp=2"]),
+    ("megatron", ["megatron.distributed_optimizer=true"]),
+    ("baseline", []),
+]
+BF16 = ["zero1", "zero3", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
+EACH = 5  # steps at each home
+ARCHS = ("tiny", "tiny_llama")
+
+
+@pytest.fixture(scope="module")
+def told(drive, settings, tmp_path_factory) -> tuple[Path, str]:
+    """(folder of the runs, what they printed)"""
+    out = tmp_path_factory.mktemp("resume")
+    cases = []
+    for name, (stack, overrides) in LAYOUTS.items():
+        shared = [*settings, "model.dropout=0.1", "optim.decay_steps=20", *overrides]
+        cases.append(case(stack, "tiny", out / "whole" / name, [*shared, "train.steps=20"]))
+        cases += [case(stack, "tiny", out / "halves" / name, [*shared, f"train.steps={steps}"]) for steps in (10, 20)]
+    for name in BF16:
+        stack, overrides = LAYOUTS[name]
+        shared = [*settings, "train.dtype=bf16", "optim.decay_steps=8", *overrides]
+        cases.append(case(stack, "tiny", out / "whole" / f"{name}_bf16", [*shared, "train.steps=8"]))
+        cases += [case(stack, "tiny", out / "halves" / f"{name}_bf16", [*shared, f"train.steps={n}"]) for n in (4, 8)]
+    total = EACH * len(HOMES)
+    for arch in ARCHS:
+        moved = [*settings, f"optim.decay_steps={total}", "train.keep=100"]
+        cases.append(case("baseline", arch, out / "home" / arch, [*moved, f"train.steps={total}"]))
+        cases += [
+            case(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
+            for number, (stack, overrides) in enumerate(HOMES, 1)
+        ]
+    return out, drive(cases, 2)
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in run.glob("step_*") if p.name[5:].isdigit())
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *(f"{n}_bf16" for n in BF16)])
+def test_two_halves_are_one_run_bit_for_bit(told, name):
+    out, _ = told
+    whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
+    assert len(whole) in (8, 20)
+    for step in whole:
+        for key in ("loss", "grad_norm", "lr"):
+            assert whole[step][key] == halves[step][key], (step, key)
+    last = f"step_{max(whole)}"
+    files = sorted(p.name for p in (out / "whole" / name / last).glob("*.safetensors"))
+    assert files
+    for file in files:
+        first, second = (load_file(out / kind / name / last / file) for kind in ("whole", "halves"))
+        for part in ("weight", "exp_avg", "exp_avg_sq"):
+            assert first[part].equal(second[part]), (file, part)
+
+
+def test_replicated_parameters_stay_equal_with_dropout(told):
+    _, log = told
+    lines = re.findall(r"REPLICATED (\d+) parameters, (\d+) wrong", log)
+    assert len(lines) >= 8  # every save of a Megatron run
+    assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+
+
+def test_dropout_was_on(told):
+    out, _ = told
+    dropped = losses(out / "whole" / "baseline")
+    assert dropped[1]["loss"] != losses(out / "home" / "tiny")[1]["loss"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_run_many_homes(told, arch):
+    out, _ = told
+    stayed, moved = losses(out / "home" / arch), losses(out / "moved" / arch)
+    assert sorted(stayed) == sorted(moved)
+    assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= 1e-5
+    assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= 1e-4
+    stacks = [json.loads((out / "moved" / arch / f"step_{n}" / "state.json").read_text())["stack"] for n in range(5, 36, 5)]
+    assert stacks == [stack for stack, _ in HOMES]
+
+
+def test_every_move_reads_back_bit_for_bit(told):
+    _, log = told
+    lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
+    moves = len(LAYOUTS) + len(BF16) + len(ARCHS) * (len(HOMES) - 1)
+    assert len(lines) >= moves
+    assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+
+
+# ---- killed while it saves
+
+
+def start(out: Path, stack: str, settings: list[str], *overrides: str, nproc: int = 1) -> subprocess.Popen:
+    command = ["bash", f"recipes/gpt/{stack}/pretrain.sh", "recipes/gpt/configs/tiny.yaml", str(out), *settings, *overrides]
+    env = os.environ | {"NPROC": str(nproc), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_during_a_save(out: Path, process: subprocess.Popen, after: int, rng: random.Random) -> None:
+    """kill -9 the launcher at a random moment of a save that follows step `after`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        saving = [p for p in out.glob("step_*.tmp") if int(p.stem[5:]) > after]
+        if saving:
+            time.sleep(rng.random() * 0.03)  # a save of this model takes about as long
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.001)
+    process.kill()
+    raise AssertionError(f"no save seen; {process.stdout.read()[-2000:]}")
+
+
+def check_kills(out: Path, stack: str, settings: list[str], kills: int, nproc: int) -> None:
+    rng = random.Random(stack)
+    total = 4 * kills + 8
+    run = [f"train.steps={total}", "train.save_every=1", "model.dropout=0.1"]
+    finished = 0
+    for _ in range(kills):
+        process = start(out, stack, settings, *run, nproc=nproc)
+        kill_during_a_save(out, process, finished + rng.randrange(3), rng)
+        time.sleep(0.5)  # the ranks follow their launcher
+        done = steps_on_disk(out)
+        finished = done[-1] if done else 0
+    process = start(out, stack, settings, *run, nproc=nproc)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed[-3000:]
+    assert finished == 0 or f"{out}/step_{finished}" in printed  # it went on from the last finished step
+    assert steps_on_disk(out)[-1] == total
+    whole = start(out.with_name(out.name + "_whole"), stack, settings, *run, "train.save_every=0", nproc=nproc)
+    printed, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, printed[-3000:]
+    expected, ours = losses(out.with_name(out.name + "_whole")), losses(out)
+    assert [ours[s]["loss"] for s in expected] == [line["loss"] for line in expected.values()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert len([line for line in lines if '"loss"' in line]) == total  # each step once
+
+
+def test_killed_while_saving(settings, tmp_path):
+    check_kills(tmp_path / "run", "baseline", settings, kills=3, nproc=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stack", ["baseline", "deepspeed", "megatron"])
+def test_killed_ten_times_while_saving(settings, tmp_path, stack):
+    check_kills(tmp_path / "run", stack, settings, kills=10, nproc=2)
+
+
+def test_earlier_lines_of_the_log_stay_byte_for_byte(settings, tmp_path):
+    out = tmp_path / "run"
+    first = start(out, "baseline", settings, "train.steps=6", "train.save_every=4", "optim.decay_steps=9")
+    assert first.wait(timeout=200) == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    second = start(out, "baseline", settings, "train.steps=9", "train.save_every=4")  # decay_steps is recorded
+    printed, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, printed
+    after = (out / "metrics.jsonl").read_bytes()
+    assert after.startswith(before) and len(losses(out)) == 9
