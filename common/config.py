@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
@@ -20,7 +20,6 @@ from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("baseline", "deepspeed", "megatron")
-M = TypeVar("M", bound="Section")
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]  # steps x samples, the largest product, is below 2^63
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -121,7 +120,7 @@ class Megatron(Section):
     extra: dict[str, Any] = {}  # merged last into TransformerConfig; not for published rows
 
 
-class Config(Section, Generic[M]):
+class Config[M: Section](Section):
     model: M
     data: Data
     optim: Optim
@@ -223,7 +222,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
     return problems
 
 
-def load(path: str | Path, overrides: Sequence[str], model: type[M]) -> Config[M]:
+def load[M: Section](path: str | Path, overrides: Sequence[str], model: type[M]) -> Config[M]:
     """Read, override and validate; BadInput carries every problem, one line each, that this module can see.
 
     model: the family's section of the schema, with a method `problems() -> Iterator[str]` for rules of its own.
@@ -248,7 +247,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[M]) -> Config[M
 STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
 
 
-def _without_bad_keys(values: dict[str, Any], model: type[M]) -> tuple[Config[M] | None, set[str]]:
+def _without_bad_keys[M: Section](values: dict[str, Any], model: type[M]) -> tuple[Config[M] | None, set[str]]:
     """The config with its bad values dropped or, where one is required, replaced, so that the rules between keys are
     checked in the same go; and the names of those keys, of which the rules say nothing of worth."""
     values = copy.deepcopy(values)

@@ -421,6 +421,7 @@ class Stream:
         self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
         if weights is not None and not shuffle:
             raise BadInput(f"data {data!r}: weights have no meaning in file order (validation); give prefixes")
+        self.given_weights = weights
         self.weights = [float(n) for n in self.sizes] if weights is None else weights
         self._pattern = _Pattern(self.weights) if shuffle and len(prefixes) > 1 else None
         if self._pattern is not None and not self._pattern.counts.all():
@@ -457,8 +458,9 @@ class Stream:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over the contents and weights of the corpora, not their names; settings are not in it."""
-        parts = [[weight, corpus.content_hash] for weight, corpus in zip(self.weights, self.corpora, strict=True)]
+        """sha256 (hex) over the contents and given weights of the corpora, not their names; settings are not in it."""
+        weights = self.given_weights or [None] * len(self.corpora)
+        parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def verify(self, vocab_size: int | None = None) -> None:

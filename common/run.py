@@ -42,6 +42,11 @@ class Run(NamedTuple):
     def tokens_per_step(self) -> int:
         return self.cfg.train.global_batch * self.cfg.data.seq_len
 
+    @property
+    def targets(self) -> int | None:
+        """Targets of every global batch, where neither padding nor a mask makes them vary; else None: count them."""
+        return self.tokens_per_step if self.cfg.data.pack and not self.cfg.data.eod_mask_loss else None
+
     def samples(self, step: int) -> range:
         """The numbers of the samples that make up optimizer step `step` (the first is 1)."""
         size = self.cfg.train.global_batch
@@ -62,6 +67,9 @@ def prepare(
     notes = list(data_problems) if dry_run else []
     if not dry_run:
         problems += data_problems
+    if isinstance(folder, Path) and not folder.is_dir():
+        notes.append(f"{folder}, the corpus's tokenizer, is not there: the export will hold none")
+        folder = None
 
     out_path = Path(out)
     recorded = _recorded(out_path, type(cfg), problems)
@@ -94,8 +102,11 @@ def prepare(
 
 def find(path: str) -> Path:
     """A path of a config: as it stands from here, else from the repository's root."""
-    here = Path(path)
-    return here if here.is_absolute() or here.exists() or Path(f"{path}.bin").exists() else ROOT / here
+
+    def there(place: Path) -> bool:
+        return any(Path(f"{place}{suffix}").exists() for suffix in ("", ".bin", ".idx"))
+
+    return ROOT / path if there(ROOT / path) and not there(Path(path)) else Path(path)
 
 
 def _streams(cfg: Config) -> tuple[Stream | None, Stream | None, list[str]]:
@@ -193,7 +204,9 @@ def _whole_weights(folder: Path, name: str) -> list[str]:
         return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
     if not files:
         return [f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed"]
-    problems = []
+    index = (_json(folder / "model.safetensors.index.json") or {}).get("weight_map")
+    named = set(index.values()) if isinstance(index, dict) else set()
+    problems = [f"{name}: {file} is missing" for file in sorted(named - {path.name for path in files})]
     for path in files:
         try:
             with open(path, "rb") as file:
@@ -202,7 +215,7 @@ def _whole_weights(folder: Path, name: str) -> list[str]:
             end = max((t["data_offsets"][1] for key, t in header.items() if key != "__metadata__"), default=0)
             if path.stat().st_size != 8 + size + end:
                 problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError):
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
             problems.append(f"{name}: {path.name} is not a safetensors file; get it again")
     return problems
 

@@ -4,11 +4,13 @@ DeepSpeed's own checkpoints cannot change stage or rank count in general (stage 
 universal form); ours go through the engine parameter by parameter: deepspeed/utils/tensor_fragment.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param
 from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
 
@@ -18,6 +20,7 @@ from common.config import Config, Layout
 from common.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Shapes = Mapping[str, Sequence[int]]  # full shape by Hugging Face name
 
 
 def start(ranks: Ranks) -> None:
@@ -55,18 +58,32 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def grad_norm(engine: Any) -> float | None:
+def tp_rank(layout: Layout, ranks: Ranks) -> int:
+    """AutoTP's groups are neighbouring ranks (deepspeed/utils/groups.py)."""
+    return ranks.rank % layout.tp
+
+
+def grad_norm(engine: Any, shapes: Shapes) -> float | None:
     """Global gradient norm before clipping, to be read before engine.step() at stage 0 (where the engine keeps none), after
     it at the others; None when it is not the time."""
     if engine.zero_optimization_stage() == 0:
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item() if grads else None
+        grads = {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
+        split = [g for n, g in grads.items() if tuple(g.shape) != tuple(shapes[n])]
+        whole = [g for n, g in grads.items() if tuple(g.shape) == tuple(shapes[n])]
+        squares = torch.stack([torch.nn.utils.get_total_norm(some) ** 2 for some in (split, whole) if some])
+        if split:
+            dist.all_reduce(squares[:1], group=groups.get_tensor_model_parallel_group())
+        return squares.sum().sqrt().item()
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
-def fill(engine: Any, values: state.Values, step: int) -> None:
-    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time."""
+def fill(engine: Any, values: state.Values, shapes: Shapes, step: int) -> None:
+    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
+
+    shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it.
+    """
+    values = shards_of(values, shapes)
     stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
     if stage == 0:
         state.fill_torch(named, engine.optimizer, values, step)
@@ -123,17 +140,48 @@ def _piece(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
     return piece.to(parameter.ds_tensor.device)
 
 
-def read(engine: Any, ranks: Ranks) -> Iterator[Entry]:
+def shards_of(values: state.Values, shapes: Shapes) -> state.Values:
+    """`values` that answers for this rank's shard when it is asked for a shape smaller than the full one."""
+
+    def local(name: str, shape: Sequence[int]) -> state.Parts:
+        whole = values(name, shapes[name])
+        dim = split_dim(shape, shapes[name])
+        if dim is None:
+            return whole
+        tp, rank = groups.get_tensor_model_parallel_world_size(), groups.get_tensor_model_parallel_rank()
+        return {part: tensor.chunk(tp, dim)[rank].contiguous() for part, tensor in whole.items()}
+
+    return local
+
+
+def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
+    """The dimension in which a shard is smaller than its parameter; None if it is the whole one."""
+    return next((dim for dim, (ours, theirs) in enumerate(zip(shape, full, strict=True)) if ours != theirs), None)
+
+
+def read(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     """Every parameter's master and moments, gathered one at a time; the ranks take turns to write."""
-    named = engine.module.named_parameters()
-    if engine.zero_optimization_stage() == 0:
-        yield from state.read_torch(named, engine.optimizer, ranks)
-        return
-    stepped = bool(engine.optimizer.optimizer.state)
-    if stepped and engine.zero_optimization_stage() < 3:
-        _link(engine.optimizer)
-    for number, (name, parameter) in enumerate(named):
-        weight = safe_get_full_fp32_param(parameter)  # a collective
-        moments = [safe_get_full_optimizer_state(parameter, part) if stepped else None for part in MOMENTS]
+    stage, inner = engine.zero_optimization_stage(), engine.optimizer
+    stepped = stage > 0 and bool(inner.optimizer.state)
+    if stepped and stage < 3:
+        _link(inner)
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        if stage == 0:
+            moments = [inner.state.get(parameter, {}).get(part) for part in MOMENTS]
+            parts = [parameter.detach(), *moments]
+        else:
+            parts = [safe_get_full_fp32_param(parameter)]  # a collective
+            parts += [safe_get_full_optimizer_state(parameter, part) if stepped else None for part in MOMENTS]
+        dim = split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name])
+        if dim is not None:
+            parts = [None if part is None else _gather(part, dim) for part in parts]
         mine = number % ranks.world == ranks.rank
-        yield name, state.parts_of(weight, *moments) if mine else None
+        yield name, state.parts_of(*parts) if mine else None
+
+
+def _gather(shard: torch.Tensor, dim: int) -> torch.Tensor:
+    """AutoTP's shards of one tensor, put together on every rank."""
+    group = groups.get_tensor_model_parallel_group()
+    shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return torch.cat(shards, dim)

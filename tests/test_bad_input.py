@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Drive, case, losses
 
 from common import checkpoint, launch, run, state
 from common.corpus import Writer, write_manifest
@@ -259,7 +259,9 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, wha
     ("baseline", 1, "baseline.micro_batch=16", "baseline.micro_batch may be 1, 2, 4 or 8"),
     ("baseline", 3, "", "x 3 data-parallel ranks; baseline.micro_batch may be none: change the number of processes"),
     ("deepspeed", 2, "deepspeed.micro_batch=8", "deepspeed.micro_batch may be 1, 2 or 4"),
-    ("megatron", 3, "megatron.tp=3 train.global_batch=6", "megatron.tp=3 does not divide model.heads=4"),
+    ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=240", "megatron.tp=3 does not divide model.heads=4"),
+    ("megatron", 2, "megatron.tp=2 model.ffn=255", "megatron.tp=2 does not divide model.ffn=255"),
+    ("deepspeed", 1, "deepspeed.offload=true deepspeed.zero_stage=0", "deepspeed.offload=true needs deepspeed.zero_stage=1"),
     ("megatron", 1, "megatron.tp=2", "megatron.tp=2 x megatron.pp=1 needs 2 processes and there are 1; set NPROC=2"),
     ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2 x megatron.pp=1"),
@@ -392,16 +394,17 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
     ("another architecture", _hf({"model_type": "bert"}), ["is a 'bert' model, the config's model.arch is 'gpt2'"]),
     (
         "another size", _hf(HF | {"n_layer": 12, "n_embd": 768}, model__safetensors=_safetensors),
-        ["init.from=hf: has n_layer=12, the config's model gives 4", "init.from=hf: has n_embd=768"],
+        ["init.from=hf: has n_layer=12, the model gives 4", "init.from=hf: has n_embd=768, the model gives 64"],
     ),
-    ("no weights", _hf(), ["init.from=hf: no *.safetensors there; save it again"]),
+    ("no weights", _hf(), ["init.from=hf: no *.safetensors there; a Hugging Face folder with weights is needed"]),
     (
         "pickled weights", _hf(pytorch_model__bin=lambda path: path.write_bytes(pickle.dumps(_Bomb()))),
-        ["no *.safetensors there (pytorch_model.bin: pickles can run code when they are read, so they never are)"],
+        ["init.from=hf: holds pickled weights (.bin) only, which are not read; save it as safetensors"],
     ),
-    ("weights cut", _hf(model__safetensors=lambda path: _safetensors(path, 3)), ["model.safetensors is cut or no safet"]),
-    ("no safetensors", _hf(model__safetensors=lambda path: path.write_bytes(b"x" * 99)), ["model.safetensors is cut or no"]),
-    ("empty weights", _hf(model__safetensors=Path.touch), ["model.safetensors is cut or no safetensors file"]),
+    ("weights cut", _hf(model__safetensors=lambda path: _safetensors(path, 3)), ["model.safetensors has 83 of 86 bytes"]),
+    ("no weights file", _hf(model__safetensors=lambda path: path.write_bytes(b"x" * 99)), ["is not a safetensors file"]),
+    ("no weights file 2", _hf(model__safetensors=lambda p: p.write_bytes(b"\xff" * 99)), ["is not a safetensors file"]),
+    ("empty weights", _hf(model__safetensors=Path.touch), ["model.safetensors is not a safetensors file; get it again"]),
     (
         "shard missing",
         _hf(**{"model.safetensors.index.json": lambda p: p.write_text(INDEX), "model-1-of-2.safetensors": _safetensors}),
@@ -436,7 +439,7 @@ OUTS: list[tuple[str, str]] = [
     ("full", "full: is not empty and holds no run (no config.yaml); choose another OUT"),
     ("corpus", "corpus: is not empty and holds no run"),
     ("broken", "broken: is a broken link; choose another OUT"),
-    ("loop", "loop: not writable (Too many levels of symbolic links)"),
+    ("loop", "loop: is a broken link"),
     ("x" * 300, "not writable (File name too long)"),
     ("/proc/out", "/proc/out: not writable ("),
     ("/dev/null", "/dev/null: is a file"),
@@ -470,7 +473,7 @@ def _mounted(folder: Path, options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(place: Path) -> Iterator[Path]:
-    """A disk of 1 MB: more than a log, less than a checkpoint of tiny.yaml (12 bytes x 210,000 parameters)."""
+    """A disk of 1 MB: more than a log, less than a checkpoint of tiny.yaml (12 bytes x 210,304 parameters)."""
     yield from _mounted(place / "disk", "size=1m")
 
 
@@ -506,7 +509,7 @@ def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
     command = ["bash", str(SCRIPT), "c'onfig.yaml", "o ut"]
     env = os.environ | {"NPROC": "1"}
     done = subprocess.run([*command, "--dry-run"], cwd=there, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "parameters        208,256" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "parameters        210,304" in done.stdout
     before = snapshot(place)
     done = subprocess.run([*command, "trian.steps=3", "optim.min_lr=1"], cwd=there, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
@@ -669,3 +672,138 @@ def test_only_whole_steps_count_as_kept(place: Path) -> None:
     (place / "out/step_2.tmp").mkdir()
     checkpoint._remove_old(place / "out", 3, keep=1)
     assert [path.name for path in sorted((place / "out").glob("step_*"))] == ["step_3"]
+
+
+# ---- with ranks
+
+
+def checkpoint_of(out: Path, spoil: Callable[[str, Any], Any] = lambda name, weight: weight) -> None:
+    """A run of tiny.yaml stopped after step 2, without training. spoil(name, weight) is what it saved."""
+    import torch
+
+    finished_run(out, (2,))
+    job = run.prepare("tiny.yaml", str(out), [], "baseline", task, 1)
+    generator, files = torch.Generator().manual_seed(0), {}
+    for name, shape in task.hf_parameters(job.cfg.model).items():
+        weight = spoil(name, torch.randn(*shape, generator=generator) * 0.02)
+        parts = {"weight": weight, "exp_avg": torch.zeros(*shape), "exp_avg_sq": torch.zeros(*shape)}
+        files[name] = checkpoint._write(out / "step_2" / f"{name}.safetensors", parts)
+    (out / "step_2/state.json").write_text(json.dumps(state.meta(job, 2) | {"files": files}))
+
+
+def _not_finite(name: str, weight: Any) -> Any:
+    if name == "transformer.wte.weight":
+        weight[7, 3] = float("inf")
+    return weight
+
+
+def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
+    """NaN on each stack, bad checkpoints and folders: the code, the words, and OUT byte for byte as it was."""
+    import torch
+    from safetensors.torch import save_file
+
+    (place / "tiny.yaml").write_text(TEXT.replace("corpus/", f"{place}/corpus/"))
+    cases, told = [], {}
+
+    def row(name: str, stack: str, expect: int, words: str, *overrides: str) -> Path:
+        told[name] = words
+        one = case(stack, "tiny", place / name, overrides, expect) | {"config": str(place / "tiny.yaml")}
+        cases.append(one)
+        return place / name
+
+    for stack in launch.STACKS:
+        words = r"code 3 .*the loss of step 3 is nan \(samples 16 to 23\): stopped before the update, nothing saved"
+        checkpoint_of(row(f"nan_{stack}", stack, 3, words, "train.save_every=1"), _not_finite)
+    flipped = row("flipped", "baseline", 2, r"code 2 .*ln_f.bias.safetensors: its bytes have changed since it was written")
+    checkpoint_of(flipped)
+    path = flipped / "step_2/transformer.ln_f.bias.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    size = row("size", "megatron", 2, r"code 2 .*transformer.ln_f.bias is \(3,\) there and \(64,\) in this model")
+    checkpoint_of(size, lambda name, weight: torch.ones(3) if name.endswith("ln_f.bias") else weight)
+    for name, tensors, words in (
+        ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds no transformer.wte.weight; it is a model of another"),
+        ("shape", {"wte.weight": torch.zeros(3, 64)}, r"code 2 .*wte.weight is \(3, 64\), the config's model wants"),
+    ):
+        folder = place / f"hf_{name}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(HF))
+        save_file(tensors, str(folder / "model.safetensors"))
+        row(name, "deepspeed", 2, words, f"init.from={folder}")
+
+    before = snapshot(place)
+    output = drive(cases, 1)
+    for name, words in told.items():
+        assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
+    assert snapshot(place) == before
+
+
+def pretrain(place: Path, out: Path, *overrides: str, stack: str = "baseline") -> tuple[int, list[str]]:
+    """One process by the launch script: exit code and stderr."""
+    script = ROOT / f"recipes/gpt/{stack}/pretrain.sh"
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(script), str(place / "tiny.yaml"), str(out), *overrides]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_a_loss_that_explodes_exits_3_and_keeps_what_was_saved(place: Path) -> None:
+    overrides = ["optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1"]
+    code, lines = pretrain(place, place / "out", *overrides)
+    assert code == 3, lines
+    assert len(lines) == 1 and re.match(r"error: the loss of step 2 is (nan|inf) \(samples 8 to 15\): stopped", lines[0])
+    assert [path.name for path in (place / "out").glob("step_*")] == ["step_1"]
+    assert list(losses(place / "out")) == [1]
+    assert not (place / "out/hf").exists()
+
+
+def test_a_disk_that_fills_up_is_told_and_the_steps_before_are_whole(place: Path, small_disk: Path) -> None:
+    code, lines = pretrain(place, small_disk / "out")
+    assert code == 2, lines
+    assert len(lines) == 1, lines
+    assert re.match(r"error: .*/out/step_4.tmp/.* cannot be written: No space left on device; the steps saved", lines[0])
+    assert not list((small_disk / "out").glob("step_*"))
+    assert list(losses(small_disk / "out")) == [1, 2, 3, 4]
+
+
+ONE_SIDED = """
+import sys
+import torch
+import torch.distributed as dist
+from common import ranks
+from common.errors import BadInput
+
+def main(argv):
+    here = ranks.start()
+    kind = argv[0]
+    if here.rank == 1 and kind == "input":
+        raise BadInput(["corpus/train.idx is missing", "and so is its other half"])
+    if here.rank == 1 and kind == "disk":
+        raise OSError(28, "No space left on device", "out/metrics.jsonl")
+    if here.rank == 1 and kind == "fault":
+        raise RuntimeError("a fault of our own")
+    dist.barrier()
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "told"),
+    [
+        ("input", 2, ["error: corpus/train.idx is missing", "error: and so is its other half"]),
+        ("disk", 2, ["error: out/metrics.jsonl: No space left on device; mend that: the checkpoints are whole, and "]),
+        ("fault", 1, ["RuntimeError: a fault of our own"]),
+    ],
+)
+def test_what_one_rank_alone_sees_is_told_once(kind: str, code: int, told: list[str], place: Path) -> None:
+    """Rank 1 of 2, while rank 0 waits for it in a collective."""
+    (place / "one_sided.py").write_text(ONE_SIDED)
+    begin = "import sys; from common import launch; on = launch.Nodes(2, 1, 0, None, None); "
+    script = begin + f"sys.exit(launch.run([*launch.torchrun(on), 'one_sided.py', {kind!r}], on))"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    for line in told:
+        assert done.stderr.count(line) == 1, done.stderr
+    if code == 2:
+        assert len(done.stderr.splitlines()) == len(told), done.stderr

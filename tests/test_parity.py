@@ -43,6 +43,11 @@ FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true", "megatron.micro_batch=4"],
     ),
 }
+ONLY_LLAMA: dict[str, tuple[str, list[str]]] = {
+    "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2"]),
+}
 # Documents of very different lengths, one a sample: micro batches and ranks hold unequal numbers of targets (law 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
@@ -76,6 +81,10 @@ def runs(drive, settings, tmp_path_factory) -> Path:
         case(stack, arch, out / "fp32" / arch / name, settings + overrides)
         for arch in ARCHS
         for name, (stack, overrides) in TWO_RANKS.items()
+    ]
+    two += [
+        case(stack, "tiny_llama", out / "fp32" / "tiny_llama" / name, settings + overrides)
+        for name, (stack, overrides) in ONLY_LLAMA.items()
     ]
     for kind, more in (("documents", DOCUMENTS), ("within", WITHIN)):
         two += [
@@ -130,6 +139,12 @@ def test_follows_the_plain_loop(runs, reference, arch, layout, record_property):
     assert expected[-1][0] < expected[0][0] - 0.5, "the loss must really fall"
     loss, norm = farthest(runs / "fp32" / arch / layout, expected)
     record_property("difference", f"loss {loss:.1e} norm {norm:.1e}")
+    assert loss <= LOSS and norm <= NORM
+
+
+@pytest.mark.parametrize("layout", ONLY_LLAMA)
+def test_autotp_follows_the_plain_loop(runs, reference, layout):
+    loss, norm = farthest(runs / "fp32" / "tiny_llama" / layout, reference["fp32", "tiny_llama"])
     assert loss <= LOSS and norm <= NORM
 
 

@@ -24,10 +24,11 @@ def install() -> None:
         fill_torch(named, optimizer, values, step)
         _compare(state.read_torch(named, optimizer, ALONE), values, _all_equal(named, values))
 
-    def zero_door(engine, values, step):
-        fill_zero(engine, values, step)
+    def zero_door(engine, values, shapes, step):
+        fill_zero(engine, values, shapes, step)
         if engine.zero_optimization_stage():
-            _compare(zero.read(engine, ALONE), values, _zero_weights_equal(engine, values))
+            shards = zero.shards_of(values, shapes)
+            _compare(zero.read(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
 
     def mcore_door(model, optimizer, rules, shapes, values, step):
         fill_mcore(model, optimizer, rules, shapes, values, step)

@@ -8,6 +8,7 @@ Shapes: B samples, T positions, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -56,11 +57,15 @@ class Model(Section):
     def layout_problems(self, cfg: Config[Model], stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
         system = getattr(cfg, stack)
-        if stack == "deepspeed" and system.tp > 1:
+        if stack == "deepspeed" and system.tp > 1 and self.arch == "gpt2":
             yield (
-                f"deepspeed.tp={system.tp}: AutoTP has no policy for GPT-2's fused Conv1D and its shards have no names that a "
-                "checkpoint of another layout could read; use deepspeed.tp=1, or megatron.tp"
+                f"deepspeed.tp={system.tp}: DeepSpeed's AutoTP does not split GPT-2's fused Conv1D (`AutoTP not supported for "
+                "model`); use deepspeed.tp=1, model.arch=llama, or megatron.tp"
             )
+        if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
+            yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
+        if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
+            yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
         kv = self.kv_heads or self.heads
         if self.heads % tp or kv % tp:

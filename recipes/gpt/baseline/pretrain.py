@@ -45,10 +45,6 @@ def main(argv: list[str]) -> None:
     optimizer = optim.adamw(net.named_parameters(), task.decays, cfg.optim)
 
     # ---- data
-    if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
-
     def loss_of(rows: batches.Rows) -> torch.Tensor:
         """Summed loss of one micro batch."""
         batch = task.batch(rows, ranks.device)
@@ -73,6 +69,9 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = job.resume.step if job.resume else 0
     state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    if ranks.rank == 0:
+        run.begin(job)  # nothing refuses the run from here on
+    log = Log(job, task, ranks)
 
     # ---- loop
     model.train()
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, ranks.rank))
-        targets = processes.total(batches.targets(rows), device=ranks.device)  # of the global batch
+        targets = job.targets or processes.total(batches.targets(rows), device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)

@@ -30,19 +30,18 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
+    dp_rank = ranks.rank // layout.tp
+    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
+    shapes = task.hf_parameters(cfg.model)
 
     # ---- optimizer
     optimizer = optim.adamw(net.named_parameters(), task.decays, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
-
     def loss_of(rows: batches.Rows) -> torch.Tensor:
         """Summed loss of one micro batch."""
         batch = task.batch(rows, ranks.device)
@@ -53,19 +52,23 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
             totals[0] += loss_of(rows)
             totals[1] += batches.targets([rows])
+        totals *= tells
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         engine.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, zero.read(engine, ranks), state.meta(job, step), cfg.train.keep)
+        checkpoint.save(job.out, zero.read(engine, ranks, shapes), state.meta(job, step), cfg.train.keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    zero.fill(engine, state.values(cfg, task, job.resume), step)
+    zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    if ranks.rank == 0:
+        run.begin(job)  # nothing refuses the run from here on
+    log = Log(job, task, ranks)
 
     # ---- loop
     engine.train()
@@ -76,22 +79,22 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, ranks.rank))
-        targets = processes.total(batches.targets(rows), device=ranks.device)  # of the global batch
+        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, dp_rank))
+        targets = job.targets or processes.total(batches.targets(rows) * tells, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
-            processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
+            processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
             micro_loss = loss_of(micro_rows)
             # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
             loss += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        loss, stop = processes.agree(loss, ranks, step, job.samples(step))
+        loss, stop = processes.agree(loss * tells, ranks, step, job.samples(step))
 
-        grad_norm = zero.grad_norm(engine) if system.zero_stage == 0 else None
+        grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine)
+        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
 
         log.step(step, loss, grad_norm, lr)
         last = step == cfg.train.steps

@@ -45,9 +45,6 @@ def main(argv: list[str]) -> None:
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
-    if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
     positions = torch.arange(cfg.data.seq_len, device=ranks.device).expand(layout.micro_batch, -1)  # (B, T)
     schedule = get_forward_backward_func()  # with or without pipeline
 
@@ -94,6 +91,9 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = job.resume.step if job.resume else 0
     mcore.fill(model, optimizer, rules, task.hf_parameters(cfg.model), state.values(cfg, task, job.resume), step)
+    if ranks.rank == 0:
+        run.begin(job)  # nothing refuses the run from here on
+    log = Log(job, task, ranks)
 
     # ---- loop
     model.train()
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
         rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, dp_rank))
-        targets = processes.total(batches.targets(rows), dp_group, ranks.device)  # of the global batch
+        targets = job.targets or processes.total(batches.targets(rows), dp_group, ranks.device)  # of the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
         model.zero_grad_buffer()
         optimizer.zero_grad()
