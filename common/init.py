@@ -78,6 +78,7 @@ def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
 
 
 def differences(theirs: dict[str, object], ours: dict[str, object]) -> list[str]:
-    """'n_layer=12, the model gives 4': where a folder's config.json contradicts the shapes that we would build."""
+    """'n_layer=12, the model gives 4': where a folder's config.json contradicts what we would build (a tuple: one of)."""
     given = {**(theirs.get("rope_parameters") or {}), **{k: v for k, v in theirs.items() if v is not None}}
-    return [f"{k}={given[k]!r}, the model gives {v!r}" for k, v in ours.items() if k in given and given[k] != v]
+    allowed = {k: v if isinstance(v, tuple) else (v,) for k, v in ours.items() if k in given}
+    return [f"{k}={given[k]!r}, the model gives {' or '.join(map(repr, v))}" for k, v in allowed.items() if given[k] not in v]

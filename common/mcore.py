@@ -231,12 +231,13 @@ def wrap(config: TransformerConfig, net: torch.nn.Module, cfg: Config, ranks: Ra
     net = net.to(ranks.device)
     if config.bf16:
         net = Float16Module(config, net)
-    overlap = ranks.device.type == "cuda"  # needs streams
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap
+        use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=True
     )
     with device_names(ranks):
-        return DistributedDataParallel(config, ddp_config, net)
+        model = DistributedDataParallel(config, ddp_config, net)
+    config.no_sync_func = model.no_sync  # the schedules reduce gradients in the last micro batch's backward pass only
+    return model
 
 
 def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> MegatronOptimizer:

@@ -132,7 +132,7 @@ layout() { # STACK: what of the config's layout, which is for 2 processes, is to
 # ---- 2
 
 case $family in # MODULE of data/, FOLDER under corpora/, what its text is, and a beginning to continue
-  gpt) module=python_docs corpus=corpora/python prompt='def ' ;;
+  gpt) module=python_docs corpus=corpora/python prompt='def __init__(self' ;;
   *) fail "$family: its corpus is not known to this script (scripts/quickstart.sh, stage 2)" ;;
 esac
 text="Python's own library and reference texts" from=() changed=()

@@ -20,9 +20,9 @@ def main() -> None:
     parser.add_argument("--prompt", metavar="TEXT", default="", help="how it begins (default: as a document begins)")
     parser.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens to add (default: %(default)s)")
     told = "0 takes the likeliest token each time (default: %(default)s)"
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.8, help=told)
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.7, help=told)
     told = "choose among the K likeliest tokens (default: %(default)s)"
-    parser.add_argument("--top-k", metavar="K", type=int, default=40, help=told)
+    parser.add_argument("--top-k", metavar="K", type=int, default=20, help=told)
     parser.add_argument("--seed", metavar="N", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args()
     problems = [f"{f}: no config.json there" for f in args.folders if not (Path(f) / "config.json").is_file()]

@@ -10,7 +10,7 @@ from common.corpus import Stream
 from recipes.gpt import task
 
 
-def losses(config_path: Path, overrides: list[str]) -> list[tuple[float, float]]:
+def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
     cfg = config.load(config_path, overrides, task.Model)
     data = cfg.data
@@ -19,7 +19,7 @@ def losses(config_path: Path, overrides: list[str]) -> list[tuple[float, float]]
         reset_attention=data.reset_attention,
     )  # fmt: skip
     model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
-    net = task.hf_model(model).train()
+    net = task.hf_model(model).to(device).train()
     draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -32,12 +32,13 @@ def losses(config_path: Path, overrides: list[str]) -> list[tuple[float, float]]
     made = []
     for step in range(1, cfg.train.steps + 1):
         rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
-        tokens, mask = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["loss_mask"])
+        on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
+        tokens, mask = on_device["tokens"], on_device["loss_mask"]
         given = {"input_ids": tokens[:, :-1]}
         if data.reset_attention:
-            segment = torch.from_numpy(rows["segment"])
+            segment = on_device["segment"]
             sees = (segment[:, :, None] == segment[:, None, :]).tril()  # (B, T, T)
-            given |= {"attention_mask": sees[:, None], "position_ids": torch.from_numpy(rows["position"])}
+            given |= {"attention_mask": sees[:, None], "position_ids": on_device["position"]}
         logits = net(**given).logits  # (B, T, V)
         loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
         adam.zero_grad()

@@ -11,8 +11,8 @@ from tests import plain
 LOSS = 1e-5  # largest difference over 20 steps, fp32
 NORM = 1e-4  # relative
 # bf16 differs from stack to stack by design: baseline keeps fp32 weights under autocast, the others bf16 weights with fp32
-# masters. Measured on tiny and tiny_llama over 20 steps on a CPU: at most 2.9e-3 (loss) between any stack and fp32.
-BF16 = 1e-2
+# masters. Measured over these 20 steps on a CPU: at most 7.6e-4 between any of them and the fp32 loop.
+BF16 = 2e-3
 
 ARCHS = ("tiny", "tiny_llama")
 TWO_RANKS: dict[str, tuple[str, list[str]]] = {
@@ -82,10 +82,6 @@ def runs(drive, settings, tmp_path_factory) -> Path:
         for arch in ARCHS
         for name, (stack, overrides) in TWO_RANKS.items()
     ]
-    two += [
-        case(stack, "tiny_llama", out / "fp32" / "tiny_llama" / name, settings + overrides)
-        for name, (stack, overrides) in ONLY_LLAMA.items()
-    ]
     for kind, more in (("documents", DOCUMENTS), ("within", WITHIN)):
         two += [
             case(stack, arch, out / kind / arch / name, settings + more + overrides)
@@ -96,6 +92,11 @@ def runs(drive, settings, tmp_path_factory) -> Path:
         case(stack, arch, out / "bf16" / arch / name, [*settings, "train.dtype=bf16", *overrides])
         for arch in ARCHS
         for name, (stack, overrides) in BF16_LAYOUTS.items()
+    ]
+    # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
+    two += [
+        case(stack, "tiny_llama", out / "fp32" / "tiny_llama" / name, settings + overrides)
+        for name, (stack, overrides) in ONLY_LLAMA.items()
     ]
     drive(two, 2)
     four = [
@@ -136,7 +137,7 @@ def farthest(run: Path, expected: list[tuple[float, float]]) -> tuple[float, flo
 @pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS])
 def test_follows_the_plain_loop(runs, reference, arch, layout, record_property):
     expected = reference["fp32", arch]
-    assert expected[-1][0] < expected[0][0] - 0.5, "the loss must really fall"
+    assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
     loss, norm = farthest(runs / "fp32" / arch / layout, expected)
     record_property("difference", f"loss {loss:.1e} norm {norm:.1e}")
     assert loss <= LOSS and norm <= NORM

@@ -1,4 +1,4 @@
-"""Every command line of the documents names files that are there, and its `--help` or `--dry-run` works; links lead somewhere."""
+"""The documents: each command line names files that are there and its `--help` or `--dry-run` works; links lead somewhere."""
 
 import os
 import re
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))]
+FAMILIES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *FAMILIES]
 SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "."}  # run as they stand by the reader; their paths are checked
-PLACEHOLDERS = {"OUT", "RUN", "CONFIG", "DIR", "FOLDER", "HF_DIR", "PATH", "NAME"}  # words in capitals stand for the reader's own
+OWN = {"FAMILY", "STACK", "NAME", "mine"}  # in a path, these stand for the reader's own
 
 
 class Line(NamedTuple):
@@ -53,29 +54,29 @@ def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
 def test_command(line: Line, settings: list[str], tmp_path: Path) -> None:
-    words = list(line.words)
+    words, env = list(line.words), dict(line.env)
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
         assert (ROOT / words[script]).is_file()
+        env["NPROC"] = next(word.partition("=")[2] for word in words if word.startswith("--gpus-per-node="))
         words = ["bash", *words[script + 1 :]]
     if words[0] == "python":
         assert words[1] == "-m", line.name
-        if not set(words[2]).intersection("NAME"):
-            assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line.name
-            done = run([sys.executable, "-m", words[2], "--help"], {})
-            assert done.returncode == 0, done.stderr
-            options = {word.partition("=")[0] for word in words if word.startswith("--")}
-            assert all(option in done.stdout for option in options), (options, done.stdout)
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line.name
+        done = run([sys.executable, "-m", words[2], "--help"], {})
+        assert done.returncode == 0, done.stderr
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert all(option in done.stdout for option in options), (options, done.stdout)
     elif words[0] == "bash":
         script = words[1]
         if script == "recipes/mine/deepspeed/pretrain.sh":  # the reader's copy
             script, words[2] = script.replace("mine", "gpt"), words[2].replace("mine", "gpt")
         assert (ROOT / script).is_file(), line.name
         if script.endswith("pretrain.sh") and "CONFIG" not in words:
-            # OUT may be there already, and a corpus may be not
-            command = ["bash", script, words[2], str(tmp_path / "out"), *words[4:], *settings, "--dry-run"]
-            env = line.env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in line.env else {})
-            done = run(command, env)
+            # OUT may be there already, and the corpus, which then decides the vocabulary, may be not
+            corpus = settings if "corpora/python" in (ROOT / words[2]).read_text(encoding="utf-8") else []
+            command = ["bash", script, words[2], str(tmp_path / "out"), *words[4:], *corpus, "--dry-run"]
+            done = run(command, env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in env else {}))
             assert done.returncode == 0, done.stderr
             assert "torchrun" in done.stdout
         elif script != "scripts/setup.sh":  # the only one without options
@@ -85,7 +86,7 @@ def test_command(line: Line, settings: list[str], tmp_path: Path) -> None:
     else:
         assert words[0] in SHELL_WORDS, line.name
     for word in words[1:]:
-        if re.match(r"(recipes|scripts|common|data|tests)/[\w/.-]+$", word) and "mine" not in word and not PLACEHOLDERS & set(word.split("/")):
+        if re.match(r"(recipes|scripts|common|data|tests)/[\w/.-]+$", word) and not OWN & set(re.split(r"[/.]", word)):
             assert (ROOT / word).exists(), f"{line.name}: no {word}"
 
 
@@ -101,5 +102,5 @@ def test_links_lead_somewhere(document: str) -> None:
 def test_paths_in_the_text_are_there(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:recipes|scripts|common|data|tests|\.ci|\.github)/[\w/.-]+\.(?:py|sh|yaml|md|yml|toml))`", text)
-    missing = [p for p in paths if not (ROOT / p).exists() and "mine" not in p and not PLACEHOLDERS & set(re.split(r"[/.]", p))]
+    missing = [p for p in paths if not (ROOT / p).exists() and not OWN & set(re.split(r"[/.]", p))]
     assert not missing

@@ -86,7 +86,7 @@ def _replicated(model) -> None:
 
 
 def _tell(what: str, seen: int, wrong: int) -> None:
-    totals = torch.tensor([seen, wrong])
+    totals = torch.tensor([seen, wrong], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(totals)
     if dist.get_rank() == 0:
         print(f"{what} {int(totals[0])} parameters, {int(totals[1])} wrong", flush=True)

@@ -130,7 +130,11 @@ def hf_model(model: Model) -> PreTrainedModel:
     """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-    return (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(hf_config(model))
+    if model.arch != "gpt2":
+        return LlamaForCausalLM(hf_config(model))
+    shapes = hf_config(model)
+    shapes.activation_function = "gelu_pytorch_tanh"  # gelu_new: one kernel for eight, one tensor kept for four
+    return GPT2LMHeadModel(shapes)
 
 
 def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -212,10 +216,10 @@ def card(model: Model) -> dict[str, Any]:
 
 
 def hf_shapes(model: Model) -> dict[str, Any]:
-    """What config.json of a folder must say to hold this model; checked without importing transformers."""
+    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
     if model.arch == "gpt2":
         return {"n_layer": model.layers, "n_embd": model.hidden, "n_head": model.heads, "n_positions": model.positions,
-                "vocab_size": model.vocab_size, "n_inner": model.ffn, "activation_function": "gelu_new",
+                "vocab_size": model.vocab_size, "n_inner": model.ffn, "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "layer_norm_epsilon": model.norm_eps, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
     return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
             "num_key_value_heads": model.kv_heads, "intermediate_size": model.ffn, "vocab_size": model.vocab_size,

@@ -1,0 +1,132 @@
+"""What a CUDA GPU shows beyond the CPU's tests, on one GPU: parity, resume, moves between the stacks, and gpu_check itself.
+
+`bash scripts/gpu_check.sh OUT` runs the tests marked gpu too.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, case, losses
+
+from scripts import gpu_check
+from scripts.bench_speed import write_corpus
+
+LAYOUTS = ("baseline", "zero1", "zero3", "megatron", "megatron_distributed_optimizer")
+HOMES = ("baseline", "zero1", "megatron", "zero3", "megatron_distributed_optimizer", "baseline")
+EACH = 3  # steps at each home
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA GPU; torch {torch.__version__} sees none")
+
+
+@pytest.fixture(scope="module")
+def told(gpu, tmp_path_factory) -> tuple[Path, str]:
+    """(folder of the runs, what they printed): all in one process on the GPU."""
+    out = tmp_path_factory.mktemp("gpu")
+    write_corpus(out / "corpus" / "train", 50_000, gpu_check.TINY_VOCAB)
+    shared = [*gpu_check.TINY, f"data.train={out}/corpus/train"]
+    cases = []
+    for name in LAYOUTS:
+        stack, overrides = gpu_check.FP32[name]
+        settings = [*shared, "model.dropout=0.1", "optim.decay_steps=20", *overrides]
+        cases.append(case(stack, "tiny", out / "whole" / name, [*settings, "train.steps=20"]))
+        cases += [case(stack, "tiny", out / "halves" / name, [*settings, f"train.steps={n}"]) for n in (10, 20)]
+    total = EACH * len(HOMES)
+    moved = [*shared, f"optim.decay_steps={total}", "train.keep=100"]
+    cases.append(case("baseline", "tiny_llama", out / "stayed", [*moved, f"train.steps={total}"]))
+    for number, name in enumerate(HOMES, 1):
+        stack, overrides = gpu_check.FP32[name]
+        cases.append(case(stack, "tiny_llama", out / "moved", [*moved, f"train.steps={EACH * number}", *overrides]))
+    path = out / "cases.json"
+    path.write_text(json.dumps(cases), encoding="utf-8")
+    env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
+    done = subprocess.run([sys.executable, "tests/drive.py", str(path)], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return out, done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_halves_are_one_run(told, name, record_property):
+    """With dropout. Not bit for bit: some of CUDA's backward kernels add in an order of their own."""
+    out, _ = told
+    whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
+    assert sorted(whole) == sorted(halves) == list(range(1, 21))
+    farthest = max(abs(whole[step]["loss"] - halves[step]["loss"]) for step in whole)
+    record_property("difference", farthest)
+    assert farthest <= gpu_check.LOSS
+
+
+@pytest.mark.gpu
+def test_one_run_many_homes(told):
+    out, _ = told
+    stayed, moved = losses(out / "stayed"), losses(out / "moved")
+    assert sorted(stayed) == sorted(moved)
+    assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= gpu_check.LOSS
+    assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= gpu_check.NORM
+
+
+@pytest.mark.gpu
+def test_every_move_reads_back_bit_for_bit(told):
+    _, log = told
+    lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
+    assert len(lines) >= 3 * len(LAYOUTS) + len(HOMES) + 1
+    assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+
+
+@pytest.mark.gpu
+def test_bf16_trains(gpu, tmp_path):
+    """One layout a stack, in one process of its own, against the plain fp32 loop."""
+    code = (
+        "import json, sys; from pathlib import Path; from scripts import gpu_check as g; "
+        "names = ('baseline', 'zero1', 'megatron'); "
+        "found = g.parity('gpt', 'bf16', Path(sys.argv[1]), {n: g.BF16[n] for n in names}); "
+        "print(json.dumps(found), flush=True); import os; os._exit(0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1])["ok"], done.stdout[-4000:]
+
+
+def check(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts/gpu_check.sh"), str(out), *arguments]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_gpu_check_without_a_gpu_says_so(tmp_path):
+    done = check(tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: torch \S+ sees no CUDA GPU here; .*\n", done.stderr), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gpu_check_rehearsed_on_a_cpu(tmp_path):
+    done = check(tmp_path / "out", "--cpu-rehearsal", "--minutes", "25")
+    found = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    states = {part["part"]: part["status"] for part in found["parts"]}
+    assert done.returncode == 0 and set(states.values()) == {"pass"}, (states, done.stdout[-4000:], done.stderr[-2000:])
+    assert len(states) == len(gpu_check.parts())
+    rows = [row for part in found["parts"] for row in part.get("rows", [])]
+    assert len(rows) == 2 * (len(gpu_check.FP32) + len(gpu_check.BF16))
+    speeds = [part for part in found["parts"] if "tokens_per_s" in part]
+    assert {part["stack"] for part in speeds} == set(gpu_check.STACKS) and all(part["tokens_per_s"] > 0 for part in speeds)
+    assert "## Parity" in (tmp_path / "out/gpu_check.md").read_text()
+
+
+def test_a_part_without_time_is_left_out_loudly(tmp_path, capsys):
+    part = gpu_check.run_part(("speed", "gpt", "megatron_355m", "megatron"), tmp_path, True, left=10)
+    assert part["status"] == "skipped" and "10 s left" in part["error"]
+    assert "SKIPPED speed gpt megatron_355m megatron" in capsys.readouterr().out
