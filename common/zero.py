@@ -33,7 +33,8 @@ def start(ranks: Ranks) -> None:
 def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     """DeepSpeed's JSON, from our names. `deepspeed.extra` is merged last."""
     system = cfg.deepspeed
-    zero: dict[str, Any] = {"stage": system.zero_stage}
+    # the buffer in which gradients are reduced is allocated whole, whatever the model needs of it
+    zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameters())}
     if system.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     made: dict[str, Any] = {

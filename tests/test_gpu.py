@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from scripts.bench_speed import write_corpus
 
 LAYOUTS = ("baseline", "zero1", "zero3", "megatron", "megatron_distributed_optimizer")
 HOMES = ("baseline", "zero1", "megatron", "zero3", "megatron_distributed_optimizer", "baseline")
+BF16 = ("baseline", "zero1", "megatron")
 EACH = 3  # steps at each home
 
 
@@ -47,6 +49,9 @@ def told(gpu, tmp_path_factory) -> tuple[Path, str]:
     for number, name in enumerate(HOMES, 1):
         stack, overrides = gpu_check.FP32[name]
         cases.append(case(stack, "tiny_llama", out / "moved", [*moved, f"train.steps={EACH * number}", *overrides]))
+    for name in BF16:
+        stack, overrides = gpu_check.FP32[name]
+        cases.append(case(stack, "tiny_llama", out / "bf16" / name, [*shared, "train.dtype=bf16", *overrides]))
     path = out / "cases.json"
     path.write_text(json.dumps(cases), encoding="utf-8")
     env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
@@ -84,19 +89,31 @@ def test_every_move_reads_back_bit_for_bit(told):
     assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
 
+@pytest.fixture(scope="module")
+def expected(told) -> Callable[[int], list[tuple[float, float]]]:
+    """The plain loop on the GPU, for a run of so many steps."""
+    from tests import plain
+
+    out, _ = told
+    overrides = [*gpu_check.TINY, f"data.train={out}/corpus/train"]
+    config = ROOT / "recipes/gpt/configs/tiny_llama.yaml"
+    return lambda steps: plain.losses(config, [*overrides, f"train.steps={steps}"], "cuda")
+
+
 @pytest.mark.gpu
-def test_bf16_trains(gpu, tmp_path):
-    """One layout a stack, in one process of its own, against the plain fp32 loop."""
-    code = (
-        "import json, sys; from pathlib import Path; from scripts import gpu_check as g; "
-        "names = ('baseline', 'zero1', 'megatron'); "
-        "found = g.parity('gpt', 'bf16', Path(sys.argv[1]), {n: g.BF16[n] for n in names}); "
-        "print(json.dumps(found), flush=True); import os; os._exit(0)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])["ok"], done.stdout[-4000:]
+@pytest.mark.parametrize("run", ["stayed", "moved"])
+def test_follows_the_plain_loop(told, expected, run):
+    """`moved` is of all stacks, one after the other."""
+    steps = EACH * len(HOMES)
+    found = gpu_check.compared(losses(told[0] / run), expected(steps), "fp32")
+    assert found["ok"], found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_stays_near_fp32(told, expected, name):
+    found = gpu_check.compared(losses(told[0] / "bf16" / name), expected(20), "bf16")
+    assert found["ok"], found
 
 
 def check(out: Path, *arguments: str) -> subprocess.CompletedProcess:
