@@ -27,7 +27,7 @@ if [[ -n $source_dir ]]; then
     echo "error: --source $source_dir: no such folder" >&2
     exit 2
   }
-  arguments+=(--source "$(cd -- "$source_dir" && pwd)")
+  arguments+=("--source=$(cd -- "$source_dir" && pwd)") # one word: pytest would take a second for a place of tests
 fi
 
 bash "$root/scripts/setup.sh" test
@@ -36,4 +36,4 @@ export PATH=$root/.venv/bin:$PATH
 
 ruff check .
 find . -name '*.sh' -not -path './.venv/*' -not -path './out/*' -print0 | xargs -0 shellcheck .ci/run
-pytest -q -m "not slow and not gpu and not slurm" "${arguments[@]}"
+pytest -c pyproject.toml --rootdir=. -q -m "not slow and not gpu and not slurm" "${arguments[@]}"
