@@ -85,11 +85,19 @@ def _reopen(path: Path, step: int) -> TextIO:
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                if not line.endswith(b"\n") or _step_of(line) > step:
                     break
                 keep += len(line)
         os.truncate(path, keep)
     return open(path, "a", encoding="utf-8")
+
+
+def _step_of(line: bytes) -> float:
+    """Of a line of metrics.jsonl; infinite for one that is damaged, which ends what is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

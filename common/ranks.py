@@ -139,13 +139,18 @@ def agree(loss: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tupl
         dist.all_reduce(shares)
     value, terms, interrupts = shares.tolist()
     number = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
+    must_be_finite("loss", value, step, samples, when=" before the update")
+    return value, int(number)
+
+
+def must_be_finite(what: str, value: float, step: int, samples: range, when: str = "") -> None:
+    """End the run with exit code 3 at a loss or gradient norm that is NaN or infinite: nothing of it is saved."""
     if not math.isfinite(value):
         raise Stopped(
             EXIT_NOT_FINITE,
-            f"error: the loss of step {step} is {value} (samples {samples.start} to {samples.stop - 1}): stopped before the "
-            f"update, nothing saved; the last checkpoint is as it was",
+            f"error: the {what} of step {step} is {value} (samples {samples.start} to {samples.stop - 1}): stopped{when}, "
+            "nothing saved; the last checkpoint is as it was",
         )
-    return value, int(number)
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -69,8 +69,9 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = job.resume.step if job.resume else 0
     state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)  # nothing refuses the run from here on
+        run.begin(job)
     log = Log(job, task, ranks)
 
     # ---- loop
@@ -97,6 +98,7 @@ def main(argv: list[str]) -> None:
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

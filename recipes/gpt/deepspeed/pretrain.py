@@ -66,8 +66,9 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = job.resume.step if job.resume else 0
     zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)  # nothing refuses the run from here on
+        run.begin(job)
     log = Log(job, task, ranks)
 
     # ---- loop
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
 
         log.step(step, loss, grad_norm, lr)
         last = step == cfg.train.steps

@@ -91,8 +91,9 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = job.resume.step if job.resume else 0
     mcore.fill(model, optimizer, rules, task.hf_parameters(cfg.model), state.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)  # nothing refuses the run from here on
+        run.begin(job)
     log = Log(job, task, ranks)
 
     # ---- loop
@@ -113,6 +114,7 @@ def main(argv: list[str]) -> None:
         loss, stop = processes.agree(loss, ranks, step, job.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
 
         log.step(step, loss, grad_norm, lr)
         last = step == cfg.train.steps
