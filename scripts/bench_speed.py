@@ -312,6 +312,7 @@ def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) 
         "stack": stack, "device": device, "torch": torch.__version__, "steps": steps, "shape": shape,
         "ratio": {k: ratio(v, seconds["recipe"]) for k, v in seconds.items() if k != "recipe"},
         "ms": {k: statistics.median(v) * 1e3 for k, v in seconds.items()},
+        "seconds": seconds,
         "metrics_ms": statistics.median(line["ms"] for line in lines[WARMUP:]),
         "loss": {k: [v[0], v[-1]] for k, v in rounds.losses.items()},
     }  # fmt: skip
