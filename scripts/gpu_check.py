@@ -1,6 +1,6 @@
 """What only a GPU can show, of every family: parity of the stacks, speed, memory, the tests marked gpu.
 
-    bash scripts/gpu_check.sh OUT [--cpu-rehearsal] [--minutes M]
+    bash scripts/gpu_check.sh OUT [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
 
 One GPU, no network, its own synthetic corpora. Each part runs in a process of its own under a time limit; one that fails,
 or for which too little time is left, does not stop the others, but the exit code says so (1). Results: OUT/gpu_check.json
@@ -389,6 +389,7 @@ def main() -> int:
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--cpu-rehearsal", action="store_true", help="the same way on a CPU with tiny shapes")
     p.add_argument("--minutes", type=float, default=8.7, help="in all (default 8.7)")
+    p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="these parts alone")
     p.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     out = args.out.resolve()
@@ -411,7 +412,8 @@ def main() -> int:
     for name in ("work", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": machine(args.cpu_rehearsal), "rehearsal": args.cpu_rehearsal, "parts": []}
-    for part in parts():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the part that runs ends too
+    for part in [part for part in parts() if part[0] in args.only]:
         left = args.minutes * 60 - (time.perf_counter() - begin)
         found["parts"].append(run_part(part, out, args.cpu_rehearsal, left))
         found["seconds"] = time.perf_counter() - begin
