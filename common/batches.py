@@ -1,6 +1,7 @@
 """Which samples a rank reads: training by step (law 3), validation once through the file."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,23 +9,22 @@ import numpy as np
 from common.config import Layout
 
 if TYPE_CHECKING:
-    from common.corpus import Stream
+    from common.run import Run, Samples
 
 Rows = dict[str, np.ndarray]
 
 
-def of_step(stream: "Stream", step: int, global_batch: int, layout: Layout, dp_rank: int) -> Iterator[Rows]:
-    """The micro batches of one data-parallel replica for optimizer step `step` (the first is 1).
+def of_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> Iterator[Rows]:
+    """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
 
-    Sample number of the run = (step - 1) x global_batch + place in the global batch, whatever the layout is.
+    Which samples a step has, and so what it learns, is the same whatever the layout is.
     """
-    first = (step - 1) * global_batch
     for micro in range(layout.accumulate):
-        start = first + (micro * layout.dp + dp_rank) * layout.micro_batch
+        start = numbers.start + (micro * layout.dp + dp_rank) * layout.micro_batch
         yield stream.rows(np.arange(start, start + layout.micro_batch))
 
 
-def of_validation(stream: "Stream", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[Rows]:
+def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[Rows]:
     """Every validation sample once over all replicas (the first `limit`), the same number of batches on each.
 
     Places beyond the last sample repeat it with nothing to predict, so that no sample counts twice.
@@ -34,10 +34,32 @@ def of_validation(stream: "Stream", limit: int | None, layout: Layout, dp_rank: 
     for first in range(0, samples, together):
         numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
         rows = stream.rows(np.minimum(numbers, samples - 1))
-        rows["loss_mask"] = rows["loss_mask"] & (numbers < samples)[:, None]
+        for name in [name for name in rows if name.endswith("_mask")]:  # which targets count: (B, ...) bool
+            real = (numbers < samples).reshape(-1, *[1] * (rows[name].ndim - 1))
+            rows[name] = rows[name] & real
         yield rows
 
 
-def targets(rows: list[Rows]) -> int:
-    """How many tokens these micro batches predict."""
-    return sum(int(r["loss_mask"].sum()) for r in rows)
+def targets(rows: list[Rows], mask: str = "loss_mask") -> int:
+    """How many targets of one part of the loss these micro batches hold."""
+    return sum(int(r[mask].sum()) for r in rows)
+
+
+def tokens(rows: list[Rows]) -> int:
+    """How many tokens these micro batches hold, padding left out."""
+    return sum(int(r["lengths"].sum()) for r in rows)
+
+
+def ahead(job: "Run", step: int, dp_rank: int) -> Iterator[list[Rows]]:
+    """`of_step` of the steps after `step`, each made by a thread while the one before trains: for samples that take work."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(step: int) -> Future[list[Rows]]:
+            return pool.submit(lambda: list(of_step(job.train, job.samples(step), job.layout, dp_rank)))
+
+        made = begin(step + 1)
+        for following in range(step + 2, job.cfg.train.steps + 2):
+            rows = made.result()
+            if following <= job.cfg.train.steps:
+                made = begin(following)
+            yield rows

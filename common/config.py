@@ -51,21 +51,33 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    """What every family reads; a family adds keys of its own in its task.py."""
+
     train: Annotated[str | list, PlainValidator(_blend)]  # prefix of a .bin/.idx, or a blend of them
     valid: NonEmpty | None = None
-    seq_len: Positive  # tokens of a sample that are predicted (the block size)
+    seq_len: Positive  # tokens of a sample
     tokenizer: NonEmpty | None = None  # folder; default: the one that the corpus was made with
-    pack: bool = True  # True: windows over the stream of documents. False: one document a sample, padded
-    eod_mask_loss: bool = False  # do not learn to predict the first token of the next document
-    reset_attention: bool = False  # attention and positions begin anew at each document
+
+
+class Lamb(Section):
+    """Of optim.optimizer=lamb: bounds of the trust ratio, and whether Adam's moments are corrected for their start."""
+
+    min_coeff: Annotated[float, Field(ge=0)] = 0.0
+    max_coeff: Annotated[float, Field(gt=0)] = 10.0
+    bias_correction: bool = True
 
 
 class Optim(Section):
+    optimizer: Literal["adamw", "lamb"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Count = 0
     decay_steps: Positive | None = None  # steps, warmup included, until min_lr; default: train.steps at the first start
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "exponential"] = "cosine"  # common/optim.py: lr_at
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.9  # exponential: lr is multiplied by it ...
+    decay_interval: Positive = 250  # ... every so many steps
+    begin_step: Count = 0  # steps before the schedule begins: a later phase may begin a schedule of its own
+    lamb: Lamb = Lamb()
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -120,11 +132,18 @@ class Megatron(Section):
     extra: dict[str, Any] = {}  # merged last into TransformerConfig; not for published rows
 
 
-class Config[M: Section](Section):
-    model: M
+class Config(Section):
+    """What every family's config holds. task.py derives its own: its `model` and `data`, and sections of its own.
+
+    `model` has the methods problems, layout_problems, resolve and parameters (recipes/gpt/task.py says what they are for).
+    """
+
+    model: Any
     data: Data
     optim: Optim
     train: Train
+    # What changes for later steps of the same run, as {a.b: value}; each gives train.steps, the step at which it ends.
+    phases: list[dict[str, Any]] = []
     init: Init = Init()
     expect: dict[str, Expect] = {}
     baseline: Baseline = Baseline()
@@ -132,7 +151,16 @@ class Config[M: Section](Section):
     megatron: Megatron = Megatron()
 
     def dump(self) -> dict[str, Any]:
-        return self.model_dump(by_alias=True)
+        """Plain values, a family's own sections beside its model and data: the science above the systems."""
+        values = self.model_dump(by_alias=True)
+        own = type(self).model_fields.keys() - Config.model_fields.keys()
+        first = {key: values[key] for key in ("model", "data", *sorted(own))}
+        return first | {key: value for key, value in values.items() if key != "phases" or value}
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends, after its last phase."""
+        return self.phases[-1]["train.steps"] if self.phases else self.train.steps
 
 
 # What a continued run may change without becoming another run. Paths under `data` are compared by content, not by name.
@@ -222,23 +250,24 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
     return problems
 
 
-def load[M: Section](path: str | Path, overrides: Sequence[str], model: type[M]) -> Config[M]:
+def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """Read, override and validate; BadInput carries every problem, one line each, that this module can see.
 
-    model: the family's section of the schema, with a method `problems() -> Iterator[str]` for rules of its own.
+    schema: the family's, `task.Config`.
     """
     values = read_yaml(path)
     problems = apply_overrides(values, overrides)
     values = {k: ({} if v is None else v) for k, v in values.items()}  # an empty section holds its defaults
     try:
-        cfg = Config[model].model_validate(values)
+        cfg = schema.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(e, model) for e in error.errors(include_url=False)]
-        cfg, bad = _without_bad_keys(values, model)
+        problems += [_explain(e, schema) for e in error.errors(include_url=False)]
+        cfg, bad = _without_bad_keys(values, schema)
         told = list(_rules(cfg)) if cfg is not None else []
         problems += [rule for rule in told if not any(re.search(rf"\b{re.escape(key)}\b", rule) for key in bad)]
     else:
         problems += _rules(cfg)
+        problems += _phase_problems(cfg)
     if problems:
         raise BadInput([f"{path}: {p}" if not p.startswith("override") else p for p in dict.fromkeys(problems)])
     return cfg
@@ -247,14 +276,14 @@ def load[M: Section](path: str | Path, overrides: Sequence[str], model: type[M])
 STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
 
 
-def _without_bad_keys[M: Section](values: dict[str, Any], model: type[M]) -> tuple[Config[M] | None, set[str]]:
+def _without_bad_keys[C: Config](values: dict[str, Any], schema: type[C]) -> tuple[C | None, set[str]]:
     """The config with its bad values dropped or, where one is required, replaced, so that the rules between keys are
     checked in the same go; and the names of those keys, of which the rules say nothing of worth."""
     values = copy.deepcopy(values)
     tried: dict[tuple[str, ...], int] = {}  # how many of STAND_INS
     while True:
         try:
-            return Config[model].model_validate(values), {".".join(key) for key in tried}
+            return schema.model_validate(values), {".".join(key) for key in tried}
         except ValidationError as error:
             found = {_names(e) for e in error.errors(include_url=False)}
         for *sections, last in found:
@@ -280,25 +309,80 @@ def _rules(cfg: Config) -> Iterator[str]:
     positions = getattr(cfg.model, "positions", None)
     if positions is not None and positions < cfg.data.seq_len:
         yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}"
-    o, t = cfg.optim, cfg.train
+    o = cfg.optim
     if o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}"
     if o.decay_steps is not None and o.decay_steps < o.warmup_steps:
         yield f"optim.decay_steps={o.decay_steps} is below optim.warmup_steps={o.warmup_steps}"
     if not all(0 <= b < 1 for b in o.betas):
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
-    if t.dtype == "bf16" and cfg.deepspeed.zero_stage == 0:
-        yield (
-            "deepspeed.zero_stage=0 with train.dtype=bf16: DeepSpeed accumulates gradients in bf16 there, which changes the "
-            "loss; use deepspeed.zero_stage=1, 2 or 3"
-        )
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
 
 
-def _known_keys(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
+def _phase_problems(cfg: Config) -> Iterator[str]:
+    """Of the phases: what they may change, in which order they end, and what each one's own config has wrong."""
+    ends = cfg.train.steps
+    for number, changes in enumerate(cfg.phases):
+        where = f"phases[{number}]"
+        bad = [key for key in changes if not key.startswith(PHASE_KEYS)]
+        if bad:
+            yield f"{where}: {bad[0]} does not change within a run; a phase may give {', '.join(PHASE_KEYS)} keys"
+        steps = changes.get("train.steps")
+        if not isinstance(steps, int) or steps <= ends:
+            yield f"{where}: train.steps={written(steps)}: must be given, the step at which it ends, above {ends}"
+            return
+        ends = steps
+        if bad:
+            continue
+        try:
+            view = _changed(cfg, cfg.phases[: number + 1])
+        except ValidationError as error:
+            for told in error.errors(include_url=False):
+                yield f"{where}: {_explain(told, type(cfg))}"
+            continue
+        told = {f"{where}: {rule}" for rule in _rules(view)} - {f"{where}: {rule}" for rule in _rules(cfg)}
+        yield from sorted(told)
+        falls_to_min = view.optim.schedule in ("cosine", "linear")
+        if "optim.begin_step" in changes and falls_to_min and "optim.decay_steps" not in changes:
+            yield f"{where}: optim.begin_step begins a schedule; give its optim.decay_steps (counted from there)"
+        if view.data.seq_len != cfg.data.seq_len and getattr(cfg.model, "positions", 0) is None:
+            yield f"{where}: data.seq_len changes; give model.positions, which all phases share"
+
+
+PHASE_KEYS = (
+    "data.seq_len", "optim.", "train.steps", "train.global_batch", "objective.", "baseline.", "deepspeed.", "megatron.",
+)  # fmt: skip
+
+
+def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
+    """`cfg` with the changes of these phases, one upon the other. ValidationError if they do not fit the schema."""
+    values = cfg.dump()
+    for changes in phases:
+        for key, value in changes.items():
+            node = values
+            *sections, last = key.split(".")
+            for name in sections:
+                node = node.setdefault(name, {})
+            node[last] = value
+    return type(cfg).model_validate(values)
+
+
+def views[C: Config](cfg: C) -> list[C]:
+    """The config of each phase in turn, the first included; the train.steps of each is where it ends."""
+    return [cfg, *(_changed(cfg, cfg.phases[: number + 1]) for number in range(len(cfg.phases)))]
+
+
+def at_step[C: Config](cfg: C, done: int) -> C:
+    """The config of the phase that goes on after `done` steps; its train.steps is where that phase ends."""
+    ends = [cfg.train.steps, *(changes["train.steps"] for changes in cfg.phases)]
+    number = next((n for n, end in enumerate(ends) if done < end), len(cfg.phases))
+    return _changed(cfg, cfg.phases[:number]) if number else cfg
+
+
+def _known_keys(loc: Sequence[str], schema: type[BaseModel]) -> list[str]:
     """The keys of the section at `loc`."""
-    node: Any = Config[model]
+    node: Any = schema
     for name in loc:
         if get_origin(node) is dict:  # expect: the names are the user's
             node = get_args(node)[1]
@@ -310,11 +394,11 @@ def _known_keys(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
     return [f.alias or n for n, f in getattr(node, "model_fields", {}).items()]
 
 
-def _explain(error: Any, model: type[BaseModel]) -> str:
+def _explain(error: Any, schema: type[BaseModel]) -> str:
     *sections, last = _names(error)
     name = ".".join([*sections, last])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(sections, model)
+        known = _known_keys(sections, schema)
         close = difflib.get_close_matches(last, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         return f"{name}: unknown key{hint} {'.'.join(sections) or 'a config'} has: {', '.join(known)}"
@@ -322,7 +406,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if error["type"] == "model_type":
-        message = f"should be a section: {', '.join(_known_keys([*sections, last], model))}"
+        message = f"should be a section: {', '.join(_known_keys([*sections, last], schema))}"
     return f"{name}={written(error.get('input'))}: {message}"
 
 
@@ -346,7 +430,7 @@ def layout(cfg: Config, stack: str, world: int) -> Layout:
     """The layout of `stack` on `world` ranks; BadInput if the batch or the ranks do not divide. Torch-free."""
     system = getattr(cfg, stack)
     tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
-    problems = list(cfg.model.layout_problems(cfg, stack))
+    problems = [*cfg.model.layout_problems(cfg, stack), *_lamb_problems(cfg, stack)]
     if tp * pp > world:
         problems.append(
             f"{stack}.tp={tp} x {stack}.pp={pp} needs {tp * pp} processes and there are {world}; "
@@ -364,6 +448,28 @@ def layout(cfg: Config, stack: str, world: int) -> Layout:
     if problems:
         raise BadInput(problems)
     return Layout(world=world, dp=dp, tp=tp, pp=pp, micro_batch=micro, accumulate=batch // (micro * dp))
+
+
+def _lamb_problems(cfg: Config, stack: str) -> Iterator[str]:
+    """LAMB scales each parameter's update by the norms of the whole parameter: layouts that hold parts of one cannot."""
+    if cfg.optim.optimizer != "lamb":
+        return
+    instead = "use deepspeed.zero_stage=0, the baseline, or optim.optimizer=adamw"
+    if stack == "megatron":
+        yield (
+            "optim.optimizer=lamb on megatron: its layers fuse query, key and value into one parameter and tensor parallelism "
+            f"splits it, so the norms are not those of each parameter; {instead}"
+        )
+    elif stack == "deepspeed" and cfg.deepspeed.zero_stage:
+        yield (
+            f"optim.optimizer=lamb with deepspeed.zero_stage={cfg.deepspeed.zero_stage}: ZeRO steps flat partitions, whose "
+            f"norms are not those of each parameter; {instead}"
+        )
+    elif stack == "deepspeed" and cfg.deepspeed.tp > 1:
+        yield (
+            f"optim.optimizer=lamb with deepspeed.tp={cfg.deepspeed.tp}: AutoTP splits parameters, so the norms are those of "
+            "a shard; use deepspeed.tp=1"
+        )
 
 
 def _divisors(batch: int, dp: int) -> str:
@@ -393,6 +499,10 @@ def science(cfg: Config) -> dict[str, Any]:
         free = FREE.get(section, ())
         if free is not ... and name not in free:
             keep[key] = value
+    if cfg.phases:  # where one phase gives way to the next decides the loss; only where the last one ends does not
+        keep["train.steps"] = cfg.train.steps
+        keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
+        keep["phases"][-1].pop("train.steps", None)
     return keep
 
 

@@ -1,7 +1,7 @@
 """Tokenized corpora on disk, and the order in which training reads them.
 
-On disk a corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of documents), the format of Megatron's
-IndexedDataset, plus our PREFIX.json (the manifest: counts, checksums, tokenizer). Files by Megatron's own builder,
+On disk a corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents), the format of
+Megatron's IndexedDataset, plus our PREFIX.json (the manifest: counts, checksums, tokenizer). Files by Megatron's own builder,
 without a manifest, are read as well.
 
 The order is a pure function (law 3 of the house): sample number i of a run is the same sample of the same corpus
@@ -40,8 +40,8 @@ Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
 class Writer:
     """Writes PREFIX.bin and PREFIX.idx under temporary names, which `finish` renames: half a corpus never looks whole.
 
-    `sync` returns a state; `Writer(prefix, dtype, resume=state)` continues from it after an interruption, dropping what
-    was written later.
+    A document is one sequence, or several where `append` is told so (BERT: a sentence is a sequence). `sync` returns a
+    state; `Writer(prefix, dtype, resume=state)` continues from it after an interruption, dropping what was written later.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.generic], resume: dict[str, int] | None = None):
@@ -51,10 +51,15 @@ class Writer:
         self.dtype = np.dtype(dtype)
         state = resume or {"documents": 0, "tokens": 0}
         self.documents, self.tokens = state["documents"], state["tokens"]
-        self._open_tokens = 0  # written of a document that has not ended
+        self.sequences = state.get("sequences", self.documents)
+        self._open_tokens = 0  # written of a sequence that has not ended
+        self._bound = self.sequences  # sequences before the document that has not ended
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._open(".bin.part", self.tokens * self.dtype.itemsize, resume is None)
-        self._lengths = self._open(".lengths.part", self.documents * 4, resume is None)
+        self._lengths = self._open(".lengths.part", self.sequences * 4, resume is None)
+        self._bounds: Any = None  # ends of documents in sequences, int64; there once a document has several
+        if self.sequences > self.documents:
+            self._bounds = self._open(".bounds.part", self.documents * 8, new=False)
 
     def _open(self, suffix: str, size: int, new: bool) -> Any:
         whole = self.prefix + suffix.removesuffix(".part")
@@ -69,39 +74,72 @@ class Writer:
         file.seek(size)
         return file
 
-    def append(self, ids: np.ndarray, ends: np.ndarray | Sequence[int]) -> None:
-        """Append ids; `ends` are the places in `ids` (0 < end <= len) at which a document ends, in rising order."""
+    def append(
+        self, ids: np.ndarray, ends: np.ndarray | Sequence[int], documents: np.ndarray | Sequence[int] | None = None
+    ) -> None:
+        """Append ids; `ends` are the places in `ids` (0 < end <= len) at which a sequence ends, in rising order.
+
+        documents: how many of these ends lie before each end of a document (1 <= number <= len(ends)), in rising order:
+        ends 3, 8, 9 and documents 2, 3 are a document of 3 + 5 ids and one of 1; sequences without ids, and documents
+        without sequences, are left out. None: every sequence is a document.
+        """
         ends = np.asarray(ends, dtype=np.int64)
         self._bin.write(memoryview(np.ascontiguousarray(ids, dtype=self.dtype)).cast("B"))
         self.tokens += len(ids)
-        if not len(ends):
-            self._open_tokens += len(ids)
-            return
         lengths = np.diff(ends, prepend=0)
-        lengths[0] += self._open_tokens
-        self._open_tokens = len(ids) - int(ends[-1])
-        if lengths.max() >= 2**31:
-            raise BadInput(f"{self.prefix}: a document of {lengths.max():,} tokens; at most 2^31 - 1; split it")
+        if len(ends):
+            lengths[0] += self._open_tokens
+            self._open_tokens = 0
+        self._open_tokens += len(ids) - int(ends[-1] if len(ends) else 0)
+        if documents is None:
+            bounds = self.sequences + np.arange(1, len(lengths) + 1)
+        else:
+            filled = np.concatenate([[0], np.cumsum(lengths > 0)])  # before each sequence, and before the end
+            bounds = np.unique(self.sequences + filled[np.asarray(documents, dtype=np.int64)])
+            bounds, lengths = bounds[bounds > self._bound], lengths[lengths > 0]
+        if lengths.max(initial=0) >= 2**31:
+            raise BadInput(f"{self.prefix}: a sequence of {lengths.max():,} tokens; at most 2^31 - 1; split it")
         self._lengths.write(lengths.astype("<i4").tobytes())
-        self.documents += len(lengths)
+        self.sequences += len(lengths)
+        self._end_documents(bounds)
+
+    def _end_documents(self, bounds: np.ndarray) -> None:
+        """bounds: number of sequences, from the corpus's beginning, at which documents end."""
+        if not len(bounds):
+            return
+        if self._bounds is None and bounds[-1] > self.documents + len(bounds):  # the first of several sequences
+            self._bounds = self._open(".bounds.part", 0, new=True)
+            self._bounds.write(np.arange(1, self.documents + 1, dtype="<i8").tobytes())
+        if self._bounds is not None:
+            self._bounds.write(bounds.astype("<i8").tobytes())
+        self.documents += len(bounds)
+        self._bound = int(bounds[-1])
 
     def add(self, ids: np.ndarray | Sequence[int]) -> None:
         """Append one whole document."""
         self.append(np.asarray(ids, dtype=self.dtype), [len(ids)])
 
+    def add_sentences(self, sentences: Sequence[np.ndarray | Sequence[int]]) -> None:
+        """Append one whole document, each of its sentences (their ids) a sequence; those without ids are left out."""
+        ids = np.concatenate([np.empty(0, self.dtype), *(np.asarray(s, dtype=self.dtype) for s in sentences)])
+        self.append(ids, np.cumsum([len(sentence) for sentence in sentences]), [len(sentences)])
+
+    def _files(self) -> list[Any]:
+        return [file for file in (self._bin, self._lengths, self._bounds) if file is not None]
+
     def sync(self) -> dict[str, int]:
         """Put everything on disk and return the state to resume from. Between documents only."""
-        if self._open_tokens:
+        if self._open_tokens or self._bound != self.sequences:
             raise ValueError("sync inside a document")
-        for file in (self._bin, self._lengths):
+        for file in self._files():
             file.flush()
             os.fsync(file.fileno())
-        return {"documents": self.documents, "tokens": self.tokens}
+        return {"documents": self.documents, "sequences": self.sequences, "tokens": self.tokens}
 
     def close(self) -> None:
         """Close the files without finishing."""
-        self._bin.close()
-        self._lengths.close()
+        for file in self._files():
+            file.close()
 
     def finish(self) -> None:
         """Write the index and give both files their names."""
@@ -109,26 +147,30 @@ class Writer:
         self.close()
         lengths = np.fromfile(self.prefix + ".lengths.part", dtype="<i4")
         pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize  # bytes
+        bounds = np.arange(1, len(lengths) + 1, dtype="<i8")
+        if self._bounds is not None:
+            bounds = np.fromfile(self.prefix + ".bounds.part", dtype="<i8")
         with open(self.prefix + ".idx.part", "wb") as file:
             code = _CODE_OF_DTYPE[self.dtype.type]
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(bounds) + 1))
             file.write(lengths.tobytes())
             file.write(pointers.astype("<i8").tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            file.write(bytes(8) + bounds.tobytes())
             file.flush()
             os.fsync(file.fileno())
         Path(self.prefix + ".json").unlink(missing_ok=True)  # of an earlier corpus of this name
         os.replace(self.prefix + ".bin.part", self.prefix + ".bin")
         os.replace(self.prefix + ".idx.part", self.prefix + ".idx")
         os.unlink(self.prefix + ".lengths.part")
+        Path(self.prefix + ".bounds.part").unlink(missing_ok=True)
 
 
 class Corpus:
     """A corpus, read through a memory map: opening it costs the same whatever its size.
 
     documents, tokens: counts. flat: ids of all documents end to end, (tokens,). lengths: tokens of each sequence,
-    int32. bounds: (documents + 1,) number of the first sequence of each document; by our builders a document is one
-    sequence, others put one sentence into one. manifest: content of PREFIX.json, {} without one.
+    int32. bounds: (documents + 1,) number of the first sequence of each document; a document is one sequence, or where
+    sentences are kept (--sentences, BERT) one a sentence. manifest: content of PREFIX.json, {} without one.
 
     BadInput, naming the file, when one is missing, truncated, or does not belong to the other.
     """
@@ -212,6 +254,21 @@ class Corpus:
         return self.flat[start : end if limit is None else min(end, start + limit)]
 
     @property
+    def sentences(self) -> int:
+        """Number of sequences: of sentences where their bounds are kept, else of documents."""
+        return len(self.lengths)
+
+    @property
+    def has_sentence_bounds(self) -> bool:
+        """Whether documents are kept as several sequences, one a sentence."""
+        return self.sentences > self.documents
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Place in `flat` at which each sequence begins, and at the end `tokens`: (sentences + 1,) int64."""
+        return np.append(self._pointers // self.dtype.itemsize, np.int64(self.tokens))
+
+    @property
     def eod_id(self) -> int | None:
         """Id that ends every document, or None where there is none, or no manifest to tell."""
         return self.manifest.get("eod_id")
@@ -272,6 +329,7 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     manifest = {
         "tokens": corpus.tokens,
         "documents": corpus.documents,
+        **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
         "dtype": corpus.dtype.name,
         "max_token_id": corpus.max_token_id,
         "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
@@ -382,42 +440,23 @@ class _Pattern:
         return corpus, cycle * self.counts[corpus] + self.rank[place]
 
 
-class Stream:
-    """The samples of a run, numbered 0, 1, 2, ... over all its steps: sample k of step s is s * global_batch + k.
+class Order:
+    """The samples of one or several corpora, numbered 0, 1, 2, ... over all steps of a run: sample k of step s is
+    s * global_batch + k. A family says by `_samples_in` and `rows` what a sample is.
 
     data: prefix, list of prefixes (blended by their number of samples), or list of [weight, prefix].
-    seq_len: T, tokens predicted in a sample.
-    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], documents end to end. False: sample j is document j,
-        cut to T+1 tokens and padded (`pad_id`, else the end of document id, else 0).
     shuffle: True: endless; each pass over a corpus is a new permutation of its samples, given by (seed, pass).
         False (validation): file order, one corpus after the other, `len` samples and no more.
-    eod_mask_loss: the token after an end of document, unpredictable, is no target.
-    reset_attention: rows carry `segment` and `position` too.
-    eod_id: only for corpora without a manifest.
 
-    `len(stream)` is the number of samples in one pass over all its corpora. BadInput for a corpus shorter than a
-    sample, corpora of different tokenizers, or a missing end of document id.
+    `len(order)` is the number of samples in one pass over all its corpora. BadInput for a corpus without a sample, corpora
+    of different tokenizers, or weights in file order.
     """
 
-    def __init__(
-        self,
-        data: Blend,
-        seq_len: int,
-        *,
-        pack: bool = True,
-        seed: int = 1234,
-        shuffle: bool = True,
-        eod_mask_loss: bool = False,
-        reset_attention: bool = False,
-        eod_id: int | None = None,
-        pad_id: int | None = None,
-    ):
+    def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
         self.corpora = [Corpus(prefix) for prefix in prefixes]
-        self.seq_len, self.pack, self.seed, self.shuffle = seq_len, pack, seed, shuffle
-        self.eod_mask_loss, self.reset_attention = eod_mask_loss, reset_attention
-        self.eod_id = self._one_eod(eod_id)
-        self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
+        self.seed, self.shuffle = seed, shuffle
+        self._one_tokenizer()
         self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
         if weights is not None and not shuffle:
             raise BadInput(f"data {data!r}: weights have no meaning in file order (validation); give prefixes")
@@ -428,7 +467,11 @@ class Stream:
             lost = prefixes[int(self._pattern.counts.argmin())]
             raise BadInput(f"{lost}: under 1/{self._pattern.length:,} of the blend; raise its weight or leave it out")
 
-    def _one_eod(self, given: int | None) -> int | None:
+    def _samples_in(self, corpus: Corpus) -> int:
+        """How many samples a corpus has; BadInput if none."""
+        raise NotImplementedError
+
+    def _one_tokenizer(self) -> None:
         known = [c for c in self.corpora if c.manifest]
         for other in known[1:]:
             if other.tokenizer_hash != known[0].tokenizer_hash:
@@ -436,22 +479,6 @@ class Stream:
                     f"{known[0].prefix} and {other.prefix} were made with different tokenizers; build the second again "
                     f"with --tokenizer {known[0].tokenizer_dir}"
                 )
-        eod_id = given if given is not None else known[0].eod_id if known else None
-        if eod_id is None and (self.eod_mask_loss or self.reset_attention):
-            raise BadInput(
-                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
-                "it: set both to false, or build the corpus with a tokenizer that has one (characters have none)"
-            )
-        return eod_id
-
-    def _samples_in(self, corpus: Corpus) -> int:
-        samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
-        if samples < 1:
-            raise BadInput(
-                f"{corpus.prefix}: {corpus.tokens:,} tokens, less than one sample ({self.seq_len + 1:,}); "
-                "give more text or a smaller data.seq_len"
-            )
-        return samples
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -492,10 +519,63 @@ class Stream:
         corpus, index = self.locate(range(first, first + count))
         return list(zip(corpus.tolist(), index.tolist(), strict=True))
 
+
+class Stream(Order):
+    """Samples of running text, for models that predict the next token.
+
+    seq_len: T, tokens predicted in a sample.
+    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], documents end to end. False: sample j is document j,
+        cut to T+1 tokens and padded (`pad_id`, else the end of document id, else 0).
+    eod_mask_loss: the token after an end of document, unpredictable, is no target.
+    reset_attention: rows carry `segment` and `position` too.
+    eod_id: only for corpora without a manifest.
+
+    BadInput besides Order's: a corpus shorter than a sample, a missing end of document id.
+    """
+
+    def __init__(
+        self,
+        data: Blend,
+        seq_len: int,
+        *,
+        pack: bool = True,
+        seed: int = 1234,
+        shuffle: bool = True,
+        eod_mask_loss: bool = False,
+        reset_attention: bool = False,
+        eod_id: int | None = None,
+        pad_id: int | None = None,
+    ):
+        self.seq_len, self.pack = seq_len, pack
+        self.eod_mask_loss, self.reset_attention = eod_mask_loss, reset_attention
+        super().__init__(data, seed=seed, shuffle=shuffle)
+        self.eod_id = self._one_eod(eod_id)
+        self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
+
+    def _one_eod(self, given: int | None) -> int | None:
+        known = [c for c in self.corpora if c.manifest]
+        eod_id = given if given is not None else known[0].eod_id if known else None
+        if eod_id is None and (self.eod_mask_loss or self.reset_attention):
+            raise BadInput(
+                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
+                "it: set both to false, or build the corpus with a tokenizer that has one (characters have none)"
+            )
+        return eod_id
+
+    def _samples_in(self, corpus: Corpus) -> int:
+        samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
+        if samples < 1:
+            raise BadInput(
+                f"{corpus.prefix}: {corpus.tokens:,} tokens, less than one sample ({self.seq_len + 1:,}); "
+                "give more text or a smaller data.seq_len"
+            )
+        return samples
+
     def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
         """The samples of these numbers:
 
-        tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts;
+        tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
+        int64: inputs that are no padding;
         with reset_attention also segment (B, T) int32: number in the row of the document that input t is of, and
         position (B, T) int64: its place in that document.
         """
@@ -507,7 +587,7 @@ class Stream:
             tokens[row, : len(ids)] = ids
             lengths[row] = len(ids)
         loss_mask = np.arange(1, self.seq_len + 1) < lengths[:, None]
-        out = {"tokens": tokens, "loss_mask": loss_mask}
+        out = {"tokens": tokens, "loss_mask": loss_mask, "lengths": np.minimum(lengths, self.seq_len)}
         if self.eod_mask_loss:
             loss_mask &= tokens[:, :-1] != self.eod_id
         if self.reset_attention:

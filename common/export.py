@@ -19,11 +19,11 @@ def to_hf(run: Run, task: ModuleType, ranks: Ranks) -> None:
     """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already."""
     import torch.distributed as dist
 
-    if ranks.rank == 0:
+    if ranks.rank == 0 and run.is_last_phase:
         last = checkpoint.latest(run.out)
         folder = run.out / "hf"
         if last and _exported_step(folder) != last.step:
-            write(last, run.cfg, task, folder, run.out / "tokenizer", run.facts)
+            write(last, run.whole, task, folder, run.out / "tokenizer", run.facts)
             print(f"export    {folder}", flush=True)
     dist.barrier()
 
@@ -45,8 +45,7 @@ def write(
     try:
         _weights(source, tmp)
         task.hf_config(cfg.model).save_pretrained(tmp)
-        eod = _tokenizer(tokenizer, tmp)
-        _finish_config(tmp, task, cfg, eod)
+        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp))
         (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
         (tmp / "twinstack.json").write_text(json.dumps({"step": source.step, **facts}, indent=1), encoding="utf-8")
     except OSError as error:
@@ -81,23 +80,22 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _tokenizer(tokenizer: Path, folder: Path) -> int | None:
-    """Copy the tokenizer, where the run has one; returns its end-of-document id."""
+def _tokenizer(tokenizer: Path, folder: Path) -> dict[str, int]:
+    """Copy the tokenizer, where the run has one; returns what config.json says of it."""
     if not tokenizer.is_dir():
-        return None
+        return {}
     from common import tokenizer as tokenizers
 
     loaded = tokenizers.load(tokenizer)
     loaded.save(folder)
-    return loaded.eod_id
+    ids = {"bos_token_id": loaded.eod_id, "eos_token_id": loaded.eod_id, "pad_token_id": loaded.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def _finish_config(folder: Path, task: ModuleType, cfg: Config, eod: int | None) -> None:
+def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, int]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    values |= {"architectures": [task.hf_class(cfg.model)], "use_cache": True, "dtype": "float32"}
-    if eod is not None:
-        values |= {"bos_token_id": eod, "eos_token_id": eod}
+    values |= {"architectures": [task.hf_class(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -35,10 +35,13 @@ def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
     return draw
 
 
-def from_hf(folder: str | Path, prefix: str = "") -> Source:
+def from_hf(
+    folder: str | Path, stored_names: Callable[[str], Sequence[str]], heads: tuple[str, ...] = (), anew: Source | None = None
+) -> Source:
     """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.
 
-    prefix: of names that the folder may lack ('transformer.' for a GPT-2 saved without its head).
+    stored_names: the names under which folders keep a parameter, the first one found counts (`task.stored_names`).
+    heads: beginnings of names that a folder may lack (`task.HEADS`): those come from `anew`.
     """
     import torch
     from safetensors import safe_open
@@ -48,8 +51,10 @@ def from_hf(folder: str | Path, prefix: str = "") -> Source:
         raise BadInput(f"init.from={folder}: no *.safetensors there; a Hugging Face folder with weights is needed")
 
     def read(name: str, shape: Shape) -> torch.Tensor:
-        stored = name if name in files else name.removeprefix(prefix)
-        if stored not in files:
+        stored = next((known for known in stored_names(name) if known in files), None)
+        if stored is None and anew is not None and name.startswith(heads):
+            return anew(name, shape)
+        if stored is None:
             raise BadInput(f"init.from={folder}: holds no {name}; it is a model of another architecture")
         with safe_open(files[stored], framework="pt") as f:
             tensor = f.get_tensor(stored)

@@ -337,7 +337,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    return run(arguments, on)
+    code = run(arguments, on)
+    while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
+        job = prepare(command.config, command.out, command.overrides, stack, task, on.world)
+        code = run(arguments, on)
+    return code
 
 
 if __name__ == "__main__":

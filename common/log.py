@@ -33,18 +33,20 @@ class Log:
     def begin_step(self) -> None:
         self.step_start = time.perf_counter()
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, **parts: float) -> None:
-        """One optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping."""
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
+        """One optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping; tokens: of the
+        global batch without padding; parts: what else a line holds, such as the parts of the loss."""
         if not self.first:
             return
         seconds = time.perf_counter() - self.step_start
-        rate = self.run.tokens_per_step / seconds
+        rate = tokens / seconds
+        parts |= {"padding": 1 - tokens / self.run.tokens_per_step}
         memory = peak_memory(self.device)
         values = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **parts, "ms": seconds * 1e3,
                   "tokens_per_s": rate, "mem_bytes": memory}  # fmt: skip
         mfu = flops.mfu(self.flops_per_token, rate, self.gpu, self.run.layout.world)
         shown = "" if mfu is None else f"  mfu {mfu:.0%}"
-        total = self.run.cfg.train.steps
+        total = self.run.whole.last_step
         eta = (time.perf_counter() - self.start) / max(1, step - self.first_step) * (total - step)
         width = len(str(total))
         print(
@@ -54,13 +56,15 @@ class Log:
         )
         self._write(values)
 
-    def valid(self, step: int, loss: float, tokens: int) -> None:
-        """Validation loss (mean over `tokens` targets) after `step`."""
+    def valid(self, step: int, loss: float, tokens: int, **parts: float) -> None:
+        """Validation loss (mean over `tokens` targets) after `step`; the perplexity where the loss has one part."""
         if not self.first:
             return
-        width = len(str(self.run.cfg.train.steps))
-        print(f"valid {step:>{width}}  loss {loss:.4f}  ppl {_perplexity(loss):.4g}", flush=True)
-        self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens})
+        width = len(str(self.run.whole.last_step))
+        more = [f"{name} {value:.4f}" for name, value in parts.items()] or [f"ppl {_perplexity(loss):.4g}"]
+        print("  ".join([f"valid {step:>{width}}  loss {loss:.4f}", *more]), flush=True)
+        made = {f"valid_{name}": value for name, value in parts.items()}
+        self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens, **made})
 
     def say(self, text: str) -> None:
         if self.first:

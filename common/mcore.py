@@ -325,7 +325,7 @@ def fill(
             whole = rule.from_hf(*[t[part] for t in theirs])
             if rule.rows:
                 padded = -(-rule.rows // tp) * tp
-                whole = F.pad(whole, (0, 0, 0, padded - rule.rows))
+                whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - rule.rows))
             sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
             local[part] = split(whole, parameter.partition_dim, rule.blocks, tp, rank) if sharded else whole
         with torch.no_grad():

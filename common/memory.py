@@ -1,7 +1,7 @@
 """Estimate of the memory that one rank needs. Numbers in, bytes out; torch-free, so that it is known before a start.
 
 Model states, bytes a parameter in bf16 (ZeRO, arXiv:1910.02054, section 3.1: 2 weight, 2 gradient, 12 master and Adam):
-    baseline              16                    fp32 weights (4 + 4 + 8) under autocast; its bf16 copies: activations
+    baseline, stage 0     16                    fp32 weights (4 + 4 + 8) under autocast; its bf16 copies: activations
     deepspeed stage 1     4 + 16/N              } DeepSpeed keeps an fp32 copy of a rank's share of the gradients, hence
     deepspeed stage 2     2 + 18/N              } the 18 of its own estimators (deepspeed/runtime/zero/stage_1_and_2.py,
     deepspeed stage 3     18/N + 4 x largest    } stage3.py: estimate_zero{2,3}_model_states_mem_needs)
@@ -39,6 +39,7 @@ def estimate(
     kv_hidden: int | None = None,  # width of keys; default hidden
     gated: bool = False,  # SwiGLU
     tied: bool = True,
+    predicted: float = 1.0,  # share of the positions that have logits
     dropout: bool = False,
     dp: int = 1,
     tp: int = 1,
@@ -74,7 +75,7 @@ def estimate(
             host, optimizer = partition + optimizer, 0
         else:
             gradients += partition
-    else:  # fp32 weights, gradients and moments, in bf16 under autocast: also deepspeed's stage 0, which is fp32 only
+    else:  # fp32 weights, gradients and moments, in bf16 under autocast: deepspeed's stage 0 too
         weights, gradients, optimizer = 4 * held, 4 * held, 8 * held
 
     tokens = seq_len * micro_batch
@@ -86,10 +87,11 @@ def estimate(
     flying = min(pp, max(1, accumulate))  # micro batches whose activations the first stage holds
     stage = layers // pp * kept
     activations = flying * stage + (layer_bytes if recompute else 0)
-    if stack == "baseline" and dtype == "bf16":
+    autocast = stack == "baseline" or stack == "deepspeed" and not zero_stage
+    if autocast and dtype == "bf16":
         activations += 2 * held  # autocast's copies of the weights live until the backward pass
     # fp32 logits (arXiv:2205.05198, section 4.3: 4sbv/t), their gradient, and in a bf16 run the model's own.
-    logits = tokens * vocab // tp * (8 if dtype == "fp32" else 10)
+    logits = int(predicted * tokens) * vocab // tp * (8 if dtype == "fp32" else 10)
 
     last_stage = activations - (flying - 1) * stage + logits
     total = weights + gradients + optimizer + (max(activations, last_stage) if pp > 1 else activations + logits)
@@ -100,13 +102,12 @@ def estimate(
 
 
 def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
-    """`estimate` for a decoder (model resolved) trained by `cfg` on `world` ranks; BadInput as config.layout."""
+    """`estimate` for a resolved model trained by `cfg` on `world` ranks; BadInput as config.layout."""
     shared, system = layout(cfg, stack, world), getattr(cfg, stack)
     names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute")
     return estimate(
         stack=stack, parameters=model.parameters(), layers=model.layers, hidden=model.hidden, seq_len=cfg.data.seq_len,
-        vocab=model.vocab_size, micro_batch=shared.micro_batch, dtype=cfg.train.dtype, ffn=model.ffn,
-        kv_hidden=model.hidden * model.kv_heads // model.heads, gated=model.arch == "llama", tied=model.tied,
-        dropout=model.dropout > 0, dp=shared.dp, tp=shared.tp, pp=shared.pp, accumulate=shared.accumulate,
+        vocab=model.vocab_size, micro_batch=shared.micro_batch, dtype=cfg.train.dtype, dropout=model.dropout > 0,
+        **model.memory_shapes(), dp=shared.dp, tp=shared.tp, pp=shared.pp, accumulate=shared.accumulate,
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

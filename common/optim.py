@@ -1,4 +1,4 @@
-"""The optimizer's definition, shared by every stack: AdamW's groups and the learning rate of a step."""
+"""The optimizer's definition, shared by every stack: AdamW or LAMB, their groups, and the learning rate of a step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 def lr_at(step: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step` (the first is 1): linear warmup, then decay to min_lr at decay_steps.
 
-    Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts).
+    Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts). Exponential as in DeepSpeed's BERT recipe (its schedule
+    "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts from 0 and adds its lr_offset, our min_lr): a warmup
+    by the square, then decay_rate ^ (steps since / decay_interval), both above min_lr.
     """
+    step -= optim.begin_step
+    if optim.schedule == "exponential":
+        rising = step <= optim.warmup_steps
+        since = max(0, step - optim.warmup_steps)
+        share = (step / optim.warmup_steps) ** 2 if rising else optim.decay_rate ** (since / optim.decay_interval)
+        return optim.min_lr + share * (optim.lr - optim.min_lr)
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
@@ -35,12 +43,19 @@ def groups(
     return [{"params": params, "weight_decay": decay} for params, decay in split if params]
 
 
-def adamw(
+def build(
     named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
-) -> "torch.optim.AdamW":
-    """torch's AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU."""
+) -> "torch.optim.Optimizer":
+    """The optimizer of optim.optimizer over named parameters.
+
+    adamw: torch's (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU.
+    lamb: common/lamb.py; only where every parameter is held whole (common/config.py refuses the other layouts).
+    """
     import torch
 
-    return torch.optim.AdamW(
-        groups(named, decays, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True
-    )
+    made = groups(named, decays, optim)
+    if optim.optimizer == "lamb":
+        from common.lamb import Lamb
+
+        return Lamb(made, optim)
+    return torch.optim.AdamW(made, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)

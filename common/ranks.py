@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
@@ -111,36 +111,38 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
         raise BadInput(f"train.dtype=bf16: {name} has no bf16 arithmetic; use train.dtype=fp32")
 
 
-def total(number: int, group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu") -> int:
-    """The sum over the ranks of `group` (default: all) of a number that each knows for itself."""
+def totals(
+    numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu"
+) -> list[int]:
+    """The sums over the ranks of `group` (default: all) of numbers that each knows for itself."""
     import torch
     import torch.distributed as dist
 
     if dist.get_world_size(group) == 1:
-        return number
-    value = torch.tensor(number, dtype=torch.int64, device=device)
-    dist.all_reduce(value, group=group)
-    return int(value)
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(values, group=group)
+    return values.tolist()
 
 
-def agree(loss: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[float, int]:
-    """Sum the ranks' shares of the loss, and learn whether any was asked to stop: one all-reduce a step.
+def agree(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
+    """Sum the ranks' shares of the loss and its parts, and learn whether any was asked to stop: one all-reduce a step.
 
-    Called after the backward passes and before the optimizer's update: a loss that is not finite ends the run there.
-    Returns the loss of the global batch and the signal's number (0: go on).
+    shares: (k,). Called after the backward passes and before the optimizer's update: a sum that is not finite ends the run
+    there. Returns the k sums and the signal's number (0: go on).
     """
     import torch
     import torch.distributed as dist
 
-    shares = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, SIGTERMs seen, SIGINTs seen
-    shares[0] = loss
-    shares[1], shares[2] = stop_asked() == signal.SIGTERM, stop_asked() == signal.SIGINT
+    signals = [stop_asked() == signal.SIGTERM, stop_asked() == signal.SIGINT]
+    both = torch.cat([shares.double(), torch.tensor(signals, dtype=torch.float64, device=ranks.device)])
     if ranks.world > 1:
-        dist.all_reduce(shares)
-    value, terms, interrupts = shares.tolist()
+        dist.all_reduce(both)
+    *values, terms, interrupts = both.tolist()
     number = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
-    must_be_finite("loss", value, step, samples, when=" before the update")
-    return value, int(number)
+    for value in values:
+        must_be_finite("loss", value, step, samples, when=" before the update")
+    return values, int(number)
 
 
 def must_be_finite(what: str, value: float, step: int, samples: range, when: str = "") -> None:

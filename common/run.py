@@ -13,26 +13,40 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
 from common import checkpoint, config, init
 from common.config import Config, Layout
-from common.corpus import Stream, write_json
+from common.corpus import write_json
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 
 
+class Samples(Protocol):
+    """The samples of a run, as `task.stream` opens them: common/corpus.py has GPT's."""
+
+    corpora: list[Any]  # of type common.corpus.Corpus
+    content_hash: str
+
+    def __len__(self) -> int: ...
+
+    def verify(self) -> None: ...
+
+    def rows(self, numbers: Any) -> dict[str, Any]: ...
+
+
 class Run(NamedTuple):
-    cfg: Config  # resolved: no default is left open
+    cfg: Config  # of the phase that goes on, resolved: no default is left open
+    whole: Config  # the same with all its phases, as config.yaml records it
     stack: str
     out: Path
     layout: Layout
-    train: Stream | None  # None in a dry run whose corpus is not there yet
-    valid: Stream | None
+    train: Samples | None  # None in a dry run whose corpus is not there yet
+    valid: Samples | None
     tokenizer: str | Path | None  # folder or name, if config or corpus knows one
     facts: dict[str, Any]  # what run.json holds: hashes, versions, commit
     resume: checkpoint.Checkpoint | None
@@ -43,14 +57,20 @@ class Run(NamedTuple):
         return self.cfg.train.global_batch * self.cfg.data.seq_len
 
     @property
-    def targets(self) -> int | None:
-        """Targets of every global batch, where neither padding nor a mask makes them vary; else None: count them."""
-        return self.tokens_per_step if self.cfg.data.pack and not self.cfg.data.eod_mask_loss else None
+    def is_last_phase(self) -> bool:
+        return self.cfg.train.steps == self.whole.last_step
 
     def samples(self, step: int) -> range:
-        """The numbers of the samples that make up optimizer step `step` (the first is 1)."""
-        size = self.cfg.train.global_batch
-        return range((step - 1) * size, step * size)
+        """The numbers of the samples that make up optimizer step `step` (the first is 1): none comes twice, none is left
+        out, though a phase may have another batch."""
+        before = begin = 0  # samples and steps of the phases before
+        for phase in config.views(self.whole):
+            size, end = phase.train.global_batch, phase.train.steps
+            if step <= end or end == self.whole.last_step:
+                first = before + (step - 1 - begin) * size
+                return range(first, first + size)
+            before, begin = before + (end - begin) * size, end
+        raise AssertionError("the last phase has every later step")
 
 
 def prepare(
@@ -60,11 +80,13 @@ def prepare(
 
     dry_run: a corpus that is not there is a note, not a problem.
     """
-    cfg = config.load(config_path, overrides, task.Model)
+    cfg = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
-    train, valid, data_problems = _streams(cfg)
+    done = _steps_done(Path(out)) if cfg.phases else 0
+    train, valid, data_problems = _streams(config.at_step(cfg, done), task)
     folder, known = _tokenizer(cfg, train, valid, data_problems)
     notes = list(data_problems) if dry_run else []
+    notes += [note for stream in (train, valid) for note in getattr(stream, "notes", ())]
     if not dry_run:
         problems += data_problems
     if isinstance(folder, Path) and not folder.is_dir():
@@ -75,11 +97,12 @@ def prepare(
     recorded = _recorded(out_path, type(cfg), problems)
     model = cfg.model.resolve(cfg, known.get("size"))
     decay = cfg.optim.decay_steps or recorded and recorded.optim.decay_steps
-    decay = decay or max(cfg.train.steps, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
-    cfg = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
+    decay = decay or max(cfg.last_step, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
+    whole = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
+    cfg = config.at_step(whole, done)
     if cfg.model.vocab_size or notes or not data_problems:  # else the tokenizer is unknown for what is told already
         problems += _vocabulary(cfg, train, valid, known)
-    problems += _init(cfg, task)
+    problems += _init(cfg, task, notes)
 
     layout = None
     try:
@@ -90,14 +113,14 @@ def prepare(
     facts = _facts(config_path, stack, task, train, valid, known)
     resume = None
     if recorded:
-        problems += _same_run(cfg, recorded, facts, out_path)
+        problems += _same_run(whole, recorded, facts, out_path)
     if not problems:
         resume = checkpoint.latest(out_path, notes)
         if resume is not None:
-            problems += _continues(cfg, resume)
+            problems += _continues(whole, resume)
     if problems:
         raise BadInput(problems)
-    return Run(cfg, stack, out_path, layout, train, valid, folder, facts, resume, notes)
+    return Run(cfg, whole, stack, out_path, layout, train, valid, folder, facts, resume, notes)
 
 
 def find(path: str) -> Path:
@@ -109,36 +132,44 @@ def find(path: str) -> Path:
     return ROOT / path if there(ROOT / path) and not there(Path(path)) else Path(path)
 
 
-def _streams(cfg: Config) -> tuple[Stream | None, Stream | None, list[str]]:
-    made: list[Stream | None] = []
+def _steps_done(out: Path) -> int:
+    """Steps of the newest whole checkpoint, 0 without one; what is wrong with it is told later."""
+    try:
+        newest = checkpoint.latest(out) if out.is_dir() else None
+    except (BadInput, OSError):
+        return 0
+    return newest.step if newest else 0
+
+
+def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | None, list[str]]:
+    made: list[Samples | None] = []
     problems: list[str] = []
     for spec, shuffle in ((cfg.data.train, True), (cfg.data.valid, False)):
         try:
-            made.append(None if spec is None else _stream(cfg, spec, shuffle))
+            stream = None if spec is None else task.stream(cfg, found(spec), shuffle)
+            if stream is not None:
+                stream.verify()
+            made.append(stream)
         except BadInput as error:
-            problems += error.problems
+            problems += [p for p in error.problems if p not in problems]
             made.append(None)
     return made[0], made[1], problems
 
 
-def _stream(cfg: Config, spec: str | list, shuffle: bool) -> Stream:
-    data = cfg.data
-    stream = Stream(
-        _found(spec), data.seq_len, pack=data.pack, seed=cfg.train.seed, shuffle=shuffle,
-        eod_mask_loss=data.eod_mask_loss, reset_attention=data.reset_attention,
-    )  # fmt: skip
-    stream.verify()
-    return stream
+def first_prefix(spec: str | list) -> str:
+    """The first prefix of a blend."""
+    return spec if isinstance(spec, str) else spec[0] if isinstance(spec[0], str) else spec[0][1]
 
 
-def _found(spec: str | list) -> str | list:
+def found(spec: str | list) -> str | list:
+    """A blend of a config with its paths found."""
     if isinstance(spec, str):
         return str(find(spec))
     return [[e[0], str(find(e[1]))] if isinstance(e, list) else str(find(e)) for e in spec]
 
 
 def _tokenizer(
-    cfg: Config, train: Stream | None, valid: Stream | None, problems: list[str]
+    cfg: Config, train: Samples | None, valid: Samples | None, problems: list[str]
 ) -> tuple[str | Path | None, dict[str, Any]]:
     """The tokenizer's folder (or name) and {hash, size, eod_id}; corpora and config must agree on the hash."""
     corpora = [corpus for stream in (train, valid) if stream is not None for corpus in stream.corpora]
@@ -163,7 +194,7 @@ def _tokenizer(
     return folder, known
 
 
-def _vocabulary(cfg: Config, train: Stream | None, valid: Stream | None, known: dict[str, Any]) -> list[str]:
+def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known: dict[str, Any]) -> list[str]:
     size = cfg.model.vocab_size
     if size is None:
         return ["model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N"]
@@ -180,8 +211,9 @@ def _vocabulary(cfg: Config, train: Stream | None, valid: Stream | None, known: 
     return problems
 
 
-def _init(cfg: Config, task: ModuleType) -> list[str]:
-    """Is init.from a Hugging Face folder of this architecture (its config.json says so), with whole weights?"""
+def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
+    """Is init.from a Hugging Face folder of this architecture (its config.json says so), with whole weights? Adds to `notes`
+    which heads it lacks."""
     if cfg.init.from_ == "scratch":
         return []
     folder = find(cfg.init.from_)
@@ -194,11 +226,17 @@ def _init(cfg: Config, task: ModuleType) -> list[str]:
     if theirs.get("model_type") != cfg.model.arch:
         return [f"{name}: is a {theirs.get('model_type')!r} model, the config's model.arch is {cfg.model.arch!r}"]
     problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
-    return problems + _whole_weights(folder, name)
+    held: set[str] = set()
+    problems += _whole_weights(folder, name, held)
+    for head in task.HEADS:
+        if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
+            notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")
+    return problems
 
 
-def _whole_weights(folder: Path, name: str) -> list[str]:
-    """Are there safetensors, each as long as its header says? Pickles (.bin) are never read: they can run code."""
+def _whole_weights(folder: Path, name: str, held: set[str]) -> list[str]:
+    """Are there safetensors, each as long as its header says? Adds the names of their tensors to `held`. Pickles (.bin) are
+    never read: they can run code."""
     files = sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
         return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
@@ -212,7 +250,9 @@ def _whole_weights(folder: Path, name: str) -> list[str]:
             with open(path, "rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size))
-            end = max((t["data_offsets"][1] for key, t in header.items() if key != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            held |= header.keys()
+            end = max((t["data_offsets"][1] for t in header.values()), default=0)
             if path.stat().st_size != 8 + size + end:
                 problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
@@ -295,17 +335,18 @@ def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
         apart = ("model.dropout", "model.init_std")
         ours = {k: ours.get(k) for k in theirs if k not in apart}
         theirs = {k: v for k, v in theirs.items() if k not in apart}
-    problems = _other_run(str(resume.path), ours, theirs)
-    if cfg.train.steps < resume.step:
+    # a key that this checkpoint's version did not know has its default, which config.yaml was compared with
+    problems = _other_run(str(resume.path), {k: ours.get(k) for k in theirs}, theirs)
+    if cfg.last_step < resume.step:
         problems.append(
-            f"train.steps={cfg.train.steps} is below the {resume.step} steps that {resume.path.parent} has made; "
+            f"train.steps={cfg.last_step} is below the {resume.step} steps that {resume.path.parent} has made; "
             f"give train.steps={resume.step} or more, or choose another OUT"
         )
     return problems
 
 
 def _facts(
-    config_path: str, stack: str, task: ModuleType, train: Stream | None, valid: Stream | None, known: dict[str, Any]
+    config_path: str, stack: str, task: ModuleType, train: Samples | None, valid: Samples | None, known: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "config": Path(config_path).stem, "family": task.FAMILY, "stack": stack,
@@ -338,7 +379,7 @@ def begin(run: Run) -> None:
 
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        config.write_yaml(run.cfg, run.out / "config.yaml")
+        config.write_yaml(run.whole, run.out / "config.yaml")
         if run.tokenizer is not None:
             tokenizers.load(run.tokenizer).save(run.out / "tokenizer")
         before = (_json(run.out / "run.json") or {}).get("stacks", [])
@@ -363,11 +404,12 @@ def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
 
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
     flops = task.forward_backward_flops(model, cfg.data.seq_len)
-    lines = [yaml.safe_dump(cfg.dump(), sort_keys=False, width=120).rstrip(), ""]
+    causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
+    lines = [yaml.safe_dump(run.whole.dump(), sort_keys=False, width=120).rstrip(), ""]
     lines += [f"note: {note}" for note in run.notes]
     lines += [
         f"parameters        {model.parameters():,}",
-        f"FLOPs a token     {flops['full']:.4g} forward and backward ({flops['causal']:.4g} counting the causal half only)",
+        f"FLOPs a token     {flops['full']:.4g} forward and backward{causal}",
         f"tokens a step     {cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,}",
         f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
         f"{layout.accumulate} micro batches of {layout.micro_batch}",

@@ -25,10 +25,9 @@ def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> Values:
     """Where this run's parameters come from: its checkpoint, else the Hugging Face folder init.from, else the seed."""
     if resume:
         return lambda name, shape: _of_shape(resume, name, shape)
-    if cfg.init.from_ == "scratch":
-        source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
-    else:
-        source = init.from_hf(find(cfg.init.from_), task.HF_PREFIX[cfg.model.arch])
+    source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
+    if cfg.init.from_ != "scratch":
+        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.HEADS, anew=source)
     return lambda name, shape: {"weight": source(name, shape)}
 
 
@@ -45,8 +44,8 @@ def _of_shape(checkpoint: Checkpoint, name: str, shape: init.Shape) -> Parts:
 def meta(run: Run, step: int) -> dict[str, Any]:
     """What state.json says beside its files."""
     return {
-        "step": step, "samples": step * run.cfg.train.global_batch, "seed": run.cfg.train.seed, "stack": run.stack,
-        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.science(run.cfg),
+        "step": step, "samples": run.samples(step).stop, "seed": run.cfg.train.seed, "stack": run.stack,
+        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.science(run.whole),
         "commit": run.facts["commit"],
     }  # fmt: skip
 

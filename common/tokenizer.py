@@ -1,15 +1,15 @@
-"""Tokenizers behind one small face: `load`, `train_bpe`, `train_char`, and the class `Tokenizer` they return.
+"""Tokenizers behind one small face: `load`, `train_bpe`, `train_wordpiece`, `train_char`, and their class `Tokenizer`.
 
 Text is data here: a special token spelled out in a text (`<|endoftext|>` in a web page) is encoded as the ordinary
 characters it is made of, never as the special id. Whoever wants an end of document appends `eod_id`.
 
-Families: byte-level BPE and characters. WordPiece (BERT) and SentencePiece (T5) belong in `load`, where a comment
-says so.
+Families: byte-level BPE, WordPiece (BERT) and characters. SentencePiece (T5) belongs in `load`, where a comment says so.
 """
 
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import chain
@@ -27,7 +27,10 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_SIZE = 50_257
 GPT2_EOD = 50_256
 TOKENIZERS = Path(__file__).resolve().parents[1] / "corpora" / "tokenizers"  # where a name is looked up first
-HUB_NAMES = {"gpt2": "openai-community/gpt2"}
+HUB_NAMES = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}
+BERT_SIZE = 30_522
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of WordPiece; where it is trained here, ids 0 to 4
+ALPHABET = 1_000  # characters, the most frequent, that a WordPiece trained here knows; others become [UNK]
 
 # A cut point that no pre-token spans: GPT-2's regex `'s|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` has no
 # alternative in which whitespace follows something else, and none that looks behind. The classes are the ones on which
@@ -41,10 +44,11 @@ def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class Tokenizer:
-    """One tokenizer. Made by `load`, `train_bpe` or `train_char`.
+    """One tokenizer. Made by `load`, `train_bpe`, `train_wordpiece` or `train_char`.
 
-    size: number of ids. eod_id: id that ends a document, or None. pad_id: id of padding, or None.
-    kind: 'bpe', 'char', or the model's name in lower case.
+    size: number of ids. eod_id: id that ends a document (WordPiece has none); pad_id, cls_id, sep_id, mask_id: of padding,
+    of the begin and the end of a sentence and of a masked place; each None where there is none.
+    kind: 'bpe', 'wordpiece', 'char', or the model's name in lower case.
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", config: dict[str, Any] | None = None):
@@ -55,9 +59,13 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.size: int = backend.get_vocab_size()
-        self.eod_id = self._id_of("eos_token", END_OF_TEXT)
-        self.pad_id = self._id_of("pad_token", None)
         self.kind: str = type(backend.model).__name__.lower()
+        wordpiece = self.kind == "wordpiece"
+        self.eod_id = None if wordpiece else self._id_of("eos_token", END_OF_TEXT)
+        self.pad_id = self._id_of("pad_token", "[PAD]" if wordpiece else None)
+        self.cls_id = self._id_of("cls_token", "[CLS]")
+        self.sep_id = self._id_of("sep_token", "[SEP]")
+        self.mask_id = self._id_of("mask_token", "[MASK]")
         if self.kind == "bpe" and backend.pre_tokenizer is None and not self._spec["model"]["merges"]:
             self.kind = "char"
 
@@ -65,6 +73,14 @@ class Tokenizer:
         token = self.config.get(role) or default
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else self.backend.token_to_id(token)
+
+    def continues(self) -> np.ndarray:
+        """Which ids are pieces that continue a word (WordPiece's ##ing): (size,) bool."""
+        out = np.zeros(self.size, dtype=bool)
+        prefix = self._spec["model"].get("continuing_subword_prefix")
+        if prefix:
+            out[[i for token, i in self.backend.get_vocab().items() if token.startswith(prefix)]] = True
+        return out
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added. BadInput when a character tokenizer does not know a character."""
@@ -149,8 +165,8 @@ class Tokenizer:
     def hash(self) -> str:
         """sha256 (hex) of what decides the ids; equal for copies of one tokenizer in whichever files they came."""
         spec = {key: self._spec[key] for key in ("model", "normalizer", "pre_tokenizer", "post_processor")}
-        if (spec["post_processor"] or {}).get("type") == "ByteLevel":
-            spec["post_processor"] = None  # moves offsets only
+        if (spec["post_processor"] or {}).get("type") == "ByteLevel" or self.kind == "wordpiece":
+            spec["post_processor"] = None  # moves offsets; or adds [CLS] and [SEP], which we never ask for
         spec["pre_tokenizer"] = {k: v for k, v in (spec["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
         spec["model"] = {key: value or None for key, value in spec["model"].items()}  # "" and null are the same affix
         spec["added"] = [(token["id"], token["content"]) for token in self._spec["added_tokens"]]
@@ -163,14 +179,22 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.config
-        if self.eod_id is not None:
-            config.setdefault("eos_token", self.backend.id_to_token(self.eod_id))
+        roles = {"eos_token": self.eod_id}
+        if self.kind == "wordpiece":
+            roles = {"pad_token": self.pad_id, "cls_token": self.cls_id, "sep_token": self.sep_id, "mask_token": self.mask_id}
+            config.setdefault("unk_token", self._spec["model"]["unk_token"])
+            config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+            config.setdefault("do_lower_case", (self._spec["normalizer"] or {}).get("lowercase", False))
+        for role, i in roles.items():
+            if i is not None:
+                config.setdefault(role, self.backend.id_to_token(i))
         (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(name_or_dir: str | Path) -> Tokenizer:
-    """The tokenizer in a folder (tokenizer.json, or GPT-2's vocab.json + merges.txt), or the one of a name (`gpt2`).
+    """The tokenizer in a folder (tokenizer.json, GPT-2's vocab.json + merges.txt, or BERT's vocab.txt), or the one of a name
+    (`gpt2`, `bert-base-uncased`).
 
     A name is looked up in corpora/tokenizers/NAME, then on the Hugging Face hub. BadInput when there is none.
     """
@@ -181,13 +205,17 @@ def load(name_or_dir: str | Path) -> Tokenizer:
         tokenizer = _from_json(folder)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokenizer = _from_gpt2_files(folder)
-    else:  # WordPiece (vocab.txt) and SentencePiece (spiece.model) belong here
+    elif (folder / "vocab.txt").is_file():
+        tokenizer = _from_vocab_txt(folder)
+    else:  # SentencePiece (spiece.model) belongs here
         raise BadInput(
             f"{folder}: no tokenizer there; give a folder with tokenizer.json, "
-            "or with GPT-2's vocab.json and merges.txt"
+            "with GPT-2's vocab.json and merges.txt, or with BERT's vocab.txt"
         )
-    if str(name_or_dir) in HUB_NAMES:
+    if str(name_or_dir) == "gpt2":
         _check_gpt2(tokenizer, folder)
+    if str(name_or_dir) == "bert-base-uncased":
+        _check_bert(tokenizer, folder)
     return tokenizer
 
 
@@ -205,26 +233,50 @@ def _find_by_name(name: str) -> Path:
     import huggingface_hub
 
     try:
-        wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+        wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"]
         return Path(huggingface_hub.snapshot_download(HUB_NAMES.get(name, name), allow_patterns=wanted))
     except Exception as error:  # no network, no such name, no access: each has a class of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"tokenizer {name}: no such folder, nor is it in corpora/tokenizers or on the hub ({reason}); put its "
-            f"tokenizer.json, or GPT-2's vocab.json and merges.txt, into corpora/tokenizers/{name} or give their folder"
+            f"tokenizer.json (or vocab.json and merges.txt, or vocab.txt) into corpora/tokenizers/{name} or give their folder"
         ) from None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json, {} without one."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _from_json(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     try:
-        backend = Backend.from_file(str(folder / "tokenizer.json"))
-        config_file = folder / "tokenizer_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        backend, config = Backend.from_file(str(folder / "tokenizer.json")), _config(folder)
     except Exception as error:  # the library raises plain Exception
         raise BadInput(f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: {error}") from None
     return Tokenizer(backend, config)
+
+
+def _from_vocab_txt(folder: Path) -> Tokenizer:
+    """BERT's vocab.txt: a piece a line, its id is the number of the line."""
+    try:
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        config = _config(folder)
+    except ValueError as error:
+        raise BadInput(f"{folder}: vocab.txt or tokenizer_config.json cannot be read: {error}") from None
+    tokens = [line.removesuffix("\r") for line in lines]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    missing = [token for token in SPECIAL if token not in vocab]
+    if missing or "" in vocab or len(vocab) < len(tokens):
+        raise BadInput(
+            f"{folder / 'vocab.txt'}: {len(tokens):,} lines, {len(tokens) - len(vocab):,} of them repeated, "
+            f"{tokens.count('')} empty, without {', '.join(missing) or 'none'} of {' '.join(SPECIAL)}; "
+            "each line must be another piece: get the file again, or give the tokenizer.json"
+        )
+    cased = any(token != token.lower() for token in tokens if not re.fullmatch(r"\[.*\]", token))
+    return Tokenizer(_wordpiece(vocab, bool(config.get("do_lower_case", not cased))), config)
 
 
 def _from_gpt2_files(folder: Path) -> Tokenizer:
@@ -246,6 +298,14 @@ def _check_gpt2(tokenizer: Tokenizer, folder: Path) -> None:
         raise BadInput(
             f"{folder}: {tokenizer.size:,} ids with {END_OF_TEXT} = {tokenizer.eod_id}; GPT-2 has {GPT2_SIZE:,} with "
             f"{GPT2_EOD}; the files are damaged or of another tokenizer (then give its tokenizer.json)"
+        )
+
+
+def _check_bert(tokenizer: Tokenizer, folder: Path) -> None:
+    if (tokenizer.size, tokenizer.kind) != (BERT_SIZE, "wordpiece"):
+        raise BadInput(
+            f"{folder}: {tokenizer.kind} of {tokenizer.size:,} ids; bert-base-uncased is wordpiece of {BERT_SIZE:,}; "
+            "the files are damaged or of another tokenizer (then give their folder)"
         )
 
 
@@ -277,6 +337,63 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
+
+
+def _wordpiece(vocab: dict[str, int], lowercase: bool) -> "tokenizers.Tokenizer":
+    """BERT's frame around a WordPiece vocabulary that holds SPECIAL."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    backend.add_special_tokens(sorted(SPECIAL, key=vocab.__getitem__))
+    return backend
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+    """Train a WordPiece of at most `vocab_size` ids: SPECIAL, the characters, those inside words (##x), then pieces.
+
+    Fewer ids than asked for come of too little text. BadInput for a size below what the characters alone need.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    start = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
+    normalizer = _wordpiece(start, lowercase).normalizer
+    normal = [normalizer.normalize_str(text) for text in texts]  # what costs most, once for the two passes
+    counts: Counter[str] = Counter()
+    for text in normal:
+        counts.update(text)
+    del counts[" "]
+    characters = sorted(sorted(counts), key=lambda c: -counts[c])[:ALPHABET]
+
+    def train(size: int, first: list[str]) -> dict[str, int]:
+        backend = Backend(models.WordPiece(start, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=first,
+            initial_alphabet=characters,
+            limit_alphabet=len(characters),
+            show_progress=False,
+        )
+        backend.train_from_iterator(normal, trainer)
+        return backend.get_vocab(with_added_tokens=False)
+
+    # The library numbers the ##x in the order of a hash table, another one in each process, and their numbers decide
+    # between pairs of one frequency. So the first pass only finds them, and the second is given them in a fixed order.
+    inside = sorted(token for token in train(0, [*SPECIAL]) if token.startswith("##"))
+    first = [*SPECIAL, *sorted(characters), *inside]
+    if vocab_size < len(first):
+        raise BadInput(
+            f"vocabulary of {vocab_size}: WordPiece of this text needs at least {len(first):,} ({len(SPECIAL)} special "
+            f"tokens, {len(characters):,} characters, {len(inside):,} of them inside words)"
+        )
+    return Tokenizer(_wordpiece(train(vocab_size, first), lowercase))
 
 
 def train_char(text: str) -> Tokenizer:

@@ -37,13 +37,16 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameters())}
     if system.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    bf16 = cfg.train.dtype == "bf16"
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulate,
         "gradient_clipping": cfg.optim.grad_clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW, the one that all stacks share
-        "bf16": {"enabled": cfg.train.dtype == "bf16"},
+        # without ZeRO, DeepSpeed accumulates a bf16 model's gradients in bf16: there fp32 weights under autocast instead
+        "bf16": {"enabled": bf16 and system.zero_stage > 0},
+        "torch_autocast": {"enabled": bf16 and system.zero_stage == 0, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
     if layout.tp > 1:
@@ -56,6 +59,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         both[key] = _merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
     return both
+
+
+def weights_dtype(cfg: Config) -> torch.dtype:
+    """Of the model's weights: bf16 with fp32 masters from ZeRO 1 on, fp32 without ZeRO (autocast, as ds_config says)."""
+    return torch.bfloat16 if cfg.train.dtype == "bf16" and cfg.deepspeed.zero_stage else torch.float32
 
 
 def tp_rank(layout: Layout, ranks: Ranks) -> int:

@@ -8,6 +8,8 @@ Shares. Where a source brings splits of its own they are taken. Otherwise a docu
 (seed, its text) says, which depends on nothing else, so a document never moves when others are added. With few large
 files (`--split-by auto`: whole files as documents, and less than 5 to be expected in a split) that would give poor
 shares, and each file is cut instead: its last lines are `test`, the ones before it `valid`, the rest `train`.
+
+A document is one sequence that ends in the end of document id, or with `--sentences` one sequence a sentence and no such id.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import numpy as np
 from common import tokenizer as tokenizers
 from common.corpus import Corpus, Writer, write_json, write_manifest
 from common.errors import BadInput
+from data import sentences
 from data.sources import Document, Errors, Source
 
 PIECE_CHARS = 4_000  # a long document is encoded in pieces of this size, which keeps all cores busy and caches warm
@@ -52,6 +55,8 @@ class Options:
     corpus: str  # name of the module
     tokenizer: str | None = None  # name or folder; 'char': the characters of this text; None: train one of vocab_size
     vocab_size: int = 4096
+    tokenizer_type: str = "bpe"  # of the one that is trained; or wordpiece
+    sentences: bool = False  # one sequence a sentence, not one a document
     shares: dict[str, float] = field(default_factory=dict)  # of valid and test, in documents or in characters
     split_by: str = "auto"
     seed: int = 1234
@@ -66,9 +71,17 @@ class Options:
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def parser(doc: str, *, valid_share: float | None, tokenizer: str | None = None, vocab_size: int | None = None):
-    """The options every corpus has. doc: the module's docstring. tokenizer, vocab_size: the default, if there is one;
-    valid_share: the default, None where the corpus has splits of its own."""
+def parser(
+    doc: str,
+    *,
+    valid_share: float | None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    tokenizer_type: str = "bpe",
+    sentences: bool = False,
+) -> argparse.ArgumentParser:
+    """The options every corpus has. doc: the module's docstring. The others are defaults: tokenizer, vocab_size if there is
+    one; valid_share None where the corpus has splits of its own."""
     title, _, rest = (doc or "").strip().partition("\n")
     p = argparse.ArgumentParser(
         prog=f"python -m data.{Path(sys.argv[0]).stem}",
@@ -79,11 +92,15 @@ def parser(doc: str, *, valid_share: float | None, tokenizer: str | None = None,
     p.add_argument("out", metavar="OUT", type=Path, help="folder to fill, such as corpora/NAME")
     words = p.add_mutually_exclusive_group(required=tokenizer is None and vocab_size is None)
     default = f" (default: {tokenizer})" if tokenizer else ""
-    told = "gpt2, char, or a folder with tokenizer.json" + default
+    told = "gpt2, bert-base-uncased, char, or a folder with tokenizer.json" + default
     words.add_argument("--tokenizer", metavar="NAME_OR_DIR", help=told)
     default = f" (default: {vocab_size})" if vocab_size else ""
-    words.add_argument("--vocab-size", metavar="N", type=int, help="train a byte-level BPE of N ids" + default)
-    p.set_defaults(default_tokenizer=tokenizer, default_vocab_size=vocab_size)
+    words.add_argument("--vocab-size", metavar="N", type=int, help="train a tokenizer of N ids" + default)
+    told = f"of the tokenizer that is trained: byte-level BPE, or BERT's WordPiece, uncased (default: {tokenizer_type})"
+    p.add_argument("--tokenizer-type", choices=("bpe", "wordpiece"), help=told)
+    told = "keep the bounds of sentences, one sequence each: what BERT needs" + (" (default)" if sentences else "")
+    p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=told)
+    p.set_defaults(default_tokenizer=tokenizer, default_vocab_size=vocab_size, default_tokenizer_type=tokenizer_type)
     if valid_share is not None:
         p.add_argument("--valid-share", metavar="X", type=float, default=valid_share, help="default: %(default)s")
         p.add_argument("--test-share", metavar="X", type=float, default=0.0, help="default: none")
@@ -108,19 +125,24 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
         problems.append(f"--workers {args.workers}: at least 1")
     if args.max_mb is not None and args.max_mb <= 0:
         problems.append(f"--max-mb {args.max_mb}: above 0")
-    if problems:
-        raise BadInput(problems)
     name, size = args.tokenizer, args.vocab_size
     if name is None and size is None:
         name, size = args.default_tokenizer, args.default_vocab_size
+    if name is not None and args.tokenizer_type:
+        problems.append(f"--tokenizer-type {args.tokenizer_type}: {name} is not trained; give --vocab-size N, or drop it")
+    if problems:
+        raise BadInput(problems)
     return Options(
         out=args.out,
         corpus=corpus,
         tokenizer=name,
         vocab_size=size or 0,
+        tokenizer_type=args.tokenizer_type or args.default_tokenizer_type,
+        sentences=args.sentences,
         shares={split: share for split, share in shares.items() if share},
         split_by=getattr(args, "split_by", "document"),
         seed=getattr(args, "seed", 0),
+        append_eod=not args.sentences,
         max_mb=args.max_mb,
         on_error=args.on_error,
         workers=args.workers,
@@ -174,17 +196,19 @@ def _build(opt: Options, source: Source, splitter: Splitter | None) -> dict[str,
 
 
 def _request(opt: Options, source: Source, named: tokenizers.Tokenizer | None) -> dict[str, Any]:
-    """All that decides the content. Two builds with equal requests give equal files."""
-    return {
+    """All that decides the content, as JSON gives it back. Two builds with equal requests give equal files."""
+    family = {"bpe": "BPE", "wordpiece": "WordPiece"}[opt.tokenizer_type]
+    request = {
         "corpus": opt.corpus,
         "source": source.identity(),
-        "tokenizer": named.hash if named else opt.tokenizer or f"BPE of {opt.vocab_size}",
+        "tokenizer": named.hash if named else opt.tokenizer or f"{family} of {opt.vocab_size}",
         "shares": opt.shares,
         "split_by": opt.split_by,
         "seed": opt.seed,
         "append_eod": opt.append_eod,
         "max_mb": opt.max_mb,
-    }
+    } | ({"sentences": True} if opt.sentences else {})  # no key else: manifests of before stay equal
+    return json.loads(json.dumps(request))
 
 
 def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -213,9 +237,9 @@ def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _same(held: dict[str, Any], request: dict[str, Any], what: str, remedy: str) -> None:
-    differ = [key for key in request if held.get(key) != request[key]]
+    differ = [key for key in held | request if held.get(key) != request.get(key)]
     if differ:
-        told = "; ".join(f"{key} was {_short(held.get(key))}, is {_short(request[key])}" for key in differ)
+        told = "; ".join(f"{key} was {_short(held.get(key))}, is {_short(request.get(key))}" for key in differ)
         raise BadInput(f"{what} ({told}); choose another OUT, or {remedy}")
 
 
@@ -244,7 +268,7 @@ def _state(opt: Options, partial: Path, request: dict[str, Any]) -> dict[str, An
 
 
 def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitter) -> tokenizers.Tokenizer:
-    """Train the tokenizer on the text itself: BPE on train only, characters on everything. Kept for a continuation."""
+    """Train the tokenizer on the text itself: characters on everything, else on train only. Kept for a continuation."""
     folder = partial / "tokenizer"
     if (folder / "tokenizer_config.json").is_file():
         return tokenizers.load(folder)
@@ -255,7 +279,10 @@ def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitt
             characters.update(text)
         trained = tokenizers.train_char("".join(characters))
     else:
-        trained = tokenizers.train_bpe(_for_training(opt, source, splitter), opt.vocab_size)
+        train = {"bpe": tokenizers.train_bpe, "wordpiece": tokenizers.train_wordpiece}[opt.tokenizer_type]
+        trained = train(_for_training(opt, source, splitter), opt.vocab_size)
+        if trained.size < opt.vocab_size:
+            _say(f"the text gives {trained.size:,} ids of the {opt.vocab_size:,} asked for")
     trained.save(folder)
     return tokenizers.load(folder)
 
@@ -346,21 +373,24 @@ def by_tail(shares: dict[str, float]) -> Splitter:
 
 
 def _encode_batch(
-    tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of documents -> their ids end to end, and where documents end. last[k]: piece k ends its document."""
+    tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sentences: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Pieces of documents -> the arguments of Writer.append. last[k]: piece k ends its document. sentences: each is one."""
     ids, lengths = tokenizer.encode_flat(pieces)
-    ends = np.cumsum(lengths)[np.array(last)]
+    ends = np.cumsum(lengths)
+    if sentences:
+        return ids, ends, np.flatnonzero(last) + 1
+    ends = ends[np.array(last)]
     if eod_id is None:
-        return ids, ends
-    return np.insert(ids, ends, eod_id), ends + np.arange(1, len(ends) + 1)
+        return ids, ends, None
+    return np.insert(ids, ends, eod_id), ends + np.arange(1, len(ends) + 1), None
 
 
 class _Pipeline:
     """Reads ahead while batches are encoded, and writes them in the order they came in."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, writers: dict[str, Writer], append_eod: bool):
-        self.tokenizer, self.writers = tokenizer, writers
+    def __init__(self, tokenizer: tokenizers.Tokenizer, writers: dict[str, Writer], append_eod: bool, sentences: bool = False):
+        self.tokenizer, self.writers, self.sentences = tokenizer, writers, sentences
         self.eod_id = tokenizer.eod_id if append_eod else None
         self.pool = ThreadPoolExecutor(2)
         self.running: deque[tuple[str, Future]] = deque()
@@ -370,21 +400,22 @@ class _Pipeline:
     def add(self, split: str, text: str) -> None:
         """One whole document."""
         pieces, last = self.waiting[split]
-        for piece in self.tokenizer.pieces(text, PIECE_CHARS):
+        for piece in sentences.split(text) if self.sentences else self.tokenizer.pieces(text, PIECE_CHARS):
             pieces.append(piece)
             last.append(False)
             self.chars[split] += len(piece)
             if self.chars[split] >= BATCH_CHARS and len(pieces) > 1:
                 self._submit(split, keep=1)  # the newest piece stays: whether it is the last is not known yet
                 pieces, last = self.waiting[split]
-        last[-1] = True
+        if last:  # else blanks alone, in a batch that has nothing yet: no sentence
+            last[-1] = True
 
     def _submit(self, split: str, keep: int = 0) -> None:
         pieces, last = self.waiting[split]
         cut = len(pieces) - keep
         self.waiting[split] = (pieces[cut:], last[cut:])
         self.chars[split] = sum(map(len, pieces[cut:]))
-        job = self.pool.submit(_encode_batch, self.tokenizer, pieces[:cut], last[:cut], self.eod_id)
+        job = self.pool.submit(_encode_batch, self.tokenizer, pieces[:cut], last[:cut], self.eod_id, self.sentences)
         self.running.append((split, job))
         while len(self.running) > BATCHES_AHEAD:
             self._write_oldest()
@@ -418,7 +449,7 @@ def _encode(
     names = ["train", *opt.shares] if None in source.parts else [part for part in source.parts if part]
     writers = {name: Writer(partial / name, dtype, state["writers"].get(name)) for name in names}
     errors = Errors(opt.on_error, state["skipped"])
-    pipeline = _Pipeline(tokenizer, writers, opt.append_eod)
+    pipeline = _Pipeline(tokenizer, writers, opt.append_eod, opt.sentences)
     progress = _Progress(source.total_bytes, state["bytes"])
 
     def save() -> None:
@@ -484,13 +515,14 @@ def _finish(
     for name, counts in state["writers"].items():
         if not (partial / f"{name}.idx").exists():  # else interrupted behind it
             Writer(partial / name, tokenizers.token_dtype(tokenizer.size), counts).finish()
-        splits[name] = write_manifest(partial / name, facts)
+        told = {"sentences": counts["sequences"]} if opt.sentences else {}
+        splits[name] = write_manifest(partial / name, facts | told)
+    counted = ["tokens", "documents", *(["sentences"] if opt.sentences else [])]
     manifest = {
         "corpus": opt.corpus,
-        "tokens": sum(split["tokens"] for split in splits.values()),
-        "documents": sum(split["documents"] for split in splits.values()),
+        **{key: sum(split[key] for split in splits.values()) for key in counted},
         "bytes_of_text": state["bytes"],
-        "splits": {name: {key: m[key] for key in ("tokens", "documents", "sha256")} for name, m in splits.items()},
+        "splits": {name: {key: m[key] for key in (*counted, "sha256")} for name, m in splits.items()},
     } | facts | {"source_names": names, "request": state["request"]}
     write_json(partial / "manifest.json", manifest)
 
@@ -524,7 +556,8 @@ def _say(line: str) -> None:
 
 def _report(out: Path, manifest: dict[str, Any], how: str) -> None:
     for name, split in manifest["splits"].items():
-        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {split['documents']:>11,} documents")
+        kept = f"  {split['sentences']:>12,} sentences" if "sentences" in split else ""
+        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {split['documents']:>11,} documents{kept}")
     for kind, count in manifest["skipped"].items():
         _say(f"skipped: {count:,} x {kind}")
     text = f"{manifest['bytes_of_text'] / 1e6:,.1f} MB of text"

@@ -266,14 +266,19 @@ class Hub:
     """A dataset by the library `datasets`: a name on the hub, streamed, or a local folder of the same schema.
 
     splits: for each part (our split or None, theirs): [(None, 'train')] shares one split of theirs by our shares,
-    [('valid', 'validation'), ('train', 'train')] takes theirs.
+    [('valid', 'validation'), ('train', 'train')] takes theirs. text_key: the column of the text, or names of which it has
+    one.
     """
 
     whole_files = None
     total_bytes = None
 
     def __init__(
-        self, name: str, config: str | None, splits: Sequence[tuple[str | None, str]], text_key: str = "text"
+        self,
+        name: str,
+        config: str | None,
+        splits: Sequence[tuple[str | None, str]],
+        text_key: str | Sequence[str] = "text",
     ):
         self.name, self.config, self.splits, self.text_key = name, config, list(splits), text_key
         self.parts = [ours for ours, _ in self.splits]
@@ -295,15 +300,22 @@ class Hub:
         rows = self._open(self.splits[part][1])
         rows = rows.skip(done) if done else rows
         for batch in rows.iter(batch_size=1000):
-            if self.text_key not in batch:
-                raise BadInput(f"{self.name}: has no column {self.text_key!r}; --text-key takes {' or '.join(batch)}")
-            for text in batch[self.text_key]:
+            key = self._key_in(batch)
+            for text in batch[key]:
                 where = f"{self.name} row {done}"
                 done += 1
                 if not isinstance(text, str):
-                    errors.bad(where, "no text", f"{type(text).__name__} under {self.text_key}")
+                    errors.bad(where, "no text", f"{type(text).__name__} under {key}")
                     continue
                 yield Document(text, where, [done])
+
+    def _key_in(self, batch: dict[str, Any]) -> str:
+        if isinstance(self.text_key, str) and self.text_key not in batch:
+            raise BadInput(f"{self.name}: has no column {self.text_key!r}; --text-key takes {' or '.join(batch)}")
+        keys = [self.text_key] if isinstance(self.text_key, str) else [key for key in self.text_key if key in batch]
+        if not keys:
+            raise BadInput(f"{self.name}: has no column {' or '.join(self.text_key)}; it has {', '.join(batch)}")
+        return keys[0]
 
     def _open(self, split: str) -> Any:
         import datasets

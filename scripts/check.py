@@ -54,7 +54,7 @@ def all_rows(root: Path) -> list[Row]:
     rows = []
     for path in sorted((root / "recipes").glob("*/configs/*.yaml")):
         family = path.parts[-3]
-        named = config.load(path, [], model_class(family))
+        named = config.load(path, [], schema(family))
         for stack in STACKS if named.expect else ():
             run = root / "recipes" / family / "results" / path.stem / stack
             if run.is_dir():
@@ -70,12 +70,12 @@ def run_rows(run: Path) -> list[Row]:
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not {"config", "family"} <= facts.keys():
         raise BadInput(f"{run / 'run.json'}: must hold config, family and stack (one of {', '.join(STACKS)})")
     name, family, stack = Path(facts["config"]).stem, facts["family"], facts["stack"]
-    model = model_class(family)
+    made = schema(family)
     path = ROOT / "recipes" / family / "configs" / f"{name}.yaml"
-    ours = config.load(run / "config.yaml", [], model)
+    ours = config.load(run / "config.yaml", [], made)
     if not path.is_file():
         return missing(ours, name, stack, f"recipes/{family}/configs has no {name}.yaml to compare the run with")
-    named = config.load(path, [], model)
+    named = config.load(path, [], made)
     if not named.expect:
         raise BadInput(f"{path}: has no `expect`, so there is nothing to check {run} against")
     return judge(run, named, name, stack, family)
@@ -83,15 +83,15 @@ def run_rows(run: Path) -> list[Row]:
 
 def judge(run: Path, named: Config, name: str, stack: str, family: str) -> list[Row]:
     """The rows of `run` against the config `named`."""
-    facts, ours = read_json(run / "run.json"), config.load(run / "config.yaml", [], model_class(family))
+    facts, ours = read_json(run / "run.json"), config.load(run / "config.yaml", [], schema(family))
     try:
         same_experiment(ours, named, stack)
         if (Path(facts["config"]).stem, facts["stack"]) != (name, stack):
             raise NotEvidence(f"its run.json says {facts['config']} on {facts['stack']}")
         lines = read_lines(run / "metrics.jsonl")
         done = max((line["step"] for line in lines if "loss" in line), default=0)
-        if done < named.train.steps:
-            raise NotEvidence(f"stopped at step {done} of {named.train.steps}")
+        if done < named.last_step:
+            raise NotEvidence(f"stopped at step {done} of {named.last_step}")
     except NotEvidence as reason:
         return missing(named, name, stack, str(reason))
     rows = []
@@ -124,9 +124,10 @@ def same_experiment(ours: Config, named: Config, stack: str) -> None:
 def resolved(cfg: Config) -> dict[str, Any]:
     """The science with its defaults filled in, and what may change in a continued run but not in a published one."""
     model = cfg.model.resolve(cfg, None)
-    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
+    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
     values = config.science(cfg.model_copy(update={"model": model, "optim": optim}))
-    return values | {"train.steps": cfg.train.steps, "train.eval_samples": cfg.train.eval_samples or "all"}
+    steps = {"train.steps": cfg.train.steps, "last step": cfg.last_step}
+    return values | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
 
 
 def measured(metric: str, run: Path, ours: Config, lines: list[dict[str, Any]]) -> float:
@@ -134,9 +135,9 @@ def measured(metric: str, run: Path, ours: Config, lines: list[dict[str, Any]]) 
         return ours.model.resolve(ours, None).parameters()
     if metric in ("val_loss", "best_val_loss"):
         losses = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
-        if ours.train.steps not in losses:
-            raise NotEvidence(f"no validation at step {ours.train.steps}")
-        return losses[ours.train.steps] if metric == "val_loss" else min(losses.values())
+        if ours.last_step not in losses:
+            raise NotEvidence(f"no validation at step {ours.last_step}")
+        return losses[ours.last_step] if metric == "val_loss" else min(losses.values())
     path = run / "eval.json"
     found = read_json(path) if path.is_file() else []
     try:
@@ -156,9 +157,10 @@ def published(expect: config.Expect) -> str:
     return f"{expect.value:.12g} +- {expect.tolerance:g} ({expect.source})"
 
 
-def model_class(family: str) -> type:
+def schema(family: str) -> type[Config]:
+    """The config class of a family."""
     try:
-        return importlib.import_module(f"recipes.{family}.task").Model
+        return importlib.import_module(f"recipes.{family}.task").Config
     except ModuleNotFoundError as error:
         raise BadInput(f"no recipe {family!r}: {error}") from None
 

@@ -24,7 +24,7 @@ from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.log import count
 from scripts import heldout, plan, plot
-from scripts.check import model_class, read_json, read_lines
+from scripts.check import read_json, read_lines, schema
 
 COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
            "tokens/s", "x", "peak memory")  # fmt: skip
@@ -78,7 +78,7 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or "family" not in facts:
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
-    cfg = config.load(run / "config.yaml", [], model_class(facts["family"]))
+    cfg = config.load(run / "config.yaml", [], schema(facts["family"]))
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     if not steps:

@@ -166,7 +166,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
     cuda = device.type == "cuda"
     task = importlib.import_module(f"recipes.{family}.task")
     fixed = [*ALONE, *(REHEARSED if rehearsal else ())]
-    model = configs.load(config_path(family, name), fixed, task.Model).model
+    model = configs.load(config_path(family, name), fixed, task.Config).model
     corpus = folder / "corpus" / name
     tokens = 200_000 if rehearsal else 2_000_000
     write_corpus(corpus, tokens, model.vocab_size)
@@ -176,7 +176,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         overrides = [
             *fixed, f"data.train={corpus}", f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
         ]  # fmt: skip
-        cfg = configs.load(config_path(family, name), overrides, task.Model)
+        cfg = configs.load(config_path(family, name), overrides, task.Config)
         cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
         estimate = memory.estimate_for(cfg, cfg.model, stack, 1)["total"]
         if estimate > FULL * room:

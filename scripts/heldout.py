@@ -19,9 +19,9 @@ import numpy as np
 
 from common import config
 from common.config import Config
-from common.corpus import Stream
 from common.errors import BadInput, exit_cleanly
-from scripts.check import model_class, read_json
+from common.run import Samples
+from scripts.check import read_json, schema
 
 TOKENS_AT_ONCE = 4096  # of one forward pass
 
@@ -55,7 +55,7 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     from common.run import find
 
     facts = read_json(run / "run.json")
-    cfg = config.load(run / "config.yaml", [], model_class(facts["family"]))
+    cfg = config.load(run / "config.yaml", [], schema(facts["family"]))
     export = run / "hf"
     if not (export / "config.json").is_file():
         raise BadInput(f"{export}: no export there; finish the run: the same pretrain.sh command again")
@@ -63,46 +63,44 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     if prefixes is None:
         raise BadInput(f"{run}: the run has no data.valid; give --data PREFIX")
     prefixes = [str(find(p)) for p in ([prefixes] if isinstance(prefixes, str) else prefixes)]
-    d = cfg.data
-    masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
-    stream = Stream(prefixes, d.seq_len, pack=d.pack, shuffle=False, **masks)
+    task = importlib.import_module(f"recipes.{facts['family']}.task")
+    cfg = config.at_step(cfg, cfg.last_step)
+    stream = task.stream(cfg, prefixes, shuffle=False)
     theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
     if ours and theirs - {ours}:
         raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")
     limit = len(stream) if samples == 0 else min(samples or cfg.train.eval_samples or len(stream), len(stream))
 
-    known = {"data": stream.content_hash, "seq_len": d.seq_len, "samples": limit}
+    known = {"data": stream.content_hash, "seq_len": cfg.data.seq_len, "samples": limit}
     kept = export / "heldout.json"
     if kept.is_file():
         found = read_json(kept)
         if known.items() <= found.items():
             return found["loss"], found["tokens"]
-    task = importlib.import_module(f"recipes.{facts['family']}.task")
     loss, tokens = mean_loss(export, stream, limit, task, cfg)
     write_where_possible(kept, known | {"loss": loss, "tokens": tokens})
     return loss, tokens
 
 
-def mean_loss(export: Path, stream: Stream, samples: int, task: ModuleType, cfg: Config) -> tuple[float, int]:
+def mean_loss(export: Path, stream: Samples, samples: int, task: ModuleType, cfg: Config) -> tuple[float, int]:
     """The first `samples` of the stream through the export as `from_pretrained` loads it, in fp32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = getattr(transformers, task.AUTO_CLASS).from_pretrained(export, dtype=torch.float32).to(device).eval()
-    total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
+    model = getattr(transformers, task.hf_class(cfg.model)).from_pretrained(export, dtype=torch.float32).to(device).eval()
+    sums = counts = torch.zeros((), dtype=torch.float64, device=device)  # of each part of the loss
     together = max(1, TOKENS_AT_ONCE // cfg.data.seq_len)
     for first in range(0, samples, together):
         rows = stream.rows(np.arange(first, min(first + together, samples)))
         batch = task.batch(rows, device)
         with torch.no_grad():
-            logits = model(**task.inputs(batch)).logits  # (B, T, V)
-            total += task.loss_sum(logits, batch["targets"], batch["loss_mask"])
-        targets += int(batch["loss_mask"].sum())
-    if not targets:
+            more, targets = task.export_sums(model, batch)
+        sums, counts = sums + more, counts + targets
+    if not counts.all():
         raise BadInput(f"{stream.corpora[0].prefix}: nothing to predict in its first {samples} samples")
-    return (total / targets).item(), targets
+    return (sums / counts).sum().item(), int(counts[0])
 
 
 def write_where_possible(path: Path, values: dict[str, Any]) -> None:

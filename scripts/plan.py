@@ -30,19 +30,25 @@ def main() -> None:
         raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/flops.py has the table (A100, H100, L4, ...)")
 
     task = importlib.import_module(f"recipes.{family(args.config)}.task")
-    cfg = config.load(args.config, args.overrides, task.Model)
+    cfg = config.load(args.config, args.overrides, task.Config)
     model = cfg.model.resolve(cfg, None)
     if model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
 
-    tokens = cfg.train.global_batch * cfg.data.seq_len
-    per_token = task.forward_backward_flops(model, cfg.data.seq_len)
     print(f"parameters     {model.parameters():,}")
-    print(f"FLOPs a token  {per_token['full']:.4g} ({per_token['causal']:.4g} counting the causal half of attention)")
-    in_all = tokens * cfg.train.steps
-    print(f"tokens a step  {cfg.train.global_batch} x {cfg.data.seq_len} = {tokens:,}; in all {in_all:.4g}")
+    begin, in_all, flops_in_all = 0, 0, 0.0
+    for phase in config.views(cfg):
+        per_token = task.forward_backward_flops(model, phase.data.seq_len)
+        tokens = phase.train.global_batch * phase.data.seq_len
+        steps, begin = phase.train.steps - begin, phase.train.steps
+        in_all, flops_in_all = in_all + tokens * steps, flops_in_all + tokens * steps * per_token["full"]
+        causal = f" ({per_token['causal']:.4g} counting the causal half of attention)" if "causal" in per_token else ""
+        print(f"FLOPs a token  {per_token['full']:.4g}{causal}")
+        product = f"{phase.train.global_batch} x {phase.data.seq_len} = {tokens:,}"
+        print(f"tokens a step  {product}; in {steps:,} steps {tokens * steps:.4g}")
+    print(f"in all         {in_all:.4g} tokens, {flops_in_all:.4g} FLOPs")
     if peak:
-        seconds = per_token["full"] * in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
+        seconds = flops_in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
         speed = f"{ASSUMED_MFU:.0%} of {peak:g} TFLOP/s"
         print(f"time           {seconds / 86400:.3g} days if {args.gpus} x {args.gpu} reach {speed}")
     print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, estimated (common/memory.py); * is what the config says")

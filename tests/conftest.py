@@ -42,16 +42,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text for BERT: bounds of sentences kept, WordPiece of 600 ids."""
+    folder = tmp_path_factory.mktemp("corpus") / "sentences"
+    words = ["--sentences", "--tokenizer-type", "wordpiece", "--vocab-size", "600", "--max-mb", "1"]
+    command = [sys.executable, "-m", "data.python_docs", str(folder), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_settings(sentences: Path) -> list[str]:
+    """Overrides that point a tiny config of BERT at its test corpus."""
+    return [f"data.train={sentences}/train", f"data.valid={sentences}/valid", "train.eval_samples=16"]
+
+
+@pytest.fixture(scope="session")
 def settings(corpus: Path) -> list[str]:
     """Overrides that point a tiny config at the test corpus."""
     return [f"data.train={corpus}/train", f"data.valid={corpus}/valid", "train.eval_samples=16"]
 
 
-def case(stack: str, config: str, out: Path, overrides: Sequence[str], expect: int = 0, **checks: Any) -> dict[str, Any]:
+def case(stack: str, config: str, out: Path, overrides: Sequence[str], expect: int = 0, family: str = "gpt") -> dict[str, Any]:
     """One run for `drive`."""
     return {
-        "module": f"recipes.gpt.{stack}.pretrain", "config": str(ROOT / f"recipes/gpt/configs/{config}.yaml"),
-        "out": str(out), "overrides": list(overrides), "expect": expect, **checks,
+        "module": f"recipes.{family}.{stack}.pretrain", "config": str(ROOT / f"recipes/{family}/configs/{config}.yaml"),
+        "out": str(out), "overrides": list(overrides), "expect": expect,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from recipes.gpt import task
 
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
-    cfg = config.load(config_path, overrides, task.Model)
+    cfg = config.load(config_path, overrides, task.Config)
     data = cfg.data
     stream = Stream(
         data.train, data.seq_len, pack=data.pack, seed=cfg.train.seed, eod_mask_loss=data.eod_mask_loss,

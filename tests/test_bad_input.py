@@ -78,11 +78,14 @@ def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     started: list[Sequence[str]] = []
     monkeypatch.setattr(launch, "run", lambda arguments, on: started.append(arguments) or 0)
 
-    def go(*overrides: str, stack: str = "baseline", nproc: int = 1, config: Any = "tiny.yaml", out: Any = "out") -> Attempt:
+    def go(
+        *overrides: str, stack: str = "baseline", nproc: int = 1, config: Any = "tiny.yaml", out: Any = "out",
+        family: str = "gpt",
+    ) -> Attempt:  # fmt: skip
         monkeypatch.setenv("NPROC", str(nproc))
         started.clear()
         with pytest.raises(SystemExit) as end:
-            exit_cleanly(lambda: launch.main([f"recipes.gpt.{stack}.pretrain", str(config), str(out), *overrides]))
+            exit_cleanly(lambda: launch.main([f"recipes.{family}.{stack}.pretrain", str(config), str(out), *overrides]))
         return Attempt(end.value.code, capsys.readouterr().err.splitlines(), bool(started))
 
     return go
@@ -173,7 +176,14 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a li
     ("model.kv_heads=2", ["model.kv_heads=2: grouped queries need model.arch=llama"]),
     ("model.arch=llama model.dropout=0.1", ["model.dropout=0.1: LlamaForCausalLM has attention dropout only"]),
     ("model.positions=16", ["model.positions=16 is below data.seq_len=32"]),
-    ("train.dtype=bf16 deepspeed.zero_stage=0", ["deepspeed.zero_stage=0 with train.dtype=bf16"]),
+    # phases
+    ("phases=[{train.steps: 4}]", ["phases[0]: train.steps=4: must be given, the step at which it ends, above 4"]),
+    ("phases=[{data.seq_len: 16}]", ["phases[0]: train.steps=null: must be given, the step at which it ends, above 4"]),
+    ("phases=[{train.steps: 8, model.layers: 2}]", ["phases[0]: model.layers does not change within a run; a phase may"]),
+    ("phases=[{train.steps: 8, optim.lrr: 1.0}]", ["phases[0]: optim.lrr: unknown key; did you mean 'lr'?"]),
+    ("phases=[{train.steps: 8, data.seq_len: 64}]", ["phases[0]: data.seq_len changes; give model.positions"]),
+    ("phases=[{train.steps: 8, optim.begin_step: 4}]", ["phases[0]: optim.begin_step begins a schedule; give its optim.deca"]),
+    ("phases=3", ["phases=3: should be a valid list"]),
     # blends
     ("data.train=3", ["data.train=3: must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]"]),
     ("data.train=[]", ["data.train=[]: must be"]),
@@ -267,7 +277,13 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, wha
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2 x megatron.pp=1"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
     ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
-]
+    ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: its layers fuse query, key and value"),
+    ("deepspeed", 1, "optim.optimizer=lamb", "lamb with deepspeed.zero_stage=1: ZeRO steps flat partitions, whose norms are"),
+    (
+        "deepspeed", 2, "optim.optimizer=lamb deepspeed.zero_stage=0 deepspeed.tp=2 model.arch=llama",
+        "lamb with deepspeed.tp=2: AutoTP splits parameters",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stack", "nproc", "overrides", "told"), LAYOUTS, ids=[f"{r[0]} {r[1]} {r[2]}" for r in LAYOUTS])
@@ -596,7 +612,7 @@ def test_a_trial_shorter_than_its_warmup_leaves_a_config_that_is_valid(place: Pa
     finished_run(place / "out", (4,), "optim.warmup_steps=50")
     from common import config
 
-    assert config.load("out/config.yaml", [], task.Model).optim.decay_steps == 50
+    assert config.load("out/config.yaml", [], task.Config).optim.decay_steps == 50
 
 
 def _spoil(path: str, content: bytes) -> Callable[[Path], Any]:

@@ -4,58 +4,88 @@ import importlib
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from common import config, flops
+from common import config, flops, optim
 from common.config import Config
+from common.errors import BadInput
 from common.memory import PARTS, estimate, estimate_for
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {p.stem: p for p in sorted((ROOT / "recipes").glob("gpt/configs/*.yaml"))}
-PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.startswith(("tiny", "quickstart"))]
-GPUS = {"shakespeare_char_cpu": 1, "shakespeare_char_gpu": 1, "gpt3_175b": 768}  # the others: one node of 8
+CONFIGS = {f"{p.parts[-3]}/{p.stem}": p for p in sorted((ROOT / "recipes").glob("*/configs/*.yaml"))}
+OWN = ("tiny", "quickstart", "gutenberg")  # ours alone, of no source
+PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.partition("/")[2].startswith(OWN)]
+GPUS = {"gpt/shakespeare_char_cpu": 1, "gpt/shakespeare_char_gpu": 1, "gpt/gpt3_175b": 768}  # the others: one node of 8
+REFUSED = {("bert/lamb_44min", "megatron"): "optim.optimizer=lamb on megatron: its layers fuse query, key and value"}
 
 # name: (published count, its unit, what the source leaves out of our count, or counts that we do not have)
 NANOGPT = "nanoGPT's model.py prints it: without position embeddings; its models have no biases"
 GPT3 = "GPT-3 paper (arXiv:2005.14165) table 2.1; its vocabulary is 50,257, ours the padded 50,304"
 MEGATRON = "Megatron-LM paper (arXiv:1909.08053) table 2; it counts 50,257 tokens, trains the padded 51,200"
+BERT = "BERT paper (arXiv:1810.04805) section 3, in tens of millions: 110M and 340M; the encoder with its pooler, without heads"
+MEGATRON_BERT = "Megatron-LM paper (arXiv:1909.08053) table 4; with both heads; 30,522 tokens, ours are the padded 30,592"
+PILE_BERT = "Megatron-DeepSpeed, bert_with_pile/ds_pretrain_bert.sh; with both heads; 30,522 tokens, ours are the padded 30,592"
 PUBLISHED = {
-    "shakespeare_char_cpu": ("0.80", 1e6, NANOGPT),
-    "shakespeare_char_gpu": ("10.65", 1e6, NANOGPT),
-    "gpt2_124m": ("123.59", 1e6, NANOGPT),
-    "megatron_355m": ("355", 1e6, MEGATRON),
-    "megatron_2.5b": ("2.5", 1e9, MEGATRON),
-    "megatron_8.3b": ("8.3", 1e9, MEGATRON),
-    "gpt3_125m": ("125", 1e6, GPT3),
-    "gpt3_350m": ("350", 1e6, GPT3),
-    "gpt3_760m": ("760", 1e6, GPT3),
-    "gpt3_1.3b": ("1.3", 1e9, GPT3),
-    "gpt3_2.7b": ("2.7", 1e9, GPT3),
-    "gpt3_6.7b": ("6.7", 1e9, GPT3),
-    "gpt3_13b": ("13", 1e9, GPT3),
-    "gpt3_175b": ("175", 1e9, GPT3),
-    "llama_160m": ("162417408", 1, "JackFram/llama-160m, the sum over the shapes of its config.json"),
-    "llama_1b": ("1100048384", 1, "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T, its safetensors on the hub"),
+    "gpt/shakespeare_char_cpu": ("0.80", 1e6, NANOGPT),
+    "gpt/shakespeare_char_gpu": ("10.65", 1e6, NANOGPT),
+    "gpt/gpt2_124m": ("123.59", 1e6, NANOGPT),
+    "gpt/megatron_355m": ("355", 1e6, MEGATRON),
+    "gpt/megatron_2.5b": ("2.5", 1e9, MEGATRON),
+    "gpt/megatron_8.3b": ("8.3", 1e9, MEGATRON),
+    "gpt/gpt3_125m": ("125", 1e6, GPT3),
+    "gpt/gpt3_350m": ("350", 1e6, GPT3),
+    "gpt/gpt3_760m": ("760", 1e6, GPT3),
+    "gpt/gpt3_1.3b": ("1.3", 1e9, GPT3),
+    "gpt/gpt3_2.7b": ("2.7", 1e9, GPT3),
+    "gpt/gpt3_6.7b": ("6.7", 1e9, GPT3),
+    "gpt/gpt3_13b": ("13", 1e9, GPT3),
+    "gpt/gpt3_175b": ("175", 1e9, GPT3),
+    "gpt/llama_160m": ("162417408", 1, "JackFram/llama-160m, the sum over the shapes of its config.json"),
+    "gpt/llama_1b": ("1100048384", 1, "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T, its safetensors on the hub"),
+    "bert/bert_base": ("11", 1e7, BERT),
+    "bert/bert_large": ("34", 1e7, BERT),
+    "bert/megatron_336m": ("336", 1e6, MEGATRON_BERT),
+    "bert/megatron_1.3b": ("1.3", 1e9, MEGATRON_BERT),
+    "bert/megatron_3.9b": ("3.9", 1e9, MEGATRON_BERT),
+    "bert/megatron_deepspeed_110m": ("110", 1e6, PILE_BERT),
+    "bert/megatron_deepspeed_336m": ("336", 1e6, PILE_BERT),
+    "bert/lamb_44min": ("34", 1e7, BERT + "; its own JSON has 119,547 rows in place of 30,522"),
 }
+
+
+def family(name: str) -> Any:
+    """The task module of a config's family."""
+    return importlib.import_module(f"recipes.{name.partition('/')[0]}.task")
 
 
 @cache
 def load(name: str) -> Config:
-    task = importlib.import_module("recipes.gpt.task")
-    cfg = config.load(CONFIGS[name], [], task.Model)
+    cfg = config.load(CONFIGS[name], [], family(name).Config)
     return cfg.model_copy(update={"model": cfg.model.resolve(cfg, 256)})  # 256: for the configs without a vocab_size
+
+
+def phases(name: str) -> list[Config]:
+    """The config of each phase of a run."""
+    cfg = load(name)
+    starts = [0, cfg.train.steps, *(changes["train.steps"] for changes in cfg.phases)]
+    return [config.at_step(cfg, done) for done in starts[: 1 + len(cfg.phases)]]
 
 
 def counted_as_published(name: str) -> int:
     """Our parameters counted as the source counts them."""
     model = load(name).model
     count, h = model.parameters(), model.hidden
-    if name.startswith(("shakespeare", "gpt2")):
+    if name.startswith(("gpt/shakespeare", "gpt/gpt2")):
         biases = model.layers * (3 * h + h + 4 * h + h) + (2 * model.layers + 1) * h  # attention, MLP; LayerNorms
         return count - biases - model.positions * h
-    if name.startswith(("megatron", "gpt3")):
+    if name.startswith(("gpt/megatron", "gpt/gpt3")):
         return count - (model.vocab_size - 50257) * h
+    if name.startswith("bert/megatron"):
+        return count - (model.vocab_size - 30522) * (h + 1)  # rows of the table; the MLM head's bias
+    if name.startswith("bert/"):
+        return count - (h * h + h + 2 * h + model.vocab_size) - (2 * h + 2)  # MLM head; the pair head's last layer
     return count
 
 
@@ -63,11 +93,9 @@ def counted_as_published(name: str) -> int:
 def test_parameters_are_those_of_the_transformers_class(name: str) -> None:
     import torch
 
-    from recipes.gpt import task
-
     model = load(name).model
     with torch.device("meta"):
-        made = task.hf_model(model)
+        made = family(name).hf_model(model)
     assert sum(p.numel() for p in made.parameters()) == model.parameters()  # parameters() yields a tied weight once
 
 
@@ -75,9 +103,7 @@ def test_parameters_are_those_of_the_transformers_class(name: str) -> None:
 def test_parameters_are_those_published(name: str) -> None:
     digits, unit, source = PUBLISHED[name]
     ours = counted_as_published(name)
-    if (
-        name == "gpt3_350m"
-    ):  # the only one whose name is not its count: 355.9 million, in every reading of the table's shapes
+    if name == "gpt/gpt3_350m":  # the only one whose name is not its count: 355.9 million, in every reading of its shapes
         assert ours == 355_871_744
         return
     decimals = len(digits.partition(".")[2])
@@ -85,13 +111,29 @@ def test_parameters_are_those_published(name: str) -> None:
 
 
 def test_the_differences_to_the_sources_are_the_stated_ones() -> None:
-    assert load("gpt2_124m").model.parameters() - counted_as_published("gpt2_124m") == 102_144 + 1024 * 768
-    assert "102,144" in CONFIGS["gpt2_124m"].read_text()
-    assert load("megatron_355m").model.parameters() - counted_as_published("megatron_355m") == 943 * 1024
-    assert load("gpt3_175b").model.parameters() - counted_as_published("gpt3_175b") == 47 * 12288
+    assert load("gpt/gpt2_124m").model.parameters() - counted_as_published("gpt/gpt2_124m") == 102_144 + 1024 * 768
+    assert "102,144" in CONFIGS["gpt/gpt2_124m"].read_text()
+    assert load("gpt/megatron_355m").model.parameters() - counted_as_published("gpt/megatron_355m") == 943 * 1024
+    assert load("gpt/gpt3_175b").model.parameters() - counted_as_published("gpt/gpt3_175b") == 47 * 12288
+    assert load("bert/megatron_3.9b").model.parameters() - counted_as_published("bert/megatron_3.9b") == 70 * 2561
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith(("megatron", "gpt3"))])
+@pytest.mark.parametrize(
+    "name, encoder, whole",
+    [("bert/bert_base", 109_482_240, 110_106_428), ("bert/bert_large", 335_141_888, 336_226_108)],
+)
+def test_bert_is_as_large_as_the_plain_class(name: str, encoder: int, whole: int) -> None:
+    """Of transformers itself: `encoder` is what the paper counts, `whole` what is trained, with both heads."""
+    import torch
+    from transformers import BertForPreTraining
+
+    with torch.device("meta"):
+        net = BertForPreTraining(family(name).hf_config(load(name).model))
+    assert sum(p.numel() for p in net.bert.parameters()) == counted_as_published(name) == encoder
+    assert sum(p.numel() for p in net.parameters()) == load(name).model.parameters() == whole
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith(("gpt/megatron", "gpt/gpt3"))])
 def test_parameters_follow_the_published_formula(name: str) -> None:
     """arXiv:2104.04473 equation 2, 12Lh^2 (1 + 13/(12h) + (V+s)/(12Lh)), which leaves out the last LayerNorm's 2h."""
     cfg = load(name)
@@ -102,28 +144,56 @@ def test_parameters_follow_the_published_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
 def test_the_layouts_divide_and_fit_an_80_gb_gpu(name: str) -> None:
-    cfg, gpus = load(name), GPUS.get(name, 8)
-    for stack in config.STACKS:
-        total = estimate_for(cfg, cfg.model, stack, gpus)["total"]
-        too_large = stack == "baseline" and 16 * cfg.model.parameters() > 80e9
-        assert (total > 80e9) == too_large, (stack, total)
-        assert not too_large or "does not fit" in CONFIGS[name].read_text()
+    gpus, text = GPUS.get(name, 8), CONFIGS[name].read_text()
+    for cfg in phases(name):
+        for stack in config.STACKS:
+            if (name, stack) in REFUSED:
+                with pytest.raises(BadInput, match=REFUSED[name, stack]):
+                    config.layout(cfg, stack, gpus)
+                assert "is refused" in text.partition(f"\n{stack}:")[2], "the section says so"
+                continue
+            total = estimate_for(cfg, cfg.model, stack, gpus)["total"]
+            too_large = stack == "baseline" and 16 * cfg.model.parameters() > 80e9
+            assert (total > 80e9) == too_large, (stack, total)
+            assert not too_large or "does not fit" in text
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_head_and_the_arithmetic_are_true(name: str) -> None:
-    text, cfg = CONFIGS[name].read_text(), load(name)
-    assert f"recipes/gpt/configs/{name}.yaml" in text.partition("model:")[0], "the head gives the command"
-    product = (
-        f"{cfg.train.global_batch} x {cfg.data.seq_len} = {cfg.train.global_batch * cfg.data.seq_len:,} tokens a step"
-    )
-    assert product in text
+    path = CONFIGS[name]
+    text = path.read_text()
+    assert str(path.relative_to(ROOT)) in text.partition("model:")[0], "the head gives the command"
+    for cfg in phases(name):
+        batch, length = cfg.train.global_batch, cfg.data.seq_len
+        assert f"{batch} x {length} = {batch * length:,} tokens a step" in text
     above, mark, below = text.partition("# ---- below this line nothing may change the loss ----\n")
     assert mark and re.findall(r"^(\w+):", below, re.M) == list(config.STACKS)
     assert not any(f"\n{stack}:" in above for stack in config.STACKS)
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith("gpt3")])
+def test_lamb_44min_is_deepspeeds_schedule() -> None:
+    first, second = phases("bert/lamb_44min")
+    assert first.train.steps == round(403e6 / 65536)
+    assert second.train.steps - first.train.steps == round(18e6 / 32768)
+    assert (first.optim.warmup_steps, second.optim.warmup_steps) == (0.06 * 7500, 0.02 * 7500)
+    for cfg, begin, base, offset in ((first, 0, 11e-3, 10e-4), (second, 6149, 2e-3, 0.0)):
+        o = cfg.optim
+        for step in (1, o.warmup_steps // 2, o.warmup_steps, o.warmup_steps + o.decay_interval, cfg.train.steps - begin):
+            since = step - o.warmup_steps
+            share = (step / o.warmup_steps) ** 2 if since <= 0 else 0.9 ** (since / o.decay_interval)
+            assert optim.lr_at(begin + step, o) == pytest.approx(base * share + offset)
+
+
+@pytest.mark.parametrize("name", ["bert/bert_base", "bert/bert_large"])
+def test_bert_has_one_schedule_over_both_lengths(name: str) -> None:
+    first, second = phases(name)
+    assert first.optim == second.optim and second.train.steps == second.optim.decay_steps == 1_000_000
+    assert first.train.steps == 900_000 and (first.data.seq_len, second.data.seq_len) == (128, 512)
+    assert optim.lr_at(10_000, first.optim) == 1e-4 and optim.lr_at(1_000_000, second.optim) == 0
+    assert optim.lr_at(900_000, first.optim) > optim.lr_at(900_001, second.optim) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith("gpt/gpt3")])
 def test_gpt3_steps_are_the_published_tokens(name: str) -> None:
     cfg = load(name)
     tokens = cfg.train.global_batch * cfg.data.seq_len
@@ -209,6 +279,6 @@ def test_peaks_and_mfu() -> None:
     assert {name: flops.peak_tflops(name) for name in peaks} == peaks
     assert flops.mfu(1e9, 312_000 * 8, "NVIDIA A100-SXM4-80GB", 8) == pytest.approx(1.0)
     assert flops.mfu(1e9, 1e6, None, 1) is None
-    cfg, task = load("gpt2_124m"), importlib.import_module("recipes.gpt.task")
-    per_token = task.forward_backward_flops(cfg.model, 1024)
+    cfg = load("gpt/gpt2_124m")
+    per_token = family("gpt/gpt2_124m").forward_backward_flops(cfg.model, 1024)
     assert per_token["causal"] < per_token["full"] == pytest.approx(6 * 123.5e6 + 12 * 12 * 768 * 1024, rel=0.001)

@@ -21,7 +21,7 @@ SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.ti
 
 
 def resolved(name: str, *overrides: str) -> task.Model:
-    cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.vocab_size={VOCAB}", *overrides], task.Model)
+    cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.vocab_size={VOCAB}", *overrides], task.Config)
     return cfg.model.resolve(cfg, None)
 
 

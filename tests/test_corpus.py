@@ -97,6 +97,101 @@ def test_we_read_documents_of_several_sequences(megatron, documents, tmp_path):
     assert all(np.array_equal(corpus.get(i), ids) for i, ids in enumerate(documents[:9]))
 
 
+def sentences_of(documents):
+    """Each document as sentences, of 1 to 7 ids."""
+    sizes = np.random.default_rng(0).integers(1, 8, max(map(len, documents)))
+    return [[part for part in np.split(ids, np.cumsum(sizes)) if len(part)] for ids in documents]
+
+
+def read(prefix):
+    """Documents of a corpus as lists of sentences."""
+    corpus = Corpus(prefix)
+    parts = [corpus.flat[a:b].tolist() for a, b in zip(corpus.starts[:-1], corpus.starts[1:], strict=True)]
+    return [parts[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
+
+
+def test_megatron_reads_our_sentences(megatron, documents, tmp_path):
+    told = sentences_of(documents)
+    writer = Writer(tmp_path / "s", np.uint16)
+    for number, sentences in enumerate(told):
+        empty = np.empty(0, np.uint16)
+        writer.add_sentences([empty, *sentences, empty] if number % 5 == 0 else sentences)
+        if number == 3:
+            writer.add_sentences([empty])
+            writer.add_sentences([])
+    writer.finish()
+    flat = [sentence.tolist() for sentences in told for sentence in sentences]
+    theirs, ours = megatron.IndexedDataset(str(tmp_path / "s")), Corpus(tmp_path / "s")
+    assert theirs.document_indices.tolist() == np.cumsum([0, *map(len, told)]).tolist()
+    assert [theirs[i].tolist() for i in range(len(theirs))] == flat and min(theirs.sequence_lengths) > 0
+    assert (ours.sentences, ours.documents, ours.has_sentence_bounds) == (len(flat), len(told), True)
+    assert ours.starts.dtype == np.int64 and ours.starts.tolist() == np.cumsum([0, *map(len, flat)]).tolist()
+    assert all(np.array_equal(ours.get(i), ids) for i, ids in enumerate(documents))
+    assert write_manifest(tmp_path / "s", {})["sentences"] == len(flat)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "s.idx", "s.json"]
+
+
+def test_one_sequence_a_document_is_the_plain_form(documents, prefix, tmp_path):
+    """However they are told, and with the state of a version that knew no sentences."""
+    ends = np.cumsum([len(ids) for ids in documents])
+    plain = Corpus(prefix)
+    assert not plain.has_sentence_bounds and plain.sentences == plain.documents and "sentences" not in plain.manifest
+    writer = Writer(tmp_path / "a", np.uint16)
+    writer.add_sentences([documents[0]])
+    state = writer.sync()
+    del state["sequences"]
+    writer.close()
+    writer = Writer(tmp_path / "a", np.uint16, resume=state)
+    writer.append(np.concatenate(documents[1:]), ends[1:] - ends[0], np.arange(1, len(ends)))
+    writer.finish()
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == Path(f"{prefix}.{suffix}").read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sentences_in_chunks_and_resumed_anywhere(tmp_path_factory, data):
+    """Chunks that end inside sentences and documents; killed between documents and continued."""
+    sizes = st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=8)
+    told, folder = data.draw(sizes), tmp_path_factory.mktemp("resumed")
+    cut = data.draw(st.integers(0, len(told)))
+    writer = Writer(folder / "s", np.uint16)
+    for number, document in enumerate(told):
+        if number == cut:
+            state = json.loads(json.dumps(writer.sync()))
+            writer.add_sentences([[9], [9, 9]])  # lost with the process
+            writer.close()
+            writer = Writer(folder / "s", np.uint16, resume=state)
+        total, middle = sum(document), sum(document) // 2
+        ends = np.cumsum(document, dtype=np.int64)
+        early = ends[ends <= middle]
+        writer.append(np.full(middle, number), early, [])
+        writer.append(np.full(total - middle, number), ends[len(early) :] - middle, [len(ends) - len(early)])
+    writer.finish()
+    filled = [(n, [size for size in document if size]) for n, document in enumerate(told)]
+    assert read(folder / "s") == [[[n] * size for size in document] for n, document in filled if document]
+
+
+def test_killed_inside_finish_sentences_go_on(documents, tmp_path):
+    told = sentences_of(documents[:20])
+    for name in ("whole", "killed"):
+        writer = Writer(tmp_path / name, np.uint16)
+        for sentences in told:
+            writer.add_sentences(sentences)
+        state = writer.sync()
+        if name == "whole":
+            writer.finish()
+    writer.close()
+    (tmp_path / "killed.bin.part").rename(tmp_path / "killed.bin")  # killed behind the first rename of `finish`
+    Writer(tmp_path / "killed", np.uint16, resume=state).finish()
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"killed.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
+    writer = Writer(tmp_path / "open", np.uint16)
+    writer.append(np.arange(3), [2, 3], [])
+    with pytest.raises(ValueError, match="inside a document"):
+        writer.sync()
+
+
 def test_the_type_of_ids_is_megatrons(megatron):
     for size in (65, 50_257, 65_499, 65_500, 65_536, 250_000):
         assert tokenizers.token_dtype(size) == megatron.DType.optimal_dtype(size)
@@ -268,7 +363,7 @@ def test_packed_rows(documents, prefix):
     stream = Stream(prefix, T, shuffle=False)
     assert len(stream) == (len(flat) - 1) // T
     rows = stream.rows(range(len(stream)))
-    assert rows.keys() == {"tokens", "loss_mask"}
+    assert rows.keys() == {"tokens", "loss_mask", "lengths"} and set(rows["lengths"]) == {T}
     assert rows["tokens"].dtype == np.int64 and rows["tokens"].shape == (len(stream), T + 1)
     assert rows["loss_mask"].dtype == bool and rows["loss_mask"].shape == (len(stream), T) and rows["loss_mask"].all()
     assert np.array_equal(rows["tokens"][:, :-1].ravel(), flat[: len(stream) * T])

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from common import tokenizer as tokenizers
 from common.corpus import Corpus
 from common.errors import BadInput
-from data import build, sources
+from data import build, sentences, sources, wiki_books
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json", "manifest.json")
@@ -74,6 +76,14 @@ def texts(prefix, tokenizer):
         assert all(ids[-1] == corpus.eod_id and corpus.eod_id not in ids[:-1] for ids in documents)
         documents = [ids[:-1] for ids in documents]
     return [tokenizer.decode(ids) for ids in documents]
+
+
+def sentence_texts(prefix, tokenizer):
+    """The documents of a corpus, each as the texts of its sentences."""
+    corpus = Corpus(prefix)
+    pairs = zip(corpus.starts[:-1], corpus.starts[1:], strict=True)
+    found = [tokenizer.decode(corpus.flat[start:end]) for start, end in pairs]
+    return [found[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
 
 
 def contents(out):
@@ -184,6 +194,180 @@ def test_python_docs_needs_no_network(tmp_path, monkeypatch):
     assert Path(__future__.__file__).read_text(encoding="utf-8") in found
 
 
+# ---- sentences ------------------------------------------------------------------------------------------------------
+
+
+def test_split():
+    text = "Mr. J.\u00a0K. Smith came.  He saw (at 3 p.m.) it!\n\nA new one. \u2003 \n"
+    assert [s.strip() for s in sentences.split(text)] == [
+        "Mr. J. K. Smith came.", "He saw (at 3 p.m.) it!", "A new one.",
+    ]  # fmt: skip
+    table = "".join(f"row {n} | value\n" for n in range(100))
+    assert sentences.split(table) == table.splitlines(keepends=True)
+    assert sentences.split(table[:900]) == [table[:900]]
+    assert sentences.split("") == sentences.split(" \n\u00a0\t\n") == []
+
+
+LETTERS = st.sampled_from(" \n\t\r.!?“”\"'()aMJ1é東\u00a0\u2003\x1c\x85\u2028🙂。…")
+
+
+@settings(max_examples=500, deadline=None)
+@example("\u2003M\xa0.")  # which the library does not survive
+@example("\xa0 M\x85.é")
+@given(st.text(alphabet=LETTERS | st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_only_blanks_are_lost_by_splitting(text):
+    parts = sentences.split(text)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert all(part.strip() for part in parts)
+
+
+def test_splitting_real_texts_loses_nothing(source):
+    for path in [*sorted((source / "gutenberg").glob("*_1*.txt")), *sorted((ROOT / "common").glob("*.py"))]:
+        text = path.read_text(encoding="utf-8")
+        parts = sentences.split(text)
+        assert "".join("".join(parts).split()) == "".join(text.split())
+        assert max(map(len, parts)) <= sentences.LONG
+
+
+def test_sentences_of_documents(speeches, jsonl, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    args = ("--source", jsonl, "--valid-share", 0.1, "--sentences")
+    monkeypatch.setattr(build, "BATCH_CHARS", 20_000)  # bounds of batches inside documents
+    make("text", monkeypatch, out, *args, "--tokenizer-type", "wordpiece", "--vocab-size", 600)
+    tokenizer = tokenizers.load(out / "tokenizer")
+    assert (tokenizer.kind, tokenizer.size) == ("wordpiece", 600)
+    told = [[tokenizer.decode(tokenizer.encode(s)) for s in sentences.split(speech)] for speech in speeches]
+    found = {split: sentence_texts(out / split, tokenizer) for split in ("train", "valid")}
+    assert sorted(found["train"] + found["valid"]) == sorted(told)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["sentences"] == sum(map(len, told)) > manifest["documents"] == len(speeches)
+    for split, documents in found.items():
+        corpus = Corpus(out / split)
+        assert corpus.eod_id is None and corpus.has_sentence_bounds
+        counts = len(documents), sum(map(len, documents))
+        assert (corpus.manifest["documents"], corpus.manifest["sentences"]) == counts
+        assert manifest["splits"][split]["sentences"] == counts[1]
+        corpus.verify(tokenizer.size)
+    assert f"{manifest['splits']['train']['sentences']:,} sentences" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="sentences was True, is None"):
+        make("text", monkeypatch, out, *args[:-1], "--tokenizer-type", "wordpiece", "--vocab-size", 600)
+    with pytest.raises(BadInput, match="WordPiece of 600, is BPE of 600"):
+        make("text", monkeypatch, out, *args, "--vocab-size", 600)
+
+
+def test_a_corpus_without_sentences_asks_for_what_it_always_did(jsonl, words, tmp_path, monkeypatch):
+    make("text", monkeypatch, tmp_path / "out", "--source", jsonl, "--tokenizer", words)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["request"].keys() == {
+        "corpus", "source", "tokenizer", "shares", "split_by", "seed", "append_eod", "max_mb",
+    }  # fmt: skip
+    assert "sentences" not in manifest | manifest["splits"]["train"] | Corpus(tmp_path / "out" / "train").manifest
+
+
+def test_python_docs_in_sentences(tmp_path, monkeypatch):
+    args = ("--max-mb", 1, "--vocab-size", 1024, "--sentences", "--tokenizer-type", "wordpiece")
+    make("python_docs", monkeypatch, tmp_path / "out", *args)
+    corpus = Corpus(tmp_path / "out" / "train")
+    assert corpus.manifest["tokenizer_size"] == 1024 and corpus.sentences > 20 * corpus.documents
+    assert (np.asarray(corpus.flat) == 1).mean() < 0.001  # [UNK]
+
+
+def test_a_document_of_wide_blanks_alone_has_no_sentence(jsonl, words, tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("\u00a0", "One. Two.", "\u2003\u00a0")))
+    args = ("--source", path, "--tokenizer", words, "--valid-share", 0, "--sentences")
+    make("text", monkeypatch, tmp_path / "out", *args)
+    assert sentence_texts(tmp_path / "out" / "train", tokenizers.load(words)) == [["One. ", "Two."]]
+
+
+# ---- Wikipedia and books --------------------------------------------------------------------------------------------
+
+ARTICLE = "Cheese\n\nCheese is made of milk. It is old.\n\n" + "More of it.\n" * 9
+HEAD = "The Project Gutenberg eBook of Emma\n\n*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\n\n"
+FOOT = "\n\n*** END OF THE PROJECT GUTENBERG EBOOK EMMA ***\n\nLicence.\n"
+
+
+def test_cleaning():
+    clean = wiki_books.clean
+    assert clean(ARTICLE) == ARTICLE.strip()
+    assert clean(HEAD + ARTICLE + FOOT) == ARTICLE.strip()
+    assert clean(HEAD.replace("*** START OF THE", "***START OF THIS") + ARTICLE) == ARTICLE.strip()
+    for heading in ("References", "See also", "External links", "Further reading", "Notes", "Bibliography", "Sources"):
+        assert clean(f"{ARTICLE}\n{heading} \n\nA list.\nReferences\n") == ARTICLE.strip()
+    text = f"See also the\nNotes\n{ARTICLE}"  # far from the end, or a line that is more than the heading
+    assert clean(text) == text.strip()
+    text = f"{ARTICLE}Notes\n{'x ' * wiki_books.CLOSING_CHARS}"
+    assert clean(text) == text.strip()
+
+
+@pytest.fixture
+def wiki_like(speeches, tmp_path):
+    """Local folders of both data sets: saved Wikipedia (text), books as parquet files (TEXT), with repeated documents."""
+    import datasets
+
+    long = [s for s in speeches if len(s.split()) >= 8]
+    wiki = [*long[:60], "Too short.", long[3].upper().replace(" ", "  "), *long[60:90]]
+    datasets.Dataset.from_dict({"text": wiki, "title": wiki}).save_to_disk(tmp_path / "wiki")
+    (tmp_path / "books").mkdir()
+    books = [HEAD + "\n".join(long[90:120]) + FOOT, "\n".join(long[90:120]), HEAD + "\n".join(long[120:150]) + FOOT]
+    datasets.Dataset.from_dict({"TEXT": books}).to_parquet(tmp_path / "books" / "train-0.parquet")
+    told = [*long[:90], "\n".join(long[90:120]), "\n".join(long[120:150])]
+    return [tmp_path / "wiki", tmp_path / "books"], told
+
+
+def test_wiki_books(wiki_like, source, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders, told = wiki_like
+    bert = tokenizers.load(source / "tokenizers" / "bert")
+    (tmp_path / "tokenizers").mkdir()
+    bert.save(tmp_path / "tokenizers" / "bert-base-uncased")
+    monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path / "tokenizers")
+    args = ("--source", *folders, "--min-words", 8, "--valid-share", 0.1)
+    make("wiki_books", monkeypatch, tmp_path / "out", *args)
+    found = [doc for split in ("train", "valid") for doc in sentence_texts(tmp_path / "out" / split, bert)]
+    assert sorted(found) == sorted([bert.decode(bert.encode(s)) for s in sentences.split(text)] for text in told)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["skipped"] == {"came before": 2, "shorter than 8 words": 1}
+    assert manifest["tokenizer_hash"] == bert.hash and manifest["eod_id"] is None
+    make("wiki_books", monkeypatch, tmp_path / "out", *args)  # already there
+    with pytest.raises(BadInput, match="--min-words 0: at least 1"):
+        make("wiki_books", monkeypatch, tmp_path / "x", *args[:-3], 0)
+    with pytest.raises(BadInput, match="bert-base-uncased is not trained; give --vocab-size"):
+        words_ = ("--tokenizer", "bert-base-uncased", "--tokenizer-type", "wordpiece")
+        make("wiki_books", monkeypatch, tmp_path / "x", "--source", *folders, *words_)
+    datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(BadInput, match="has no column text or TEXT; it has body"):
+        make("wiki_books", monkeypatch, tmp_path / "x", "--source", tmp_path / "other")
+
+
+def test_few_books_are_cut_at_their_tails(source, tmp_path, monkeypatch):
+    books = sorted((source / "gutenberg").glob("*_1[36][46]*.txt"))
+    args = ("--source", *books, "--vocab-size", 1000, "--valid-share", 0.02)
+    make("wiki_books", monkeypatch, tmp_path / "books", *args)
+    manifest = json.loads((tmp_path / "books" / "manifest.json").read_text())
+    splits = manifest["splits"]
+    assert splits["train"]["documents"] == splits["valid"]["documents"] == len(books)
+    assert 0.01 < splits["valid"]["tokens"] / manifest["tokens"] < 0.03
+    assert tokenizers.load(tmp_path / "books" / "tokenizer").kind == "wordpiece"
+
+
+def test_a_source_that_goes_on_knows_what_came_before(tmp_path):
+    lines = [f"document {n % 7} of the seven that are here" for n in range(20)] + ["short"] + ["another one that is long"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    source = wiki_books.WikiBooks([sources.Files([tmp_path / "in.jsonl"])], 3)
+    errors = sources.Errors()
+    whole = list(source.documents(0, [], errors))
+    assert [d.text for d in whole] == [*lines[:7], lines[-1]]
+    assert errors.counts == {"came before": 13, "shorter than 3 words": 1}
+    for number, document in enumerate(whole):
+        assert list(source.documents(0, document.cursor, sources.Errors())) == whole[number + 1 :]
+
+
+# ---- datasets -------------------------------------------------------------------------------------------------------
+
+
 def test_datasets(speeches, words, tmp_path, monkeypatch):
     import datasets
 
@@ -201,6 +385,7 @@ def test_datasets(speeches, words, tmp_path, monkeypatch):
         make("c4", monkeypatch, out, "--source", source, "--tokenizer", words)
         assert texts(out / "train", tokenizer) == parts["train"]
         assert texts(out / "valid", tokenizer) == parts["validation"]
+    make("c4", monkeypatch, out, "--source", source, "--tokenizer", words)  # already there
     args = ("--tokenizer", words, "--valid-share", 0.1)
     make("hub", monkeypatch, tmp_path / "hub", "--name", files, "--text-key", "url", *args)
     found = [texts(tmp_path / "hub" / split, tokenizer) for split in ("train", "valid")]
@@ -220,11 +405,11 @@ def test_datasets(speeches, words, tmp_path, monkeypatch):
 
 KILLED = """
 import os, sys
-from data import build, text
+from data import build, {module} as module
 build.PART_BYTES, build.BATCH_CHARS = 100_000, 30_000
 {kill}
-sys.argv = ["text.py", *sys.argv[1:]]
-text.main()
+sys.argv = ["{module}.py", *sys.argv[1:]]
+module.main()
 """
 AT_SAVE = """
 count, write = [0], build.write_json
@@ -256,15 +441,21 @@ os.replace = dying
 """
 
 
-def test_killed_anywhere_and_continued_gives_the_same_bytes(jsonl, tmp_path):
-    """The same command, killed while encoding, saving, finishing and publishing, then let run."""
+@pytest.mark.parametrize("module", ["text", "wiki_books"])
+def test_killed_anywhere_and_continued_gives_the_same_bytes(module, jsonl, tmp_path):
+    """The same command, killed while encoding, saving, finishing and publishing, then let run. With wiki_books documents
+    of sentences, some of which came before."""
+    if module == "wiki_books":
+        lines = jsonl.read_text(encoding="utf-8").splitlines(keepends=True)
+        jsonl = tmp_path / "repeated.jsonl"
+        jsonl.write_text("".join([*lines, *lines[::3]]), encoding="utf-8")
     plan = (AT_BATCH, 9), (AT_SAVE, 4), (AT_RENAME, 1), (AT_RENAME, 2), (AT_RENAME, 4), (AT_RENAME, 6), (AT_RENAME, 7)
 
     def attempt(place, kill):
         place.mkdir(exist_ok=True)
         args = ["out", "--source", str(jsonl), "--vocab-size", "300", "--valid-share", "0.1"]
         return subprocess.run(
-            [sys.executable, "-c", KILLED.format(kill=kill), *args],
+            [sys.executable, "-c", KILLED.format(kill=kill, module=module), *args],
             cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
@@ -279,6 +470,7 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(jsonl, tmp_path):
     result = attempt(tmp_path / "killed", "")
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
+    assert Corpus(tmp_path / "killed" / "out" / "train").has_sentence_bounds == (module == "wiki_books")
     assert not (tmp_path / "killed" / "out" / ".partial").exists()
     assert "already there" in attempt(tmp_path / "killed", "").stdout
 
@@ -379,7 +571,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(jsonl, words, tmp_pa
 
 
 def test_help_and_lean_start():
-    for module in ("text", "hub", "c4", "openwebtext", "python_docs", "tinyshakespeare"):
+    for module in ("text", "hub", "c4", "openwebtext", "python_docs", "tinyshakespeare", "wiki_books"):
         code = f"import sys; from data import {module}; print([m for m in {SLOW} if m in sys.modules])"
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert result.stdout.strip() == "[]", (module, result)
@@ -387,4 +579,4 @@ def test_help_and_lean_start():
     assert result.returncode == 0 and "python -m data.c4" in result.stdout
 
 
-SLOW = ("torch", "transformers", "datasets", "tokenizers", "rich")
+SLOW = ("torch", "transformers", "datasets", "tokenizers", "rich", "sentencex")

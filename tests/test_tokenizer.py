@@ -1,7 +1,11 @@
 """common/tokenizer.py: the right ids, the same ids in every form, and loud failure instead of others."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from common import tokenizer as tokenizers
 from common.errors import BadInput
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = [
     "First Citizen:\nBefore we proceed any further, hear me speak.",
     "  two  spaces\t\ttabs \n\n\n lines   ",
@@ -38,6 +43,22 @@ def bpe(shakespeare):
 def code():
     """A tokenizer in which runs of blanks are single tokens, as where it is trained on programs."""
     return tokenizers.train_bpe(["x        y\n\n    z \n \n    's\t\t\u00a0 \u00a0" * 50], 300)
+
+
+@pytest.fixture(scope="module")
+def bert(source, tmp_path_factory):
+    """bert-base-uncased, read from its tokenizer.json alone and from its vocab.txt alone."""
+    loaded = {}
+    for name in ("tokenizer.json", "vocab.txt"):
+        folder = tmp_path_factory.mktemp("bert")
+        shutil.copy(source / "tokenizers" / "bert" / name, folder)
+        loaded[name] = tokenizers.load(folder)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def wordpiece(shakespeare):
+    return tokenizers.train_wordpiece(shakespeare[:200_000].split("\n"), 800)
 
 
 def test_gpt2(gpt2):
@@ -142,6 +163,140 @@ def test_saved_form_is_the_same_tokenizer_to_us_and_to_transformers(gpt2, bpe, s
                 assert theirs.decode(ids) == text
             assert theirs.eos_token_id == tokenizer.eod_id and len(theirs) == tokenizer.size
     assert len({gpt2.hash, bpe.hash}) == 2
+
+
+# ---- WordPiece ------------------------------------------------------------------------------------------------------
+
+
+def roles(tokenizer):
+    return tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
+
+
+def test_bert(bert, source):
+    book = (source / "gutenberg" / "emma_158.txt").read_text(encoding="utf-8")
+    for tokenizer in bert.values():
+        assert (tokenizer.size, tokenizer.kind, tokenizer.eod_id) == (30_522, "wordpiece", None)
+        assert roles(tokenizer) == (0, 101, 102, 103)
+        assert tokenizer.encode("Hello Wörld, unaffable!") == [7592, 2088, 1010, 14477, 20961, 3468, 999]
+    one, other = bert.values()
+    assert one.hash == other.hash
+    assert one.encode_batch([book, *SAMPLES]) == other.encode_batch([book, *SAMPLES])
+
+
+def test_special_tokens_in_a_text_are_text_to_wordpiece(bert, wordpiece):
+    for tokenizer in (*bert.values(), wordpiece):
+        ids = tokenizer.encode("a [MASK] b [CLS] c [SEP] d [PAD] e")
+        assert not set(ids) & set(roles(tokenizer))
+        assert len(ids) > 9  # not one unknown word either
+        assert tokenizer.decode([tokenizer.mask_id]) == "[MASK]"
+
+
+def test_pieces_that_continue_a_word(bert, wordpiece, gpt2):
+    for tokenizer in (bert["vocab.txt"], wordpiece):
+        told = tokenizer.continues()
+        assert told.dtype == bool and told.shape == (tokenizer.size,)
+        assert told.tolist() == [tokenizer.backend.id_to_token(i).startswith("##") for i in range(tokenizer.size)]
+        assert 0 < told.sum() < tokenizer.size
+    assert not gpt2.continues().any() and roles(gpt2) == (None, None, None, None)
+
+
+def test_damaged_vocab_txt_is_refused(source, tmp_path, monkeypatch):
+    lines = (source / "tokenizers" / "bert" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    assert len(lines) == 30_522
+
+    def load(lines, name=tmp_path):
+        (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return tokenizers.load(name)
+
+    for bad, told in (
+        ([*lines, "the"], "30,523 lines, 1 of them repeated"),
+        ([*lines[:9000], "", *lines[9000:]], "1 empty"),
+        ([line for line in lines if line != "[MASK]"], r"without \[MASK\] of"),
+        ([], "without"),
+    ):
+        with pytest.raises(BadInput, match=told) as error:
+            load(bad)
+        assert "\n" not in str(error.value)
+    assert load([line + "\r" for line in lines]).size == 30_522
+    (tmp_path / "bert-base-uncased").symlink_to(tmp_path)
+    monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path)
+    assert load(lines, "bert-base-uncased").size == 30_522
+    with pytest.raises(BadInput, match="wordpiece of 30,521 ids; bert-base-uncased is"):
+        load(lines[:-1], "bert-base-uncased")
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\n")
+    with pytest.raises(BadInput, match="cannot be read"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [None, {"do_lower_case": True}, {"do_lower_case": False}])
+@pytest.mark.parametrize("pieces", [["ab", "##c", "c"], ["ab", "##c", "c", "A", "##B"]])
+def test_the_case_of_a_vocab_txt(tmp_path, config, pieces):
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokenizers.SPECIAL, "[UNUSED]", *pieces]), encoding="utf-8")
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    lowercase = config["do_lower_case"] if config else "A" not in pieces
+    tokenizer = tokenizers.load(tmp_path)
+    assert tokenizer.size == 6 + len(pieces)
+    upper = ["[UNK]"] if "A" not in pieces else ["A", "##B"]
+    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("AB")] == (["ab"] if lowercase else upper)
+
+
+def test_trained_wordpiece(wordpiece, shakespeare):
+    assert (wordpiece.size, wordpiece.eod_id, wordpiece.kind) == (800, None, "wordpiece")
+    assert [wordpiece.backend.id_to_token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert roles(wordpiece) == (0, 2, 3, 4)
+    assert wordpiece.decode(wordpiece.encode("First Citizen: hear me speak")) == "first citizen : hear me speak"
+    assert wordpiece.encode("東") == [1]
+    cased = tokenizers.train_wordpiece([shakespeare[:100_000]], 500, lowercase=False)
+    assert cased.decode(cased.encode("First Citizen")) == "First Citizen"
+    few = tokenizers.train_wordpiece(["a b ab abc"], 500)
+    assert few.size < 500 and few.encode("ab")  # what there is
+    with pytest.raises(BadInput, match=r"vocabulary of 30: .* needs at least \d\d") as error:
+        tokenizers.train_wordpiece([shakespeare[:100_000]], 30)
+    assert "\n" not in str(error.value)
+
+
+def test_training_wordpiece_is_the_same_in_every_process():
+    code = (
+        "from common import tokenizer\n"
+        "lines = open('common/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
+        "t = tokenizer.train_wordpiece(lines, 700); print(t.size, t.hash)"
+    )
+    command, seeds = [sys.executable, "-c", code], ("0", "1", "2")
+    told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
+    assert told[0].startswith("700 ") and len(set(told)) == 1
+
+
+def test_rare_characters_are_left_out(monkeypatch):
+    monkeypatch.setattr(tokenizers, "ALPHABET", 4)
+    trained = tokenizers.train_wordpiece(["aab cde 東" * 3, "aabb cc z"], 40)
+    characters = {token for token in trained.backend.get_vocab() if len(token) == 1}
+    assert characters == {"a", "b", "c", "d"}  # d, e and 東 are as frequent: the first in order
+
+
+def test_saved_wordpiece_is_the_same_to_us_and_to_transformers(bert, wordpiece, tmp_path):
+    from transformers import AutoTokenizer
+
+    for name, tokenizer in ({"trained": wordpiece} | bert).items():
+        tokenizer.save(tmp_path / name)
+        again = tokenizers.load(tmp_path / name)
+        assert (again.hash, again.kind, roles(again)) == (tokenizer.hash, tokenizer.kind, roles(tokenizer))
+        for config in (None, {"model_type": "bert"}):  # beside a model it is loaded through the model's config
+            if config:
+                (tmp_path / name / "config.json").write_text(json.dumps(config))
+            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert len(theirs) == tokenizer.size
+            named = theirs.pad_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id
+            assert named == roles(tokenizer) and theirs.unk_token == "[UNK]"
+            for text in SAMPLES:
+                ids = tokenizer.encode(text)
+                assert theirs(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
+                assert theirs(text)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+            pair = theirs("to be", "not")
+            assert pair["input_ids"].count(tokenizer.sep_id) == 2 and set(pair["token_type_ids"]) == {0, 1}
+
+
+# ---- long texts -----------------------------------------------------------------------------------------------------
 
 
 def test_pieces_of_whole_books_give_the_ids_of_the_whole(gpt2, source):

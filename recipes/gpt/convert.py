@@ -138,7 +138,7 @@ def to_hf(run: Path, folder: Path) -> None:
         raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder}: is not empty; give a new folder")
-    cfg = config.load(run / "config.yaml", [], task.Model)
+    cfg = config.load(run / "config.yaml", [], task.Config)
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
@@ -163,7 +163,7 @@ def from_hf(folder: Path, out: Path) -> None:
     wrong = init.differences(theirs, task.hf_shapes(model))
     if wrong:
         raise BadInput([f"{folder}: has {difference}" for difference in wrong])
-    source = init.from_hf(folder, task.HF_PREFIX[model.arch])
+    source = init.from_hf(folder, task.stored_names)
 
     def entries() -> Iterator[checkpoint.Entry]:
         for name, shape in task.hf_parameters(model).items():

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config import Config, Positive, Section, Share
+from common import config
+from common.config import Positive, Section, Share
+from common.corpus import Stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "gpt"
-AUTO_CLASS = "AutoModelForCausalLM"  # what loads an export
-HF_PREFIX = {"gpt2": "transformer.", "llama": "model."}  # that a folder saved without its head lacks in its names
+HEADS = ()  # beginnings of names that a folder to begin from may lack: none
 
 
 class Model(Section):
@@ -54,7 +55,7 @@ class Model(Section):
         if self.arch == "llama" and self.hidden % self.heads == 0 and self.hidden // self.heads % 2:
             yield f"model.hidden / model.heads = {self.hidden // self.heads} is odd: rotary positions rotate pairs"
 
-    def layout_problems(self, cfg: Config[Model], stack: str) -> Iterator[str]:
+    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
         system = getattr(cfg, stack)
         if stack == "deepspeed" and system.tp > 1 and self.arch == "gpt2":
@@ -82,7 +83,7 @@ class Model(Section):
             return self.ffn
         return 4 * self.hidden if self.arch == "gpt2" else -(-8 * self.hidden // 3 // 128) * 128
 
-    def resolve(self, cfg: Config[Model], tokenizer_size: int | None) -> Model:
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
         """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
         rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
         return self.model_copy(
@@ -95,6 +96,11 @@ class Model(Section):
             }
         )
 
+    def memory_shapes(self) -> dict[str, Any]:
+        """What common/memory.py needs to know of a resolved model's layers."""
+        kv_hidden = self.hidden * self.kv_heads // self.heads
+        return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
+
     def parameters(self) -> int:
         """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
@@ -104,6 +110,24 @@ class Model(Section):
         kv = h * self.kv_heads // self.heads
         layer = 2 * h * h + 2 * h * kv + 3 * h * f + 2 * h
         return self.layers * layer + v * h * (1 if self.tied else 2) + h
+
+
+class Data(config.Data):  # seq_len: tokens of a sample that are predicted (the block size)
+    pack: bool = True  # True: windows over the stream of documents. False: one document a sample, padded
+    eod_mask_loss: bool = False  # do not learn to predict the first token of the next document
+    reset_attention: bool = False  # attention and positions begin anew at each document
+
+
+class Config(config.Config):
+    model: Model
+    data: Data
+
+
+def stream(cfg: Config, data: str | list, shuffle: bool) -> Stream:
+    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    d = cfg.data
+    masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
+    return Stream(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, **masks)
 
 
 def hf_config(model: Model) -> PreTrainedConfig:
@@ -182,10 +206,22 @@ def batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[str, 
     return made
 
 
+def fixed_counts(cfg: Config) -> tuple[int, int] | None:
+    """(targets, tokens) of every global batch where neither padding nor a mask makes them vary; else None: count them."""
+    size = cfg.train.global_batch * cfg.data.seq_len
+    return (size, size) if cfg.data.pack and not cfg.data.eod_mask_loss else None
+
+
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the `transformers` class takes."""
     given = {"input_ids": batch["inputs"]}
     return given | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+
+
+def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    logits = net(**inputs(batch)).logits  # (B, T, V)
+    return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
@@ -248,5 +284,11 @@ def model_of(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
+def stored_names(name: str) -> list[str]:
+    """Under which names a folder may keep a parameter: its own, and that of a model saved without its head."""
+    return [name, name.removeprefix("transformer.").removeprefix("model.")]
+
+
 def hf_class(model: Model) -> str:
+    """The `transformers` class that loads an export."""
     return "GPT2LMHeadModel" if model.arch == "gpt2" else "LlamaForCausalLM"

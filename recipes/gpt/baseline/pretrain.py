@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     model = accelerator.prepare(net)
 
     # ---- optimizer
-    optimizer = optim.adamw(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
 
     # ---- data
     def loss_of(rows: batches.Rows) -> torch.Tensor:
@@ -83,8 +83,9 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, ranks.rank))
-        targets = job.targets or processes.total(batches.targets(rows), device=ranks.device)  # of the global batch
+        rows = list(batches.of_step(job.train, job.samples(step), layout, ranks.rank))
+        counts = [batches.targets(rows), batches.tokens(rows)]
+        targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
                 # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
             loss += micro_loss.detach() / targets
-        loss, stop = processes.agree(loss, ranks, step, job.samples(step))
+        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        log.step(step, loss, grad_norm, lr)
+        log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)

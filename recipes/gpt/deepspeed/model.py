@@ -3,19 +3,16 @@
 from typing import Any
 
 import deepspeed
-import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from common import init
-from common.config import Config
+from common import init, zero
 
 from .. import task
 
 
-def build(cfg: Config[task.Model], ds_config: dict[str, Any]) -> PreTrainedModel:
+def build(cfg: task.Config, ds_config: dict[str, Any]) -> PreTrainedModel:
     """The model with memory but without values: zero.fill gives them. Stage 3: each parameter is split as it is made."""
-    dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
     if cfg.deepspeed.zero_stage == 3:
         # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
@@ -23,7 +20,7 @@ def build(cfg: Config[task.Model], ds_config: dict[str, Any]) -> PreTrainedModel
     else:
         with init_empty_weights():
             net = task.hf_model(cfg.model)
-        init.allocate(net, dtype)
+        init.allocate(net, zero.weights_dtype(cfg))
     if cfg.deepspeed.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     return net

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     shapes = task.hf_parameters(cfg.model)
 
     # ---- optimizer
-    optimizer = optim.adamw(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
@@ -80,8 +80,9 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, dp_rank))
-        targets = job.targets or processes.total(batches.targets(rows) * tells, device=ranks.device)  # of the global batch
+        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows) * tells, batches.tokens(rows) * tells]
+        targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
@@ -91,14 +92,14 @@ def main(argv: list[str]) -> None:
             loss += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        loss, stop = processes.agree(loss * tells, ranks, step, job.samples(step))
+        [loss], stop = processes.agree(loss[None] * tells, ranks, step, job.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
         processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
 
-        log.step(step, loss, grad_norm, lr)
+        log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common import mcore
-from common.config import Config, Layout
+from common.config import Layout
 
 from .. import task
 
@@ -30,7 +30,7 @@ class Gpt(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
-def transformer_config(cfg: Config[task.Model], layout: Layout) -> TransformerConfig:
+def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
     m = cfg.model
     shapes: dict[str, Any] = {
         "num_layers": m.layers, "hidden_size": m.hidden, "num_attention_heads": m.heads, "ffn_hidden_size": m.ffn,
@@ -44,7 +44,7 @@ def transformer_config(cfg: Config[task.Model], layout: Layout) -> TransformerCo
     return mcore.transformer_config(cfg, layout, **shapes)
 
 
-def build(cfg: Config[task.Model], layout: Layout) -> Gpt:
+def build(cfg: task.Config, layout: Layout) -> Gpt:
     """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
     m = cfg.model
     config = transformer_config(cfg, layout)

@@ -104,19 +104,20 @@ def main(argv: list[str]) -> None:
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = list(batches.of_step(job.train, step, cfg.train.global_batch, layout, dp_rank))
-        targets = job.targets or processes.total(batches.targets(rows), dp_group, ranks.device)  # of the global batch
+        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows), batches.tokens(rows)]
+        targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, dp_group, ranks.device)  # of the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
         model.zero_grad_buffer()
         optimizer.zero_grad()
         # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
         loss = run_schedule(iter(zip(seeds, rows, strict=True)), layout.accumulate, forward_only=False) / targets
-        loss, stop = processes.agree(loss, ranks, step, job.samples(step))
+        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
         processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
 
-        log.step(step, loss, grad_norm, lr)
+        log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)

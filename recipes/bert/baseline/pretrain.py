@@ -1,0 +1,128 @@
+"""Pretrain BERT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+
+bash recipes/bert/baseline/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert
+"""
+
+from contextlib import nullcontext
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, init_empty_weights
+
+from common import batches, checkpoint, export, init, optim, run, state
+from common.log import Log
+
+from .. import task
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
+    cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    # bf16: fp32 weights under autocast. One replica a process.
+    precision = "bf16" if cfg.train.dtype == "bf16" else "no"
+    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
+
+    # ---- model
+    with init_empty_weights():
+        net = task.hf_model(cfg.model)
+    init.allocate(net, torch.float32)
+    if system.recompute:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    model = accelerator.prepare(net)
+
+    # ---- optimizer
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+
+    # ---- data
+    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+
+    def sums_of(rows: batches.Rows) -> torch.Tensor:
+        """Summed losses and hits (2, P) of one micro batch."""
+        batch = task.batch(rows, ranks.device)
+        mlm, pairs = model(**task.inputs(batch))  # (N, V), (B, 2)
+        return task.sums(mlm, pairs, batch)
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        model.eval()
+        sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+            sums += sums_of(rows)
+            counts += torch.tensor(task.counts([rows]), device=ranks.device)
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        log.valid(step, loss, int(counts[0]), **parts)
+        model.train()
+
+    def save(step: int) -> None:
+        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(job.out, entries, state.meta(job, step), cfg.train.keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+    log = Log(job, task, ranks)
+
+    # ---- loop
+    model.train()
+    upcoming = batches.ahead(job, step, ranks.rank)
+    while step < cfg.train.steps:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        rows = next(upcoming)
+        # of the global batch: targets of each part of the loss, and tokens
+        *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], device=ranks.device)
+        targets = torch.tensor(targets, device=ranks.device)  # (P,)
+        means = zeros.clone()
+        for micro, micro_rows in enumerate(rows):
+            processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
+            last_micro = micro + 1 == layout.accumulate
+            with nullcontext() if last_micro else accelerator.no_sync(model):
+                sums = sums_of(micro_rows)
+                # data parallelism averages gradients over the ranks: x dp makes it their sum (law 5)
+                accelerator.backward((sums[0] / targets).sum() * layout.dp)
+            means += sums.detach() / targets
+        values, stop = processes.agree(means.flatten(), ranks, step, job.samples(step))
+        loss, parts = task.told(cfg, values)
+
+        clip = cfg.optim.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step(step, loss, grad_norm, lr, tokens, **parts)
+        last = step == cfg.train.steps
+        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+            evaluate(step)
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(step)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    export.to_hf(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

@@ -1,0 +1,125 @@
+"""Pretrain BERT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
+
+bash recipes/bert/deepspeed/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert deepspeed.zero_stage=2
+"""
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from common import batches, checkpoint, export, optim, run, state, zero
+from common.log import Log
+
+from .. import task
+from . import model as zero_model
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    zero.start(ranks)
+    ds_config = zero.ds_config(cfg, layout)
+    dp_rank = ranks.rank // layout.tp
+    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+
+    # ---- model
+    net = zero_model.build(cfg, ds_config)
+    shapes = task.hf_parameters(cfg.model)
+
+    # ---- optimizer
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
+
+    # ---- data
+    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+
+    def sums_of(rows: batches.Rows) -> torch.Tensor:
+        """Summed losses and hits (2, P) of one micro batch."""
+        batch = task.batch(rows, ranks.device)
+        mlm, pairs = engine(**task.inputs(batch))  # (N, V), (B, 2)
+        return task.sums(mlm, pairs, batch)
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        engine.eval()
+        sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
+            sums += sums_of(rows) * tells
+            counts += torch.tensor(task.counts([rows]), device=ranks.device) * tells
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        log.valid(step, loss, int(counts[0]), **parts)
+        engine.train()
+
+    def save(step: int) -> None:
+        checkpoint.save(job.out, zero.read(engine, ranks, shapes), state.meta(job, step), cfg.train.keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+    log = Log(job, task, ranks)
+
+    # ---- loop
+    engine.train()
+    upcoming = batches.ahead(job, step, dp_rank)
+    while step < cfg.train.steps:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        rows = next(upcoming)
+        # of the global batch: targets of each part of the loss, and tokens
+        counts = [count * tells for count in (*task.counts(rows), batches.tokens(rows))]
+        *targets, tokens = processes.totals(counts, device=ranks.device)
+        targets = torch.tensor(targets, device=ranks.device)  # (P,)
+        means = zeros.clone()
+        for micro, micro_rows in enumerate(rows):
+            processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
+            sums = sums_of(micro_rows)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            engine.backward((sums[0] / targets).sum() * layout.accumulate * layout.dp)
+            means += sums.detach() / targets
+            if micro + 1 < layout.accumulate:
+                engine.step()  # not a boundary: counts the micro batch, no update
+        values, stop = processes.agree(means.flatten() * tells, ranks, step, job.samples(step))
+        loss, parts = task.told(cfg, values)
+
+        grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
+        engine.step()
+        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+
+        log.step(step, loss, grad_norm, lr, tokens, **parts)
+        last = step == cfg.train.steps
+        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+            evaluate(step)
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(step)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    engine.destroy()
+    export.to_hf(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

@@ -1,0 +1,138 @@
+"""BERT as Megatron Core defines it, from the recipe's shapes, and the original BERT, which Megatron Core lacks."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.bert import bert_lm_head
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from common import mcore
+from common.config import Layout
+
+from .. import task
+
+Heads = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Bert(BertModel):
+    """BertModel whose head sees the masked positions only, and whose vocabulary need not divide by tp."""
+
+    real_vocab: int
+
+    def forward(
+        self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor | None
+    ) -> torch.Tensor | Heads:
+        """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out, predicted (N,) places in the flat
+        (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on the others hidden states (T, B, H), as they are
+        too where predicted is None."""
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(tokens, self.bert_position_ids(tokens), token_types)  # (T, B, H)
+        hidden = self.encoder(hidden_states=embedded, attention_mask=mask)
+        if not self.post_process or predicted is None:
+            return hidden
+        if self.config.sequence_parallel:  # every tp rank goes on with all positions: the gradient is split, not summed
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        picked = hidden.transpose(0, 1).flatten(0, 1).index_select(0, predicted)  # (N, H)
+        logits, _ = self.output_layer(self.lm_head(picked), weight=self.shared_embedding_or_output_weight())
+        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
+            logits = logits.clone()
+            logits[:, -padding:] = torch.finfo(logits.dtype).min
+        return logits, None if self.binary_head is None else self.binary_head(self.pooler(hidden, 0))
+
+    def use_whole_positions(self) -> None:
+        """With sequence parallelism the heads work on gathered positions, alike on every tp rank."""
+        for parameter in self.lm_head.parameters():
+            parameter.sequence_parallel = False
+        self.output_layer.sequence_parallel = False
+        self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
+        if self.binary_head is not None:
+            self.pooler.sequence_parallel = False
+
+
+class PostNorm(torch.nn.Module):
+    """Megatron's bias-dropout-add with a norm behind it: in both places of a layer without norms, a post-norm layer."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm = mcore.Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable:
+        add = get_bias_dropout_add(training, fused)
+        return lambda output_and_bias, residual, dropout: self.norm(add(output_and_bias, residual, dropout))
+
+
+def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
+    m = cfg.model
+    return mcore.transformer_config(
+        cfg, layout, num_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads, ffn_hidden_size=m.ffn,
+        hidden_dropout=m.dropout, attention_dropout=m.dropout, layernorm_epsilon=m.norm_eps, activation_func=F.gelu,
+    )  # fmt: skip
+
+
+def layer_spec(cfg: task.Config, config: TransformerConfig) -> ModuleSpec:
+    if cfg.megatron.transformer_engine and cfg.model.arch == "megatron-bert":
+        from megatron.core.models.bert.bert_layer_specs import get_bert_layer_with_transformer_engine_spec
+
+        return get_bert_layer_with_transformer_engine_spec()
+    mcore.use_own_norms()
+    spec = mcore.layer_spec(AttnMaskType.padding)
+    if cfg.model.arch == "bert":
+        layer = spec.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=PostNorm, params={"config": config})
+    return spec
+
+
+def build(cfg: task.Config, layout: Layout) -> Bert:
+    """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
+    m = cfg.model
+    config = transformer_config(cfg, layout)
+    bert_lm_head.LNImpl = mcore.Norm
+    net = Bert(
+        config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, config),
+        vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=m.positions,
+        share_embeddings_and_output_weights=True, add_binary_head=m.pair_head,
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+    )  # fmt: skip
+    net.real_vocab = m.vocab_size
+    if m.arch == "bert":
+        net.encoder.final_layernorm = None
+        if net.pre_process:  # the norm comes before the dropout
+            norm = mcore.Norm(config, m.hidden, m.norm_eps)
+            net.embedding.embedding_dropout = torch.nn.Sequential(norm, net.embedding.embedding_dropout)
+    if net.post_process:
+        net.use_whole_positions()
+    return net
+
+
+def sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As task.sums, of logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), alike on each."""
+    labels = batch["labels"]
+    if not len(labels):  # validation beyond the last sample
+        mlm = torch.cat([mlm, mlm.new_zeros(1, mlm.size(1))])
+        labels = labels.new_zeros(1)
+    losses = tensor_parallel.vocab_parallel_cross_entropy(mlm.float()[:, None], labels[:, None])  # (N, 1)
+    counted = len(batch["labels"]) > 0
+    loss, right = losses.sum() * counted, (_highest(mlm.detach()) == labels).sum() * counted
+    found = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
+    return found if "pair_label" not in batch else torch.cat([found, task.pair_sums(pairs, batch)[:, None]], 1)
+
+
+def _highest(logits: torch.Tensor) -> torch.Tensor:
+    """(N, V / tp) -> (N,) id of the highest logit over all shards, the first of equal ones."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    best, place = logits.max(-1)
+    top = best.clone()
+    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+    ids = torch.where(best == top, place + group.rank() * logits.size(1), torch.iinfo(torch.int64).max)
+    torch.distributed.all_reduce(ids, torch.distributed.ReduceOp.MIN, group=group)
+    return ids

@@ -1,0 +1,145 @@
+"""Pretrain BERT with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
+
+bash recipes/bert/megatron/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert megatron.tp=2
+"""
+
+from collections.abc import Callable, Iterator
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from common import batches, checkpoint, export, mcore, optim, run, state
+from common.log import Log
+
+from .. import convert, task
+from . import model as megatron_model
+
+Micro = tuple[int, torch.Tensor, batches.Rows]  # seed of the dropout (0: none), weight of each part of the loss, samples
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
+    cfg, layout = job.cfg, job.layout
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    mcore.start(ranks, layout)
+    dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
+    # one rank of each replica tells the loss: the last stage's first tp rank
+    tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    # ---- model
+    net = megatron_model.build(cfg, layout)
+    model = mcore.wrap(net.config, net, cfg, ranks)
+    rules = convert.rules(cfg.model)
+
+    # ---- optimizer
+    optimizer = mcore.optimizer_for(model, cfg, ranks)
+
+    # ---- data
+    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+    schedule = get_forward_backward_func()  # with or without pipeline
+
+    def forward(micro_batches: Iterator[Micro], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
+        seed, weights, rows = next(micro_batches)
+        if seed:
+            mcore.seed_parallel(seed)
+        batch = task.batch(rows, ranks.device)
+        mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
+        output = model(batch["tokens"], batch["token_types"], mask, batch["predicted"])
+
+        def loss_of(output: megatron_model.Heads) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            """logits of the last stage -> weighted sum, number of masked tokens, what the schedule returns."""
+            sums = megatron_model.sums(*output, batch)  # (2, P)
+            # the schedule divides in place: give it values of its own
+            return sums[0] @ weights, batch["labels"].new_tensor(len(batch["labels"])).int(), {"sums": sums.detach().clone()}
+
+        return output, loss_of
+
+    def run_schedule(micro_batches: list[Micro], forward_only: bool) -> torch.Tensor:
+        """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not tell them."""
+        with mcore.device_names(ranks):
+            made = schedule(
+                forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
+                num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
+                forward_only=forward_only,
+            )  # fmt: skip
+        return sum((one["sums"].double() for one in made), zeros) if tells else zeros.clone()
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        model.eval()
+        rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
+        equal = torch.ones(len(zeros[0]), device=ranks.device)
+        sums = run_schedule([(0, equal, r) for r in rows], forward_only=True)
+        counts = torch.tensor(task.counts(rows), device=ranks.device) * tells
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        log.valid(step, loss, int(counts[0]), **parts)
+        model.train()
+
+    def save(step: int) -> None:
+        checkpoint.save(job.out, mcore.read(model, optimizer, rules), state.meta(job, step), cfg.train.keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    mcore.fill(model, optimizer, rules, task.hf_parameters(cfg.model), state.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+    log = Log(job, task, ranks)
+
+    # ---- loop
+    model.train()
+    upcoming = batches.ahead(job, step, dp_rank)
+    while step < cfg.train.steps:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
+
+        rows = next(upcoming)
+        # of the global batch: targets of each part of the loss, and tokens
+        *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], dp_group, ranks.device)
+        targets = torch.tensor(targets, device=ranks.device)  # (P,)
+        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
+        # Gradients are summed over micro batches and ranks, then divided by the masked tokens of the global batch: each part
+        # is weighted so that it becomes the mean over its own targets (law 5)
+        weights = targets[0] / targets.float()
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        means = run_schedule([(seed, weights, r) for seed, r in zip(seeds, rows, strict=True)], forward_only=False) / targets
+        values, stop = processes.agree(means.flatten(), ranks, step, job.samples(step))
+        loss, parts = task.told(cfg, values)
+
+        grad_norm = mcore.update(optimizer, ranks)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+
+        log.step(step, loss, grad_norm, lr, tokens, **parts)
+        last = step == cfg.train.steps
+        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+            evaluate(step)
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(step)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    export.to_hf(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

@@ -1,0 +1,276 @@
+"""BERT's samples: which sentences make up one, which of its tokens are hidden. Each is a function of (seed, number) alone.
+
+A corpus is cut once into chunks, runs of whole sentences that fill a sample; a pass over the data visits each chunk once,
+in the order of common/corpus.py. What is drawn for a sample (its length, where its pair is cut, whether the second segment
+is a stranger or the two are swapped, what is masked) is drawn anew each time it comes (dynamic masking: RoBERTa,
+arXiv:1907.11692, section 4.1).
+
+Letters in shapes: B samples, T `seq_len`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.corpus import Blend, Corpus, Order
+from common.errors import BadInput
+from common.init import hashed
+from common.tokenizer import Tokenizer
+
+NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # words of one masked piece, at most
+RUN = 64  # without pairs: documents are laid end to end in runs of about so many samples
+
+
+class Special(NamedTuple):
+    """What a sample needs to know of its tokenizer."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    continues: np.ndarray  # (ids,) bool: a piece that continues a word
+    ordinary: np.ndarray  # ids that may stand in for a masked token: all but the special ones
+
+
+def special_ids(tokenizer: Tokenizer, name: str) -> Special:
+    """BadInput, naming each token that the tokenizer lacks."""
+    found = {role: getattr(tokenizer, f"{role}_id") for role in ("cls", "sep", "mask", "pad")}
+    missing = [f"[{role.upper()}]" for role, value in found.items() if value is None]
+    if missing:
+        raise BadInput(
+            f"{name}: its tokenizer has no {' '.join(missing)}; build the corpus with a WordPiece tokenizer "
+            "(--tokenizer bert-base-uncased, or --tokenizer-type wordpiece --vocab-size N)"
+        )
+    never = {*found.values(), tokenizer.backend.token_to_id("[UNK]")} - {None}
+    ordinary = np.setdiff1d(np.arange(tokenizer.size), np.array(sorted(never)))
+    return Special(**found, continues=tokenizer.continues(), ordinary=ordinary)
+
+
+class Samples(Order):
+    """Samples of one or two segments with masked tokens.
+
+    pair: 'nsp', 'sop' or 'none' (full sentences, across documents). masking: 'token', 'whole_word' or 'ngram'.
+    notes: what a user should know of the corpora. BadInput for corpora without bounds of sentences, or without a pair.
+    """
+
+    def __init__(
+        self, data: Blend, seq_len: int, special: Special, *, pair: str, masking: str, mask_share: float, short_share: float,
+        seed: int, shuffle: bool,
+    ):  # fmt: skip
+        self.seq_len, self.special, self.pair = seq_len, special, pair
+        self.masking, self.mask_share, self.short_share = masking, mask_share, short_share
+        self.room = seq_len - (2 if pair == "none" else 3)  # tokens beside [CLS] and [SEP]
+        self.notes: list[str] = []
+        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # prefix -> first sentence, sentence behind the last
+        super().__init__(data, seed=seed, shuffle=shuffle)
+
+    # ---- which sentences
+
+    def _samples_in(self, corpus: Corpus) -> int:
+        if not corpus.has_sentence_bounds:
+            raise BadInput(
+                f"{corpus.prefix}: holds no bounds of sentences (one sequence a document); build it again with --sentences"
+            )
+        if self.room < 2:
+            raise BadInput(f"data.seq_len={self.seq_len}: leaves {self.room} tokens beside [CLS] and [SEP]; give more")
+        first, end = whole_sentences(corpus, self.room) if self.pair == "none" else self._pairs(corpus)
+        self._chunks[corpus.prefix] = first, end
+        return len(first)
+
+    def _pairs(self, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+        single = int((np.diff(corpus.bounds) < 2).sum())
+        why = f"a pair needs two sentences of one document (objective.pair={self.pair})"
+        instead = "give longer documents, or objective.pair=none"
+        if single == corpus.documents:
+            raise BadInput(f"{corpus.prefix}: each document has one sentence; {why}; {instead}")
+        if self.pair == "nsp" and corpus.documents < 2:
+            raise BadInput(
+                f"{corpus.prefix}: one document; objective.pair=nsp takes every other second segment from another document; "
+                "give more documents, or objective.pair=sop or none"
+            )
+        if single:
+            self.notes.append(f"{corpus.prefix}: {single:,} documents of one sentence are left out; {why}")
+        return pairs_of_sentences(corpus, self.room)
+
+    # ---- one sample
+
+    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+        """The samples of these numbers: tokens (B, T) int64 as the model sees them; labels (B, T) int64, the same before
+        masking; mlm_mask (B, T) bool, the tokens to predict; token_types (B, T) int64, 0 and 1; lengths (B,) int64, without
+        padding; with pairs also pair_label (B,) int64, 1 for a stranger or a swapped pair, and pair_mask (B,) bool.
+        """
+        corpus, index = self.locate(numbers)
+        shape = (len(index), self.seq_len)
+        out: dict[str, np.ndarray] = {
+            "labels": np.full(shape, self.special.pad, np.int64), "mlm_mask": np.zeros(shape, bool),
+            "token_types": np.zeros(shape, np.int64), "lengths": np.empty(len(index), np.int64),
+        }  # fmt: skip
+        out["tokens"] = out["labels"].copy()
+        if self.pair != "none":
+            out |= {"pair_label": np.empty(len(index), np.int64), "pair_mask": np.ones(len(index), bool)}
+        for row, (number, c, j) in enumerate(zip(numbers, corpus.tolist(), index.tolist(), strict=True)):
+            rng = np.random.Generator(np.random.Philox(key=hashed("bert", self.seed, int(number))))
+            self._fill(out, row, self.corpora[c], j, rng)
+        return out
+
+    def _fill(self, out: dict[str, np.ndarray], row: int, corpus: Corpus, j: int, rng: np.random.Generator) -> None:
+        s = self.special
+        chunk = tuple(int(bound[j]) for bound in self._chunks[corpus.prefix])
+        if self.pair == "none":
+            ids = np.concatenate([[s.cls], self._single(corpus, *chunk, rng), [s.sep]])
+        else:
+            a, b, label = self._two(corpus, *chunk, rng)
+            ids = np.concatenate([[s.cls], a, [s.sep], b, [s.sep]])
+            out["token_types"][row, len(a) + 2 : len(ids)] = 1
+            out["pair_label"][row] = label
+        out["lengths"][row] = len(ids)
+        out["labels"][row, : len(ids)] = ids
+        out["tokens"][row, : len(ids)] = ids
+        places = np.flatnonzero((ids != s.cls) & (ids != s.sep))
+        chosen = self.choose(ids, places, rng)
+        out["mlm_mask"][row, chosen] = True
+        out["tokens"][row, chosen] = self._hide(ids[chosen], rng)
+
+    def _length(self, rng: np.random.Generator) -> int:
+        """Tokens that a sample aims at: all that fit, or for a share of them any number from 2 on (BERT, appendix A.2)."""
+        if rng.random() >= self.short_share:
+            return self.room
+        return 2 + int(rng.random() * (self.room - 1))
+
+    def _single(self, corpus: Corpus, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
+        """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the room."""
+        inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
+        starts = corpus.starts
+        ids = corpus.flat[starts[first] : starts[end]].astype(np.int64)
+        return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
+
+    def _two(
+        self, corpus: Corpus, first: int, end: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Segment A, segment B, label. As many sentences of the chunk as reach the length, cut in two at a random one."""
+        starts, target = corpus.starts, self._length(rng)
+        enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))
+        end = min(max(enough, first + 2), end)
+        cut = first + 1 + int(rng.random() * (end - first - 1))
+        a, b = corpus.flat[starts[first] : starts[cut]], corpus.flat[starts[cut] : starts[end]]
+        changed = rng.random() < 0.5
+        if changed and self.pair == "sop":  # ALBERT, arXiv:1909.11942, section 3.1
+            a, b = b, a
+        elif changed:
+            b = self._stranger(corpus, first, max(1, target - len(a)), rng)
+        return *shorten(a, b, self.room, rng), int(changed)
+
+    def _stranger(self, corpus: Corpus, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
+        """From a random sentence of another document on, whole sentences until `tokens` are reached or it ends."""
+        mine = int(np.searchsorted(corpus.bounds, first, "right")) - 1
+        other = int(rng.random() * (corpus.documents - 1))
+        other += other >= mine
+        begin, end = int(corpus.bounds[other]), int(corpus.bounds[other + 1])
+        start = begin + int(rng.random() * (end - begin))
+        starts = corpus.starts
+        enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
+        return corpus.flat[starts[start] : starts[min(enough, end)]]
+
+    # ---- which tokens are hidden
+
+    def choose(self, ids: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which of `places` in `ids` to predict: mask_share of the words in expectation, at least one piece.
+
+        A piece is one token, one whole word, or 1 to 3 whole words with probability proportional to 1/n (ALBERT, section
+        4.1; SpanBERT finds longer pieces harder). Their lengths are drawn first and the pieces then laid among the words so
+        that every arrangement is equally likely: nothing is drawn again, so the lengths keep their distribution.
+        """
+        begins = np.ones(len(places), bool)
+        if self.masking != "token":
+            follows = np.diff(places, prepend=-1) == 1  # no [SEP] between
+            begins = ~(self.special.continues[ids[places]] & follows)
+            begins[:1] = True
+        word = np.cumsum(begins) - 1  # of each place
+        words = int(word[-1]) + 1
+        longest = NGRAMS[self.masking]
+        odds = 1 / np.arange(1, longest + 1)
+        odds /= odds.sum()
+        wanted = self.mask_share * words / float(odds @ np.arange(1, longest + 1))
+        pieces = max(1, int(wanted + rng.random()))
+        lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
+        spare = words - int(lengths.sum())
+        if spare < 0:  # a sample of few words: single ones
+            pieces = min(pieces, words)
+            lengths, spare = np.ones(pieces, np.int64), words - pieces
+        slots = np.sort(np.argsort(rng.random(spare + pieces))[:pieces])
+        first = slots + np.cumsum(lengths) - lengths - np.arange(pieces)  # word at which each piece begins
+        hidden = np.zeros(words + 1, np.int64)
+        np.add.at(hidden, first, 1)
+        np.add.at(hidden, first + lengths, -1)
+        return places[np.cumsum(hidden)[word] > 0]
+
+    def _hide(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """80 % [MASK], 10 % any other ordinary token, 10 % as they are, token by token (BERT, section 3.1)."""
+        how = rng.random(len(ids))
+        ordinary = self.special.ordinary
+        others = ordinary[(rng.random(len(ids)) * len(ordinary)).astype(np.int64)]
+        return np.where(how < 0.8, self.special.mask, np.where(how < 0.9, others, ids))
+
+
+def pairs_of_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of at least two sentences within one document: first sentence and the one behind the last, (chunks,) int64.
+
+    As many sentences as fit `room` tokens, or two; a last sentence alone goes with the ones before it. All documents are
+    walked at once, a chunk of each at a turn.
+    """
+    starts, bounds = corpus.starts, np.asarray(corpus.bounds)
+    enough = np.diff(bounds) >= 2
+    return _walk(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
+
+
+def whole_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of sentences across documents, each bound between two of them taking one token more."""
+    bounds = np.asarray(corpus.bounds)
+    sentences = np.arange(len(corpus.starts))
+    starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # a token for each document that has ended
+    at = starts[bounds]
+    runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], RUN * room)))]
+    runs = np.unique(np.append(runs, bounds[-1]))
+    return _walk(starts, runs[:-1], runs[1:], room, least=1)
+
+
+def _walk(
+    starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut each run of sentences [begin, end) into chunks of at most `room` tokens and at least `least` sentences."""
+    firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    while len(begin):
+        fits = np.searchsorted(starts, starts[begin] + room, "right") - 1
+        behind = np.minimum(np.maximum(fits, begin + least), end)
+        behind = np.where(end - behind < least, end, behind)
+        firsts.append(begin)
+        ends.append(behind)
+        more = behind < end
+        begin, end = behind[more], end[more]
+    first, behind = np.concatenate(firsts), np.concatenate(ends)
+    order = np.argsort(first, kind="stable")
+    return first[order], behind[order]
+
+
+def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the longer of two segments, then both alike, until they fit; token by token from its front or its back."""
+    if len(a) + len(b) <= room:
+        return a, b
+    half = room // 2
+    keep_a = room - len(b) if len(b) <= half else min(len(a), room - half)
+    kept = []
+    for segment, keep in ((a, keep_a), (b, room - keep_a)):
+        excess = len(segment) - keep
+        front = int((rng.random(excess) < 0.5).sum())
+        kept.append(segment[front : front + keep])
+    return kept[0], kept[1]
+
+
+def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:
+    """As recipes/bert/task.py's config says. name: of the tokenizer, for messages."""
+    o = cfg.objective
+    return Samples(
+        data, cfg.data.seq_len, special_ids(tokenizer, name), pair=o.pair, masking=o.masking, mask_share=o.mask_share,
+        short_share=o.short_share, seed=cfg.train.seed, shuffle=shuffle,
+    )  # fmt: skip

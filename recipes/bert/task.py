@@ -1,0 +1,296 @@
+"""What makes it BERT, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+
+Two architectures, named as transformers names them. `bert`: the original, a norm behind each block (Devlin et al. 2018).
+`megatron-bert`: Megatron-LM's, a norm before each block and one at the end, which alone stays stable at 1.3B and more
+(arXiv:1909.08053, section 5.3). Both have an MLM head tied to the embedding and, where pairs are asked for, a pair head.
+Shapes: B samples, T positions, H hidden, V vocabulary, N masked positions of a batch, P parts of the loss (1 or 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from common import batches, config
+from common.config import Positive, Section, Share
+from common.errors import BadInput
+
+from . import samples
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FAMILY = "bert"
+HEADS = ("cls.", "bert.pooler.")  # a folder without these (an encoder alone) will do: they begin from the seed
+
+
+class Model(Section):
+    arch: Literal["megatron-bert", "bert"] = "megatron-bert"
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    ffn: Positive | None = None  # default: 4 x hidden
+    positions: Positive | None = None  # rows of the position table; default: data.seq_len
+    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
+    pair_head: bool | None = None  # pooler and a head for pairs; default: as objective.pair needs
+    dropout: Share = 0.0  # embedding, attention and residual
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    init_std: Annotated[float, Field(gt=0)] = 0.02  # megatron-bert: residual projections divided by sqrt(2 x layers)
+
+    def problems(self) -> Iterator[str]:
+        if self.hidden % self.heads:
+            yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}"
+
+    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
+        """Layouts that this family cannot do on `stack`, with the reason."""
+        system = getattr(cfg, stack)
+        if self.pair_head is False and cfg.objective.pair != "none":
+            yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: set one of them to what the other says"
+        if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
+            yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
+        if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
+            yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
+        tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+        if self.heads % tp:
+            yield f"{stack}.tp={tp} does not divide model.heads={self.heads}"
+        if self.resolved_ffn() % tp:
+            yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
+        if self.layers % pp:
+            yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
+        if getattr(system, "sequence_parallel", False) and cfg.data.seq_len % tp:
+            yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.seq_len={cfg.data.seq_len}"
+
+    def resolved_ffn(self) -> int:
+        return self.ffn or 4 * self.hidden
+
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
+        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
+        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
+        return self.model_copy(
+            update={
+                "ffn": self.resolved_ffn(),
+                "positions": self.positions or cfg.data.seq_len,
+                "vocab_size": self.vocab_size or rounded,
+                "pair_head": cfg.objective.pair != "none" if self.pair_head is None else self.pair_head,
+            }
+        )
+
+    def memory_shapes(self) -> dict[str, Any]:
+        """What common/memory.py needs to know of a resolved model's layers."""
+        return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
+
+    def parameters(self) -> int:
+        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        h, f, v = self.hidden, self.ffn, self.vocab_size
+        layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
+        encoder = self.layers * layer + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
+        mlm_head = h * h + h + 2 * h + v
+        pair_head = h * h + h + 2 * h + 2 if self.pair_head else 0
+        return encoder + mlm_head + pair_head
+
+
+MASK_SHARE = 0.15
+
+
+class Objective(Section):
+    pair: Literal["nsp", "sop", "none"] = "nsp"  # next sentence, sentence order, or full sentences without a pair head
+    masking: Literal["token", "whole_word", "ngram"] = "token"  # samples.py: what is masked together
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = MASK_SHARE
+    short_share: Share = 0.1  # of the samples: any length from 2 tokens on
+
+
+class Config(config.Config):
+    model: Model
+    data: config.Data  # seq_len: tokens of a sample, with [CLS] and [SEP]
+    objective: Objective = Objective()
+
+
+def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    from common import tokenizer
+    from common.corpus import Corpus
+    from common.run import find, first_prefix
+
+    corpus = Corpus(first_prefix(data))
+    folder = cfg.data.tokenizer or corpus.tokenizer_dir
+    if folder is None:
+        raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR")
+    folder = find(str(folder)) if find(str(folder)).is_dir() else folder
+    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), corpus.prefix)
+
+
+def hf_config(model: Model) -> PreTrainedConfig:
+    """The `transformers` configuration of a resolved model.
+
+    pad_token_id=None: the classes would drop the gradient of that id in the embedding, which Megatron does not. Padding is
+    in no sum of the loss, so nothing else changes; an export says its tokenizer's id.
+    """
+    from transformers import BertConfig, MegatronBertConfig
+
+    return (BertConfig if model.arch == "bert" else MegatronBertConfig)(
+        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.hidden,
+        intermediate_size=model.ffn, num_hidden_layers=model.layers, num_attention_heads=model.heads, type_vocab_size=2,
+        hidden_act="gelu", hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
+        layer_norm_eps=model.norm_eps, initializer_range=model.init_std, pad_token_id=None,
+    )  # fmt: skip
+
+
+def hf_model(model: Model) -> PreTrainedModel:
+    """The `transformers` class that baseline and DeepSpeed train (modeling.py: with the head on masked positions only)."""
+    from . import modeling as m
+
+    if model.arch == "bert":
+        return (m.PairedBert if model.pair_head else m.SingleBert)(hf_config(model))
+    return m.use_sdpa((m.PairedMegatronBert if model.pair_head else m.SingleMegatronBert)(hf_config(model)))
+
+
+def hf_class(model: Model) -> str:
+    """The `transformers` class that loads an export."""
+    return ("Bert" if model.arch == "bert" else "MegatronBert") + ("ForPreTraining" if model.pair_head else "ForMaskedLM")
+
+
+def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        net = hf_model(model)
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+
+
+def _is_norm(name: str) -> bool:
+    return "LayerNorm" in name or ".ln." in name
+
+
+def initial(model: Model, name: str) -> float | str:
+    """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
+
+    BERT's code cuts the normal distribution at two deviations; here, as in transformers and Megatron, it is whole.
+    megatron-bert: residual projections are scaled by 1/sqrt(2 x layers) (Megatron-LM, arXiv:1909.08053, section 5.1).
+    """
+    if name.endswith(".bias"):
+        return "zeros"
+    if _is_norm(name):
+        return "ones"
+    if model.arch == "megatron-bert" and ".layer." in name and name.endswith("output.dense.weight"):
+        return model.init_std / (2 * model.layers) ** 0.5
+    return model.init_std
+
+
+def decays(name: str) -> bool:
+    """Weight decay for matrices and embeddings; none for biases and norms."""
+    return not (name.endswith(".bias") or _is_norm(name))
+
+
+def parts(cfg: Config) -> tuple[str, ...]:
+    """Names of the parts of the loss, each a mean over its own targets: masked tokens; pairs."""
+    return ("mlm",) if cfg.objective.pair == "none" else ("mlm", cfg.objective.pair)
+
+
+def counts(rows: list[batches.Rows]) -> list[int]:
+    """Targets of each part of the loss in these micro batches."""
+    return [batches.targets(rows, mask) for mask in ("mlm_mask", "pair_mask") if mask in rows[0]]
+
+
+def batch(rows: batches.Rows, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Rows of the corpus -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) places in the flat batch,
+    labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
+    import torch
+
+    predicted = np.flatnonzero(rows["mlm_mask"])
+    tokens = np.arange(rows["tokens"].shape[1]) < rows["lengths"][:, None]
+    made = {name: rows[name] for name in ("tokens", "token_types", "pair_label", "pair_mask") if name in rows}
+    made |= {"attention_mask": tokens, "predicted": predicted, "labels": rows["labels"].reshape(-1)[predicted]}
+    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the classes of modeling.py take."""
+    same = {name: batch[name] for name in ("attention_mask", "predicted")}
+    return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"]} | same
+
+
+def sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (N, V) of the masked positions and (B, 2) of the pairs -> (2, P): summed cross entropies in fp32, and how many
+    targets have the highest logit."""
+    import torch
+    import torch.nn.functional as F
+
+    labels = batch["labels"]
+    loss, right = F.cross_entropy(mlm.float(), labels, reduction="sum"), (mlm.argmax(-1) == labels).sum()
+    found = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
+    return found if "pair_label" not in batch else torch.cat([found, pair_sums(pairs, batch)[:, None]], 1)
+
+
+def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, 2) of the pairs -> (2,): summed cross entropy, and how many are right."""
+    import torch
+    import torch.nn.functional as F
+
+    label, counted = batch["pair_label"], batch["pair_mask"]
+    loss = (F.cross_entropy(pairs.float(), label, reduction="none") * counted).sum()
+    return torch.stack([loss, ((pairs.argmax(-1) == label) & counted).sum().to(loss)])
+
+
+def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an export in plain transformers: summed losses (P,) and targets (P,) of a batch."""
+    import torch
+
+    out = net(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
+    logits = out.prediction_logits if "prediction_logits" in out else out.logits  # (B, T, V)
+    pairs = out.seq_relationship_logits if "seq_relationship_logits" in out else None
+    made = sums(logits.flatten(0, 1)[batch["predicted"]], pairs, batch)[0]
+    targets = [len(batch["labels"])] + ([int(batch["pair_mask"].sum())] if "pair_mask" in batch else [])
+    return made, torch.tensor(targets, device=made.device)
+
+
+def told(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
+    """(2 x P means in the order of `sums`) -> the loss, and its parts as a log line names them."""
+    names = parts(cfg)
+    losses, right = values[: len(names)], values[len(names) :]
+    named = {f"{name}_loss": value for name, value in zip(names, losses, strict=True)}
+    return sum(losses), named | {f"{name}_accuracy": value for name, value in zip(names, right, strict=True)}
+
+
+def forward_backward_flops(model: Model, seq_len: int) -> dict[str, float]:
+    """FLOPs a token, forward and backward, without recompute: 6 x weights that multiply + 12 x layers x hidden x T for
+    attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts for the masked positions alone (15 %)."""
+    h = model.hidden
+    weights = model.layers * (4 * h * h + 2 * h * model.ffn) + MASK_SHARE * (h * h + model.vocab_size * h)
+    return {"full": 6.0 * weights + 12.0 * model.layers * h * seq_len}
+
+
+def card(model: Model) -> dict[str, Any]:
+    """What the model card says of the architecture."""
+    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+
+
+def hf_shapes(model: Model) -> dict[str, Any]:
+    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
+    return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
+            "intermediate_size": model.ffn, "vocab_size": model.vocab_size, "max_position_embeddings": model.positions,
+            "layer_norm_eps": model.norm_eps, "type_vocab_size": 2, "hidden_act": "gelu",
+            "position_embedding_type": "absolute", "is_decoder": False}  # fmt: skip
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    return Model(
+        arch=config["model_type"], layers=config["num_hidden_layers"], hidden=config["hidden_size"],
+        heads=config["num_attention_heads"], ffn=config["intermediate_size"], positions=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"], norm_eps=config.get("layer_norm_eps", 1e-12),
+        pair_head=not str(config.get("architectures")).endswith("ForMaskedLM']"),
+    )  # fmt: skip
+
+
+def stored_names(name: str) -> list[str]:
+    """Under which names a folder may keep a parameter: its own, that of an encoder saved without its heads, and with norms
+    as TensorFlow named them (google-bert/bert-base-uncased)."""
+    known = [name, name.removeprefix("bert.")]
+    older = [n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for n in known]
+    return known + older

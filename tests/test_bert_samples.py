@@ -1,0 +1,279 @@
+"""BERT's samples: what they are made of, the statistics of the masking, and that nothing but (seed, number) decides them."""
+
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common import batches, config, run, tokenizer
+from common.config import Layout
+from common.corpus import Corpus, Writer, write_manifest
+from common.errors import BadInput
+from recipes.bert import samples, task
+
+TOKENS = 1_000_000
+
+
+def opened(prefix, *overrides, valid=False):
+    settings = [f"data.train={prefix}", "data.valid=null", "data.seq_len=128", *overrides]
+    cfg = config.load(ROOT / "recipes/bert/configs/tiny.yaml", settings, task.Config)
+    return task.stream(cfg, cfg.data.train, not valid)
+
+
+@pytest.fixture(scope="module")
+def words(sentences):
+    return tokenizer.load(sentences / "tokenizer")
+
+
+def enough(stream):
+    """Rows of samples with TOKENS tokens that may be masked, joined."""
+    made, tokens, first = [], 0, 0
+    while tokens < TOKENS:
+        rows = stream.rows(range(first, first + 512))
+        made.append(rows)
+        special = 2 if stream.pair == "none" else 3
+        tokens += int(rows["lengths"].sum()) - special * 512
+        first += 512
+    return {name: np.concatenate([rows[name] for rows in made]) for name in made[0]}, tokens
+
+
+@pytest.fixture(scope="module", params=["token", "whole_word", "ngram"])
+def drawn(request, sentences):
+    stream = opened(sentences / "train", f"objective.masking={request.param}", "objective.pair=sop")
+    return request.param, stream, *enough(stream)
+
+
+def three_sigma(share, n):
+    return 3 * (share * (1 - share) / n) ** 0.5
+
+
+def test_masked_share_and_80_10_10(drawn, words):
+    """BERT, section 3.1 and appendix A.1, over a million tokens."""
+    _, stream, rows, tokens = drawn
+    mask, labels, seen = rows["mlm_mask"], rows["labels"], rows["tokens"]
+    masked = int(mask.sum())
+    assert abs(masked / tokens - 0.15) <= three_sigma(0.15, tokens)
+    hidden = (seen[mask] == words.mask_id).mean()
+    ordinary = len(stream.special.ordinary)
+    kept = (seen[mask] == labels[mask]).mean()  # a random token is the token itself once in `ordinary`
+    other = 1 - hidden - kept
+    assert abs(hidden - 0.8) <= three_sigma(0.8, masked)
+    assert abs(kept - (0.1 + 0.1 / ordinary)) <= three_sigma(0.1, masked)
+    assert abs(other - 0.1 * (1 - 1 / ordinary)) <= three_sigma(0.1, masked)
+    assert (seen[~mask] == labels[~mask]).all()
+
+
+def test_special_and_padding_tokens_are_never_masked(drawn, words):
+    _, stream, rows, _ = drawn
+    mask, labels, seen = rows["mlm_mask"], rows["labels"], rows["tokens"]
+    special = [words.cls_id, words.sep_id, words.mask_id, words.pad_id]
+    assert not np.isin(labels[mask], special).any()
+    beyond = np.arange(labels.shape[1]) >= rows["lengths"][:, None]
+    assert not mask[beyond].any() and (labels[beyond] == words.pad_id).all()
+    replaced = seen[mask & (seen != words.mask_id)]
+    assert not np.isin(replaced, special).any()
+    assert (mask.sum(1) >= 1).all()
+
+
+def test_words_are_masked_whole(drawn, words):
+    masking, _, rows, _ = drawn
+    continues = words.continues()
+    if masking == "token":
+        word = continues[rows["labels"]]
+        assert (rows["mlm_mask"][:, 1:] != rows["mlm_mask"][:, :-1])[word[:, 1:]].any()  # parts of words, too
+        return
+    for row in range(500):
+        ids, mask = rows["labels"][row, : rows["lengths"][row]], rows["mlm_mask"][row, : rows["lengths"][row]]
+        inside = continues[ids[1:]] & (ids[:-1] != words.sep_id) & (ids[:-1] != words.cls_id)
+        assert (mask[1:] == mask[:-1])[inside].all(), "a word is masked whole or not at all"
+
+
+def test_lengths_of_pieces(sentences, monkeypatch):
+    """ngram: 1, 2 or 3 words with probability 6/11, 3/11, 2/11 (ALBERT, section 4.1, with n up to 3), within 3 sigma.
+
+    Neighbouring pieces cannot be told apart in a row, so the lengths are watched where they are drawn; the share of masked
+    tokens above shows that all that is drawn is laid down.
+    """
+    stream = opened(sentences / "train", "objective.masking=ngram")
+    seen = Counter()
+    search = np.searchsorted
+
+    def watched(sorted_values, values, side="left"):
+        found = search(sorted_values, values, side)
+        if len(np.shape(values)) == 1 and len(sorted_values) == 2:
+            seen.update((np.asarray(found) + 1).tolist())
+        return found
+
+    monkeypatch.setattr(samples.np, "searchsorted", watched)
+    stream.rows(range(4000))
+    total = sum(seen.values())
+    assert total > 20_000
+    for length, share in ((1, 6 / 11), (2, 3 / 11), (3, 2 / 11)):
+        assert abs(seen[length] / total - share) <= three_sigma(share, total)
+
+
+@pytest.mark.parametrize("pair", ["nsp", "sop"])
+def test_pairs(sentences, words, pair):
+    """Segments, labels and types of pairs: half are changed; what is not changed follows in the text."""
+    stream = opened(sentences / "train", f"objective.pair={pair}", "objective.mask_share=0.000001")
+    rows = stream.rows(range(2000))
+    text = stream.corpora[0].flat.tobytes()
+    in_order = strange = 0
+    for row in range(2000):
+        ids, types = rows["labels"][row, : rows["lengths"][row]], rows["token_types"][row]
+        ends = np.flatnonzero(ids == words.sep_id)
+        assert ids[0] == words.cls_id and len(ends) == 2 and ends[1] == len(ids) - 1
+        assert (types[: ends[0] + 1] == 0).all() and (types[ends[0] + 1 : len(ids)] == 1).all()
+        assert (types[len(ids) :] == 0).all()
+        a, b = ids[1 : ends[0]], ids[ends[0] + 1 : -1]
+        assert len(a) and len(b)
+        if rows["lengths"][row] == 128:
+            continue  # may be shortened, so it is not one stretch of text
+        first, second = (b, a) if pair == "sop" and rows["pair_label"][row] else (a, b)
+        found = np.concatenate([first, second]).astype(np.uint16).tobytes() in text
+        in_order += found
+        strange += not found
+        assert found or (pair == "nsp" and rows["pair_label"][row] == 1)
+    assert in_order > 100 and (strange > 100) == (pair == "nsp")
+    share = rows["pair_label"].mean()
+    assert abs(share - 0.5) <= three_sigma(0.5, 2000)
+
+
+def test_full_sentences_fill_a_sample_across_documents(sentences, words):
+    stream = opened(sentences / "train", "objective.pair=none", "objective.short_share=0", valid=True)
+    rows = stream.rows(range(len(stream)))
+    ids = [row[1:n] for row, n in zip(rows["labels"], rows["lengths"], strict=True)]
+    flat = stream.corpora[0].flat
+    joined = np.concatenate([row[:-1] for row in ids])
+    texts = joined[joined != words.sep_id]
+    lost = np.maximum(stream.corpora[0].lengths - 126, 0).sum()  # of sentences longer than a sample
+    assert len(texts) == len(flat) - lost
+    assert any((row[:-1] == words.sep_id).any() for row in ids), "documents meet in a sample"
+    assert "pair_label" not in rows
+
+
+def test_short_samples(sentences):
+    n = 3000
+    for pair, least in (("none", 0.05), ("sop", 0.01)):  # some are short anyway; two sentences are never made shorter
+        stream = opened(sentences / "train", f"objective.pair={pair}", "objective.short_share=0.1")
+        usual = opened(sentences / "train", f"objective.pair={pair}", "objective.short_share=0")
+        shorter = (stream.rows(range(n))["lengths"] < usual.rows(range(n))["lengths"]).mean()
+        assert least < shorter < 0.1 + three_sigma(0.1, n)
+    with_one = opened(sentences / "train", "objective.pair=none", "objective.short_share=0.999").rows(range(500))
+    assert (with_one["mlm_mask"].sum(1) >= 1).all() and with_one["lengths"].min() >= 4
+
+
+def test_chunks_hold_every_sentence_once(sentences):
+    corpus = Corpus(sentences / "train")
+    for chunks, least in ((samples.pairs_of_sentences(corpus, 61), 2), (samples.whole_sentences(corpus, 62), 1)):
+        first, end = chunks
+        assert (end - first >= least).all() and (first[1:] == end[:-1]).all()
+        assert first[0] == 0 and end[-1] == corpus.sentences
+        tokens = corpus.starts[end - 1] - corpus.starts[first]
+        assert (tokens[end - first > 3] <= 62).all()  # beyond the room: two sentences, or a document's last one behind them
+    bounds = np.asarray(corpus.bounds)
+    first, end = samples.pairs_of_sentences(corpus, 61)
+    assert (np.searchsorted(bounds, first, "right") == np.searchsorted(bounds, end - 1, "right")).all(), "one document each"
+
+
+def test_shorten_keeps_a_stretch_of_each():
+    rng = np.random.default_rng(0)
+    for a, b, room in ((10, 50, 40), (50, 10, 40), (50, 50, 41), (3, 90, 20), (1, 1, 5)):
+        kept_a, kept_b = samples.shorten(np.arange(a), np.arange(b), room, rng)
+        assert len(kept_a) + len(kept_b) == min(a + b, room)
+        assert (np.diff(kept_a) == 1).all() and (np.diff(kept_b) == 1).all()
+        if min(a, b) <= room // 2:
+            assert min(len(kept_a), len(kept_b)) == min(a, b)
+
+
+CODE = """
+import sys, hashlib
+from common import config
+from recipes.bert import task
+cfg = config.load("recipes/bert/configs/tiny.yaml", [f"data.train={sys.argv[1]}", "data.valid=null"], task.Config)
+rows = task.stream(cfg, cfg.data.train, True).rows(range(64))
+print(hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest())
+"""
+
+
+def test_a_sample_is_a_function_of_seed_and_number(sentences):
+    """Alone, in any company, in any order, by any thread or process, the same sample has the same mask and pair."""
+    stream = opened(sentences / "train", "objective.masking=ngram")
+    together = stream.rows(range(40))
+    again = opened(sentences / "train", "objective.masking=ngram")
+    with ThreadPoolExecutor(4) as pool:
+        apart = list(pool.map(lambda i: again.rows([i]), reversed(range(40))))[::-1]
+    for name, values in together.items():
+        assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
+    other = opened(sentences / "train", "objective.masking=ngram", "train.seed=1").rows(range(40))
+    assert (other["labels"] != together["labels"]).any()
+    later = stream.rows(range(len(stream), len(stream) + 40))  # the next pass: other masks
+    assert (later["mlm_mask"] != together["mlm_mask"]).any()
+    prints = [
+        subprocess.run([sys.executable, "-c", CODE, str(sentences / "train")], cwd=ROOT, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert len(prints[0]) == 65 and prints[0] == prints[1]
+
+
+def test_layouts_share_out_the_same_samples(sentences):
+    """What 1, 2 and 4 replicas read in a step, at any micro batch, and after any number of steps, is one global batch."""
+    stream = opened(sentences / "train")
+    cfg = config.load(ROOT / "recipes/bert/configs/tiny.yaml", ["train.steps=3"], task.Config)
+    for dp, micro in ((1, 8), (1, 1), (2, 2), (4, 1)):
+        layout = Layout(world=dp, dp=dp, tp=1, pp=1, micro_batch=micro, accumulate=8 // dp // micro)
+        job = run.Run(cfg, cfg, "baseline", None, layout, stream, None, None, {}, None, [])
+        steps = {n: [next(batches.ahead(job, n, rank)) for rank in range(dp)] for n in (0, 2)}
+        for done, ranks in steps.items():
+            numbers = sorted(tuple(row) for rank in ranks for rows in rank for row in rows["tokens"].tolist())
+            assert numbers == sorted(map(tuple, stream.rows(range(done * 8, done * 8 + 8))["tokens"].tolist()))
+
+
+def test_counts_leave_padding_and_repeats_out(sentences):
+    stream = opened(sentences / "valid", valid=True)
+    layout = Layout(world=2, dp=2, tp=1, pp=1, micro_batch=7, accumulate=1)
+    rows = [r for rank in range(2) for r in batches.of_validation(stream, 23, layout, rank)]
+    once = stream.rows(range(23))
+    assert task.counts(rows) == [int(once["mlm_mask"].sum()), 23]
+    assert batches.tokens([once]) == int((once["labels"] != stream.special.pad).sum())
+
+
+def write(prefix, documents, **facts):
+    writer = Writer(prefix, np.uint16)
+    for document in documents:
+        writer.add_sentences([np.asarray(s) for s in document])
+    writer.finish()
+    write_manifest(prefix, {"tokenizer_size": 600} | facts)
+
+
+def bert(prefix, words, pair="nsp", seq_len=32):
+    special = samples.special_ids(words, "here")
+    shares = {"mask_share": 0.15, "short_share": 0.1}
+    return samples.Samples(str(prefix), seq_len, special, pair=pair, masking="token", seed=1, shuffle=True, **shares)
+
+
+def test_corpora_that_give_no_samples(tmp_path, words, sentences):
+    sentence = list(range(10, 20))
+    write(tmp_path / "single", [[sentence]] * 4 + [[sentence, sentence]] * 0)
+    write(tmp_path / "mixed", [[sentence]] * 3 + [[sentence, sentence]] * 3)
+    write(tmp_path / "one", [[sentence] * 9])
+    with pytest.raises(BadInput, match="holds no bounds of sentences"):
+        bert(tmp_path / "single", words)
+    with pytest.raises(BadInput, match="one document; objective.pair=nsp takes every other second segment from another"):
+        bert(tmp_path / "one", words)
+    assert len(bert(tmp_path / "one", words, "sop")) > 0 and len(bert(tmp_path / "one", words, "none")) > 0
+    mixed = bert(tmp_path / "mixed", words)
+    assert len(mixed) == 3 and "3 documents of one sentence are left out" in mixed.notes[0]
+    with pytest.raises(BadInput, match="data.seq_len=4: leaves 1 tokens"):
+        bert(tmp_path / "mixed", words, seq_len=4)
+    rows = mixed.rows(range(64))  # a document of one sentence can still be the stranger
+    assert rows["lengths"].min() >= 5
+
+
+def test_a_tokenizer_without_mask_is_refused(corpus):
+    with pytest.raises(BadInput, match=r"its tokenizer has no \[CLS\] \[SEP\] \[MASK\] \[PAD\]; build the corpus with a WordP"):
+        samples.special_ids(tokenizer.load(corpus / "tokenizer"), "here")
