@@ -1,6 +1,6 @@
 """What only a GPU can show, of every family: parity of the stacks, speed, memory, the tests marked gpu.
 
-    bash scripts/gpu_check.sh OUT [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
+    bash scripts/gpu_check.sh OUT [--family F ...] [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
 
 One GPU, no network, its own synthetic corpora. Each part runs in a process of its own under a time limit; one that fails,
 or for which too little time is left, does not stop the others, but the exit code says so (1). Results: OUT/gpu_check.json
@@ -24,14 +24,18 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from common import config as configs
 from common import flops, memory
 from common import ranks as processes
 from common import run as runs
+from common import tokenizer as tokenizers
+from common.corpus import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from scripts.bench_speed import Enough, write_corpus
 
@@ -41,15 +45,39 @@ Layouts = dict[str, tuple[str, list[str]]]  # name -> stack, overrides
 class Family(NamedTuple):
     """What a family has checked."""
 
+    corpus: Callable[[Path, int, int], None]  # (prefix, tokens, ids): writes a synthetic corpus
     plain: str  # module whose losses(config, overrides, device) is the plain loop: [(loss, gradient norm)] by step
     tiny: tuple[str, ...]  # configs whose parity is checked
     sizes: dict[str, tuple[int, ...]]  # configs whose speed is measured -> micro batches to try, largest first
 
 
+def write_sentences(prefix: Path, tokens: int, vocab: int) -> None:
+    """A synthetic corpus for BERT: documents of 40 sentences of 8 to 40 ids, few of which are frequent."""
+    rng = np.random.default_rng(0)
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    folder = prefix.with_name("tokenizer")
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*special, *(f"w{i}" for i in range(vocab - len(special)))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    writer = Writer(prefix, tokenizers.token_dtype(vocab))
+    while writer.tokens < tokens:
+        lengths = rng.integers(8, 40, 40)
+        writer.add_sentences([5 + (rng.random(n) ** 4 * (vocab - 5)).astype(np.int64) for n in lengths])
+    writer.finish()
+    facts = {"tokenizer": "tokenizer", "tokenizer_hash": tokenizers.load(folder).hash, "tokenizer_size": vocab}
+    write_manifest(prefix, facts)
+
+
 # A new family adds its line here.
 FAMILIES = {
-    "gpt": Family("tests.plain", ("tiny", "tiny_llama"), {"megatron_355m": (16, 8, 4, 2), "gpt3_1.3b": (8, 4, 2, 1)}),
-}
+    "gpt": Family(
+        write_corpus, "tests.plain", ("tiny", "tiny_llama"), {"megatron_355m": (16, 8, 4, 2), "gpt3_1.3b": (8, 4, 2, 1)}
+    ),
+    "bert": Family(
+        write_sentences, "tests.plain_bert", ("tiny", "tiny_postln"),
+        {"bert_large": (128, 64, 32, 16), "megatron_1.3b": (16, 8, 4, 2)},
+    ),
+}  # fmt: skip
 FP32: Layouts = {
     "baseline": ("baseline", []),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
@@ -59,7 +87,7 @@ FP32: Layouts = {
     "megatron": ("megatron", []),
     "megatron_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
 }
-BF16: Layouts = {name: FP32[name] for name in ("baseline", "zero1", "zero3", "megatron", "megatron_distributed_optimizer")}
+BF16: Layouts = {name: FP32[name] for name in FP32 if name != "zero2"}
 STACKS = configs.STACKS
 ROOT = runs.ROOT
 
@@ -114,7 +142,7 @@ def parity(family: str, folder: Path) -> dict[str, Any]:
     """Every layout against the plain fp32 loop on the same device, and against each other."""
     processes.quiet()
     corpus = folder / "corpus" / "train"
-    write_corpus(corpus, 50_000, TINY_VOCAB)
+    FAMILIES[family].corpus(corpus, 50_000, TINY_VOCAB)
     device = processes.start().device
     plain = importlib.import_module(FAMILIES[family].plain)
     shared = [*TINY, f"data.train={corpus}"]
@@ -167,9 +195,9 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
     task = importlib.import_module(f"recipes.{family}.task")
     fixed = [*ALONE, *(REHEARSED if rehearsal else ())]
     model = configs.load(config_path(family, name), fixed, task.Config).model
-    corpus = folder / "corpus" / name
+    corpus = folder / "corpus" / name / "train"
     tokens = 200_000 if rehearsal else 2_000_000
-    write_corpus(corpus, tokens, model.vocab_size)
+    FAMILIES[family].corpus(corpus, tokens, model.vocab_size)
     room = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
     notes = []
     for micro in FAMILIES[family].sizes[name]:
@@ -186,14 +214,14 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         module, out = f"recipes.{family}.{stack}.pretrain", folder / f"{name}_{stack}_{micro}"
-        seconds: list[float] = []
+        seconds, tokens_of = [], []
         with contextlib.suppress(torch.OutOfMemoryError):
-            seconds = timed(module, config_path(family, name), out, overrides)
+            seconds, tokens_of = timed(module, config_path(family, name), out, overrides)
         if not seconds:
             notes.append(f"micro batch {micro}: out of memory")
             forget()
             continue
-        rate = cfg.train.global_batch * cfg.data.seq_len / statistics.median(seconds)
+        rate = statistics.mean(tokens_of) / statistics.median(seconds)  # padding left out
         per_token = task.forward_backward_flops(cfg.model, cfg.data.seq_len)
         gpu = torch.cuda.get_device_name(device) if cuda else None
         return {
@@ -208,10 +236,11 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
     return {"ok": False, "config": name, "stack": stack, "notes": notes, "error": "no micro batch fits"}
 
 
-def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> list[float]:
-    """Seconds of STEPS steps of a recipe's own loop, after WARMUP; nothing is saved."""
+def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> tuple[list[float], list[int]]:
+    """Seconds and tokens of STEPS steps of a recipe's own loop, after WARMUP; nothing is saved."""
     recipe = importlib.import_module(module)
     marks: list[float] = []
+    tokens_of: list[int] = []
 
     class Stopwatch(recipe.Log):
         def begin_step(self) -> None:
@@ -224,6 +253,10 @@ def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> list
                 raise Enough
             super().begin_step()
 
+        def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
+            tokens_of.append(tokens)
+            super().step(step, loss, grad_norm, lr, tokens, **parts)
+
     plain, recipe.Log = recipe.Log, Stopwatch
     try:
         train(module, config, out, overrides)
@@ -231,7 +264,8 @@ def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> list
         pass
     finally:
         recipe.Log = plain
-    return [after - before for before, after in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
+    seconds = [after - before for before, after in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
+    return seconds, tokens_of[WARMUP:]
 
 
 def forget() -> None:
@@ -274,11 +308,11 @@ def child(part: Sequence[str], folder: Path, rehearsal: bool) -> dict[str, Any]:
 # ---- the parts, one after the other ----------------------------------------------------------------------------------
 
 
-def parts() -> list[tuple[str, ...]]:
+def parts(families: Sequence[str]) -> list[tuple[str, ...]]:
     return [
-        *(("parity", family) for family in FAMILIES),
+        *(("parity", family) for family in families),
         ("tests",),
-        *(("speed", family, name, stack) for family, f in FAMILIES.items() for name in f.sizes for stack in STACKS),
+        *(("speed", family, name, stack) for family in families for name in FAMILIES[family].sizes for stack in STACKS),
     ]
 
 
@@ -375,7 +409,7 @@ def report(found: dict[str, Any]) -> str:
                    "peak GB", "estimated GB"]  # fmt: skip
         text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for p in speeds:
-        mfus = " | ".join(number(p["mfu"][kind], "{:.1%}") for kind in ("full", "causal"))
+        mfus = " | ".join(number(p["mfu"].get(kind), "{:.1%}") for kind in ("full", "causal"))
         gb = " | ".join(number(p[kind], "{:.1f}", 1e-9) for kind in ("peak_bytes", "estimated_bytes"))
         text.append(
             f"| {p['config']} | {p['stack']} | {p['parameters']:,} | {p['micro_batch']} | {p['tokens_per_s']:,.0f} | "
@@ -388,8 +422,9 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--cpu-rehearsal", action="store_true", help="the same way on a CPU with tiny shapes")
-    p.add_argument("--minutes", type=float, default=8.7, help="in all (default 8.7)")
+    p.add_argument("--minutes", type=float, default=8.7, help="in all (default 8.7, which suits one family)")
     p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="these parts alone")
+    p.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="these alone (default: all)")
     p.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     out = args.out.resolve()
@@ -413,7 +448,7 @@ def main() -> int:
         (out / name).mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": machine(args.cpu_rehearsal), "rehearsal": args.cpu_rehearsal, "parts": []}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the part that runs ends too
-    for part in [part for part in parts() if part[0] in args.only]:
+    for part in [part for part in parts(args.family) if part[0] in args.only]:
         left = args.minutes * 60 - (time.perf_counter() - begin)
         found["parts"].append(run_part(part, out, args.cpu_rehearsal, left))
         found["seconds"] = time.perf_counter() - begin

@@ -131,13 +131,19 @@ layout() { # STACK: what of the config's layout, which is for 2 processes, is to
 
 # ---- 2
 
-case $family in # MODULE of data/, FOLDER under corpora/, what its text is, and a beginning to continue
+how=()
+case $family in # MODULE of data/ and how it is told, FOLDER under corpora/, and what the exports continue or fill in
   gpt) module=python_docs corpus=corpora/python prompt='def __init__(self' ;;
+  bert)
+    module=python_docs corpus=corpora/python_sentences how=(--sentences --tokenizer-type wordpiece)
+    prompt='def __init__ ( [MASK], value ) : [MASK]. value = value'
+    ;;
   *) fail "$family: its corpus is not known to this script (scripts/quickstart.sh, stage 2)" ;;
 esac
 text="Python's own library and reference texts" from=() changed=()
 if ((${#sources[@]})); then
   id=$(printf '%s\n' "${sources[@]}" | cksum)
+  [[ $family == gpt ]] || id=${id%% *}_$family
   corpus=corpora/$(basename -- "${sources[0]}" | tr -c '[:alnum:]\n' _)_${id%% *}
   text="${#sources[@]} of your own" from=(--source "${sources[@]}") prompt=''
   changed=("data.train=$corpus/train" "data.valid=$corpus/valid")
@@ -146,7 +152,7 @@ if [[ $steps ]]; then changed+=("train.steps=$steps"); fi
 mkdir -p -- "$out" || fail "$out: cannot be made; choose another folder by --out DIR"
 
 say "corpus: $text, tokenized into $corpus"
-run "$out/corpus.log" "$python" -m "data.$module" "$corpus" "${from[@]}" ||
+run "$out/corpus.log" "$python" -m "data.$module" "$corpus" "${how[@]}" "${from[@]}" ||
   fail "the corpus could not be made (above); to make it anew, remove $corpus"
 
 # ---- 3, 4, 5
@@ -185,7 +191,7 @@ pretrain megatron
 # ---- 6, 7
 
 runs=("$out/baseline" "$out/deepspeed" "$out/megatron")
-say "sample: each export continues '$prompt' with plain transformers, same seed"
+say "sample: each export goes on from '$prompt' (or fills it in) with plain transformers, same seed"
 run "$out/samples.txt" "$python" -m scripts.sample "${runs[@]/%//hf}" --prompt "$prompt" --tokens 60
 say "compare: each export evaluated on the held-out text with plain transformers in one process; table and picture"
 "$python" -m scripts.compare "${runs[@]}" --out "$out"

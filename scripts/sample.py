@@ -1,12 +1,13 @@
-"""Text from an export, with nothing but AutoModelForCausalLM and AutoTokenizer.
+"""Text from an export, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK].
 
 python -m scripts.sample HF_DIR... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
 
-HF_DIR is OUT/hf of a run, or any causal language model in Hugging Face form. The same weights and seed give the same
-text.
+HF_DIR is OUT/hf of a run, or any causal or masked language model in Hugging Face form. The same weights and seed give the
+same text. A masked one takes --prompt alone, a text with [MASK], and gives the likeliest tokens for each.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from common.errors import BadInput, exit_cleanly
@@ -34,7 +35,51 @@ def main() -> None:
         raise BadInput(problems)
     for folder in args.folders:
         print(f"---- {folder}", flush=True)
-        print(sample(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
+        if is_masked(folder):
+            print(fill(folder, args.prompt or "[MASK]"), flush=True)
+        else:
+            print(sample(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
+
+
+def is_masked(folder: str) -> bool:
+    """Does config.json name a class of BERT's, with a head for masked tokens?"""
+    try:
+        names = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    except ValueError as error:
+        raise BadInput(f"{folder}: its config.json is not JSON: {error}") from None
+    return names[0].endswith(("ForPreTraining", "ForMaskedLM"))
+
+
+LIKELIEST = 5
+
+
+def fill(folder: str, prompt: str) -> str:
+    """For each [MASK] of the prompt a line with its likeliest tokens and their probabilities."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForPreTraining.from_pretrained(folder).eval()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    given = tokenizer(prompt, return_tensors="pt")
+    length, positions = given["input_ids"].shape[1], model.config.max_position_embeddings
+    if length > positions:
+        raise BadInput(f"--prompt: {length} tokens with [CLS] and [SEP], and the model has {positions} positions")
+    places = (given["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
+    if not len(places):
+        raise BadInput(f"--prompt {prompt!r}: holds no {tokenizer.mask_token}, which is what this model fills in")
+    with torch.no_grad():
+        out = model(**given)
+    logits = out.prediction_logits if "prediction_logits" in out else out.logits  # (1, T, V)
+    lines = [prompt]
+    for place in places:
+        likely = logits[0, place].softmax(-1).topk(LIKELIEST)
+        words = [f"{tokenizer.decode([i])} {p:.1%}" for p, i in zip(*map(torch.Tensor.tolist, likely), strict=True)]
+        lines.append(f"  {tokenizer.mask_token}: {', '.join(words)}")
+    return "\n".join(lines)
 
 
 def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from common import config
 from common.errors import BadInput
-from recipes.gpt.task import Model
+from recipes.gpt.task import Config
 from scripts import check, plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def trained(step: int, loss: float) -> str:
 
 def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, float], steps: int, stack: str) -> Path:
     """An OUT: config.yaml resolved as a run records it, run.json, metrics.jsonl with training lines up to `steps`."""
-    cfg = config.load(named, overrides, Model)
+    cfg = config.load(named, overrides, Config)
     optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
     out.mkdir(parents=True)
     config.write_yaml(cfg.model_copy(update={"model": cfg.model.resolve(cfg, 65), "optim": optim}), out / "config.yaml")
@@ -128,7 +128,7 @@ def test_best_val_loss_is_the_lowest(tmp_path: Path) -> None:
 
 def test_other_metrics_come_from_eval_json(tmp_path: Path) -> None:
     named = ROOT / "recipes/gpt/configs/megatron_355m.yaml"
-    cfg = config.load(named, [], Model)
+    cfg = config.load(named, [], Config)
     run = run_folder(tmp_path / "run", named, [], {}, 1, "megatron")
     steps = cfg.train.steps
     (run / "metrics.jsonl").write_text(trained(steps, 2.9) + "\n")
@@ -145,7 +145,7 @@ def test_other_metrics_come_from_eval_json(tmp_path: Path) -> None:
 
 
 def test_parameters(good: Path) -> None:
-    ours = config.load(good / "config.yaml", [], Model)
+    ours = config.load(good / "config.yaml", [], Config)
     assert check.measured("parameters", good, ours, []) == 809_856
 
 
