@@ -225,7 +225,7 @@ class Corpus:
         first, second = _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
         self.lengths = raw[_HEADER.size : first].view("<i4")
         self._pointers = raw[first:second].view("<i8")  # byte at which each sequence begins
-        self.bounds = raw[second : second + bounds * 8].view("<i8")
+        self.bounds = raw[second : second + bounds * 8].view("<i8").astype(np.int64)  # aligned: it is searched
         self.documents = max(bounds - 1, 0)
         if bounds and int(self.bounds[-1]) != sequences:
             raise BadInput(f"{path}: {sequences:,} sequences, documents end at {self.bounds[-1]:,}; build it again")
@@ -260,8 +260,8 @@ class Corpus:
 
     @property
     def has_sentence_bounds(self) -> bool:
-        """Whether documents are kept as several sequences, one a sentence."""
-        return self.sentences > self.documents
+        """Whether documents are kept as one sequence a sentence: their builder says so, or a document has several."""
+        return self.sentences > self.documents or "sentences" in self.manifest
 
     @cached_property
     def starts(self) -> np.ndarray:

@@ -72,6 +72,8 @@ class Samples(Order):
             raise BadInput(
                 f"{corpus.prefix}: holds no bounds of sentences (one sequence a document); build it again with --sentences"
             )
+        if not corpus.documents:
+            raise BadInput(f"{corpus.prefix}: holds no document; build it from text")
         if self.room < 2:
             raise BadInput(f"data.seq_len={self.seq_len}: leaves {self.room} tokens beside [CLS] and [SEP]; give more")
         first, end = whole_sentences(corpus, self.room) if self.pair == "none" else self._pairs(corpus)
@@ -128,6 +130,8 @@ class Samples(Order):
         out["labels"][row, : len(ids)] = ids
         out["tokens"][row, : len(ids)] = ids
         places = np.flatnonzero((ids != s.cls) & (ids != s.sep))
+        if not len(places):  # special ids alone, in a corpus that was made elsewhere
+            return
         chosen = self.choose(ids, places, rng)
         out["mlm_mask"][row, chosen] = True
         out["tokens"][row, chosen] = self._hide(ids[chosen], rng)
@@ -158,17 +162,19 @@ class Samples(Order):
         if changed and self.pair == "sop":  # ALBERT, arXiv:1909.11942, section 3.1
             a, b = b, a
         elif changed:
-            b = self._stranger(corpus, first, max(1, target - len(a)), rng)
+            # until it reaches what the true one was to reach, so that no length tells them apart
+            b = self._stranger(corpus, first, max(1, min(target - len(a), len(b))), rng)
         return *shorten(a, b, self.room, rng), int(changed)
 
     def _stranger(self, corpus: Corpus, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
-        """From a random sentence of another document on, whole sentences until `tokens` are reached or it ends."""
+        """From a random sentence of another document on, whole sentences that reach `tokens`; all of it if it is shorter."""
         mine = int(np.searchsorted(corpus.bounds, first, "right")) - 1
         other = int(rng.random() * (corpus.documents - 1))
         other += other >= mine
         begin, end = int(corpus.bounds[other]), int(corpus.bounds[other + 1])
-        start = begin + int(rng.random() * (end - begin))
         starts = corpus.starts
+        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # behind it too few are left
+        start = begin + int(rng.random() * (max(last, 0) + 1))
         enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
         return corpus.flat[starts[start] : starts[min(enough, end)]]
 
@@ -194,10 +200,9 @@ class Samples(Order):
         wanted = self.mask_share * words / float(odds @ np.arange(1, longest + 1))
         pieces = max(1, int(wanted + rng.random()))
         lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
-        spare = words - int(lengths.sum())
-        if spare < 0:  # a sample of few words: single ones
-            pieces = min(pieces, words)
-            lengths, spare = np.ones(pieces, np.int64), words - pieces
+        fit = max(1, int(np.searchsorted(np.cumsum(lengths), words, "right")))  # in a sample of few words not all do
+        lengths = np.minimum(lengths[:fit], words)
+        pieces, spare = len(lengths), words - int(lengths.sum())
         slots = np.sort(np.argsort(rng.random(spare + pieces))[:pieces])
         first = slots + np.cumsum(lengths) - lengths - np.arange(pieces)  # word at which each piece begins
         hidden = np.zeros(words + 1, np.int64)
@@ -216,33 +221,36 @@ class Samples(Order):
 def pairs_of_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of at least two sentences within one document: first sentence and the one behind the last, (chunks,) int64.
 
-    As many sentences as fit `room` tokens, or two; a last sentence alone goes with the ones before it. All documents are
-    walked at once, a chunk of each at a turn.
+    As many sentences as reach `room` tokens, so that pairs are cut to it: what is short ends its document or was asked to
+    be (BERT's create_pretraining_data.py). A last sentence alone goes with the ones before it. All documents are walked at
+    once, a chunk of each at a turn.
     """
-    starts, bounds = corpus.starts, np.asarray(corpus.bounds)
+    starts, bounds = corpus.starts, corpus.bounds
     enough = np.diff(bounds) >= 2
     return _walk(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
 
 
 def whole_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of sentences across documents, each bound between two of them taking one token more."""
-    bounds = np.asarray(corpus.bounds)
+    """Chunks of the sentences that fit `room` tokens, across documents, a bound between two of which takes one more."""
+    bounds = corpus.bounds
     sentences = np.arange(len(corpus.starts))
     starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # a token for each document that has ended
     at = starts[bounds]
     runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], RUN * room)))]
     runs = np.unique(np.append(runs, bounds[-1]))
-    return _walk(starts, runs[:-1], runs[1:], room, least=1)
+    return _walk(starts, runs[:-1], runs[1:], room, least=1, within=True)
 
 
 def _walk(
-    starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int
+    starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int, within: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut each run of sentences [begin, end) into chunks of at most `room` tokens and at least `least` sentences."""
+    """Cut each run of sentences [begin, end) into chunks that reach `room` tokens, or stay within them, of at least `least`
+    sentences."""
     firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     while len(begin):
-        fits = np.searchsorted(starts, starts[begin] + room, "right") - 1
-        behind = np.minimum(np.maximum(fits, begin + least), end)
+        full = starts[begin] + room
+        reached = np.searchsorted(starts, full, "right") - 1 if within else np.searchsorted(starts, full)
+        behind = np.minimum(np.maximum(reached, begin + least), end)
         behind = np.where(end - behind < least, end, behind)
         firsts.append(begin)
         ends.append(behind)

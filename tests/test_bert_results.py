@@ -1,0 +1,53 @@
+"""The published run of BERT from scratch: its logs say what recipes/bert/README.md says, against the text itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, losses
+
+from common import config
+from recipes.bert import task
+
+RESULTS = ROOT / "recipes/bert/results/gutenberg_cpu"
+STACKS = ("baseline", "deepspeed", "megatron")
+MARGIN = 1.0  # nats that the masked-token loss stays below the unigram entropy
+
+
+def validations(stack: str) -> dict[int, dict[str, float]]:
+    lines = map(json.loads, (RESULTS / stack / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line for line in lines if "valid_loss" in line}
+
+
+def test_the_stacks_are_one_curve():
+    runs = {stack: losses(RESULTS / stack) for stack in STACKS}
+    first = runs["baseline"]
+    assert sorted(first) == list(range(1, 2501))
+    for stack in STACKS:
+        assert max(abs(runs[stack][s]["loss"] - first[s]["loss"]) for s in range(1, 21)) <= 1e-5
+    ends = [validations(stack)[2500]["valid_loss"] for stack in STACKS]
+    assert max(ends) - min(ends) <= 0.02
+
+
+@pytest.mark.slow
+def test_masked_tokens_are_predicted_beyond_their_frequencies(source: Path, tmp_path: Path):
+    """The loss of a model that knew nothing but how often each token is masked is the entropy of those frequencies."""
+    books = sorted(str(path) for path in (source / "gutenberg").glob("*_*.txt"))
+    command = [sys.executable, "-m", "data.wiki_books", str(tmp_path / "books"), "--source", *books]
+    done = subprocess.run([*command, "--vocab-size", "4096", "--valid-share", "0.02"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = [f"data.{name}={tmp_path}/books/{name}" for name in ("train", "valid")]
+    cfg = config.load(ROOT / "recipes/bert/configs/gutenberg_cpu.yaml", words, task.Config)
+    train, valid = task.stream(cfg, cfg.data.train, True), task.stream(cfg, cfg.data.valid, False)
+    for stack in STACKS:
+        assert json.loads((RESULTS / stack / "run.json").read_text())["data"]["train"] == train.content_hash
+    rows = valid.rows(range(len(valid)))
+    counts = np.bincount(rows["labels"][rows["mlm_mask"]])
+    shares = counts[counts > 0] / counts.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    assert round(entropy, 2) == 6.16  # nats, as the config's head says
+    for stack in STACKS:
+        assert validations(stack)[2500]["valid_mlm_loss"] < entropy - MARGIN
