@@ -245,7 +245,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         else:
             try:
                 node[last] = yaml.load(value, _Loader)
-            except (yaml.YAMLError, ValueError, RecursionError):
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                told = getattr(error, "problem", None) or ""
+                if told.startswith("the key "):  # of a mapping; _Loader says it
+                    problems.append(f"override {text!r}: {told}")
+                    continue
                 problems.append(f"override {text!r}: {value!r} is not a YAML value; quote it: {key}='\"{value}\"'")
     return problems
 
@@ -257,6 +261,8 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C])
     """
     values = read_yaml(path)
     problems = apply_overrides(values, overrides)
+    if values.get("phases") is None:
+        values.pop("phases", None)
     values = {k: ({} if v is None else v) for k, v in values.items()}  # an empty section holds its defaults
     try:
         cfg = schema.model_validate(values)
@@ -310,6 +316,8 @@ def _rules(cfg: Config) -> Iterator[str]:
     if positions is not None and positions < cfg.data.seq_len:
         yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}"
     o = cfg.optim
+    if o.lamb.min_coeff > o.lamb.max_coeff:
+        yield f"optim.lamb.min_coeff={o.lamb.min_coeff} is above optim.lamb.max_coeff={o.lamb.max_coeff}"
     if o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}"
     if o.decay_steps is not None and o.decay_steps < o.warmup_steps:
@@ -323,26 +331,33 @@ def _rules(cfg: Config) -> Iterator[str]:
 def _phase_problems(cfg: Config) -> Iterator[str]:
     """Of the phases: what they may change, in which order they end, and what each one's own config has wrong."""
     ends = cfg.train.steps
+    if cfg.optim.begin_step:
+        yield f"optim.begin_step={cfg.optim.begin_step}: the first schedule begins at 0; it is for a later phase"
     for number, changes in enumerate(cfg.phases):
         where = f"phases[{number}]"
-        bad = [key for key in changes if not key.startswith(PHASE_KEYS)]
+        bad = [key for key in changes if not key.startswith(PHASE_KEYS) or key == "optim.optimizer"]
         if bad:
             yield f"{where}: {bad[0]} does not change within a run; a phase may give {', '.join(PHASE_KEYS)} keys"
         steps = changes.get("train.steps")
         if not isinstance(steps, int) or steps <= ends:
             yield f"{where}: train.steps={written(steps)}: must be given, the step at which it ends, above {ends}"
             return
-        ends = steps
+        begins, ends = ends, steps
         if bad:
             continue
         try:
             view = _changed(cfg, cfg.phases[: number + 1])
+        except BadInput as error:
+            yield f"{where}: {error}"
+            continue
         except ValidationError as error:
             for told in error.errors(include_url=False):
                 yield f"{where}: {_explain(told, type(cfg))}"
             continue
         told = {f"{where}: {rule}" for rule in _rules(view)} - {f"{where}: {rule}" for rule in _rules(cfg)}
         yield from sorted(told)
+        if view.optim.begin_step > begins:
+            yield f"{where}: optim.begin_step={view.optim.begin_step} is above {begins}, the step after which it begins"
         falls_to_min = view.optim.schedule in ("cosine", "linear")
         if "optim.begin_step" in changes and falls_to_min and "optim.decay_steps" not in changes:
             yield f"{where}: optim.begin_step begins a schedule; give its optim.decay_steps (counted from there)"
@@ -356,7 +371,7 @@ PHASE_KEYS = (
 
 
 def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
-    """`cfg` with the changes of these phases, one upon the other. ValidationError if they do not fit the schema."""
+    """`cfg` with the changes of these phases, one upon the other. ValidationError, BadInput if they do not fit the schema."""
     values = cfg.dump()
     for changes in phases:
         for key, value in changes.items():
@@ -364,6 +379,8 @@ def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
             *sections, last = key.split(".")
             for name in sections:
                 node = node.setdefault(name, {})
+                if not isinstance(node, dict):
+                    raise BadInput(f"{key}: {name} is a value, not a section")
             node[last] = value
     return type(cfg).model_validate(values)
 
@@ -499,9 +516,9 @@ def science(cfg: Config) -> dict[str, Any]:
         free = FREE.get(section, ())
         if free is not ... and name not in free:
             keep[key] = value
+    keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
     if cfg.phases:  # where one phase gives way to the next decides the loss; only where the last one ends does not
         keep["train.steps"] = cfg.train.steps
-        keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
         keep["phases"][-1].pop("train.steps", None)
     return keep
 

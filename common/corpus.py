@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BadInput
+from common.errors import BadInput, Missing
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, number of sequences, number of document bounds
@@ -201,7 +201,7 @@ class Corpus:
             raise BadInput(f"{self.prefix} is a folder of corpora; give one of them, such as {self.prefix}/train")
         if missing:
             folder = os.path.dirname(self.prefix) or "corpora/NAME"
-            raise BadInput(
+            raise Missing(
                 f"no corpus at {self.prefix} ({self.prefix}.bin and .idx); build it (python -m data.NAME {folder}; "
                 "the modules are in data/), or give the prefix of one that is there"
             )

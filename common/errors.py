@@ -21,6 +21,10 @@ class BadInput(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class Missing(BadInput):
+    """Input that is not there yet: a dry run goes on without it."""
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; tell bad input on stderr and exit 2, else exit with what it returns (None is 0)."""
     try:

@@ -244,6 +244,8 @@ def cores() -> int:
 class Stop:
     """Passes the signals that ask us to stop on to the ranks, past torchrun, which would kill them after 30 s."""
 
+    ever = 0  # the first signal that came in this process, whichever phase it met
+
     def __init__(self, agent: subprocess.Popen):
         self.agent = agent
         self.asked = 0  # the first signal that came
@@ -254,6 +256,7 @@ class Stop:
 
     def __call__(self, number: int, _frame: object) -> None:
         again, self.asked = bool(self.asked), self.asked or number
+        Stop.ever = Stop.ever or number
         if again:
             if number == signal.SIGINT:
                 print(f"still saving; to end at once without it: kill -9 {os.getpid()}", file=sys.stderr, flush=True)
@@ -339,7 +342,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr, flush=True)
     code = run(arguments, on)
     while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
-        job = prepare(command.config, command.out, command.overrides, stack, task, on.world)
+        before, job = job, prepare(command.config, command.out, command.overrides, stack, task, on.world)
+        if Stop.ever:  # the phase before was over when it came
+            print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
+            return 128 + Stop.ever
+        if job.cfg.train.steps == before.cfg.train.steps:
+            raise BadInput(f"{job.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
         code = run(arguments, on)
     return code
 

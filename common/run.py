@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from common import checkpoint, config, init
 from common.config import Config, Layout
 from common.corpus import write_json
-from common.errors import BadInput
+from common.errors import BadInput, Missing
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
@@ -83,12 +83,11 @@ def prepare(
     cfg = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
     done = _steps_done(Path(out)) if cfg.phases else 0
-    train, valid, data_problems = _streams(config.at_step(cfg, done), task)
+    train, valid, data_problems, missing = _streams(config.at_step(cfg, done), task)
     folder, known = _tokenizer(cfg, train, valid, data_problems)
-    notes = list(data_problems) if dry_run else []
+    notes = list(missing) if dry_run else []
     notes += [note for stream in (train, valid) for note in getattr(stream, "notes", ())]
-    if not dry_run:
-        problems += data_problems
+    problems += data_problems + ([] if dry_run else missing)
     if isinstance(folder, Path) and not folder.is_dir():
         notes.append(f"{folder}, the corpus's tokenizer, is not there: the export will hold none")
         folder = None
@@ -100,15 +99,20 @@ def prepare(
     decay = decay or max(cfg.last_step, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
     whole = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
     cfg = config.at_step(whole, done)
-    if cfg.model.vocab_size or notes or not data_problems:  # else the tokenizer is unknown for what is told already
+    if cfg.model.vocab_size or not data_problems + missing:
         problems += _vocabulary(cfg, train, valid, known)
+    elif dry_run and not data_problems:  # else the tokenizer is unknown for what is told already
+        problems += [*missing, *_vocabulary(cfg, train, valid, known)]
     problems += _init(cfg, task, notes)
 
     layout = None
-    try:
-        layout = config.layout(cfg, stack, world)
-    except BadInput as error:
-        problems += [f"{config_path}: {p}" for p in error.problems]
+    for number, view in enumerate(config.views(whole)):
+        try:
+            found = config.layout(view, stack, world)
+            layout = found if view.train.steps == cfg.train.steps else layout
+        except BadInput as error:
+            where = f"{config_path}: phases[{number - 1}]" if number else config_path
+            problems += [line for p in error.problems if not any(p in told for told in problems) for line in [f"{where}: {p}"]]
 
     facts = _facts(config_path, stack, task, train, valid, known)
     resume = None
@@ -141,9 +145,11 @@ def _steps_done(out: Path) -> int:
     return newest.step if newest else 0
 
 
-def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | None, list[str]]:
+def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | None, list[str], list[str]]:
+    """train, valid, what is wrong with them, and which of them are not there."""
     made: list[Samples | None] = []
     problems: list[str] = []
+    missing: list[str] = []
     for spec, shuffle in ((cfg.data.train, True), (cfg.data.valid, False)):
         try:
             stream = None if spec is None else task.stream(cfg, found(spec), shuffle)
@@ -151,9 +157,10 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
                 stream.verify()
             made.append(stream)
         except BadInput as error:
-            problems += [p for p in error.problems if p not in problems]
+            told = missing if isinstance(error, Missing) else problems
+            told += [p for p in error.problems if p not in told]
             made.append(None)
-    return made[0], made[1], problems
+    return made[0], made[1], problems, missing
 
 
 def first_prefix(spec: str | list) -> str:
@@ -220,29 +227,29 @@ def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     name = f"init.from={cfg.init.from_}"
     if not (folder / "config.json").is_file():
         return [f"{name}: no config.json there; give `scratch` or a Hugging Face folder"]
-    theirs = _json(folder / "config.json")
+    theirs = read_object(folder / "config.json")
     if theirs is None:
         return [f"{name}: its config.json cannot be read; get the folder again"]
     if theirs.get("model_type") != cfg.model.arch:
         return [f"{name}: is a {theirs.get('model_type')!r} model, the config's model.arch is {cfg.model.arch!r}"]
     problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
-    held: set[str] = set()
-    problems += _whole_weights(folder, name, held)
-    for head in task.HEADS:
+    held: dict[str, tuple[int, ...]] = {}
+    problems += whole_weights(folder, name, held)
+    for head in task.heads(cfg.model):
         if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
             notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")
     return problems
 
 
-def _whole_weights(folder: Path, name: str, held: set[str]) -> list[str]:
-    """Are there safetensors, each as long as its header says? Adds the names of their tensors to `held`. Pickles (.bin) are
-    never read: they can run code."""
+def whole_weights(folder: Path, name: str, held: dict[str, tuple[int, ...]]) -> list[str]:
+    """Are there safetensors, each as long as its header says? Adds the names and shapes of their tensors to `held`. Pickles
+    (.bin) are never read: they can run code."""
     files = sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
         return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
     if not files:
         return [f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed"]
-    index = (_json(folder / "model.safetensors.index.json") or {}).get("weight_map")
+    index = (read_object(folder / "model.safetensors.index.json") or {}).get("weight_map")
     named = set(index.values()) if isinstance(index, dict) else set()
     problems = [f"{name}: {file} is missing" for file in sorted(named - {path.name for path in files})]
     for path in files:
@@ -251,7 +258,7 @@ def _whole_weights(folder: Path, name: str, held: set[str]) -> list[str]:
                 (size,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(size))
             header.pop("__metadata__", None)
-            held |= header.keys()
+            held.update({key: tuple(tensor["shape"]) for key, tensor in header.items()})
             end = max((t["data_offsets"][1] for t in header.values()), default=0)
             if path.stat().st_size != 8 + size + end:
                 problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
@@ -260,7 +267,7 @@ def _whole_weights(folder: Path, name: str, held: set[str]) -> list[str]:
     return problems
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None if it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -310,7 +317,7 @@ def _unusable(out: Path) -> str | None:
 def _same_run(cfg: Config, recorded: Config, facts: dict[str, Any], out: Path) -> list[str]:
     """A science key that differs from the run in OUT makes another run of it: name each."""
     problems = _other_run(str(out), config.science(cfg), config.science(recorded))
-    known = _json(out / "run.json") if (out / "run.json").exists() else {"data": {}}
+    known = read_object(out / "run.json") if (out / "run.json").exists() else {"data": {}}
     if known is None or not isinstance(known.get("data"), dict):
         return [*problems, f"{out / 'run.json'}: cannot be read; restore it, or choose another OUT"]
     for key, value in known["data"].items():
@@ -320,6 +327,8 @@ def _same_run(cfg: Config, recorded: Config, facts: dict[str, Any], out: Path) -
 
 
 def _other_run(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    if ours.get("phases", []) != theirs.get("phases", []):  # then the end of the first phase says nothing more
+        ours, theirs = ({k: v for k, v in both.items() if k != "train.steps"} for both in (ours, theirs))
     told = {key: (config.written(theirs.get(key)), config.written(ours.get(key))) for key in ours | theirs}
     return [
         f"{where} holds another run: {key} was {was}, is {now}; choose another OUT, or {key}={was}"
@@ -382,7 +391,7 @@ def begin(run: Run) -> None:
         config.write_yaml(run.whole, run.out / "config.yaml")
         if run.tokenizer is not None:
             tokenizers.load(run.tokenizer).save(run.out / "tokenizer")
-        before = (_json(run.out / "run.json") or {}).get("stacks", [])
+        before = (read_object(run.out / "run.json") or {}).get("stacks", [])
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
         write_json(run.out / "run.json", run.facts | {"stacks": stacks})
     except OSError as error:

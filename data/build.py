@@ -498,6 +498,7 @@ def _finish(
         raise BadInput(
             f"no document fell into {' and '.join(empty)} ({documents:,} documents, shares {opt.shares}); "
             "give larger shares (--valid-share, --test-share), smaller documents (--split-documents) or --split-by tail"
+            + "".join(f"; skipped: {count:,} x {kind}" for kind, count in state["skipped"].items())
         )
     tokenizer.save(partial / "tokenizer")
     names = source.names()

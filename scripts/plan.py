@@ -32,6 +32,7 @@ def main() -> None:
     task = importlib.import_module(f"recipes.{family(args.config)}.task")
     cfg = config.load(args.config, args.overrides, task.Config)
     model = cfg.model.resolve(cfg, None)
+    cfg = cfg.model_copy(update={"model": model})
     if model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
 
@@ -51,17 +52,25 @@ def main() -> None:
         seconds = flops_in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
         speed = f"{ASSUMED_MFU:.0%} of {peak:g} TFLOP/s"
         print(f"time           {seconds / 86400:.3g} days if {args.gpus} x {args.gpu} reach {speed}")
-    print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, estimated (common/memory.py); * is what the config says")
+    views = config.views(cfg)
+    for number, phase in enumerate(views, 1):
+        of = f", phase {number} ({phase.data.seq_len} tokens a sample)" if len(views) > 1 else ""
+        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, estimated (common/memory.py){of}; * is what the config says")
+        table(phase, args.gpus)
+
+
+def table(cfg: Config, gpus: int) -> None:
+    """A row for each layout: what of the GPUs' memory each part takes."""
     columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in (*memory.PARTS, "total"))
     print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
     for name, stack, changed in layouts(cfg):
         try:
-            shared = config.layout(changed, stack, args.gpus)
+            shared = config.layout(changed, stack, gpus)
         except BadInput as error:
             if name.startswith("*"):
                 print(f"{name:<44} cannot: {error.problems[0]}")
             continue  # the other rows are examples: those that do not divide are left out
-        found = memory.estimate_for(changed, model, stack, args.gpus)
+        found = memory.estimate_for(changed, cfg.model, stack, gpus)
         row = f"{name:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
         row += "".join(f"{found[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
         print(row + "".join(f"{'fits' if found['total'] < size * 1e9 else '-':>8}" for size in SIZES))

@@ -40,7 +40,7 @@ def documents(prefix: Path, lengths: list[int], tokens: int = 12) -> None:
         writer.add_sentences([np.arange(100, 100 + tokens)] * count)
     writer.finish()
     keep = ("eod_id", "tokenizer", "tokenizer_hash", "tokenizer_size")
-    write_manifest(prefix, {key: facts[key] for key in keep})
+    write_manifest(prefix, {key: facts[key] for key in keep} | {"sentences": sum(lengths)})
 
 
 def without_mask(home: Path) -> None:
@@ -59,7 +59,7 @@ CORPORA = [  # name, what is done, overrides, what is told: one entry a line
     ("no bounds of sentences", None, "data.train=corpus/train data.valid=null data.tokenizer=words/tokenizer",
      ["corpus/train: holds no bounds of sentences (one sequence a document); build it again with --sentences"]),
     ("one sentence a document", lambda h: documents(h / "words/single", [1, 1, 1]), "data.train=words/single",
-     ["words/single: holds no bounds of sentences"]),
+     ["words/single: each document has one sentence; a pair needs two sentences of one document"]),
     ("one document", lambda h: documents(h / "words/alone", [9]), "data.train=words/alone",
      ["words/alone: one document; objective.pair=nsp takes every other second segment from another document"]),
     ("no [MASK]", without_mask, "", ["words/train: its tokenizer has no [MASK]; build", "words/valid: its tokenizer has no"]),
@@ -67,7 +67,9 @@ CORPORA = [  # name, what is done, overrides, what is told: one entry a line
      ["words/train: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR", "words/valid: its"]),
     ("too short", None, "data.seq_len=4", ["data.seq_len=4: leaves 1 tokens beside [CLS] and [SEP]; give more"]),
     ("longer than positions", None, "model.positions=16", ["bert.yaml: model.positions=16 is below data.seq_len=32"]),
-    ("pair head and none", None, "model.pair_head=false", ["model.pair_head=false with objective.pair=nsp"]),
+    ("no pair head", None, "model.pair_head=false", ["model.pair_head=false with objective.pair=nsp"]),
+    ("pair head and none", None, "model.pair_head=true objective.pair=none", ["model.pair_head=true with objective.pair=none"]),
+    ("pairs that end", None, "phases=[{'train.steps':8,'objective.pair':none}]", ["phases[0]: model.pair_head=true with obj"]),
     ("unknown pair", None, "objective.pair=sopp", ["objective.pair=\"sopp\": should be 'nsp', 'sop' or 'none'"]),
     ("unknown masking", None, "objective.masking=span", ["objective.masking=\"span\": should be 'token', 'whole_word'"]),
     ("nothing masked", None, "objective.mask_share=0", ["objective.mask_share=0: should be greater than 0"]),

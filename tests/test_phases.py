@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 
 import pytest
@@ -85,3 +86,19 @@ def test_one_command_goes_through_all_phases_and_exports_once(out, settings, tmp
     other = [word.replace('"data.seq_len": 96', '"data.seq_len": 80') for word in SETTINGS]
     refused = subprocess.run([*command, *settings, *other], env=env, capture_output=True, text=True)
     assert refused.returncode == 2 and "holds another run: phases was" in refused.stderr
+
+
+def test_a_signal_at_the_end_of_a_phase_stops_the_run(settings, tmp_path):
+    """It comes while the last step of a phase is validated or saved: the next phase must not begin."""
+    config_path = ROOT / "recipes/gpt/configs/tiny.yaml"
+    words = [*settings, "train.steps=2", "model.dropout=0.0", "phases=[{train.steps: 40}]", "train.eval_samples=400"]
+    command = ["bash", str(ROOT / "recipes/gpt/baseline/pretrain.sh"), str(config_path), str(tmp_path / "run"), *words]
+    env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step   2/40"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143, rest
+    assert max(losses(tmp_path / "run")) == 2 and (tmp_path / "run/step_2/state.json").is_file()

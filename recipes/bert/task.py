@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "bert"
-HEADS = ("cls.", "bert.pooler.")  # a folder without these (an encoder alone) will do: they begin from the seed
+MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
 
 
 class Model(Section):
@@ -51,6 +51,10 @@ class Model(Section):
         system = getattr(cfg, stack)
         if self.pair_head is False and cfg.objective.pair != "none":
             yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: set one of them to what the other says"
+        if self.pair_head and cfg.objective.pair == "none":
+            yield "model.pair_head=true with objective.pair=none: the head would get no gradient; give model.pair_head=false"
+        if getattr(system, "transformer_engine", False) and self.arch == "bert":
+            yield "megatron.transformer_engine=true with model.arch=bert: its post-norm layers are our own; set it to false"
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
@@ -275,7 +279,7 @@ def hf_shapes(model: Model) -> dict[str, Any]:
     return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
             "intermediate_size": model.ffn, "vocab_size": model.vocab_size, "max_position_embeddings": model.positions,
             "layer_norm_eps": model.norm_eps, "type_vocab_size": 2, "hidden_act": "gelu",
-            "position_embedding_type": "absolute", "is_decoder": False}  # fmt: skip
+            "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True}  # fmt: skip
 
 
 def model_of(config: dict[str, Any]) -> Model:
@@ -286,6 +290,11 @@ def model_of(config: dict[str, Any]) -> Model:
         vocab_size=config["vocab_size"], norm_eps=config.get("layer_norm_eps", 1e-12),
         pair_head=not str(config.get("architectures")).endswith("ForMaskedLM']"),
     )  # fmt: skip
+
+
+def heads(model: Model) -> tuple[str, ...]:
+    """Beginnings of names that a folder to begin from may lack (an encoder alone): those begin from the seed."""
+    return "cls.predictions.", *(("cls.seq_relationship.", "bert.pooler.") if model.pair_head else ())
 
 
 def stored_names(name: str) -> list[str]:

@@ -4,17 +4,14 @@
     python -m recipes.gpt.convert from-hf HF_DIR OUT    a run's starting point from a Hugging Face folder, for any stack
 """
 
-import argparse
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from common import checkpoint, config, export, init, ranks, state
-from common.errors import BadInput, exit_cleanly
+from common import interchange
+from common.errors import exit_cleanly
 from common.rules import Rule, Rules
 
 from . import task
@@ -132,66 +129,5 @@ def _norms(h: str, first: str, second: str, leaves: Sequence[str]) -> dict[str, 
     return table
 
 
-def to_hf(run: Path, folder: Path) -> None:
-    """The last whole checkpoint of a run as a Hugging Face folder."""
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: is not empty; give a new folder")
-    cfg = config.load(run / "config.yaml", [], task.Config)
-    last = checkpoint.latest(run)
-    if last is None:
-        raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    export.write(last, cfg, task, folder, run / "tokenizer", facts)
-    print(f"{folder}: step {last.step:,} of {run}")
-
-
-def from_hf(folder: Path, out: Path) -> None:
-    """OUT/step_0 with the weights of a Hugging Face folder, and OUT/model.yaml, the `model` section to train it with.
-
-    `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: is not empty; give a new folder")
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: no config.json there; give a Hugging Face folder")
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if theirs.get("model_type") not in ("gpt2", "llama"):
-        raise BadInput(f"{folder}: is a {theirs.get('model_type')!r} model; this family knows gpt2 and llama")
-    model = task.model_of(theirs)
-    wrong = init.differences(theirs, task.hf_shapes(model))
-    if wrong:
-        raise BadInput([f"{folder}: has {difference}" for difference in wrong])
-    source = init.from_hf(folder, task.stored_names)
-
-    def entries() -> Iterator[checkpoint.Entry]:
-        for name, shape in task.hf_parameters(model).items():
-            yield name, state.parts_of(source(name, shape), None, None)
-
-    ranks.quiet()
-    ranks.start()
-    science = {f"model.{key}": value for key, value in model.model_dump().items()}
-    checkpoint.save(out, entries(), {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
-    config.write_section(out / "model.yaml", "model", model)
-    print(f"{out}: step_0 and model.yaml, from {folder}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m recipes.gpt.convert", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("to-hf", help="the last checkpoint of a run of any stack, in Hugging Face form")
-    there.add_argument("run", type=Path, metavar="RUN")
-    there.add_argument("folder", type=Path, metavar="HF_DIR")
-    back = commands.add_parser("from-hf", help="a run's starting point from a Hugging Face folder, for any stack")
-    back.add_argument("folder", type=Path, metavar="HF_DIR")
-    back.add_argument("out", type=Path, metavar="OUT")
-    given = parser.parse_args()
-    if given.command == "to-hf":
-        to_hf(given.run, given.folder)
-    else:
-        from_hf(given.folder, given.out)
-
-
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(partial(interchange.main, task))

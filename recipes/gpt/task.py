@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "gpt"
-HEADS = ()  # beginnings of names that a folder to begin from may lack: none
+MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
 
 
 class Model(Section):
@@ -282,6 +282,11 @@ def model_of(config: dict[str, Any]) -> Model:
         tied=config.get("tie_word_embeddings", False), norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
     )  # fmt: skip
+
+
+def heads(model: Model) -> tuple[str, ...]:
+    """Beginnings of names that a folder to begin from may lack: none."""
+    return ()
 
 
 def stored_names(name: str) -> list[str]:

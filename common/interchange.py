@@ -1,0 +1,106 @@
+"""The commands of recipes/*/convert.py: a run as a Hugging Face folder, and such a folder as the beginning of a run."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from common import checkpoint, config, export, init, ranks, state
+from common.errors import BadInput
+from common.run import read_object, whole_weights
+
+SEED = 1234  # of heads that a folder lacks
+
+
+def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
+    """The last whole checkpoint of a run as a Hugging Face folder."""
+    if not (run / "config.yaml").is_file():
+        raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: is not empty; give a new folder")
+    cfg = config.load(run / "config.yaml", [], task.Config)
+    last = checkpoint.latest(run)
+    if last is None:
+        raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    export.write(last, cfg, task, folder, run / "tokenizer", facts)
+    print(f"{folder}: step {last.step:,} of {run}")
+
+
+def model_in(folder: Path, task: ModuleType) -> Any:
+    """The `model` section of a Hugging Face folder, all of whose weights are there; BadInput says what is wrong with it."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no config.json there; give a Hugging Face folder")
+    theirs = read_object(folder / "config.json")
+    if theirs is None:
+        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
+    if theirs.get("model_type") not in task.MODEL_TYPES:
+        known = " and ".join(task.MODEL_TYPES)
+        raise BadInput(f"{folder}: is a {theirs.get('model_type')!r} model; this family knows {known}")
+    try:
+        model = task.model_of(theirs)
+    except KeyError as error:
+        raise BadInput(f"{folder}: its config.json has no {error.args[0]}; get the folder again") from None
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, e['loc']))}={e.get('input')!r}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise BadInput([f"{folder}: its config.json gives {line}" for line in told]) from None
+    problems = [f"has {difference}" for difference in init.differences(theirs, task.hf_shapes(model))]
+    problems = [*model.problems(), *problems]
+    held: dict[str, tuple[int, ...]] = {}
+    unreadable = whole_weights(folder, str(folder), held)
+    if problems or unreadable:
+        raise BadInput([*(f"{folder}: {p}" for p in problems), *unreadable])
+    for name, shape in task.hf_parameters(model).items():
+        found = next((held[known] for known in task.stored_names(name) if known in held), None)
+        if found is None and not name.startswith(task.heads(model)):
+            problems.append(f"{folder}: holds no {name}; it is a model of another architecture")
+        elif found not in (None, shape):
+            problems.append(f"{folder}: {name} is {found}, its config.json says {shape}")
+    if problems:
+        raise BadInput(problems)
+    return model
+
+
+def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
+    """OUT/step_0 with the weights of a Hugging Face folder, and OUT/model.yaml, the `model` section to train it with.
+
+    `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: is not empty; give a new folder")
+    model = model_in(folder, task)
+    anew = init.scratch(SEED, lambda name: task.initial(model, name))
+    source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
+
+    def entries() -> Iterator[checkpoint.Entry]:
+        for name, shape in task.hf_parameters(model).items():
+            yield name, state.parts_of(source(name, shape), None, None)
+
+    ranks.quiet()
+    ranks.start()
+    science = {f"model.{key}": value for key, value in model.model_dump().items()}
+    checkpoint.save(out, entries(), {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
+    config.write_section(out / "model.yaml", "model", model)
+    print(f"{out}: step_0 and model.yaml, from {folder}")
+
+
+def main(task: ModuleType) -> None:
+    """The command line."""
+    name = f"python -m recipes.{task.FAMILY}.convert"
+    parser = argparse.ArgumentParser(prog=name, description="Hugging Face folders from runs, and runs from them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    there = commands.add_parser("to-hf", help="the last checkpoint of a run of any stack, in Hugging Face form")
+    there.add_argument("run", type=Path, metavar="RUN")
+    there.add_argument("folder", type=Path, metavar="HF_DIR")
+    back = commands.add_parser("from-hf", help="a run's starting point from a Hugging Face folder, for any stack")
+    back.add_argument("folder", type=Path, metavar="HF_DIR")
+    back.add_argument("out", type=Path, metavar="OUT")
+    given = parser.parse_args()
+    if given.command == "to-hf":
+        to_hf(given.run, given.folder, task)
+    else:
+        from_hf(given.folder, given.out, task)
