@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
 RESUMED = ("baseline", "zero0", "zero1", "zero2", "zero3", "tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer")
 EACH = 5  # steps at each home
+pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
 
 
 def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:

@@ -13,8 +13,8 @@ from common import config
 from recipes.bert import task
 
 RESULTS = ROOT / "recipes/bert/results/gutenberg_cpu"
-STACKS = ("baseline", "deepspeed", "megatron")
-MARGIN = 1.0  # nats that the masked-token loss stays below the unigram entropy
+STACKS = ("deepspeed", "megatron")
+MARGIN = 1.5  # nats that the masked-token loss stays below the unigram entropy
 
 
 def validations(stack: str) -> dict[int, dict[str, float]]:
@@ -24,7 +24,7 @@ def validations(stack: str) -> dict[int, dict[str, float]]:
 
 def test_the_stacks_are_one_curve():
     runs = {stack: losses(RESULTS / stack) for stack in STACKS}
-    first = runs["baseline"]
+    first = runs["deepspeed"]
     assert sorted(first) == list(range(1, 2501))
     for stack in STACKS:
         assert max(abs(runs[stack][s]["loss"] - first[s]["loss"]) for s in range(1, 21)) <= 1e-5
@@ -48,6 +48,6 @@ def test_masked_tokens_are_predicted_beyond_their_frequencies(source: Path, tmp_
     counts = np.bincount(rows["labels"][rows["mlm_mask"]])
     shares = counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log(shares)).sum())
-    assert round(entropy, 2) == 6.16  # nats, as the config's head says
+    assert round(entropy, 2) == 6.1  # nats, as the config's head says
     for stack in STACKS:
         assert validations(stack)[2500]["valid_mlm_loss"] < entropy - MARGIN
