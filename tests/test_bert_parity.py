@@ -114,14 +114,14 @@ def reference(bert_settings) -> dict[str, list[tuple[float, float]]]:
 @pytest.mark.parametrize("layout", [*TWO_RANKS, *AUTOTP])
 def test_follows_the_plain_loop(told, reference, arch, layout):
     expected = reference[arch]
-    assert expected[-1][0] < expected[0][0] - 0.2, "the loss must really fall"
+    assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
     loss, norm = farthest(told[0] / "fp32" / arch / layout, expected)
     assert loss <= LOSS and norm <= NORM
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(kind, name) for kind, (_, _, names) in VARIANTS.items() for name in names])
 def test_other_objectives_and_lamb_follow_the_plain_loop(told, reference, kind, layout):
-    assert reference[kind][-1][0] < reference[kind][0][0] - 0.05
+    assert reference[kind][-1][0] < reference[kind][0][0] - 0.1
     loss, norm = farthest(told[0] / kind / layout, reference[kind])
     assert loss <= LOSS and norm <= NORM
 
