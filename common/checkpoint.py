@@ -1,7 +1,8 @@
 """A run's training state, by Hugging Face name: any layout of any stack writes it, any reads it (laws 6 and 7).
 
     OUT/step_N/state.json            written last; step_N.tmp is renamed to step_N when all is on disk
-    OUT/step_N/NAME.safetensors      one a parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq`
+    OUT/step_N/NAME.safetensors      one a parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or what the
+                                     optimizer keeps instead)
 
 One file a parameter means that no process ever holds more than one whole parameter, that each rank writes its share, and
 that any tool reads a value by name. The order of the data and all random states are functions of (seed, step): the step is
@@ -35,8 +36,8 @@ class Checkpoint(NamedTuple):
     def step(self) -> int:
         return self.meta["step"]
 
-    def read(self, name: str, parts: Iterable[str] = PARTS) -> "dict[str, torch.Tensor]":
-        """The parts of one parameter as fp32 CPU tensors; BadInput if the bytes are not those that were written."""
+    def read(self, name: str, parts: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
+        """The parts of one parameter (default: all) as fp32 CPU tensors; BadInput if the bytes are not those written."""
         from safetensors.torch import load
 
         path = self.path / f"{name}.safetensors"
@@ -47,7 +48,7 @@ class Checkpoint(NamedTuple):
         if zlib.crc32(data) != known["crc32"]:
             raise BadInput(f"{path}: its bytes have changed since it was written; remove {self.path} to use the one before")
         stored = load(data)
-        return {part: stored[part] for part in parts}
+        return {part: stored[part] for part in parts or stored}
 
     def names(self) -> list[str]:
         return list(self.meta["files"])

@@ -58,6 +58,11 @@ class Data(Section):
     seq_len: Positive  # tokens of a sample
     tokenizer: NonEmpty | None = None  # folder; default: the one that the corpus was made with
 
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens that a full sample has."""
+        return self.seq_len
+
 
 class Lamb(Section):
     """Of optim.optimizer=lamb: bounds of the trust ratio, and whether Adam's moments are corrected for their start."""
@@ -68,12 +73,12 @@ class Lamb(Section):
 
 
 class Optim(Section):
-    optimizer: Literal["adamw", "lamb"] = "adamw"
+    optimizer: Literal["adamw", "lamb", "adafactor"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Count = 0
     decay_steps: Positive | None = None  # steps, warmup included, until min_lr; default: train.steps at the first start
-    schedule: Literal["cosine", "linear", "constant", "exponential"] = "cosine"  # common/optim.py: lr_at
+    schedule: Literal["cosine", "linear", "constant", "exponential", "inverse_sqrt"] = "cosine"  # optim.lr_at
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.9  # exponential: lr is multiplied by it ...
     decay_interval: Positive = 250  # ... every so many steps
     begin_step: Count = 0  # steps before the schedule begins: a later phase may begin a schedule of its own
@@ -366,7 +371,8 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
 
 
 PHASE_KEYS = (
-    "data.seq_len", "optim.", "train.steps", "train.global_batch", "objective.", "baseline.", "deepspeed.", "megatron.",
+    "data.seq_len", "data.target_len", "optim.", "train.steps", "train.global_batch", "objective.", "baseline.", "deepspeed.",
+    "megatron.",
 )  # fmt: skip
 
 
@@ -447,7 +453,7 @@ def layout(cfg: Config, stack: str, world: int) -> Layout:
     """The layout of `stack` on `world` ranks; BadInput if the batch or the ranks do not divide. Torch-free."""
     system = getattr(cfg, stack)
     tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
-    problems = [*cfg.model.layout_problems(cfg, stack), *_lamb_problems(cfg, stack)]
+    problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
     if tp * pp > world:
         problems.append(
             f"{stack}.tp={tp} x {stack}.pp={pp} needs {tp * pp} processes and there are {world}; "
@@ -467,26 +473,30 @@ def layout(cfg: Config, stack: str, world: int) -> Layout:
     return Layout(world=world, dp=dp, tp=tp, pp=pp, micro_batch=micro, accumulate=batch // (micro * dp))
 
 
-def _lamb_problems(cfg: Config, stack: str) -> Iterator[str]:
-    """LAMB scales each parameter's update by the norms of the whole parameter: layouts that hold parts of one cannot."""
-    if cfg.optim.optimizer != "lamb":
+# Optimizers that look at a whole parameter: layouts that hold parts of one cannot step it exactly.
+WHOLE = {
+    "lamb": "scales each parameter's update by the norms of the whole parameter",
+    "adafactor": "keeps the mean squares of the rows and columns of the whole parameter, and scales by its root mean square",
+}
+
+
+def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
+    name, system = cfg.optim.optimizer, getattr(cfg, stack)
+    if name not in WHOLE:
         return
     instead = "use deepspeed.zero_stage=0, the baseline, or optim.optimizer=adamw"
     if stack == "megatron":
         yield (
-            "optim.optimizer=lamb on megatron: its layers fuse query, key and value into one parameter and tensor parallelism "
-            f"splits it, so the norms are not those of each parameter; {instead}"
+            f"optim.optimizer={name} on megatron: it {WHOLE[name]}, and Megatron's layers fuse query, key and value into one "
+            f"parameter and tensor parallelism splits it; {instead}"
         )
-    elif stack == "deepspeed" and cfg.deepspeed.zero_stage:
+    elif stack == "deepspeed" and system.zero_stage:
         yield (
-            f"optim.optimizer=lamb with deepspeed.zero_stage={cfg.deepspeed.zero_stage}: ZeRO steps flat partitions, whose "
-            f"norms are not those of each parameter; {instead}"
+            f"optim.optimizer={name} with deepspeed.zero_stage={system.zero_stage}: it {WHOLE[name]}, and ZeRO steps flat "
+            f"partitions; {instead}"
         )
-    elif stack == "deepspeed" and cfg.deepspeed.tp > 1:
-        yield (
-            f"optim.optimizer=lamb with deepspeed.tp={cfg.deepspeed.tp}: AutoTP splits parameters, so the norms are those of "
-            "a shard; use deepspeed.tp=1"
-        )
+    elif stack == "deepspeed" and system.tp > 1:
+        yield f"optim.optimizer={name} with deepspeed.tp={system.tp}: it {WHOLE[name]}; use deepspeed.tp=1"
 
 
 def _divisors(batch: int, dp: int) -> str:

@@ -1,6 +1,7 @@
 """A finished run in Hugging Face form: weights from its last checkpoint, one parameter at a time, tokenizer, model card."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,7 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.names():
-        bytes_of = source.meta["files"][name]["bytes"] // 3  # its file holds the weight and two moments
+        bytes_of = 4 * math.prod(source.meta["files"][name]["shape"])  # fp32
         if size and size + bytes_of > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -96,6 +97,7 @@ def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, i
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values |= {"architectures": [task.hf_class(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
+    values |= task.export_config(cfg.model)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

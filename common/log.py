@@ -22,7 +22,7 @@ class Log:
         self.run, self.device = run, ranks.device
         self.start = self.step_start = time.perf_counter()
         self.first_step = run.resume.step if run.resume else 0
-        self.flops_per_token = task.forward_backward_flops(run.cfg.model, run.cfg.data.seq_len)["full"]
+        self.flops_per_token = task.forward_backward_flops(run.cfg.model, run.cfg.data)["full"]
         self.gpu = _gpu_name(ranks)
         if not self.first:
             return
@@ -119,7 +119,7 @@ def header(run: Run, gpu: str | None) -> str:
         "model": f"{facts['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, "
         f"vocabulary {cfg.model.vocab_size:,}",
         "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
-        "step": f"{cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,} tokens, "
+        "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
         f"{cfg.train.dtype}, seed {cfg.train.seed}",
         "layout": f"{run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
         f"{layout.accumulate} micro batches of {layout.micro_batch}  {getattr(cfg, run.stack).model_dump_json()}",

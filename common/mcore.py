@@ -19,7 +19,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -151,24 +156,46 @@ class SdpaAttention(MegatronModule):
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None, **_: Any,
+        attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None, **_: Any,
     ) -> torch.Tensor:  # fmt: skip
-        """query (T, B, heads, D), key and value (S, B, kv_heads, D), mask (B, 1, T, S) -> (T, B, heads x D)"""
+        """query (T, B, heads, D), key and value (S, B, kv_heads, D), mask (B, 1, T, S), attention_bias (1, heads, T, S),
+        added to the scores -> (T, B, heads x D)"""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, heads, T, D)
         causal = attention_mask is None and (attn_mask_type or self.mask_type) == AttnMaskType.causal
+        mask = None if attention_mask is None else ~attention_mask  # True: seen
+        if attention_bias is not None:
+            if causal:
+                mask, causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(), False
+            mask = attention_bias.to(q.dtype) if mask is None else attention_bias.to(q.dtype).masked_fill(~mask, -torch.inf)
         p = self.dropout if self.training else 0.0
         # the heads are split over tp: each rank drops its own; with sequence parallelism the region is forked already
         fork = p > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if attention_mask is None else ~attention_mask, dropout_p=p, is_causal=causal,
-                scale=self.scale, enable_gqa=q.size(1) != k.size(1),
+                q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1),
             )  # fmt: skip
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def layer_spec(mask: AttnMaskType) -> ModuleSpec:
-    """A pre-norm transformer layer of the modules above: needs neither TransformerEngine nor Apex."""
+def layer_spec(mask: AttnMaskType, cross: bool = False, linear_fc2: type = RowParallelLinear) -> ModuleSpec:
+    """A pre-norm transformer layer of the modules above: needs neither TransformerEngine nor Apex.
+
+    cross: attends to an encoder too. linear_fc2: the MLP's second product.
+    """
+    more: dict[str, Any] = {}
+    if cross:
+        more = {
+            "pre_cross_attn_layernorm": Norm,
+            "cross_attention": ModuleSpec(
+                module=CrossAttention,
+                params={"attn_mask_type": AttnMaskType.padding},
+                submodules=CrossAttentionSubmodules(
+                    linear_q=ColumnParallelLinear, linear_kv=ColumnParallelLinear, core_attention=SdpaAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            "cross_attn_bda": get_bias_dropout_add,
+        }  # fmt: skip
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -185,9 +212,10 @@ def layer_spec(mask: AttnMaskType) -> ModuleSpec:
             pre_mlp_layernorm=Norm,
             mlp=partial(
                 MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=linear_fc2),
             ),
             mlp_bda=get_bias_dropout_add,
+            **more,
         ),
     )  # fmt: skip
 

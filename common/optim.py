@@ -23,6 +23,8 @@ def lr_at(step: int, optim: Optim) -> float:
         since = max(0, step - optim.warmup_steps)
         share = (step / optim.warmup_steps) ** 2 if rising else optim.decay_rate ** (since / optim.decay_interval)
         return optim.min_lr + share * (optim.lr - optim.min_lr)
+    if optim.schedule == "inverse_sqrt":  # T5, arXiv:1910.10683, section 3.1.2: 1 / sqrt(max(n, k)), with lr = 1 / sqrt(k)
+        return optim.lr * math.sqrt(max(1, optim.warmup_steps) / max(1, step, optim.warmup_steps))
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
@@ -49,7 +51,8 @@ def build(
     """The optimizer of optim.optimizer over named parameters.
 
     adamw: torch's (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU.
-    lamb: common/lamb.py; only where every parameter is held whole (common/config.py refuses the other layouts).
+    lamb, adafactor: common/lamb.py, common/adafactor.py; only where every parameter is held whole (common/config.py
+    refuses the other layouts).
     """
     import torch
 
@@ -58,4 +61,8 @@ def build(
         from common.lamb import Lamb
 
         return Lamb(made, optim)
+    if optim.optimizer == "adafactor":
+        from common.adafactor import Adafactor
+
+        return Adafactor(made, optim)
     return torch.optim.AdamW(made, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)

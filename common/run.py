@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.cfg.train.global_batch * self.cfg.data.seq_len
+        return self.cfg.train.global_batch * self.cfg.data.sample_tokens
 
     @property
     def is_last_phase(self) -> bool:
@@ -230,8 +230,10 @@ def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     theirs = read_object(folder / "config.json")
     if theirs is None:
         return [f"{name}: its config.json cannot be read; get the folder again"]
-    if theirs.get("model_type") != cfg.model.arch:
-        return [f"{name}: is a {theirs.get('model_type')!r} model, the config's model.arch is {cfg.model.arch!r}"]
+    wanted = task.hf_type(cfg.model)
+    if theirs.get("model_type") != wanted:
+        ours = f"the config's model.arch is {cfg.model.arch!r}"
+        return [f"{name}: is a {theirs.get('model_type')!r} model, {ours} ({wanted!r} in its config.json)"]
     problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
     held: dict[str, tuple[int, ...]] = {}
     problems += whole_weights(folder, name, held)
@@ -412,14 +414,14 @@ def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
     from common import memory
 
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
-    flops = task.forward_backward_flops(model, cfg.data.seq_len)
+    flops = task.forward_backward_flops(model, cfg.data)
     causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
     lines = [yaml.safe_dump(run.whole.dump(), sort_keys=False, width=120).rstrip(), ""]
     lines += [f"note: {note}" for note in run.notes]
     lines += [
         f"parameters        {model.parameters():,}",
         f"FLOPs a token     {flops['full']:.4g} forward and backward{causal}",
-        f"tokens a step     {cfg.train.global_batch} x {cfg.data.seq_len} = {run.tokens_per_step:,}",
+        f"tokens a step     {cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,}",
         f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
         f"{layout.accumulate} micro batches of {layout.micro_batch}",
         f"memory a rank     {_gib(memory.estimate_for(cfg, model, run.stack, layout.world))}",

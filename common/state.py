@@ -16,7 +16,7 @@ from common.run import Run, find
 if TYPE_CHECKING:
     import torch
 
-Parts = Mapping[str, "torch.Tensor"]  # `weight`, and where the run has made steps `exp_avg` and `exp_avg_sq`; fp32, CPU
+Parts = Mapping[str, "torch.Tensor"]  # `weight`, and where the run has made steps its optimizer's, as `exp_avg`; fp32, CPU
 Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -> parts
 Named = Iterable[tuple[str, "torch.nn.Parameter"]]
 
@@ -59,9 +59,13 @@ def fill_torch(named: Named, optimizer: "torch.optim.Optimizer", values: Values,
         with torch.no_grad():
             parameter.copy_(parts["weight"])
         if step:
-            optimizer.state[parameter] = adam_state(parameter, step)
-            for part in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[parameter][part].copy_(parts[part])
+            kept = adam_state(parameter, step)
+            names = parts.keys() - {"weight"}
+            if not kept.keys() >= names:  # Adafactor's
+                kept = {"step": kept["step"]} | {name: torch.empty_like(parts[name], device=parameter.device) for name in names}
+            for name in names:
+                kept[name].copy_(parts[name])
+            optimizer.state[parameter] = kept
 
 
 def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"]:
@@ -80,7 +84,11 @@ def read_torch(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -
             yield name, None
             continue
         state = optimizer.state.get(parameter, {})
-        yield name, parts_of(parameter, state.get("exp_avg"), state.get("exp_avg_sq"))
+        if "exp_avg" in state or not state:
+            yield name, parts_of(parameter, state.get("exp_avg"), state.get("exp_avg_sq"))
+        else:  # Adafactor's
+            kept = {"weight": parameter} | {part: value for part, value in state.items() if part != "step"}
+            yield name, {part: value.detach().float().cpu() for part, value in kept.items()}
 
 
 def parts_of(

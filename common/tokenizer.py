@@ -1,12 +1,14 @@
-"""Tokenizers behind one small face: `load`, `train_bpe`, `train_wordpiece`, `train_char`, and their class `Tokenizer`.
+"""Tokenizers behind one small face: `load`, `train_bpe`, `train_wordpiece`, `train_sentencepiece`, `train_char`, and their
+class `Tokenizer`.
 
 Text is data here: a special token spelled out in a text (`<|endoftext|>` in a web page) is encoded as the ordinary
 characters it is made of, never as the special id. Whoever wants an end of document appends `eod_id`.
 
-Families: byte-level BPE, WordPiece (BERT) and characters. SentencePiece (T5) belongs in `load`, where a comment says so.
+Families: byte-level BPE, WordPiece (BERT), SentencePiece's unigram model (T5) and characters.
 """
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -27,15 +29,32 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_SIZE = 50_257
 GPT2_EOD = 50_256
 TOKENIZERS = Path(__file__).resolve().parents[1] / "corpora" / "tokenizers"  # where a name is looked up first
-HUB_NAMES = {"gpt2": "openai-community/gpt2", "bert-base-uncased": "google-bert/bert-base-uncased"}
+HUB_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "t5": "google-t5/t5-base",
+}
 BERT_SIZE = 30_522
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of WordPiece; where it is trained here, ids 0 to 4
 ALPHABET = 1_000  # characters, the most frequent, that a WordPiece trained here knows; others become [UNK]
+T5_SIZE = 32_100
+SENTINELS = 100  # <extra_id_0> ... of T5, which stand for the spans left out; <extra_id_0> has the highest id
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 # A cut point that no pre-token spans: GPT-2's regex `'s|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` has no
 # alternative in which whitespace follows something else, and none that looks behind. The classes are the ones on which
 # Python's and the tokenizer's Unicode tables cannot disagree.
 _CUT = re.compile(r"[\w!-~](?=[ \n])")
+
+# The same for SentencePiece, where a space begins a word and no piece spans two. Its normalizer rewrites clusters of
+# characters, and none reaches across the bounds of these three, which it leaves as they are.
+_CUT_UNIGRAM = re.compile(r"[!-~](?= [!-~])")
+# As transformers converts T5's model: blanks at the end go, several become one, each is the begin of a word.
+_UNIGRAM_STEPS = [
+    {"type": "Strip", "strip_left": False, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
+]
+_METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
 
 
 def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
@@ -44,11 +63,11 @@ def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class Tokenizer:
-    """One tokenizer. Made by `load`, `train_bpe`, `train_wordpiece` or `train_char`.
+    """One tokenizer. Made by `load` or a `train_...`.
 
-    size: number of ids. eod_id: id that ends a document (WordPiece has none); pad_id, cls_id, sep_id, mask_id: of padding,
-    of the begin and the end of a sentence and of a masked place; each None where there is none.
-    kind: 'bpe', 'wordpiece', 'char', or the model's name in lower case.
+    size: number of ids. eod_id: id that ends a document (WordPiece has none; T5's is </s>); pad_id, cls_id, sep_id, mask_id:
+    of padding, of the begin and the end of a sentence and of a masked place; each None where there is none.
+    kind: 'bpe', 'wordpiece', 'unigram' (SentencePiece, of T5), 'char', or the model's name in lower case.
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", config: dict[str, Any] | None = None):
@@ -60,9 +79,10 @@ class Tokenizer:
         backend.no_padding()
         self.size: int = backend.get_vocab_size()
         self.kind: str = type(backend.model).__name__.lower()
-        wordpiece = self.kind == "wordpiece"
-        self.eod_id = None if wordpiece else self._id_of("eos_token", END_OF_TEXT)
-        self.pad_id = self._id_of("pad_token", "[PAD]" if wordpiece else None)
+        eod = {"wordpiece": None, "unigram": "</s>"}.get(self.kind, END_OF_TEXT)
+        pad = {"wordpiece": "[PAD]", "unigram": "<pad>"}.get(self.kind)
+        self.eod_id = None if self.kind == "wordpiece" else self._id_of("eos_token", eod)
+        self.pad_id = self._id_of("pad_token", pad)
         self.cls_id = self._id_of("cls_token", "[CLS]")
         self.sep_id = self._id_of("sep_token", "[SEP]")
         self.mask_id = self._id_of("mask_token", "[MASK]")
@@ -82,6 +102,11 @@ class Tokenizer:
             out[[i for token, i in self.backend.get_vocab().items() if token.startswith(prefix)]] = True
         return out
 
+    def sentinels(self) -> np.ndarray:
+        """Ids that stand for spans left out, in the order of use (T5's <extra_id_0> first): int32, empty where none are."""
+        found = [(int(match[1]), i) for token, i in self._added.items() if (match := _SENTINEL.fullmatch(token))]
+        return np.array([i for _, i in sorted(found)], dtype=np.int32)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added. BadInput when a character tokenizer does not know a character."""
         return self.encode_batch([text])[0]
@@ -90,7 +115,7 @@ class Tokenizer:
         """Ids of each text, nothing added; the texts are shared among the processor's cores."""
         if self.kind == "char":
             return [self._encode_chars(text).tolist() for text in texts]
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, in the type they are stored in, and the number of ids of each text (int64)."""
@@ -99,7 +124,7 @@ class Tokenizer:
             arrays = [self._encode_chars(text) for text in texts]
             lengths = np.array([len(array) for array in arrays], dtype=np.int64)
             return np.concatenate([*arrays, np.empty(0, np.int32)]).astype(dtype), lengths
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         return np.fromiter(ids, dtype, int(lengths.sum())), lengths
@@ -115,8 +140,9 @@ class Tokenizer:
         gives the text whole.
         """
         start = 0
+        cut = _CUT_UNIGRAM if self.kind == "unigram" else _CUT
         while self._can_cut and len(text) - start > 1.5 * size:
-            match = _CUT.search(text, start + size)
+            match = cut.search(text, start + size)
             if match is None:
                 break
             yield text[start : match.end()]
@@ -128,9 +154,36 @@ class Tokenizer:
         return json.loads(self.backend.to_str())
 
     @cached_property
+    def _added(self) -> dict[str, int]:
+        """The tokens that are no piece of text, and their ids."""
+        return {token["content"]: token["id"] for token in self._spec["added_tokens"]}
+
+    @cached_property
+    def _encoder(self) -> "tokenizers.Tokenizer":
+        """What encodes: the backend, or for a unigram model a copy that cannot find the special tokens in a text.
+
+        There they are pieces of the model, and of the best score. A space before a piece hides it: the model never sees a
+        space, since the words it is given have \u2581 instead. Ids are places in the list and stay.
+        """
+        if self.kind != "unigram":
+            return self.backend
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
+        model = self._spec["model"]
+        vocab = [(" " + piece if piece in self._added else piece, score) for piece, score in _scores(model)]
+        encoder = Backend(models.Unigram(vocab, unk_id=model["unk_id"], byte_fallback=model["byte_fallback"]))
+        encoder.normalizer, encoder.pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        return encoder
+
+    @cached_property
     def _can_cut(self) -> bool:
         if self.kind == "char":
             return True
+        if self.kind == "unigram":
+            steps = (self._spec["normalizer"] or {}).get("normalizers", [])
+            known = steps[-2:] == _UNIGRAM_STEPS and [step["type"] for step in steps[:-2]] in ([], ["Precompiled"])
+            return known and self._spec["pre_tokenizer"] == _METASPACE
         before = self._spec["pre_tokenizer"] or {}
         after = self._spec["post_processor"] or {"type": "ByteLevel"}
         return (
@@ -165,10 +218,12 @@ class Tokenizer:
     def hash(self) -> str:
         """sha256 (hex) of what decides the ids; equal for copies of one tokenizer in whichever files they came."""
         spec = {key: self._spec[key] for key in ("model", "normalizer", "pre_tokenizer", "post_processor")}
-        if (spec["post_processor"] or {}).get("type") == "ByteLevel" or self.kind == "wordpiece":
-            spec["post_processor"] = None  # moves offsets; or adds [CLS] and [SEP], which we never ask for
+        if (spec["post_processor"] or {}).get("type") == "ByteLevel" or self.kind in ("wordpiece", "unigram"):
+            spec["post_processor"] = None  # moves offsets; or adds [CLS] and [SEP], or </s>, which we never ask for
         spec["pre_tokenizer"] = {k: v for k, v in (spec["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
         spec["model"] = {key: value or None for key, value in spec["model"].items()}  # "" and null are the same affix
+        if self.kind == "unigram":
+            spec["model"]["vocab"] = _scores(spec["model"])
         spec["added"] = [(token["id"], token["content"]) for token in self._spec["added_tokens"]]
         spec["eod"] = self.eod_id
         canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -185,6 +240,14 @@ class Tokenizer:
             config.setdefault("unk_token", self._spec["model"]["unk_token"])
             config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
             config.setdefault("do_lower_case", (self._spec["normalizer"] or {}).get("lowercase", False))
+        if self.kind == "unigram":
+            roles["pad_token"] = self.pad_id
+            sentinels = [self.backend.id_to_token(i) for i in self.sentinels().tolist()]
+            if sentinels:  # transformers' class of T5 adds those it is not told of
+                config.setdefault("extra_ids", len(sentinels))
+                config.setdefault("additional_special_tokens", sentinels)
+            if self._spec["model"]["unk_id"] is not None:
+                config.setdefault("unk_token", self.backend.id_to_token(self._spec["model"]["unk_id"]))
         for role, i in roles.items():
             if i is not None:
                 config.setdefault(role, self.backend.id_to_token(i))
@@ -192,9 +255,15 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _scores(model: dict[str, Any]) -> list[tuple[str, float]]:
+    """Pieces of a unigram model and their scores, in float32 as SentencePiece has them: the last digits of what is read
+    from a tokenizer.json depend on how often it was read and written, and they would decide between equal ways to cut."""
+    return [(piece, float(np.float32(score))) for piece, score in model["vocab"]]
+
+
 def load(name_or_dir: str | Path) -> Tokenizer:
-    """The tokenizer in a folder (tokenizer.json, GPT-2's vocab.json + merges.txt, or BERT's vocab.txt), or the one of a name
-    (`gpt2`, `bert-base-uncased`).
+    """The tokenizer in a folder (tokenizer.json, GPT-2's vocab.json + merges.txt, BERT's vocab.txt or T5's spiece.model), or
+    the one of a name (`gpt2`, `bert-base-uncased`, `t5`).
 
     A name is looked up in corpora/tokenizers/NAME, then on the Hugging Face hub. BadInput when there is none.
     """
@@ -207,15 +276,19 @@ def load(name_or_dir: str | Path) -> Tokenizer:
         tokenizer = _from_gpt2_files(folder)
     elif (folder / "vocab.txt").is_file():
         tokenizer = _from_vocab_txt(folder)
-    else:  # SentencePiece (spiece.model) belongs here
+    elif (folder / "spiece.model").is_file():
+        tokenizer = _from_spiece(folder)
+    else:
         raise BadInput(
             f"{folder}: no tokenizer there; give a folder with tokenizer.json, "
-            "with GPT-2's vocab.json and merges.txt, or with BERT's vocab.txt"
+            "with GPT-2's vocab.json and merges.txt, with BERT's vocab.txt, or with T5's spiece.model"
         )
     if str(name_or_dir) == "gpt2":
         _check_gpt2(tokenizer, folder)
     if str(name_or_dir) == "bert-base-uncased":
         _check_bert(tokenizer, folder)
+    if str(name_or_dir) == "t5":
+        _check_t5(tokenizer, folder)
     return tokenizer
 
 
@@ -233,13 +306,14 @@ def _find_by_name(name: str) -> Path:
     import huggingface_hub
 
     try:
-        wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"]
+        wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"]
         return Path(huggingface_hub.snapshot_download(HUB_NAMES.get(name, name), allow_patterns=wanted))
     except Exception as error:  # no network, no such name, no access: each has a class of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"tokenizer {name}: no such folder, nor is it in corpora/tokenizers or on the hub ({reason}); put its "
-            f"tokenizer.json (or vocab.json and merges.txt, or vocab.txt) into corpora/tokenizers/{name} or give their folder"
+            "tokenizer.json (or vocab.json and merges.txt, or vocab.txt, or spiece.model) "
+            f"into corpora/tokenizers/{name} or give their folder"
         ) from None
 
 
@@ -307,6 +381,63 @@ def _check_bert(tokenizer: Tokenizer, folder: Path) -> None:
             f"{folder}: {tokenizer.kind} of {tokenizer.size:,} ids; bert-base-uncased is wordpiece of {BERT_SIZE:,}; "
             "the files are damaged or of another tokenizer (then give their folder)"
         )
+
+
+def _check_t5(tokenizer: Tokenizer, folder: Path) -> None:
+    if (tokenizer.size, tokenizer.kind, tokenizer.eod_id) != (T5_SIZE, "unigram", 1):
+        raise BadInput(
+            f"{folder}: {tokenizer.kind} of {tokenizer.size:,} ids with </s> = {tokenizer.eod_id}; t5 is unigram of "
+            f"{T5_SIZE:,} with 1; the files are damaged or of another tokenizer (then give their folder)"
+        )
+
+
+def _from_spiece(folder: Path) -> Tokenizer:
+    path = folder / "spiece.model"
+    try:
+        model, config = path.read_bytes(), _config(folder)
+        return Tokenizer(_unigram(model, int(config.get("extra_ids", SENTINELS))), config)
+    except Exception as error:  # of JSON, protobuf and tokenizers, each has a class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{path}: cannot be read as a SentencePiece unigram model with T5's special pieces ({reason}); "
+            "get the file again, or give the tokenizer.json"
+        ) from None
+
+
+def _unigram(model: bytes, sentinels: int) -> "tokenizers.Tokenizer":
+    """T5's frame around the file of a SentencePiece unigram model, as transformers' T5Converter makes it.
+
+    Behind the model's pieces come the sentinels, the first of them last. ValueError where the model is none of that kind.
+    """
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    names = [piece.piece for piece in proto.pieces]
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    missing = [token for token in ("<pad>", "</s>", "<unk>") if token not in names]
+    if missing or trainer.model_type != trainer.UNIGRAM:
+        told = f"without {', '.join(missing)}" if missing else f"of type {trainer.model_type}, unigram is {trainer.UNIGRAM}"
+        raise ValueError(f"{len(names):,} pieces, {told}")
+    extra = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
+    vocab = [(piece.piece, piece.score) for piece in proto.pieces] + [(token, 0.0) for token in extra]
+    backend = Backend(models.Unigram(vocab, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    if normalizer.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
+    if trainer.byte_fallback:
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), backend.decoder])
+    end = ("</s>", names.index("</s>"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[end]
+    )
+    control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in [*control, *extra]])
+    return backend
 
 
 def _byte_level(model: Any) -> "tokenizers.Tokenizer":
@@ -394,6 +525,48 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
             f"tokens, {len(characters):,} characters, {len(inside):,} of them inside words)"
         )
     return Tokenizer(_wordpiece(train(vocab_size, first), lowercase))
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = SENTINELS) -> Tokenizer:
+    """Train SentencePiece's unigram model by T5's settings, of at most `vocab_size` ids: <pad>, </s>, <unk> (0 to 2), pieces
+    from the most probable on, then the sentinels. What it learns from is lines; one of over 2^20 bytes is left out.
+
+    Fewer ids than asked for come of too little text. BadInput for no text, or a size below what the characters alone need.
+    """
+    import sentencepiece
+
+    model, pieces = io.BytesIO(), vocab_size - sentinels
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=max(pieces, 4),  # below that it tells of something else than the size
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            normalization_rule_name="nmt_nfkc",
+            character_coverage=0.9995,
+            max_sentence_length=2**20,
+            hard_vocab_limit=False,
+            num_threads=16,  # the order of sums, and so the last digits, depend on it: not on the machine's cores
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        needed = re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", str(error))
+        if needed:
+            raise BadInput(
+                f"vocabulary of {vocab_size}: SentencePiece of this text needs at least {int(needed[1]) + sentinels + 1:,} "
+                f"({sentinels} sentinels, the special pieces and the characters)"
+            ) from None
+        if "sentences_.empty()" in str(error):
+            raise BadInput("no text to train SentencePiece on; give a source with lines that are not blank") from None
+        raise BadInput(
+            f"SentencePiece cannot be trained on this text ({str(error).strip().splitlines()[-1]}); give more text"
+        ) from None
+    return Tokenizer(_unigram(model.getvalue(), sentinels))
 
 
 def train_char(text: str) -> Tokenizer:

@@ -170,6 +170,9 @@ def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
 def read(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     """Every parameter's master and moments, gathered one at a time; the ranks take turns to write."""
     stage, inner = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # parameters that every rank holds whole, whatever is kept
+        yield from state.read_torch(engine.module.named_parameters(), inner, ranks)
+        return
     stepped = stage > 0 and bool(inner.optimizer.state)
     if stepped and stage < 3:
         _link(inner)

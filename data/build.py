@@ -41,7 +41,9 @@ BATCH_CHARS = 2_000_000  # characters that one call of the tokenizer encodes
 BATCHES_AHEAD = 3  # in work at once: while one is encoded (outside Python), another is read or written
 PART_BYTES = 64 * 2**20  # text between two savings of the state
 TRAINING_BYTES = 256 * 2**20  # a tokenizer is trained on this much text at most, the first of the train split
+TRAINING_BYTES_SENTENCEPIECE = 64 * 2**20  # its trainer takes 45 bytes of memory for one of text, others a few
 FEW_DOCUMENTS = 5  # fewer whole files than this expected in a split: cut files instead
+FAMILIES = {"bpe": "BPE", "wordpiece": "WordPiece", "sentencepiece": "SentencePiece"}  # of a tokenizer trained here
 
 Cut = list[tuple[str, str]]  # (split, text) of each part a document is cut into
 Splitter = Callable[[str, bytes], Cut]  # text, and the same as UTF-8
@@ -55,7 +57,7 @@ class Options:
     corpus: str  # name of the module
     tokenizer: str | None = None  # name or folder; 'char': the characters of this text; None: train one of vocab_size
     vocab_size: int = 4096
-    tokenizer_type: str = "bpe"  # of the one that is trained; or wordpiece
+    tokenizer_type: str = "bpe"  # of the one that is trained; or wordpiece, sentencepiece
     sentences: bool = False  # one sequence a sentence, not one a document
     shares: dict[str, float] = field(default_factory=dict)  # of valid and test, in documents or in characters
     split_by: str = "auto"
@@ -92,12 +94,12 @@ def parser(
     p.add_argument("out", metavar="OUT", type=Path, help="folder to fill, such as corpora/NAME")
     words = p.add_mutually_exclusive_group(required=tokenizer is None and vocab_size is None)
     default = f" (default: {tokenizer})" if tokenizer else ""
-    told = "gpt2, bert-base-uncased, char, or a folder with tokenizer.json" + default
+    told = "gpt2, bert-base-uncased, t5, char, or a folder with tokenizer.json" + default
     words.add_argument("--tokenizer", metavar="NAME_OR_DIR", help=told)
     default = f" (default: {vocab_size})" if vocab_size else ""
     words.add_argument("--vocab-size", metavar="N", type=int, help="train a tokenizer of N ids" + default)
-    told = f"of the tokenizer that is trained: byte-level BPE, or BERT's WordPiece, uncased (default: {tokenizer_type})"
-    p.add_argument("--tokenizer-type", choices=("bpe", "wordpiece"), help=told)
+    told = "of the tokenizer that is trained: byte-level BPE, BERT's WordPiece, uncased, or T5's SentencePiece"
+    p.add_argument("--tokenizer-type", choices=tuple(FAMILIES), help=f"{told} (default: {tokenizer_type})")
     told = "keep the bounds of sentences, one sequence each: what BERT needs" + (" (default)" if sentences else "")
     p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=told)
     p.set_defaults(default_tokenizer=tokenizer, default_vocab_size=vocab_size, default_tokenizer_type=tokenizer_type)
@@ -197,7 +199,7 @@ def _build(opt: Options, source: Source, splitter: Splitter | None) -> dict[str,
 
 def _request(opt: Options, source: Source, named: tokenizers.Tokenizer | None) -> dict[str, Any]:
     """All that decides the content, as JSON gives it back. Two builds with equal requests give equal files."""
-    family = {"bpe": "BPE", "wordpiece": "WordPiece"}[opt.tokenizer_type]
+    family = FAMILIES[opt.tokenizer_type]
     request = {
         "corpus": opt.corpus,
         "source": source.identity(),
@@ -279,8 +281,12 @@ def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitt
             characters.update(text)
         trained = tokenizers.train_char("".join(characters))
     else:
-        train = {"bpe": tokenizers.train_bpe, "wordpiece": tokenizers.train_wordpiece}[opt.tokenizer_type]
-        trained = train(_for_training(opt, source, splitter), opt.vocab_size)
+        train = {
+            "bpe": tokenizers.train_bpe,
+            "wordpiece": tokenizers.train_wordpiece,
+            "sentencepiece": tokenizers.train_sentencepiece,
+        }
+        trained = train[opt.tokenizer_type](_for_training(opt, source, splitter), opt.vocab_size)
         if trained.size < opt.vocab_size:
             _say(f"the text gives {trained.size:,} ids of the {opt.vocab_size:,} asked for")
     trained.save(folder)
@@ -288,12 +294,13 @@ def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitt
 
 
 def _for_training(opt: Options, source: Source, splitter: Splitter) -> Iterator[str]:
+    limit = TRAINING_BYTES_SENTENCEPIECE if opt.tokenizer_type == "sentencepiece" else TRAINING_BYTES
     used = 0
     for split, size, text in _texts(opt, source, splitter):
         if split == "train":
             yield text
             used += size
-            if used >= TRAINING_BYTES:
+            if used >= limit:
                 return
 
 

@@ -1,9 +1,9 @@
 """C4, English (364,868,892 documents): T5's training text. Its own validation split becomes valid.
 
 Streamed from the hub, or from --source, a local folder of the dataset with both splits. --max-mb takes the first MB of
-each split.
+each split. T5 takes it with its own SentencePiece (--tokenizer t5), GPT with gpt2.
 
-    python -m data.c4 corpora/c4 --tokenizer gpt2 --max-mb 1000
+    python -m data.c4 corpora/c4 --tokenizer t5 --max-mb 1000
 """
 
 from common.errors import exit_cleanly

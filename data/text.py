@@ -6,6 +6,7 @@ whatever its suffix is. Text is taken exactly as stored, a byte order mark aside
 
     python -m data.text corpora/books --source books/ --tokenizer gpt2
     python -m data.text corpora/mine --source dump.jsonl.zst --text-key content --vocab-size 16384
+    python -m data.text corpora/t5 --source books/ --tokenizer-type sentencepiece --vocab-size 8192
 """
 
 from common.errors import exit_cleanly

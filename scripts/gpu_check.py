@@ -222,7 +222,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             forget()
             continue
         rate = statistics.mean(tokens_of) / statistics.median(seconds)  # padding left out
-        per_token = task.forward_backward_flops(cfg.model, cfg.data.seq_len)
+        per_token = task.forward_backward_flops(cfg.model, cfg.data)
         gpu = torch.cuda.get_device_name(device) if cuda else None
         return {
             "ok": True, "config": name, "stack": stack, "micro_batch": micro, "parameters": cfg.model.parameters(),

@@ -39,13 +39,13 @@ def main() -> None:
     print(f"parameters     {model.parameters():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0
     for phase in config.views(cfg):
-        per_token = task.forward_backward_flops(model, phase.data.seq_len)
-        tokens = phase.train.global_batch * phase.data.seq_len
+        per_token = task.forward_backward_flops(model, phase.data)
+        tokens = phase.train.global_batch * phase.data.sample_tokens
         steps, begin = phase.train.steps - begin, phase.train.steps
         in_all, flops_in_all = in_all + tokens * steps, flops_in_all + tokens * steps * per_token["full"]
         causal = f" ({per_token['causal']:.4g} counting the causal half of attention)" if "causal" in per_token else ""
         print(f"FLOPs a token  {per_token['full']:.4g}{causal}")
-        product = f"{phase.train.global_batch} x {phase.data.seq_len} = {tokens:,}"
+        product = f"{phase.train.global_batch} x {phase.data.sample_tokens} = {tokens:,}"
         print(f"tokens a step  {product}; in {steps:,} steps {tokens * steps:.4g}")
     print(f"in all         {in_all:.4g} tokens, {flops_in_all:.4g} FLOPs")
     if peak:

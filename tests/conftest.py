@@ -53,6 +53,23 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text for T5: SentencePiece of 700 ids, 100 of them sentinels."""
+    folder = tmp_path_factory.mktemp("corpus") / "spans"
+    words = ["--tokenizer-type", "sentencepiece", "--vocab-size", "700", "--max-mb", "1"]
+    command = [sys.executable, "-m", "data.python_docs", str(folder), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_settings(spans: Path) -> list[str]:
+    """Overrides that point a tiny config of T5 at its test corpus."""
+    return [f"data.train={spans}/train", f"data.valid={spans}/valid", "train.eval_samples=16"]
+
+
+@pytest.fixture(scope="session")
 def bert_settings(sentences: Path) -> list[str]:
     """Overrides that point a tiny config of BERT at its test corpus."""
     return [f"data.train={sentences}/train", f"data.valid={sentences}/valid", "train.eval_samples=16"]

@@ -287,11 +287,11 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, wha
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2 x megatron.pp=1"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
     ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
-    ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: its layers fuse query, key and value"),
-    ("deepspeed", 1, "optim.optimizer=lamb", "lamb with deepspeed.zero_stage=1: ZeRO steps flat partitions, whose norms are"),
+    ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: it scales each parameter's update by the norms"),
+    ("deepspeed", 1, "optim.optimizer=lamb", "lamb with deepspeed.zero_stage=1: it scales each parameter's update by the"),
     (
         "deepspeed", 2, "optim.optimizer=lamb deepspeed.zero_stage=0 deepspeed.tp=2 model.arch=llama",
-        "lamb with deepspeed.tp=2: AutoTP splits parameters",
+        "lamb with deepspeed.tp=2: it scales each parameter's update by the norms of",
     ),
 ]  # fmt: skip
 

@@ -89,7 +89,7 @@ LAYOUTS = [
     ("deepspeed", 2, "deepspeed.tp=2 deepspeed.zero_stage=3", "deepspeed.tp=2 with deepspeed.zero_stage=3"),
     ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=96", "megatron.tp=3 does not divide model.heads=2"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=2"),
-    ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: its layers fuse query, key and value"),
+    ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: it scales each parameter's update by the norms"),
 ]
 
 

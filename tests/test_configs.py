@@ -18,7 +18,15 @@ CONFIGS = {f"{p.parts[-3]}/{p.stem}": p for p in sorted((ROOT / "recipes").glob(
 OWN = ("tiny", "quickstart", "gutenberg")  # ours alone, of no source
 PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.partition("/")[2].startswith(OWN)]
 GPUS = {"gpt/shakespeare_char_cpu": 1, "gpt/shakespeare_char_gpu": 1, "gpt/gpt3_175b": 768}  # the others: one node of 8
-REFUSED = {("bert/lamb_44min", "megatron"): "optim.optimizer=lamb on megatron: its layers fuse query, key and value"}
+REFUSED = {("bert/lamb_44min", "megatron"): "optim.optimizer=lamb on megatron"}
+ADAFACTOR = [name for name in PUBLISHED_CONFIGS if name.startswith("t5/t5_")]
+REFUSED |= {(name, "megatron"): "optim.optimizer=adafactor on megatron" for name in ADAFACTOR}
+REFUSED |= {
+    (f"t5/{name}", "deepspeed"): "optim.optimizer=adafactor with deepspeed.zero_stage=3" for name in ("t5_11b", "t5_v1_1_xxl")
+}
+INSTEAD = (  # what the heads give where Adafactor is refused
+    "optim.optimizer=adamw optim.lr=1e-4 optim.min_lr=1e-5 optim.schedule=linear optim.weight_decay=0.01 optim.grad_clip=1.0"
+)
 
 # name: (published count, its unit, what the source leaves out of our count, or counts that we do not have)
 NANOGPT = "nanoGPT's model.py prints it: without position embeddings; its models have no biases"
@@ -27,6 +35,8 @@ MEGATRON = "Megatron-LM paper (arXiv:1909.08053) table 2; it counts 50,257 token
 BERT = "BERT paper (arXiv:1810.04805) section 3, in tens of millions: 110M and 340M; the encoder with its pooler, without heads"
 MEGATRON_BERT = "Megatron-LM paper (arXiv:1909.08053) table 4; with both heads; 30,522 tokens, ours are the padded 30,592"
 PILE_BERT = "Megatron-DeepSpeed, bert_with_pile/ds_pretrain_bert.sh; with both heads; 30,522 tokens, ours are the padded 30,592"
+T5 = "google-t5 on the Hugging Face hub, the tensors of its checkpoints; the paper rounds (section 3.7)"
+T5_V1_1 = "released_checkpoints.md of text-to-text-transfer-transformer: about 77, 250 and 800 million, 3 and 11 billion"
 PUBLISHED = {
     "gpt/shakespeare_char_cpu": ("0.80", 1e6, NANOGPT),
     "gpt/shakespeare_char_gpu": ("10.65", 1e6, NANOGPT),
@@ -52,6 +62,17 @@ PUBLISHED = {
     "bert/megatron_deepspeed_110m": ("110", 1e6, PILE_BERT),
     "bert/megatron_deepspeed_336m": ("336", 1e6, PILE_BERT),
     "bert/lamb_44min": ("34", 1e7, BERT + "; its own JSON has 119,547 rows in place of 30,522"),
+    "t5/t5_small": ("60.5", 1e6, T5),
+    "t5/t5_base": ("222.9", 1e6, T5),
+    "t5/t5_large": ("737.7", 1e6, T5),
+    "t5/t5_3b": ("2.85", 1e9, T5),
+    "t5/t5_11b": ("11.3", 1e9, T5),
+    "t5/t5_v1_1_small": ("77", 1e6, T5_V1_1),
+    "t5/t5_v1_1_base": ("25", 1e7, T5_V1_1),
+    "t5/t5_v1_1_large": ("8", 1e8, T5_V1_1),
+    "t5/t5_v1_1_xl": ("3", 1e9, T5_V1_1),
+    "t5/t5_v1_1_xxl": ("11", 1e9, T5_V1_1),
+    "t5/nvidia_220m": ("22", 1e7, "Megatron-LM, examples/t5: 220M, of another vocabulary, with positions and biases"),
 }
 
 
@@ -133,6 +154,44 @@ def test_bert_is_as_large_as_the_plain_class(name: str, encoder: int, whole: int
     assert sum(p.numel() for p in net.parameters()) == load(name).model.parameters() == whole
 
 
+@pytest.mark.parametrize(
+    "name, paper, whole",
+    [
+        ("t5/t5_small", 60e6, 60_506_624),
+        ("t5/t5_base", 220e6, 222_903_552),
+        ("t5/t5_large", 770e6, 737_668_096),
+        ("t5/t5_3b", 2.8e9, 2_851_598_336),
+        ("t5/t5_11b", 11e9, 11_307_321_344),
+        ("t5/t5_v1_1_small", None, 76_961_152),
+        ("t5/t5_v1_1_base", None, 247_577_856),
+        ("t5/t5_v1_1_large", None, 783_150_080),
+        ("t5/t5_v1_1_xl", None, 2_849_757_184),
+        ("t5/t5_v1_1_xxl", None, 11_135_332_352),
+        ("t5/nvidia_220m", None, 222_903_552),
+    ],
+)
+def test_t5_is_as_large_as_the_plain_class(name: str, paper: float | None, whole: int) -> None:
+    """Of transformers itself, which ties the output to the embedding whatever its configuration says; and of the paper
+    (arXiv:1910.10683, section 3.7), whose 770M counts the tied output too."""
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    task, model = family(name), load(name).model
+    with torch.device("meta"):
+        net = T5ForConditionalGeneration(task.hf_config(model))
+    counts = {key: p.numel() for key, p in net.named_parameters()}
+    untied = model.vocab_size * model.hidden if model.arch == "t5_v1_1" else 0
+    assert sum(counts.values()) + untied == model.parameters() == whole
+    tables = [count for key, count in counts.items() if "relative_attention_bias" in key]
+    assert tables == [32 * model.heads] * 2, "one for the encoder, one for the decoder, in their first layers"
+    unpadded = model.model_copy(update={"vocab_size": 32_100})  # 32,000 and 100 sentinels
+    assert whole - unpadded.parameters() == 28 * model.hidden * (2 if untied else 1)
+    if paper:
+        twice = model.vocab_size * model.hidden if name == "t5/t5_large" else 0
+        assert whole + twice == pytest.approx(paper, rel=0.03)
+        assert not twice or whole != pytest.approx(paper, rel=0.03)
+
+
 @pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith(("gpt/megatron", "gpt/gpt3"))])
 def test_parameters_follow_the_published_formula(name: str) -> None:
     """arXiv:2104.04473 equation 2, 12Lh^2 (1 + 13/(12h) + (V+s)/(12Lh)), which leaves out the last LayerNorm's 2h."""
@@ -158,14 +217,31 @@ def test_the_layouts_divide_and_fit_an_80_gb_gpu(name: str) -> None:
             assert not too_large or "does not fit" in text
 
 
+@pytest.mark.parametrize("name", ADAFACTOR)
+def test_the_heads_way_around_adafactor_fits(name: str) -> None:
+    assert INSTEAD in CONFIGS[name].read_text().partition("model:")[0]
+    overrides = INSTEAD.split()
+    if load(name).phases:
+        last = f"phases=[] train.steps={phases(name)[-1].train.steps}"
+        assert last in CONFIGS[name].read_text().partition("model:")[0]
+        overrides += last.split()
+    if (name, "deepspeed") not in REFUSED:
+        overrides.append("deepspeed.zero_stage=1")
+    cfg = config.load(CONFIGS[name], overrides, family(name).Config)
+    for stack in ("deepspeed", "megatron"):
+        assert estimate_for(cfg, load(name).model, stack, 8)["total"] < 80e9, stack
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_head_and_the_arithmetic_are_true(name: str) -> None:
     path = CONFIGS[name]
     text = path.read_text()
     assert str(path.relative_to(ROOT)) in text.partition("model:")[0], "the head gives the command"
     for cfg in phases(name):
-        batch, length = cfg.train.global_batch, cfg.data.seq_len
-        assert f"{batch} x {length} = {batch * length:,} tokens a step" in text
+        batch, length = cfg.train.global_batch, str(cfg.data.seq_len)
+        if cfg.data.sample_tokens != cfg.data.seq_len:
+            length = f"({length} + {cfg.data.target_len})"
+        assert f"{batch} x {length} = {batch * cfg.data.sample_tokens:,} tokens a step" in text
     above, mark, below = text.partition("# ---- below this line nothing may change the loss ----\n")
     assert mark and re.findall(r"^(\w+):", below, re.M) == list(config.STACKS)
     assert not any(f"\n{stack}:" in above for stack in config.STACKS)
@@ -191,6 +267,25 @@ def test_bert_has_one_schedule_over_both_lengths(name: str) -> None:
     assert first.train.steps == 900_000 and (first.data.seq_len, second.data.seq_len) == (128, 512)
     assert optim.lr_at(10_000, first.optim) == 1e-4 and optim.lr_at(1_000_000, second.optim) == 0
     assert optim.lr_at(900_000, first.optim) > optim.lr_at(900_001, second.optim) > 0
+
+
+@pytest.mark.parametrize("name", ADAFACTOR)
+def test_t5_has_the_papers_rate_and_batches(name: str) -> None:
+    """1 / sqrt(max(n, 10,000)); 2^19 steps of 2^16 tokens in the studies, 1,000,000 of 2^20 for the five sizes."""
+    cfg = phases(name)[0]
+    for step in (1, 10_000, 10_001, 40_000, 400_000):
+        assert optim.lr_at(step, cfg.optim) == pytest.approx(max(step, 10_000) ** -0.5)
+    assert cfg.model.dropout == (0.0 if cfg.model.arch == "t5_v1_1" else 0.1)
+    study = name in ("t5/t5_base", "t5/t5_v1_1_base")
+    assert cfg.train.global_batch * cfg.data.seq_len == (2**16 if study else 2**20)
+    assert phases(name)[-1].train.steps == (2**19 if study else 1_000_000)
+
+
+def test_t5_v1_1_base_falls_over_the_last_tenth() -> None:
+    first, second = phases("t5/t5_v1_1_base")
+    assert first.train.steps == round(0.9 * 2**19)
+    assert optim.lr_at(471_860, second.optim) == pytest.approx(optim.lr_at(471_859, first.optim), rel=1e-3)
+    assert optim.lr_at(524_288, second.optim) == 0
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED_CONFIGS if n.startswith("gpt/gpt3")])
@@ -280,5 +375,5 @@ def test_peaks_and_mfu() -> None:
     assert flops.mfu(1e9, 312_000 * 8, "NVIDIA A100-SXM4-80GB", 8) == pytest.approx(1.0)
     assert flops.mfu(1e9, 1e6, None, 1) is None
     cfg = load("gpt/gpt2_124m")
-    per_token = family("gpt/gpt2_124m").forward_backward_flops(cfg.model, 1024)
+    per_token = family("gpt/gpt2_124m").forward_backward_flops(cfg.model, cfg.data)
     assert per_token["causal"] < per_token["full"] == pytest.approx(6 * 123.5e6 + 12 * 12 * 768 * 1024, rel=0.001)

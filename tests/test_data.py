@@ -194,6 +194,41 @@ def test_python_docs_needs_no_network(tmp_path, monkeypatch):
     assert Path(__future__.__file__).read_text(encoding="utf-8") in found
 
 
+def test_a_sentencepiece_of_the_text(speeches, jsonl, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = ("--source", jsonl, "--valid-share", 0.1, "--tokenizer-type", "sentencepiece")
+    make("text", monkeypatch, out, *args, "--vocab-size", 1000)
+    tokenizer = tokenizers.load(out / "tokenizer")
+    assert (tokenizer.kind, tokenizer.size, len(tokenizer.sentinels())) == ("unigram", 1000, 100)
+    assert Corpus(out / "train").eod_id == tokenizer.eod_id == 1
+    found = sum((texts(out / split, tokenizer) for split in ("train", "valid")), [])
+    assert sorted(found) == sorted(tokenizer.decode(tokenizer.encode(s)) for s in speeches)
+    plain = {" ".join(s.split()) for s in speeches}  # an end of line is a blank to it
+    assert sum(text in plain for text in found) > 0.95 * len(found)  # but for the rarest characters
+    for split in ("train", "valid"):
+        Corpus(out / split).verify(tokenizer.size)
+        assert np.asarray(Corpus(out / split).flat).max() < tokenizer.sentinels().min()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["request"]["tokenizer"] == "SentencePiece of 1000"
+    with pytest.raises(BadInput, match="SentencePiece of 1000, is BPE of 1000"):
+        make("text", monkeypatch, out, *args[:-2], "--vocab-size", 1000)
+
+
+def test_c4_by_t5(source, speeches, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tokenizers, "TOKENIZERS", source / "tokenizers")
+    splits = {"train": speeches[:40], "validation": speeches[40:50]}
+    for name, some in splits.items():
+        (tmp_path / "c4").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"text": some}).to_parquet(tmp_path / "c4" / f"{name}-0.parquet")
+    make("c4", monkeypatch, tmp_path / "out", "--source", tmp_path / "c4", "--tokenizer", "t5")
+    t5 = tokenizers.load("t5")
+    for split, some in (("train", speeches[:40]), ("valid", speeches[40:50])):
+        assert texts(tmp_path / "out" / split, t5) == [t5.decode(t5.encode(s)) for s in some]
+
+
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 

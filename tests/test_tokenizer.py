@@ -296,6 +296,148 @@ def test_saved_wordpiece_is_the_same_to_us_and_to_transformers(bert, wordpiece, 
             assert pair["input_ids"].count(tokenizer.sep_id) == 2 and set(pair["token_type_ids"]) == {0, 1}
 
 
+# ---- SentencePiece --------------------------------------------------------------------------------------------------
+
+SPELLED = "a </s> b <extra_id_0> c <pad><unk>d<extra_id_99>"
+
+
+@pytest.fixture(scope="module")
+def t5(source, tmp_path_factory):
+    """T5's, read from its tokenizer.json alone and from its spiece.model alone."""
+    loaded = {}
+    for name in ("tokenizer.json", "spiece.model"):
+        folder = tmp_path_factory.mktemp("t5")
+        shutil.copy(source / "tokenizers" / "t5" / name, folder)
+        loaded[name] = tokenizers.load(folder)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(shakespeare):
+    return tokenizers.train_sentencepiece([shakespeare[:200_000]], 1000, sentinels=20)
+
+
+def test_t5(t5, source, shakespeare):
+    from sentencepiece import SentencePieceProcessor
+
+    theirs = SentencePieceProcessor(model_file=str(source / "tokenizers" / "t5" / "spiece.model"))
+    # By lines: over a whole book the float32 sums of sentencepiece lose what tells two ways to cut a word apart.
+    texts = [*shakespeare.split("\n")[:5000], *SAMPLES, SPELLED, "  \u200b\u2581x\x00 e\u0301\u3000か\u3099 ﬁ ① \u00ad"]
+    for name in ("multi30k/val.de", "multi30k/val.en", "gutenberg/emma_158.txt"):
+        texts += (source / name).read_text(encoding="utf-8").split("\n")[:2000]
+    expected = theirs.encode(texts)
+    for tokenizer in t5.values():
+        assert (tokenizer.size, tokenizer.kind, tokenizer.eod_id) == (32_100, "unigram", 1)
+        assert roles(tokenizer) == (0, None, None, None)
+        assert tokenizer.sentinels().tolist() == list(range(32_099, 31_999, -1))
+        assert tokenizer.encode_batch(texts) == expected
+        assert tokenizer.decode([32_099, 1, *tokenizer.encode("Thank you.")]) == "<extra_id_0></s> Thank you."
+    one, other = t5.values()
+    assert one.hash == other.hash
+
+
+def test_special_tokens_in_a_text_are_text_to_sentencepiece(t5, sentencepiece):
+    for tokenizer in (*t5.values(), sentencepiece):
+        ids = tokenizer.encode(SPELLED)
+        special = {tokenizer.eod_id, tokenizer.pad_id, *tokenizer.sentinels().tolist()}
+        assert len(special) > 20 and not set(ids) & special and len(ids) > 20
+        assert tokenizer.encode_flat([SPELLED])[0].tolist() == ids
+        last = tokenizer.sentinels()[0]
+        assert tokenizer.decode([last]) == "<extra_id_0>" and last == tokenizer.size - 1
+
+
+def test_others_have_no_sentinels(gpt2, wordpiece):
+    for tokenizer in (gpt2, wordpiece, tokenizers.train_char("ab")):
+        assert tokenizer.sentinels().tolist() == []
+
+
+def test_trained_sentencepiece(sentencepiece, shakespeare):
+    assert (sentencepiece.size, sentencepiece.eod_id, sentencepiece.kind) == (1000, 1, "unigram")
+    assert [sentencepiece.backend.id_to_token(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
+    assert sentencepiece.sentinels().tolist() == list(range(999, 979, -1))
+    text = "First Citizen: hear me speak."
+    assert sentencepiece.decode(sentencepiece.encode(text)) == text
+    assert sentencepiece.encode("東")[-1] == 2 and sentencepiece.encode(" \n ") == []
+    few = tokenizers.train_sentencepiece(["a b ab abc abcabc\n"] * 9, 500)
+    assert few.size < 500 and few.encode("ab")  # what there is
+    assert len(few.sentinels()) == 100
+    for texts, size, told in (
+        ([shakespeare[:9000]], 120, r"vocabulary of 120: .* needs at least \d\d\d \(100 sentinels"),
+        ([shakespeare[:9000]], 0, "vocabulary of 0: .* needs at least"),
+        (["", " \n"], 500, "no text"),
+    ):
+        with pytest.raises(BadInput, match=told) as error:
+            tokenizers.train_sentencepiece(texts, size)
+        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput) as error:
+        tokenizers.train_sentencepiece([shakespeare[:9000]], 120)
+    needed = int(str(error.value).split("at least ")[1].split()[0])
+    assert tokenizers.train_sentencepiece([shakespeare[:9000]], needed).size == needed
+
+
+def test_training_sentencepiece_is_the_same_in_every_process():
+    code = (
+        "from common import tokenizer\n"
+        "lines = open('common/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
+        "t = tokenizer.train_sentencepiece(lines, 700); print(t.size, t.hash)"
+    )
+    command, seeds = [sys.executable, "-c", code], ("0", "1")
+    told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
+    assert told[0].startswith("700 ") and len(set(told)) == 1
+
+
+def test_damaged_spiece_model_is_refused(source, tmp_path, monkeypatch):
+    import sentencepiece
+
+    whole = (source / "tokenizers" / "t5" / "spiece.model").read_bytes()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b ab abc"] * 9), model_prefix=tmp_path / "bpe", model_type="bpe", vocab_size=9,
+        pad_id=3, minloglevel=2,
+    )  # fmt: skip
+    for bad, told in (
+        (b"", "cannot be read as a SentencePiece unigram model"),
+        (whole[:5000], "cannot be read"),
+        (b"{}\n", "cannot be read"),
+        ((tmp_path / "bpe.model").read_bytes(), "of type 2, unigram is 1"),
+    ):
+        (tmp_path / "spiece.model").write_bytes(bad)
+        with pytest.raises(BadInput, match=told) as error:
+            tokenizers.load(tmp_path)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path)
+    (tmp_path / "t5").symlink_to(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(whole)
+    assert tokenizers.load("t5").size == 32_100
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 10}')
+    with pytest.raises(BadInput, match="unigram of 32,010 ids .*; t5 is unigram of 32,100"):
+        tokenizers.load("t5")
+    assert tokenizers.load(tmp_path).sentinels()[0] == 32_009
+
+
+def test_saved_sentencepiece_is_the_same_to_us_and_to_transformers(t5, sentencepiece, tmp_path):
+    from transformers import AutoTokenizer
+
+    for name, tokenizer in ({"trained": sentencepiece} | t5).items():
+        tokenizer.save(tmp_path / name)
+        again = tokenizers.load(tmp_path / name)
+        assert (again.hash, again.kind, roles(again)) == (tokenizer.hash, tokenizer.kind, roles(tokenizer))
+        assert (again.eod_id, again.sentinels().tolist()) == (1, tokenizer.sentinels().tolist())
+        for config in (None, {"model_type": "t5"}):  # beside a model it is loaded through the model's config
+            if config:
+                (tmp_path / name / "config.json").write_text(json.dumps(config))
+            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert len(theirs) == tokenizer.size
+            assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
+            assert theirs.bos_token is None and len(theirs.all_special_tokens) == 3 + len(tokenizer.sentinels())
+            assert theirs.convert_tokens_to_ids("<extra_id_0>") == tokenizer.size - 1
+            assert theirs("<extra_id_1>")["input_ids"] == [tokenizer.size - 2, 1]
+            for text in SAMPLES:
+                ids = tokenizer.encode(text)
+                assert theirs(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
+                assert theirs(text)["input_ids"] == [*ids, 1]
+                assert theirs.decode(ids) == tokenizer.decode(ids)
+
+
 # ---- long texts -----------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +457,29 @@ def test_pieces_of_whole_books_give_the_ids_of_the_whole(gpt2, source):
 @given(st.text(alphabet=" \n\t\r'svl9,é東\u00a0\u180e\u200b\u2003\ufeff\x1c\x85a🙂", max_size=60), st.integers(1, 8))
 def test_pieces_of_any_text_give_the_ids_of_the_whole(gpt2, code, text, size):
     for tokenizer in (gpt2, code):
+        pieces = list(tokenizer.pieces(text, size))
+        assert "".join(pieces) == text
+        assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text)
+
+
+def test_pieces_of_a_book_give_the_ids_of_the_whole_to_sentencepiece(t5, source):
+    text = (source / "gutenberg" / "emma_158.txt").read_text(encoding="utf-8")[:200_000]
+    for tokenizer in t5.values():
+        pieces = list(tokenizer.pieces(text, 4000))
+        assert "".join(pieces) == text and len(pieces) > len(text) / 8000
+        assert tokenizer.encode_flat(pieces)[0].tolist() == tokenizer.encode(text)
+
+
+@settings(max_examples=300, deadline=None)
+@example("x  y   z ", 1)
+@example("a \u0301b c", 1)
+@example("a b</s> c", 1)
+@given(
+    st.text(alphabet=" \n\t\r'svl9<>/,é東\u0301\u2581\u00a0\u200b\u2003\ufeff\x1c\x85a🙂\U000111c2", max_size=60),
+    st.integers(1, 8),
+)
+def test_pieces_of_any_text_give_the_ids_of_the_whole_to_sentencepiece(t5, sentencepiece, text, size):
+    for tokenizer in (t5["spiece.model"], sentencepiece):
         pieces = list(tokenizer.pieces(text, size))
         assert "".join(pieces) == text
         assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text)

@@ -84,7 +84,7 @@ class Model(Section):
             }
         )
 
-    def memory_shapes(self) -> dict[str, Any]:
+    def memory_shapes(self, data: config.Data) -> dict[str, Any]:
         """What common/memory.py needs to know of a resolved model's layers."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
 
@@ -153,9 +153,19 @@ def hf_model(model: Model) -> PreTrainedModel:
     return m.use_sdpa((m.PairedMegatronBert if model.pair_head else m.SingleMegatronBert)(hf_config(model)))
 
 
+def hf_type(model: Model) -> str:
+    """`model_type` in a folder's config.json."""
+    return model.arch
+
+
 def hf_class(model: Model) -> str:
     """The `transformers` class that loads an export."""
     return ("Bert" if model.arch == "bert" else "MegatronBert") + ("ForPreTraining" if model.pair_head else "ForMaskedLM")
+
+
+def export_config(model: Model) -> dict[str, Any]:
+    """What config.json of an export must say otherwise than hf_config: nothing."""
+    return {}
 
 
 def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -261,12 +271,12 @@ def told(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
     return sum(losses), named | {f"{name}_accuracy": value for name, value in zip(names, right, strict=True)}
 
 
-def forward_backward_flops(model: Model, seq_len: int) -> dict[str, float]:
+def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     """FLOPs a token, forward and backward, without recompute: 6 x weights that multiply + 12 x layers x hidden x T for
     attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts for the masked positions alone (15 %)."""
     h = model.hidden
     weights = model.layers * (4 * h * h + 2 * h * model.ffn) + MASK_SHARE * (h * h + model.vocab_size * h)
-    return {"full": 6.0 * weights + 12.0 * model.layers * h * seq_len}
+    return {"full": 6.0 * weights + 12.0 * model.layers * h * data.seq_len}
 
 
 def card(model: Model) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Model(Section):
             }
         )
 
-    def memory_shapes(self) -> dict[str, Any]:
+    def memory_shapes(self, data: config.Data) -> dict[str, Any]:
         """What common/memory.py needs to know of a resolved model's layers."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
@@ -159,6 +159,11 @@ def hf_model(model: Model) -> PreTrainedModel:
     shapes = hf_config(model)
     shapes.activation_function = "gelu_pytorch_tanh"  # gelu_new: one kernel for eight, one tensor kept for four
     return GPT2LMHeadModel(shapes)
+
+
+def export_config(model: Model) -> dict[str, Any]:
+    """What config.json of an export must say otherwise than hf_config: nothing."""
+    return {}
 
 
 def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -232,7 +237,7 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
     return (losses * loss_mask.flatten()).sum()
 
 
-def forward_backward_flops(model: Model, seq_len: int) -> dict[str, float]:
+def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     """FLOPs a token, forward and backward, without recompute, by both conventions of attention.
 
     Matrix products: 6 x weights that multiply. Attention scores and values: 12 x layers x hidden x T when every pair is
@@ -242,7 +247,7 @@ def forward_backward_flops(model: Model, seq_len: int) -> dict[str, float]:
     h, kv = model.hidden, model.hidden * model.kv_heads // model.heads
     mlp = (2 if model.arch == "gpt2" else 3) * h * model.ffn
     weights = model.layers * (2 * h * h + 2 * h * kv + mlp) + model.vocab_size * h
-    attention = 12.0 * model.layers * h * seq_len
+    attention = 12.0 * model.layers * h * data.seq_len
     return {"full": 6.0 * weights + attention, "causal": 6.0 * weights + attention / 2}
 
 
@@ -292,6 +297,11 @@ def heads(model: Model) -> tuple[str, ...]:
 def stored_names(name: str) -> list[str]:
     """Under which names a folder may keep a parameter: its own, and that of a model saved without its head."""
     return [name, name.removeprefix("transformer.").removeprefix("model.")]
+
+
+def hf_type(model: Model) -> str:
+    """`model_type` in a folder's config.json."""
+    return model.arch
 
 
 def hf_class(model: Model) -> str:

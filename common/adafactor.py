@@ -1,0 +1,61 @@
+"""Adafactor as T5 was trained with it, in plain torch: exact wherever each parameter is held whole (common/config.py)."""
+
+from typing import Any
+
+import torch
+
+from common.config import Optim
+
+DECAY = 0.8  # beta2 of step t is 1 - t^-0.8
+SMALLEST = 1e-30  # added to squared gradients
+LEAST_SCALE = 1e-3  # of a parameter's root mean square
+CLIP = 1.0  # of an update's root mean square
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Shazeer and Stern (arXiv:1804.04235, algorithm 4) with the settings of T5's code (mesh_tensorflow's AdafactorOptimizer):
+    no momentum, updates clipped at 1.0, the rate multiplied by the parameter's root mean square.
+
+    State: `step`; of matrices `rows` and `columns`, mean squared gradients over each; of vectors `squares`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: Optim):
+        super().__init__(groups, {"lr": optim.lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group["lr"], group["weight_decay"])
+
+    def _update(self, p: torch.Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros(())} | {name: torch.zeros_like(part) for name, part in parts_of(p).items()}
+        state["step"] += 1
+        rest = state["step"].item() ** -DECAY  # 1 - beta2
+        squares = p.grad.square() + SMALLEST
+        for name, part in parts_of(squares).items():
+            state[name].lerp_(part, rest)
+        if p.dim() > 1:
+            rows, columns = state["rows"], state["columns"]
+            update = p.grad * (rows / rows.mean(-1, keepdim=True)).rsqrt()[..., None] * columns.rsqrt()[..., None, :]
+        else:
+            update = p.grad * state["squares"].rsqrt()
+        update /= (root_mean_square(update) / CLIP).clamp(min=1.0)
+        rate = lr * root_mean_square(p).clamp(min=LEAST_SCALE)
+        if weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        p.sub_(update * rate)
+
+
+def parts_of(squares: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is kept of a parameter's squares: means over its columns and over its rows; of a vector all of them."""
+    if squares.dim() > 1:
+        return {"rows": squares.mean(-1), "columns": squares.mean(-2)}
+    return {"squares": squares}
+
+
+def root_mean_square(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.square().mean().sqrt()

@@ -1,0 +1,26 @@
+"""T5 as DeepSpeed trains it: the `transformers` class, sharded from its first byte at ZeRO stage 3."""
+
+from typing import Any
+
+import deepspeed
+from accelerate import init_empty_weights
+from transformers import PreTrainedModel
+
+from common import init, zero
+
+from .. import task
+
+
+def build(cfg: task.Config, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The model with memory but without values: zero.fill gives them. Stage 3: each parameter is split as it is made."""
+    if cfg.deepspeed.zero_stage == 3:
+        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            net = task.hf_model(cfg.model)
+    else:
+        with init_empty_weights():
+            net = task.hf_model(cfg.model)
+        init.allocate(net, zero.weights_dtype(cfg))
+    if cfg.deepspeed.recompute:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    return net

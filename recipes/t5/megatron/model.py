@@ -1,0 +1,128 @@
+"""Google's T5 on Megatron Core: its T5Model, mended where it is another model (checked with megatron-core 0.19.2).
+
+Megatron's own differs from T5 without TransformerEngine: no relative biases, no final norm, a bias in the tied head, no
+scaling of its logits, no dropout inside the MLP and behind the last norm. And full recompute fails with relative biases (Held).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from common import mcore
+from common.config import Layout
+
+from .. import task
+
+
+class Held(torch.autograd.Function):
+    """Brings the gradient that the layers of a block leave in `leaf` back to `bias`, of which it is a detached copy.
+
+    Megatron's recompute hands the biases to its layers by closure, not as an argument of the checkpoint. So the backward pass
+    of each recomputed layer goes on through the biases into their own graph, which the first has freed: "backward through
+    the graph a second time". A leaf ends it there, and gathers the gradients of all layers. This function stands at the
+    block's input, whose gradient is the last to be known: by then the leaf has them all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, bias: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        ctx.leaf = leaf
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return grad, ctx.leaf.grad, None
+
+
+class DroppedRowParallelLinear(RowParallelLinear):
+    """The MLP's second product behind T5's dropout (transformers: T5DenseActDense)."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        p = self.config.hidden_dropout if self.training else 0.0
+        with own_units(self.config) if p and not self.config.sequence_parallel else nullcontext():
+            x = F.dropout(x, p, training=p > 0)
+        return super().forward(x)
+
+
+def own_units(config: TransformerConfig) -> AbstractContextManager:
+    """Where each tp rank holds other units: random states of its own."""
+    return tensor_parallel.get_cuda_rng_tracker().fork() if config.tensor_model_parallel_size > 1 else nullcontext()
+
+
+class T5(T5Model):
+    real_vocab: int
+
+    def forward(
+        self, inputs: torch.Tensor, decoder_inputs: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """inputs (B, T), decoder_inputs and labels (B, S), mask (B, 1, 1, T), True where an input is padding -> losses (B, S),
+        or without labels logits (B, S, V / tp)."""
+        hidden, bias = self._biased(self.embedding(inputs, None), self.encoder_relative_pos_emb, inputs.size(1))
+        encoded = self._dropped(self.encoder(hidden_states=hidden, attention_mask=mask, attention_bias=bias))
+        hidden, bias = self._biased(self.embedding(decoder_inputs, None), self.decoder_relative_pos_emb, decoder_inputs.size(1))
+        decoded = self.decoder(
+            hidden_states=hidden, attention_mask=None, context=encoded, context_mask=mask, attention_bias=bias
+        )
+        decoded, weight = self._dropped(decoded), None
+        if self.share_embeddings_and_output_weights:
+            decoded, weight = decoded * self.config.hidden_size**-0.5, self.shared_embedding_or_output_weight()
+        logits = self.lm_head(decoded, weight)  # (S, B, V / tp)
+        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
+            logits = logits.clone()
+            logits[..., -padding:] = torch.finfo(logits.dtype).min
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _biased(self, hidden: torch.Tensor, table: torch.nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (T, B, H) and this rank's heads of the relative biases (1, heads / tp, T, T)."""
+        bias = table(length, length).permute(0, 2, 3, 1)  # (1, T, T, heads)
+        bias = tensor_parallel.scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
+        if self.training and self.config.recompute_granularity == "full":
+            leaf = bias.detach().requires_grad_()
+            return Held.apply(hidden, bias, leaf), leaf
+        return hidden, bias
+
+    def _dropped(self, hidden: torch.Tensor) -> torch.Tensor:
+        p = self.config.hidden_dropout if self.training else 0.0
+        with own_units(self.config) if p and self.config.sequence_parallel else nullcontext():
+            return F.dropout(hidden, p, training=p > 0)
+
+
+def transformer_config(cfg: task.Config, layout: Layout, layers: int) -> TransformerConfig:
+    m = cfg.model
+    return mcore.transformer_config(
+        cfg, layout, num_layers=layers, hidden_size=m.hidden, num_attention_heads=m.heads, kv_channels=m.kv_channels,
+        ffn_hidden_size=m.ffn, hidden_dropout=m.dropout, attention_dropout=m.dropout, layernorm_epsilon=m.norm_eps,
+        normalization="RMSNorm", add_bias_linear=False, softmax_scale=1.0, gated_linear_unit=m.gated,
+        activation_func=partial(F.gelu, approximate="tanh") if m.gated else F.relu,
+    )  # fmt: skip
+
+
+def build(cfg: task.Config, layout: Layout) -> T5:
+    """This rank's shards, with memory but without values: mcore.fill gives them."""
+    m = cfg.model
+    mcore.use_own_norms()
+    encoder = mcore.layer_spec(AttnMaskType.padding, linear_fc2=DroppedRowParallelLinear)
+    decoder = mcore.layer_spec(AttnMaskType.causal, cross=True, linear_fc2=DroppedRowParallelLinear)
+    net = T5(
+        config=transformer_config(cfg, layout, m.decoder_layers),
+        encoder_config=transformer_config(cfg, layout, m.layers),
+        transformer_encoder_layer_spec=TransformerBlockSubmodules([encoder] * m.layers, layer_norm=mcore.Norm),
+        transformer_decoder_layer_spec=TransformerBlockSubmodules([decoder] * m.decoder_layers, layer_norm=mcore.Norm),
+        vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=cfg.data.seq_len,
+        share_embeddings_and_output_weights=not m.gated, position_embedding_type="relative",
+        relative_attention_num_buckets=m.buckets, relative_attention_max_distance=m.max_distance,
+    )  # fmt: skip
+    net.real_vocab = m.vocab_size
+    net.lm_head.output_layer.bias = None
+    return net

@@ -1,0 +1,16 @@
+"""The `transformers` classes that baseline and DeepSpeed train."""
+
+from transformers import T5ForConditionalGeneration
+
+
+class Tied(T5ForConditionalGeneration):
+    """T5 1.0: the output weights are the embedding's."""
+
+
+class Untied(T5ForConditionalGeneration):
+    """T5 1.1: output weights of its own. transformers 5 ties them at construction whatever the configuration says; it loads
+    an export untied, which holds both."""
+
+    _tied_weights_keys = {
+        name: source for name, source in T5ForConditionalGeneration._tied_weights_keys.items() if name != "lm_head.weight"
+    }

@@ -1,0 +1,152 @@
+"""T5's samples: an input and a target made of raw text, or of a pair of texts. Each is a function of (seed, number) alone.
+
+Span corruption (Raffel et al., arXiv:1910.10683, section 3.1.4; t5/data/preprocessors.py: random_spans_noise_mask): 15 % of
+the tokens, in spans of 3 on average, are replaced in the input by one sentinel a span; the target lists the sentinels, each
+followed by what it stands for. Both end with the end of sequence. 568 raw tokens give 512 and 114.
+Prefix language modelling (section 3.2.1; the LM adaptation of Lester et al., arXiv:2104.08691): a text of min(T, S) tokens
+is cut at a random place, the input is what stands before, the target what follows.
+A corpus whose documents are of two sequences holds text-to-text tasks: the first is the input, the second the target. Blended
+with running text it makes the paper's multi-task mixture.
+
+Letters in shapes: B samples, T `seq_len` (input), S `target_len`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.corpus import Blend, Corpus, Order
+from common.errors import BadInput
+from common.init import hashed
+
+
+def counts_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int]:
+    """(noise tokens, spans) of a text of `raw` tokens, as T5 rounds them; at least one of each where there are two tokens."""
+    if raw < 2:
+        return 0, 0
+    noise = min(max(round(raw * noise_share), 1), raw - 1)
+    return noise, min(max(round(noise / mean_span), 1), noise, raw - noise)
+
+
+def lengths_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int]:
+    """(input, target) tokens that `raw` tokens become, sentinels and end of sequence included."""
+    noise, spans = counts_of(raw, noise_share, mean_span)
+    return raw - noise + spans + 1, noise + spans + 1
+
+
+def raw_tokens(seq_len: int, noise_share: float, mean_span: float) -> int:
+    """The most raw tokens whose input fits `seq_len` (T5's random_spans_helper): 512 takes 568."""
+    raw = 2
+    while lengths_of(raw + 1, noise_share, mean_span)[0] <= seq_len:
+        raw += 1
+    return raw
+
+
+class Samples(Order):
+    """kind: 'span' or 'prefix'. pack: True: documents end to end, cut every `raw` tokens. False: a document a sample.
+
+    sentinels: their ids in order of use. BadInput for corpora without a sample, or a sample that needs more sentinels.
+    """
+
+    def __init__(
+        self, data: Blend, seq_len: int, target_len: int, *, sentinels: np.ndarray, eos: int, pad: int, kind: str,
+        noise_share: float, mean_span: float, pack: bool, seed: int, shuffle: bool,
+    ):  # fmt: skip
+        self.seq_len, self.target_len, self.kind, self.pack = seq_len, target_len, kind, pack
+        self.sentinels, self.eos, self.pad = sentinels, eos, pad
+        self.noise_share, self.mean_span = noise_share, mean_span
+        self.raw = raw_tokens(seq_len, noise_share, mean_span) if kind == "span" else min(seq_len, target_len)
+        spans = counts_of(self.raw, noise_share, mean_span)[1]
+        if kind == "span" and spans > len(sentinels):
+            raise BadInput(
+                f"data.seq_len={seq_len}: a sample has {spans} spans and the tokenizer {len(sentinels)} sentinels; give a "
+                "smaller data.seq_len or objective.noise_share, a larger objective.mean_span, or a SentencePiece tokenizer "
+                "with more sentinels"
+            )
+        super().__init__(data, seed=seed, shuffle=shuffle)
+
+    def _samples_in(self, corpus: Corpus) -> int:
+        if corpus.has_sentence_bounds:
+            if (np.diff(corpus.bounds) != 2).any():
+                raise BadInput(
+                    f"{corpus.prefix}: documents of several sequences, but not of two (input, target); build it without "
+                    "--sentences, or as pairs"
+                )
+            return corpus.documents
+        samples = corpus.tokens // self.raw if self.pack else corpus.documents
+        if samples < 1:
+            raise BadInput(
+                f"{corpus.prefix}: {corpus.tokens:,} tokens, less than one sample ({self.raw:,}); give more text, a smaller "
+                "data.seq_len, or data.pack=false"
+            )
+        return samples
+
+    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+        """The samples of these numbers: inputs (B, T) int64 and targets (B, S) int64, both padded; input_lengths (B,) int64;
+        loss_mask (B, S) bool, the targets that count; lengths (B,) int64, tokens of both without padding."""
+        corpus, index = self.locate(numbers)
+        inputs = np.full((len(index), self.seq_len), self.pad, np.int64)
+        targets = np.full((len(index), self.target_len), self.pad, np.int64)
+        lengths = np.empty((len(index), 2), np.int64)
+        for row, (number, c, j) in enumerate(zip(numbers, corpus.tolist(), index.tolist(), strict=True)):
+            source, target = self._sample(self.corpora[c], j, int(number))
+            inputs[row, : len(source)], targets[row, : len(target)] = source, target
+            lengths[row] = len(source), len(target)
+        loss_mask = np.arange(self.target_len) < lengths[:, 1:]
+        return {
+            "inputs": inputs, "targets": targets, "loss_mask": loss_mask, "input_lengths": lengths[:, 0],
+            "lengths": lengths.sum(1),
+        }  # fmt: skip
+
+    def _sample(self, corpus: Corpus, j: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if corpus.has_sentence_bounds:
+            first, middle, end = corpus.starts[2 * j : 2 * j + 3]
+            source, target = corpus.flat[first:middle], corpus.flat[middle:end]
+            return self._ended(source[: self.seq_len - 1]), self._ended(target[: self.target_len - 1])
+        ids = corpus.flat[j * self.raw : (j + 1) * self.raw] if self.pack else corpus.get(j, self.raw)
+        rng = np.random.Generator(np.random.Philox(key=hashed("t5", self.seed, number)))
+        return self._spans(ids, rng) if self.kind == "span" else self._prefix(ids, rng)
+
+    def _ended(self, ids: np.ndarray) -> np.ndarray:
+        return np.append(ids.astype(np.int64), self.eos)
+
+    def _spans(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        noise, spans = counts_of(len(ids), self.noise_share, self.mean_span)
+        if not spans:
+            return self._ended(ids), np.empty(0, np.int64)
+        kept, hidden = pieces(len(ids) - noise, spans, rng), pieces(noise, spans, rng)
+        ends = np.cumsum(np.stack([kept, hidden], 1).reshape(-1))  # kept, hidden, kept, hidden, ...
+        hides = np.repeat(np.tile([False, True], spans), np.diff(ends, prepend=0))
+        ids, sentinels = ids.astype(np.int64), self.sentinels[:spans]
+        # a sentinel stands in the input where a hidden piece was, in the target before it
+        source = np.insert(ids[~hides], np.cumsum(kept), sentinels)
+        target = np.insert(ids[hides], np.cumsum(hidden) - hidden, sentinels)
+        return self._ended(source), self._ended(target)
+
+    def _prefix(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        if len(ids) < 2:
+            return self._ended(ids[: self.seq_len - 1]), np.empty(0, np.int64)
+        cut = 1 + int(rng.random() * (len(ids) - 1))
+        return self._ended(ids[:cut]), self._ended(ids[cut:])
+
+
+def pieces(tokens: int, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Lengths (number,) of a random division of `tokens` into pieces of at least one, every division equally likely."""
+    bounds = np.sort(np.argsort(rng.random(tokens - 1))[: number - 1]) + 1
+    return np.diff(bounds, prepend=0, append=tokens)
+
+
+def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> Samples:
+    """As recipes/t5/task.py's config says. name: of the corpus, for messages."""
+    o, d = cfg.objective, cfg.data
+    if tokenizer.eod_id is None or not len(tokenizer.sentinels()):
+        raise BadInput(
+            f"{name}: its tokenizer has no </s> or no sentinels; build the corpus with a SentencePiece tokenizer "
+            "(--tokenizer t5, or --tokenizer-type sentencepiece --vocab-size N)"
+        )
+    return Samples(
+        data, d.seq_len, d.target_len, sentinels=tokenizer.sentinels(), eos=tokenizer.eod_id,
+        pad=tokenizer.pad_id or 0, kind=o.kind, noise_share=o.noise_share, mean_span=o.mean_span, pack=d.pack,
+        seed=cfg.train.seed, shuffle=shuffle,
+    )  # fmt: skip

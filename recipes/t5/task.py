@@ -1,0 +1,318 @@
+"""What makes it T5, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+
+Two architectures. `t5`: ReLU, output weights tied to the embedding and its logits scaled by hidden^-0.5 (Raffel et al.,
+arXiv:1910.10683). `t5_v1_1`: gated GELU (Shazeer, arXiv:2002.05202), weights of its own for the output, no scaling. Both:
+relative position biases, RMSNorm before each block, no biases in linear layers, scores that are not scaled.
+Shapes: B samples, T positions of the input, S of the target, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from common import batches, config
+from common.config import Positive, Section, Share
+from common.errors import BadInput
+
+from . import samples
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FAMILY = "t5"
+MODEL_TYPES = ("t5",)  # in the config.json of folders
+
+
+class Model(Section):
+    arch: Literal["t5", "t5_v1_1"] = "t5_v1_1"
+    layers: Positive  # of the encoder
+    decoder_layers: Positive | None = None  # default: layers
+    hidden: Positive
+    heads: Positive
+    kv_channels: Positive | None = None  # of a head; default: hidden / heads
+    ffn: Positive | None = None  # default: 4 x hidden; t5_v1_1: 8/3 x hidden rounded up to a multiple of 64
+    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
+    buckets: Annotated[int, Field(ge=4)] = 32  # of relative positions
+    max_distance: Positive = 128  # beyond which all positions share a bucket
+    dropout: Share = 0.0  # embedding, attention, MLP, residual and last norm
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    def problems(self) -> Iterator[str]:
+        if self.kv_channels is None and self.hidden % self.heads:
+            yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; give model.kv_channels"
+
+    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
+        """Layouts that this family cannot do on `stack`, with the reason."""
+        system = getattr(cfg, stack)
+        tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+        if pp > 1:
+            yield (
+                f"megatron.pp={pp}: megatron-core no longer splits an encoder and a decoder over pipeline stages (removed from "
+                "its schedules); use megatron.pp=1 with megatron.tp, sequence_parallel and distributed_optimizer"
+            )
+        if getattr(system, "transformer_engine", False):
+            yield (
+                "megatron.transformer_engine=true: T5's relative biases and norms are the recipe's own modules here; "
+                "set it to false"
+            )
+        if stack == "deepspeed" and tp > 1 and system.zero_stage == 3:
+            yield f"deepspeed.tp={tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
+        if self.heads % tp:
+            yield f"{stack}.tp={tp} does not divide model.heads={self.heads}"
+        if self.resolved_ffn() % tp:
+            yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
+        if getattr(system, "sequence_parallel", False):
+            for name, length in (("seq_len", cfg.data.seq_len), ("target_len", cfg.data.target_len)):
+                if length % tp:
+                    yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.{name}={length}"
+        o, d = cfg.objective, cfg.data
+        if o.kind == "span":
+            raw = samples.raw_tokens(d.seq_len, o.noise_share, o.mean_span)
+            _, target = samples.lengths_of(raw, o.noise_share, o.mean_span)
+            if target > d.target_len:
+                yield f"data.target_len={d.target_len}: spans of data.seq_len={d.seq_len} make {target} tokens; give {target}"
+
+    def resolved_ffn(self) -> int:
+        if self.ffn:
+            return self.ffn
+        return 4 * self.hidden if self.arch == "t5" else -(-8 * self.hidden // 3 // 64) * 64
+
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
+        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
+        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
+        return self.model_copy(
+            update={
+                "decoder_layers": self.decoder_layers or self.layers,
+                "kv_channels": self.kv_channels or self.hidden // self.heads,
+                "ffn": self.resolved_ffn(),
+                "vocab_size": self.vocab_size or rounded,
+            }
+        )
+
+    @property
+    def gated(self) -> bool:
+        return self.arch == "t5_v1_1"
+
+    def memory_shapes(self, data: Data) -> dict[str, Any]:
+        """What common/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
+        decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
+        return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
+                "gated": self.gated, "tied": not self.gated, "predicted": data.target_len / data.seq_len}  # fmt: skip
+
+    def _weights(self) -> tuple[int, int]:
+        """Weights that multiply in an encoder and in a decoder layer."""
+        attention = 4 * self.hidden * self.heads * self.kv_channels
+        mlp = (3 if self.gated else 2) * self.hidden * self.ffn
+        return attention + mlp, 2 * attention + mlp
+
+    def parameters(self) -> int:
+        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        encoder, decoder = self._weights()
+        norms = 2 * self.layers + 3 * self.decoder_layers + 2
+        tables = self.vocab_size * self.hidden * (2 if self.gated else 1)
+        biases = 2 * self.buckets * self.heads  # one table for the encoder, one for the decoder
+        return self.layers * encoder + self.decoder_layers * decoder + norms * self.hidden + tables + biases
+
+
+class Data(config.Data):  # seq_len: tokens of the input
+    target_len: Positive  # tokens of the target: span corruption makes 114 for 512
+    pack: bool = True  # running text: documents end to end; False: a document a sample
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.seq_len + self.target_len
+
+
+class Objective(Section):
+    kind: Literal["span", "prefix"] = "span"  # of running text; corpora of pairs are taken as they are (samples.py)
+    noise_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mean_span: Annotated[float, Field(ge=1)] = 3.0  # tokens
+
+
+class Config(config.Config):
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+
+
+def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    from common import tokenizer
+    from common.corpus import Corpus
+    from common.run import find, first_prefix
+
+    corpus = Corpus(first_prefix(data))
+    folder = cfg.data.tokenizer or corpus.tokenizer_dir
+    if folder is None:
+        raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR")
+    folder = find(str(folder)) if find(str(folder)).is_dir() else folder
+    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), corpus.prefix)
+
+
+def hf_config(model: Model) -> PreTrainedConfig:
+    """The `transformers` configuration of a resolved model."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=model.vocab_size, d_model=model.hidden, d_kv=model.kv_channels, d_ff=model.ffn, num_layers=model.layers,
+        num_decoder_layers=model.decoder_layers, num_heads=model.heads, relative_attention_num_buckets=model.buckets,
+        relative_attention_max_distance=model.max_distance, dropout_rate=model.dropout, layer_norm_epsilon=model.norm_eps,
+        feed_forward_proj="gated-gelu" if model.gated else "relu", tie_word_embeddings=not model.gated,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, use_cache=False,
+    )  # fmt: skip
+
+
+def hf_model(model: Model) -> PreTrainedModel:
+    """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
+    from . import modeling
+
+    return (modeling.Untied if model.gated else modeling.Tied)(hf_config(model))
+
+
+def hf_type(model: Model) -> str:
+    """`model_type` in a folder's config.json."""
+    return "t5"
+
+
+def hf_class(model: Model) -> str:
+    """The `transformers` class that loads an export."""
+    return "T5ForConditionalGeneration"
+
+
+def export_config(model: Model) -> dict[str, Any]:
+    """What config.json of an export must say otherwise than hf_config: T5 begins with its padding, and only 1.0 is tied
+    (transformers 5 says so of every T5, and other readers believe it)."""
+    return {"bos_token_id": None, "tie_word_embeddings": not model.gated}
+
+
+def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        net = hf_model(model)
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+
+
+def initial(model: Model, name: str) -> float | str:
+    """How the parameter of this Hugging Face name begins: 'ones', or the deviation of a normal distribution.
+
+    As Mesh TensorFlow's T5 and transformers have it; the output weights of t5_v1_1 as t5x has them (transformers gives them
+    the embedding's deviation of 1, with which the first loss is about sqrt(hidden) nats).
+    """
+    if "layer_norm" in name:
+        return "ones"
+    if name == "shared.weight":
+        return 1.0
+    inner = model.heads * model.kv_channels
+    if name.endswith("Attention.q.weight"):
+        return (model.hidden * model.kv_channels) ** -0.5
+    if name.endswith("Attention.o.weight"):
+        return inner**-0.5
+    if name.endswith("wo.weight"):
+        return model.ffn**-0.5
+    return model.hidden**-0.5  # k, v, wi, relative biases, lm_head
+
+
+def decays(name: str) -> bool:
+    """Weight decay for matrices and embeddings; none for norms."""
+    return "layer_norm" not in name
+
+
+def batch(rows: batches.Rows, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Rows of the corpus -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets moved right by one behind the
+    padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
+    import torch
+
+    targets = rows["targets"]
+    start = np.zeros((len(targets), 1), np.int64)  # T5 begins with its padding id, 0
+    made = {name: rows[name] for name in ("inputs", "targets", "loss_mask")}
+    made |= {
+        "decoder_inputs": np.concatenate([start, targets[:, :-1]], 1),
+        "attention_mask": np.arange(rows["inputs"].shape[1]) < rows["input_lengths"][:, None],
+    }
+    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the `transformers` class takes."""
+    return {
+        "input_ids": batch["inputs"], "attention_mask": batch["attention_mask"][:, None, None, :],
+        "decoder_input_ids": batch["decoder_inputs"],
+    }  # fmt: skip
+
+
+def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    mask = batch["attention_mask"].long()
+    logits = net(input_ids=batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
+    return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in fp32, summed over the targets that count. logits (B, S, V) -> scalar."""
+    import torch.nn.functional as F
+
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")  # (B x S,)
+    return (losses * loss_mask.flatten()).sum()
+
+
+def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
+    """FLOPs a token (of input and target together), forward and backward, without recompute.
+
+    Matrix products: 6 x weights that multiply, for T tokens in the encoder, S in the decoder, and the decoder's keys and
+    values of the encoder for T. Attention: 12 x heads x kv_channels for each pair of positions: T x T, S x S and S x T
+    (PaLM's count, arXiv:2204.02311, appendix B). causal: half of S x S.
+    """
+    t, s, inner = data.seq_len, data.target_len, model.heads * model.kv_channels
+    encoder, decoder = model._weights()
+    from_encoder = 2 * model.hidden * inner  # keys and values of the encoder's positions
+    weights = model.layers * encoder * t + model.decoder_layers * ((decoder - from_encoder) * s + from_encoder * t)
+    weights += model.vocab_size * model.hidden * s
+    pairs = model.layers * t * t + model.decoder_layers * (s * s + s * t)
+    half = model.decoder_layers * s * s / 2
+    return {
+        "full": (6.0 * weights + 12.0 * inner * pairs) / (t + s),
+        "causal": (6.0 * weights + 12.0 * inner * (pairs - half)) / (t + s),
+    }
+
+
+def card(model: Model) -> dict[str, Any]:
+    """What the model card says of the architecture."""
+    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+
+
+def hf_shapes(model: Model) -> dict[str, Any]:
+    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
+    return {"num_layers": model.layers, "num_decoder_layers": model.decoder_layers, "d_model": model.hidden,
+            "num_heads": model.heads, "d_kv": model.kv_channels, "d_ff": model.ffn, "vocab_size": model.vocab_size,
+            "relative_attention_num_buckets": model.buckets, "relative_attention_max_distance": model.max_distance,
+            "layer_norm_epsilon": model.norm_eps, "feed_forward_proj": "gated-gelu" if model.gated else "relu",
+            # transformers 5 writes tie_word_embeddings=true of every T5, and whether its logits are scaled beside it
+            "tie_word_embeddings": (False, True) if model.gated else True, "scale_decoder_outputs": not model.gated}  # fmt: skip
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    return Model(
+        arch="t5_v1_1" if config.get("feed_forward_proj") == "gated-gelu" else "t5", layers=config["num_layers"],
+        decoder_layers=config.get("num_decoder_layers") or config["num_layers"], hidden=config["d_model"],
+        heads=config["num_heads"], kv_channels=config["d_kv"], ffn=config["d_ff"], vocab_size=config["vocab_size"],
+        buckets=config.get("relative_attention_num_buckets", 32),
+        max_distance=config.get("relative_attention_max_distance", 128), norm_eps=config.get("layer_norm_epsilon", 1e-6),
+    )  # fmt: skip
+
+
+def heads(model: Model) -> tuple[str, ...]:
+    """Beginnings of names that a folder to begin from may lack: none."""
+    return ()
+
+
+def stored_names(name: str) -> list[str]:
+    """Under which names a folder may keep a parameter: its own, or the embedding's as a stack's."""
+    return [name, "encoder.embed_tokens.weight"] if name == "shared.weight" else [name]

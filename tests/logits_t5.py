@@ -1,0 +1,67 @@
+"""Under torchrun: logits of Megatron and of the recipe's transformers classes against plain transformers, `CASES.json`.
+
+CASES: list of {config, overrides, out}; overrides name the folder of the weights, init.from.
+"""
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.getcwd())  # the repository's root
+
+from common import ranks as processes  # noqa: E402
+
+processes.quiet()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from common import mcore, run, state  # noqa: E402
+from recipes.t5 import convert, task  # noqa: E402
+from recipes.t5.megatron import model as megatron_model  # noqa: E402
+from tests import plain_t5  # noqa: E402
+
+
+def filled(net: torch.nn.Module, values: state.Values) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(values(name, parameter.shape)["weight"])
+    return net.eval()
+
+
+def main(path: str) -> None:
+    ranks = processes.start()
+    for case in json.load(open(path, encoding="utf-8")):
+        job = run.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
+        cfg, layout = job.cfg, job.layout
+        mcore.start(ranks, layout)
+        net = megatron_model.build(cfg, layout)
+        model = mcore.wrap(net.config, net, cfg, ranks)
+        optimizer = mcore.optimizer_for(model, cfg, ranks)
+        values = state.values(cfg, task, None)
+        mcore.fill(model, optimizer, convert.rules(cfg.model), task.hf_parameters(cfg.model), values, 0)
+        model.eval()
+        batch = task.batch(job.train.rows(range(8)), "cpu")
+        with torch.no_grad():
+            with mcore.device_names(ranks):
+                shard = model(batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])
+            group = mcore.parallel_state.get_tensor_model_parallel_group()
+            shards = [torch.empty_like(shard) for _ in range(group.size())]
+            dist.all_gather(shards, shard.contiguous(), group=group)
+            ours = torch.cat(shards, -1)[..., : cfg.model.vocab_size]  # (B, S, V)
+            plain = filled(plain_t5.net_of(cfg.model), values)
+            mask = batch["attention_mask"].long()
+            expected = plain(batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
+            recipe = filled(task.hf_model(cfg.model), values)(**task.inputs(batch)).logits
+        if ranks.rank == 0:
+            counted = batch["loss_mask"]
+            for name, found in (("megatron", ours), ("deepspeed", recipe)):
+                apart = (found - expected)[counted].abs().max().item()
+                print(f"LOGITS {name} {apart:.3e} of {expected.abs().max().item():.3f}", flush=True)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,82 @@
+"""The referee's referee for T5: one process, transformers' own class untied by hand, no line of the recipe's loss or models."""
+
+from pathlib import Path
+
+import torch
+from transformers import T5ForConditionalGeneration
+
+from common import config, init, optim
+from recipes.t5 import task
+
+
+def net_of(model: task.Model) -> T5ForConditionalGeneration:
+    net = T5ForConditionalGeneration(task.hf_config(model))
+    if model.gated:
+        net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach().clone())
+    return net
+
+
+def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
+    """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
+    cfg = config.load(config_path, overrides, task.Config)
+    stream = task.stream(cfg, cfg.data.train, shuffle=True)
+    model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
+    net = net_of(model).to(device).train()
+    draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(draw(name, parameter.shape))
+    o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
+    optimizer = torch_optimizer(net, o)
+    made = []
+    for step in range(1, cfg.train.steps + 1):
+        rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
+        on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
+        tokens, mask = on_device["inputs"], on_device["loss_mask"]
+        seen = (torch.arange(tokens.shape[1], device=device) < on_device["input_lengths"][:, None]).long()
+        labels = on_device["targets"].masked_fill(~mask, -100)
+        loss = net(input_ids=tokens, attention_mask=seen, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr_at(step, o)
+        optimizer.step()
+        made.append((loss.item(), norm.item()))
+    return made
+
+
+def torch_optimizer(net: torch.nn.Module, o: config.Optim) -> torch.optim.Optimizer:
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if o.optimizer == "adafactor":
+        return PlainAdafactor(groups, {"lr": o.lr})
+    return torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+
+
+class PlainAdafactor(torch.optim.Optimizer):
+    """Adafactor as its paper writes it (arXiv:1804.04235, algorithms 4 and 6), with the outer product written out."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                s = self.state[p]
+                if not s:
+                    s.update(t=0, r=torch.zeros(p.shape[:-1]), c=torch.zeros(p.shape[-1:]), v=torch.zeros_like(p))
+                s["t"] += 1
+                beta2 = 1 - s["t"] ** -0.8
+                squares = p.grad**2 + 1e-30
+                if p.dim() == 2:
+                    s["r"] = beta2 * s["r"] + (1 - beta2) * squares.sum(1)
+                    s["c"] = beta2 * s["c"] + (1 - beta2) * squares.sum(0)
+                    v = torch.outer(s["r"], s["c"]) / s["r"].sum()
+                else:
+                    v = s["v"] = beta2 * s["v"] + (1 - beta2) * squares
+                update = p.grad / v.sqrt()
+                update = update / max(1.0, (update**2).mean().sqrt().item())
+                scale = max(1e-3, (p**2).mean().sqrt().item())
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p -= group["lr"] * scale * update

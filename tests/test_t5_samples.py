@@ -1,0 +1,144 @@
+"""T5's samples: span corruption splices back, has the published lengths and densities, and depends on (seed, number) alone."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common import config, tokenizer
+from common.corpus import Writer, write_manifest
+from common.errors import BadInput
+from recipes.t5 import samples, task
+
+
+def opened(prefix, *overrides, valid=False):
+    settings = [f"data.train={prefix}", "data.valid=null", *overrides]
+    cfg = config.load(ROOT / "recipes/t5/configs/tiny.yaml", settings, task.Config)
+    return task.stream(cfg, cfg.data.train, not valid)
+
+
+@pytest.fixture(scope="module")
+def words(spans):
+    return tokenizer.load(spans / "tokenizer")
+
+
+def test_lengths_are_the_papers():
+    """568 raw tokens give 512 and 114 (t5/data/preprocessors.py, random_spans_helper, for inputs_length 512)."""
+    assert samples.raw_tokens(512, 0.15, 3.0) == 568
+    assert samples.lengths_of(568, 0.15, 3.0) == (512, 114)
+    assert samples.counts_of(568, 0.15, 3.0) == (85, 28)
+    assert samples.lengths_of(1, 0.15, 3.0) == (2, 1) and samples.counts_of(2, 0.15, 3.0) == (1, 1)
+
+
+def spliced(source, target, sentinels, eos):
+    """The raw text that an input and its target were made of."""
+    place = {int(s): i for i, s in enumerate(sentinels)}
+    assert source[-1] == eos and target[-1] == eos
+    found, current = {}, None
+    for token in target[:-1].tolist():
+        if token in place:
+            current = found.setdefault(token, [])
+        else:
+            current.append(token)
+    assert list(found) == sentinels[: len(found)].tolist(), "sentinels in their order"
+    raw = [part for token in source[:-1].tolist() for part in (found[token] if token in place else [token])]
+    return np.array(raw), [len(span) for span in found.values()]
+
+
+@pytest.mark.parametrize("pack", ["true", "false"])
+def test_ten_thousand_samples_splice_back_exactly(spans, words, pack):
+    stream = opened(spans / "train", f"data.pack={pack}", "data.seq_len=128", "data.target_len=32")
+    corpus, sentinels = stream.corpora[0], words.sentinels()
+    noise = raw = 0
+    lengths = []
+    for first in range(0, 10_000, 500):
+        rows = stream.rows(range(first, first + 500))
+        _, index = stream.locate(range(first, first + 500))
+        for row, j in enumerate(index.tolist()):
+            n = rows["input_lengths"][row]
+            source, target = rows["inputs"][row, :n], rows["targets"][row][rows["loss_mask"][row]]
+            expected = corpus.flat[j * stream.raw : (j + 1) * stream.raw] if pack == "true" else corpus.get(j, stream.raw)
+            if len(expected) < 2:
+                continue
+            found, sizes = spliced(source, target, sentinels, words.eod_id)
+            assert (found == expected).all()
+            assert rows["lengths"][row] == n + len(target)
+            noise, raw = noise + sum(sizes), raw + len(found)
+            lengths += sizes
+    if pack == "true":
+        assert abs(noise / raw - 0.15) <= 0.0015, "within 1 %"
+        assert abs(np.mean(lengths) - 3.0) <= 0.03
+
+
+def test_every_division_is_equally_likely():
+    rng = np.random.Generator(np.random.Philox(key=1))
+    seen = {}
+    for _ in range(6000):
+        made = tuple(samples.pieces(5, 3, rng).tolist())
+        assert sum(made) == 5 and min(made) >= 1
+        seen[made] = seen.get(made, 0) + 1
+    assert len(seen) == 6 and all(abs(count - 1000) < 3 * (6000 * 1 / 6 * 5 / 6) ** 0.5 for count in seen.values())
+    assert samples.pieces(4, 4, rng).tolist() == [1, 1, 1, 1] and samples.pieces(4, 1, rng).tolist() == [4]
+
+
+def test_prefix_cuts_the_text_in_two(spans, words):
+    stream = opened(spans / "train", "objective.kind=prefix", "data.seq_len=40", "data.target_len=24")
+    rows = stream.rows(range(300))
+    _, index = stream.locate(range(300))
+    cuts = set()
+    for row, j in enumerate(index.tolist()):
+        source = rows["inputs"][row, : rows["input_lengths"][row]]
+        target = rows["targets"][row][rows["loss_mask"][row]]
+        assert source[-1] == target[-1] == words.eod_id
+        both = np.concatenate([source[:-1], target[:-1]])
+        assert (both == stream.corpora[0].flat[j * stream.raw : (j + 1) * stream.raw]).all()
+        cuts.add(len(source))
+    assert len(cuts) > 15
+
+
+def pairs(prefix, words, documents):
+    writer = Writer(prefix, np.uint16)
+    for document in documents:
+        writer.add_sentences([np.asarray(part) for part in document])
+    writer.finish()
+    facts = {"tokenizer": "tokenizer", "tokenizer_hash": words.hash, "tokenizer_size": words.size, "eod_id": None}
+    write_manifest(prefix, facts)
+
+
+def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    words.save(tmp_path / "pairs/tokenizer")
+    pairs(tmp_path / "pairs/train", words, [(range(10, 20), range(30, 34)), (range(11, 90), range(40, 80))] * 4)
+    blend = f"[[3, {spans}/train], [1, {tmp_path}/pairs/train]]"
+    stream = opened(blend)
+    rows = stream.rows(range(40))
+    corpus, _ = stream.locate(range(40))
+    assert corpus.sum() == 10
+    for row in np.flatnonzero(corpus):
+        source = rows["inputs"][row, : rows["input_lengths"][row]]
+        target = rows["targets"][row][rows["loss_mask"][row]]
+        assert source[-1] == target[-1] == words.eod_id and source[0] in (10, 11)
+        assert len(source) <= 64 and len(target) <= 16  # cut to the lengths of the config
+
+
+def test_a_sample_is_a_function_of_seed_and_number(spans):
+    stream, again = opened(spans / "train"), opened(spans / "train")
+    together = stream.rows(range(40))
+    apart = [again.rows([i]) for i in reversed(range(40))][::-1]
+    for name, values in together.items():
+        assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
+    other = opened(spans / "train", "train.seed=1").rows(range(40))
+    assert (other["inputs"] != together["inputs"]).any()
+
+
+def test_corpora_and_tokenizers_that_give_no_samples(spans, sentences, words, tmp_path):
+    with pytest.raises(BadInput, match="its tokenizer has no </s> or no sentinels; build the corpus with a SentencePiece"):
+        opened(sentences / "train")
+    with pytest.raises(BadInput, match="less than one sample"):
+        opened(spans / "valid", "data.seq_len=20000", "data.target_len=5000", "objective.mean_span=100.0")
+    with pytest.raises(BadInput, match="sentinels; give a smaller data.seq_len"):
+        opened(spans / "train", "data.seq_len=4096", "data.target_len=1000")
+    (tmp_path / "t").mkdir()
+    words.save(tmp_path / "t/tokenizer")
+    pairs(tmp_path / "t/train", words, [(range(10, 20), range(30, 34), range(9, 12))])
+    with pytest.raises(BadInput, match="documents of several sequences, but not of two"):
+        opened(tmp_path / "t/train")
