@@ -536,10 +536,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
     import sentencepiece
 
     model, pieces = io.BytesIO(), vocab_size - sentinels
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    stopped: list[BadInput] = []  # what the texts raise; the trainer makes a RuntimeError of it
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from (line for line in text.splitlines() if line.strip())
+        except BadInput as error:
+            stopped.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=model,
             model_type="unigram",
             vocab_size=max(pieces, 4),  # below that it tells of something else than the size
@@ -555,6 +564,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
         needed = re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", str(error))
         if needed:
             raise BadInput(

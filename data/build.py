@@ -9,7 +9,8 @@ Shares. Where a source brings splits of its own they are taken. Otherwise a docu
 files (`--split-by auto`: whole files as documents, and less than 5 to be expected in a split) that would give poor
 shares, and each file is cut instead: its last lines are `test`, the ones before it `valid`, the rest `train`.
 
-A document is one sequence that ends in the end of document id, or with `--sentences` one sequence a sentence and no such id.
+A document is one sequence that ends in the end of document id, or with `--sentences` one sequence a sentence and no such id;
+a pair (data/pairs.py) two sequences.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from common import tokenizer as tokenizers
 from common.corpus import Corpus, Writer, write_json, write_manifest
 from common.errors import BadInput
 from data import sentences
-from data.sources import Document, Errors, Source
+from data.sources import BETWEEN, Document, Errors, Source
 
 PIECE_CHARS = 4_000  # a long document is encoded in pieces of this size, which keeps all cores busy and caches warm
 BATCH_CHARS = 2_000_000  # characters that one call of the tokenizer encodes
@@ -59,6 +60,7 @@ class Options:
     vocab_size: int = 4096
     tokenizer_type: str = "bpe"  # of the one that is trained; or wordpiece, sentencepiece
     sentences: bool = False  # one sequence a sentence, not one a document
+    pairs: bool = False  # two sequences a document, input and target
     shares: dict[str, float] = field(default_factory=dict)  # of valid and test, in documents or in characters
     split_by: str = "auto"
     seed: int = 1234
@@ -80,10 +82,10 @@ def parser(
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     tokenizer_type: str = "bpe",
-    sentences: bool = False,
+    sentences: bool | None = False,
 ) -> argparse.ArgumentParser:
     """The options every corpus has. doc: the module's docstring. The others are defaults: tokenizer, vocab_size if there is
-    one; valid_share None where the corpus has splits of its own."""
+    one; valid_share None where the corpus has splits of its own; sentences None where that is no question."""
     title, _, rest = (doc or "").strip().partition("\n")
     p = argparse.ArgumentParser(
         prog=f"python -m data.{Path(sys.argv[0]).stem}",
@@ -100,8 +102,9 @@ def parser(
     words.add_argument("--vocab-size", metavar="N", type=int, help="train a tokenizer of N ids" + default)
     told = "of the tokenizer that is trained: byte-level BPE, BERT's WordPiece, uncased, or T5's SentencePiece"
     p.add_argument("--tokenizer-type", choices=tuple(FAMILIES), help=f"{told} (default: {tokenizer_type})")
-    told = "keep the bounds of sentences, one sequence each: what BERT needs" + (" (default)" if sentences else "")
-    p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=told)
+    if sentences is not None:
+        told = "keep the bounds of sentences, one sequence each: what BERT needs" + (" (default)" if sentences else "")
+        p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=told)
     p.set_defaults(default_tokenizer=tokenizer, default_vocab_size=vocab_size, default_tokenizer_type=tokenizer_type)
     if valid_share is not None:
         p.add_argument("--valid-share", metavar="X", type=float, default=valid_share, help="default: %(default)s")
@@ -127,7 +130,7 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
         problems.append(f"--workers {args.workers}: at least 1")
     if args.max_mb is not None and args.max_mb <= 0:
         problems.append(f"--max-mb {args.max_mb}: above 0")
-    name, size = args.tokenizer, args.vocab_size
+    name, size, sentences = args.tokenizer, args.vocab_size, getattr(args, "sentences", False)
     if name is None and size is None:
         name, size = args.default_tokenizer, args.default_vocab_size
     if name is not None and args.tokenizer_type:
@@ -140,11 +143,11 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
         tokenizer=name,
         vocab_size=size or 0,
         tokenizer_type=args.tokenizer_type or args.default_tokenizer_type,
-        sentences=args.sentences,
+        sentences=sentences,
         shares={split: share for split, share in shares.items() if share},
         split_by=getattr(args, "split_by", "document"),
         seed=getattr(args, "seed", 0),
-        append_eod=not args.sentences,
+        append_eod=not sentences,
         max_mb=args.max_mb,
         on_error=args.on_error,
         workers=args.workers,
@@ -209,7 +212,7 @@ def _request(opt: Options, source: Source, named: tokenizers.Tokenizer | None) -
         "seed": opt.seed,
         "append_eod": opt.append_eod,
         "max_mb": opt.max_mb,
-    } | ({"sentences": True} if opt.sentences else {})  # no key else: manifests of before stay equal
+    } | {name: True for name in ("sentences", "pairs") if getattr(opt, name)}  # no key else: manifests of before stay equal
     return json.loads(json.dumps(request))
 
 
@@ -298,7 +301,7 @@ def _for_training(opt: Options, source: Source, splitter: Splitter) -> Iterator[
     used = 0
     for split, size, text in _texts(opt, source, splitter):
         if split == "train":
-            yield text
+            yield text.replace(BETWEEN, "\n") if opt.pairs else text
             used += size
             if used >= limit:
                 return
@@ -380,12 +383,12 @@ def by_tail(shares: dict[str, float]) -> Splitter:
 
 
 def _encode_batch(
-    tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sentences: bool
+    tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sequences: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Pieces of documents -> the arguments of Writer.append. last[k]: piece k ends its document. sentences: each is one."""
+    """Pieces of documents -> the arguments of Writer.append. last[k]: piece k ends its document. sequences: each is one."""
     ids, lengths = tokenizer.encode_flat(pieces)
     ends = np.cumsum(lengths)
-    if sentences:
+    if sequences:
         return ids, ends, np.flatnonzero(last) + 1
     ends = ends[np.array(last)]
     if eod_id is None:
@@ -396,8 +399,12 @@ def _encode_batch(
 class _Pipeline:
     """Reads ahead while batches are encoded, and writes them in the order they came in."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, writers: dict[str, Writer], append_eod: bool, sentences: bool = False):
-        self.tokenizer, self.writers, self.sentences = tokenizer, writers, sentences
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, writers: dict[str, Writer], append_eod: bool,
+        cut: Callable[[str], list[str]] | None = None,
+    ):  # fmt: skip
+        """cut: a document into its sequences; None: it is one."""
+        self.tokenizer, self.writers, self.cut = tokenizer, writers, cut
         self.eod_id = tokenizer.eod_id if append_eod else None
         self.pool = ThreadPoolExecutor(2)
         self.running: deque[tuple[str, Future]] = deque()
@@ -407,7 +414,7 @@ class _Pipeline:
     def add(self, split: str, text: str) -> None:
         """One whole document."""
         pieces, last = self.waiting[split]
-        for piece in sentences.split(text) if self.sentences else self.tokenizer.pieces(text, PIECE_CHARS):
+        for piece in self.cut(text) if self.cut else self.tokenizer.pieces(text, PIECE_CHARS):
             pieces.append(piece)
             last.append(False)
             self.chars[split] += len(piece)
@@ -422,7 +429,7 @@ class _Pipeline:
         cut = len(pieces) - keep
         self.waiting[split] = (pieces[cut:], last[cut:])
         self.chars[split] = sum(map(len, pieces[cut:]))
-        job = self.pool.submit(_encode_batch, self.tokenizer, pieces[:cut], last[:cut], self.eod_id, self.sentences)
+        job = self.pool.submit(_encode_batch, self.tokenizer, pieces[:cut], last[:cut], self.eod_id, self.cut is not None)
         self.running.append((split, job))
         while len(self.running) > BATCHES_AHEAD:
             self._write_oldest()
@@ -443,6 +450,13 @@ class _Pipeline:
         self.pool.shutdown(cancel_futures=True)
 
 
+def _cut(opt: Options) -> Callable[[str], list[str]] | None:
+    """How a document becomes several sequences; None: it is one."""
+    if opt.pairs:
+        return lambda text: text.split(BETWEEN)
+    return sentences.split if opt.sentences else None
+
+
 def _encode(
     opt: Options,
     partial: Path,
@@ -456,7 +470,7 @@ def _encode(
     names = ["train", *opt.shares] if None in source.parts else [part for part in source.parts if part]
     writers = {name: Writer(partial / name, dtype, state["writers"].get(name)) for name in names}
     errors = Errors(opt.on_error, state["skipped"])
-    pipeline = _Pipeline(tokenizer, writers, opt.append_eod, opt.sentences)
+    pipeline = _Pipeline(tokenizer, writers, opt.append_eod, _cut(opt))
     progress = _Progress(source.total_bytes, state["bytes"])
 
     def save() -> None:
@@ -523,9 +537,9 @@ def _finish(
     for name, counts in state["writers"].items():
         if not (partial / f"{name}.idx").exists():  # else interrupted behind it
             Writer(partial / name, tokenizers.token_dtype(tokenizer.size), counts).finish()
-        told = {"sentences": counts["sequences"]} if opt.sentences else {}
+        told = {"sentences": counts["sequences"]} if _cut(opt) else {}
         splits[name] = write_manifest(partial / name, facts | told)
-    counted = ["tokens", "documents", *(["sentences"] if opt.sentences else [])]
+    counted = ["tokens", "documents", *(["sentences"] if _cut(opt) else [])]
     manifest = {
         "corpus": opt.corpus,
         **{key: sum(split[key] for split in splits.values()) for key in counted},

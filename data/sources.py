@@ -111,19 +111,27 @@ class Files:
                 continue
             where = f"{path}:{count}"
             try:
-                text = json.loads(line.decode("utf-8"))[self.text_key]
-                if not isinstance(text, str):
-                    raise TypeError
+                text = self._text_of(json.loads(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 errors.bad(where, "not UTF-8", f"byte {error.start} of the line")
             except ValueError as error:
                 errors.bad(where, "not JSON", str(error))
-            except (KeyError, TypeError, IndexError):
-                errors.bad(where, "no such text field", f"--text-key {self.text_key}: no string under this key")
+            except (KeyError, TypeError, IndexError, AttributeError):
+                errors.bad(where, "no such text field", f"{self._keys}: no text there")
             else:
                 yield Document(text, where, [number, count])
         if not count:
             errors.bad(str(path), "empty file")
+
+    def _text_of(self, record: Any) -> str:
+        """Of a JSON line. KeyError, TypeError or IndexError where there is none."""
+        if not isinstance(record[self.text_key], str):
+            raise TypeError
+        return record[self.text_key]
+
+    @property
+    def _keys(self) -> str:
+        return f"--text-key {self.text_key}"
 
     def _of_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
         by_line = self.split_documents == "line"
@@ -146,6 +154,33 @@ class Files:
             yield Document("".join(held), f"{path}:{count}", [number, count])
         if not count:
             errors.bad(str(path), "empty file")
+
+
+BETWEEN = "\x1e"  # ASCII's record separator: between the input and the target of a pair, in neither of which it may stand
+
+
+class Pairs(Files):
+    """JSON lines with an input and a target each; `prefix` goes before every input ("translate English to German: ")."""
+
+    def __init__(self, sources: Sequence[str | Path], input_key: str, target_key: str, prefix: str):
+        super().__init__(sources, text_key=input_key)
+        self.input_key, self.target_key, self.prefix = input_key, target_key, prefix
+        other = [str(path) for _, path in self.files if not _is_json(path)]
+        if other:
+            raise BadInput(f"--source {other[0]}: not JSON lines (.jsonl, .ndjson), which pairs are read from")
+
+    def identity(self) -> Any:
+        return [hash_of_files(self.files), self.input_key, self.target_key, self.prefix]
+
+    def _text_of(self, record: Any) -> str:
+        given, target = record[self.input_key], record[self.target_key]
+        if not (given.strip() and target.strip()) or BETWEEN in given + target:
+            raise TypeError
+        return f"{self.prefix}{given}{BETWEEN}{target}"
+
+    @property
+    def _keys(self) -> str:
+        return f"--input-key {self.input_key} --target-key {self.target_key}"
 
 
 def _find(source: Path) -> list[tuple[str, Path]]:

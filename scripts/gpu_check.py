@@ -68,6 +68,26 @@ def write_sentences(prefix: Path, tokens: int, vocab: int) -> None:
     write_manifest(prefix, facts)
 
 
+def write_spans(prefix: Path, tokens: int, vocab: int) -> None:
+    """A synthetic corpus for T5: documents of 1,000 ids, few of which are frequent, and the sentinels of its tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    special, sentinels = ["<pad>", "</s>", "<unk>"], [f"<extra_id_{i}>" for i in reversed(range(tokenizers.SENTINELS))]
+    words = vocab - len(special) - len(sentinels)
+    pieces = [*special, *(f"\u2581w{i}" for i in range(words)), *sentinels]
+    backend = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=2))
+    backend.add_special_tokens([*special, *sentinels])
+    folder = prefix.with_name("tokenizer")
+    tokenizers.Tokenizer(backend).save(folder)
+    rng = np.random.default_rng(0)
+    writer = Writer(prefix, tokenizers.token_dtype(vocab))
+    while writer.tokens < tokens:
+        writer.add(len(special) + (rng.random(1000) ** 4 * words).astype(np.int64))
+    writer.finish()
+    facts = {"tokenizer": "tokenizer", "tokenizer_hash": tokenizers.load(folder).hash, "tokenizer_size": vocab}
+    write_manifest(prefix, facts)
+
+
 # A new family adds its line here.
 FAMILIES = {
     "gpt": Family(
@@ -76,6 +96,9 @@ FAMILIES = {
     "bert": Family(
         write_sentences, "tests.plain_bert", ("tiny", "tiny_postln"),
         {"bert_large": (128, 64, 32, 16), "megatron_1.3b": (16, 8, 4, 2)},
+    ),
+    "t5": Family(
+        write_spans, "tests.plain_t5", ("tiny", "tiny_v1_1"), {"t5_v1_1_large": (64, 32, 16, 8), "t5_3b": (16, 8, 4, 2)}
     ),
 }  # fmt: skip
 FP32: Layouts = {
@@ -96,10 +119,10 @@ FALL = 0.2  # at least, of the plain loop's loss
 BF16_LOSS = 1e-2  # bf16 against the fp32 plain loop; tests/test_parity.py measured 2.9e-3 on a CPU
 TINY_VOCAB = 512
 TINY = (f"model.vocab_size={TINY_VOCAB}", "data.valid=null")
-# One GPU, no pipeline, nothing recomputed; else as the config has it.
+# One GPU, no pipeline, nothing recomputed, and the optimizer that each stack has; else as the config has it.
 ALONE = (
     "data.valid=null", "baseline.recompute=false", "deepspeed.recompute=false", "deepspeed.zero_stage=1", "megatron.tp=1",
-    "megatron.sequence_parallel=false", "megatron.distributed_optimizer=true",
+    "megatron.sequence_parallel=false", "megatron.distributed_optimizer=true", "optim.optimizer=adamw",
 )  # fmt: skip
 ACCUMULATE = 4  # micro batches a step
 FULL = 0.75  # of the GPU's memory that the estimate may reach

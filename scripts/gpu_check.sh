@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under 9 minutes on one H100 or H200, without network:
-#   bash scripts/gpu_check.sh OUT [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
-# Parity of the stacks on the GPU, speed and memory of GPT 355M and 1.3B, the tests marked gpu; a table in OUT/gpu_check.md,
+#   bash scripts/gpu_check.sh OUT [--family F ...] [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
+# Parity of the stacks on the GPU, speed and memory of two large sizes a family, the tests marked gpu; a table in OUT/gpu_check.md,
 # all figures in OUT/gpu_check.json. Exit 0: all passed; 1: a part failed or was left out; 2: no GPU, or bad input.
 set -euo pipefail
 

@@ -138,6 +138,10 @@ case $family in # MODULE of data/ and how it is told, FOLDER under corpora/, and
     module=python_docs corpus=corpora/python_sentences how=(--sentences --tokenizer-type wordpiece)
     prompt='def __init__ ( [MASK], value ) : [MASK]. value = value'
     ;;
+  t5)
+    module=python_docs corpus=corpora/python_sentencepiece how=(--tokenizer-type sentencepiece)
+    prompt='def __init__(<extra_id_0>, value): <extra_id_1>.value = value'
+    ;;
   *) fail "$family: its corpus is not known to this script (scripts/quickstart.sh, stage 2)" ;;
 esac
 text="Python's own library and reference texts" from=() changed=()

@@ -1,14 +1,16 @@
-"""Text from an export, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK].
+"""Text from an export, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK], T5 says what
+stood in the place of <extra_id_0>, or answers.
 
 python -m scripts.sample HF_DIR... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
 
-HF_DIR is OUT/hf of a run, or any causal or masked language model in Hugging Face form. The same weights and seed give the
-same text. A masked one takes --prompt alone, a text with [MASK], and gives the likeliest tokens for each.
+HF_DIR is OUT/hf of a run, or any causal, masked or encoder-decoder language model in Hugging Face form. The same weights and
+seed give the same text. A masked one takes --prompt alone, a text with [MASK], and gives the likeliest tokens for each.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from common.errors import BadInput, exit_cleanly
 
@@ -35,19 +37,22 @@ def main() -> None:
         raise BadInput(problems)
     for folder in args.folders:
         print(f"---- {folder}", flush=True)
-        if is_masked(folder):
+        architecture = architecture_of(folder)
+        if architecture.endswith(("ForPreTraining", "ForMaskedLM")):
             print(fill(folder, args.prompt or "[MASK]"), flush=True)
+        elif architecture.endswith("ForConditionalGeneration"):
+            prompt = args.prompt or "<extra_id_0>"
+            print(answer(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
         else:
             print(sample(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
 
 
-def is_masked(folder: str) -> bool:
-    """Does config.json name a class of BERT's, with a head for masked tokens?"""
+def architecture_of(folder: str) -> str:
+    """The first class that config.json names, such as T5ForConditionalGeneration; '' where it names none."""
     try:
-        names = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+        return (json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [""])[0]
     except ValueError as error:
         raise BadInput(f"{folder}: its config.json is not JSON: {error}") from None
-    return names[0].endswith(("ForPreTraining", "ForMaskedLM"))
 
 
 LIKELIEST = 5
@@ -82,6 +87,31 @@ def fill(folder: str, prompt: str) -> str:
     return "\n".join(lines)
 
 
+def drawn(temperature: float, top_k: int) -> dict[str, Any]:
+    """How `generate` chooses a token."""
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+
+
+def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt, and on a line of its own what an encoder-decoder model writes to it, sentinels included."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    given = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed)
+    made = model.generate(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=tokens, **drawn(temperature, top_k)
+    )  # fmt: skip
+    ids = [i for i in made[0].tolist() if i not in (tokenizer.pad_token_id, tokenizer.eos_token_id)]
+    return f"{prompt}\n  {tokenizer.decode(ids)}"
+
+
 def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
     """The prompt and what the model adds to it."""
     import torch
@@ -103,7 +133,7 @@ def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     room = positions - ids.shape[1]
     if room < 1:
         raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
-    how = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    how = drawn(temperature, top_k)
     torch.manual_seed(seed)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, **how

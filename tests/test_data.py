@@ -214,6 +214,56 @@ def test_a_sentencepiece_of_the_text(speeches, jsonl, tmp_path, monkeypatch):
         make("text", monkeypatch, out, *args[:-2], "--vocab-size", 1000)
 
 
+@pytest.fixture
+def translations(tmp_path):
+    """200 pairs as JSON lines: words, and the same words backwards."""
+    words = "red blue green house tree walks runs sees the big small dog cat".split()
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(200):
+        given = [words[i] for i in rng.integers(0, len(words), 6)]
+        lines.append(json.dumps({"there": " ".join(given), "back": " ".join(given[::-1])}))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_pairs_are_two_sequences_each(translations, tmp_path, monkeypatch):
+    keys = ["--source", translations, "--input-key", "there", "--target-key", "back", "--valid-share", "0.1"]
+    make("pairs", monkeypatch, tmp_path / "out", *keys, "--prefix", "reverse: ", "--vocab-size", 160)
+    tokenizer, back = tokenizers.load(tmp_path / "out/tokenizer"), []
+    for split in ("train", "valid"):
+        corpus = Corpus(tmp_path / "out" / split)
+        assert (np.diff(corpus.bounds) == 2).all() and corpus.documents > 5
+        back += [tokenizer.decode(corpus.flat[a:b].tolist()) for a, b in zip(corpus.starts, corpus.starts[1:], strict=False)]
+    expected = [json.loads(line) for line in translations.read_text().splitlines()]
+    found = set(zip(back[::2], back[1::2], strict=True))
+    assert found == {(f"reverse: {pair['there']}", pair["back"]) for pair in expected}
+
+
+PAIRS_REFUSED = {
+    "no such key": ({}, ["--target-key", "no"], ":1: no such text field (--input-key there --target-key no: no text there)"),
+    "an empty target": ({"there": "a", "back": " "}, [], ":201: no such text field"),
+    "a number": ({"there": 3, "back": "b"}, [], ":201: no such text field"),
+    "the separator": ({"there": "a\x1eb", "back": "b"}, [], ":201: no such text field"),
+    "a text file": (None, [], "not JSON lines (.jsonl, .ndjson), which pairs are read from"),
+    "tails": ({}, ["--split-by", "tail"], "--split-by tail: a pair is not cut"),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS_REFUSED)
+def test_pairs_refuse_in_one_line(case, translations, tmp_path, monkeypatch):
+    record, more, told = PAIRS_REFUSED[case]
+    if record is None:
+        translations = translations.rename(tmp_path / "pairs.txt")
+    elif record:
+        translations.write_text(translations.read_text() + json.dumps(record) + "\n")
+    keys = ["--source", translations, "--input-key", "there", "--target-key", "back", "--vocab-size", 160, *more]
+    with pytest.raises(BadInput) as refused:
+        make("pairs", monkeypatch, tmp_path / "out", *keys)
+    assert told in str(refused.value) and not (tmp_path / "out/manifest.json").exists()
+
+
 def test_c4_by_t5(source, speeches, tmp_path, monkeypatch):
     import datasets
 

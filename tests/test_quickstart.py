@@ -143,7 +143,7 @@ def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("family", "first_above", "last_below"), [("gpt", 8.0, 5.0), ("bert", 8.5, 7.5)])
+@pytest.mark.parametrize(("family", "first_above", "last_below"), [("gpt", 8.0, 5.0), ("bert", 8.5, 7.5), ("t5", 8.0, 5.0)])
 def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, last_below: float) -> None:
     """As a user runs it; its runs are held to what recipes/FAMILY/README.md says of them."""
     start = time.monotonic()

@@ -71,7 +71,7 @@ class Samples(Order):
             if (np.diff(corpus.bounds) != 2).any():
                 raise BadInput(
                     f"{corpus.prefix}: documents of several sequences, but not of two (input, target); build it without "
-                    "--sentences, or as pairs"
+                    "--sentences, or as pairs (python -m data.pairs)"
                 )
             return corpus.documents
         samples = corpus.tokens // self.raw if self.pack else corpus.documents

@@ -294,7 +294,8 @@ def hf_shapes(model: Model) -> dict[str, Any]:
             "relative_attention_num_buckets": model.buckets, "relative_attention_max_distance": model.max_distance,
             "layer_norm_epsilon": model.norm_eps, "feed_forward_proj": "gated-gelu" if model.gated else "relu",
             # transformers 5 writes tie_word_embeddings=true of every T5, and whether its logits are scaled beside it
-            "tie_word_embeddings": (False, True) if model.gated else True, "scale_decoder_outputs": not model.gated}  # fmt: skip
+            "tie_word_embeddings": (False, True) if model.gated else True,
+            "scale_decoder_outputs": not model.gated}  # fmt: skip
 
 
 def model_of(config: dict[str, Any]) -> Model:

@@ -1,0 +1,30 @@
+"""Text-to-text tasks for T5: JSON lines, an input and a target each. Blended with running text they make a mixture of tasks.
+
+A document is two sequences, input and target, as recipes/t5/samples.py reads them. --prefix names the task in each input.
+
+    python -m data.pairs corpora/en_de --source en_de.jsonl --input-key en --target-key de \\
+        --prefix "translate English to German: " --tokenizer t5
+"""
+
+from dataclasses import replace
+
+from common.errors import BadInput, exit_cleanly
+from data import build
+from data.sources import Pairs
+
+
+def main() -> None:
+    p = build.parser(__doc__, valid_share=0.01, tokenizer_type="sentencepiece", sentences=None)
+    p.add_argument("--source", metavar="PATH", nargs="+", required=True, help="files and folders of JSON lines")
+    p.add_argument("--input-key", metavar="KEY", default="input", help="field of the input (default: %(default)s)")
+    p.add_argument("--target-key", metavar="KEY", default="target", help="field of the target (default: %(default)s)")
+    p.add_argument("--prefix", metavar="TEXT", default="", help="goes before every input (default: none)")
+    args = p.parse_args()
+    if args.split_by == "tail":
+        raise BadInput("--split-by tail: a pair is not cut; leave it out, and whole pairs go to a split")
+    opt = replace(build.options(args, "pairs"), pairs=True, append_eod=False)
+    build.build(opt, Pairs(args.source, args.input_key, args.target_key, args.prefix))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
