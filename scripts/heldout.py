@@ -88,6 +88,7 @@ def mean_loss(export: Path, stream: Samples, samples: int, task: ModuleType, cfg
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = getattr(transformers, task.hf_class(cfg.model)).from_pretrained(export, dtype=torch.float32).to(device).eval()
     sums = counts = torch.zeros((), dtype=torch.float64, device=device)  # of each part of the loss

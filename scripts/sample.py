@@ -64,6 +64,7 @@ def fill(folder: str, prompt: str) -> str:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForPreTraining.from_pretrained(folder).eval()
@@ -98,6 +99,7 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
@@ -119,6 +121,7 @@ def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

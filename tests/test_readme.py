@@ -53,7 +53,7 @@ def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
-def test_command(line: Line, settings: list[str], bert_settings: list[str], tmp_path: Path) -> None:
+def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_settings: list[str], tmp_path: Path) -> None:
     words, env = list(line.words), dict(line.env)
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
@@ -74,7 +74,7 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], tmp_
         assert (ROOT / script).is_file(), line.name
         if script.endswith("pretrain.sh") and "CONFIG" not in words:
             # OUT may be there already, and the corpus, which then decides the vocabulary, may be not
-            made = bert_settings if "recipes/bert/" in words[2] else settings
+            made = {"bert": bert_settings, "t5": t5_settings}.get(words[2].split("/")[1], settings)
             corpus = made if "corpora/python" in (ROOT / words[2]).read_text(encoding="utf-8") else []
             command = ["bash", script, words[2], str(tmp_path / "out"), *words[4:], *corpus, "--dry-run"]
             done = run(command, env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in env else {}))
