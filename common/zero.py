@@ -108,6 +108,10 @@ def fill(engine: Any, values: state.Values, shapes: Shapes, step: int) -> None:
             _link(inner)
     put = _put_stage3 if stage == 3 else _put_stage12
     for name, parameter in named:
+        if split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name]) is not None:
+            # AutoTP slices embeddings (T5's relative biases) without saying so, and the gradient norm, and with it the
+            # clipping, would miss the other ranks' part (deepspeed/runtime/utils.py, is_model_parallel_parameter)
+            parameter.tensor_model_parallel = True
         put(parameter, values(name, getattr(parameter, "ds_shape", parameter.shape)), bool(step))
 
 
