@@ -143,8 +143,11 @@ def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("family", "first_above", "last_below"), [("gpt", 8.0, 5.0), ("bert", 8.5, 7.5), ("t5", 8.0, 5.0)])
-def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, last_below: float) -> None:
+@pytest.mark.parametrize(
+    ("family", "first_above", "last_below", "apart"),
+    [("gpt", 8.0, 5.0, 1e-3), ("bert", 8.5, 7.5, 5e-3), ("t5", 8.0, 5.0, 5e-3)],  # apart: rounding, grown over all steps
+)
+def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, last_below: float, apart: float) -> None:
     """As a user runs it; its runs are held to what recipes/FAMILY/README.md says of them."""
     start = time.monotonic()
     done = quickstart(family, "--out", tmp_path / "out")
@@ -154,7 +157,7 @@ def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, l
     first = training(tmp_path / "out/baseline")
     for stack in STACKS:
         losses = training(tmp_path / "out" / stack)
-        assert max(abs(losses[step] - first[step]) for step in first) <= 1e-3, stack
+        assert max(abs(losses[step] - first[step]) for step in first) <= apart, stack
         assert max(abs(losses[step] - first[step]) for step in range(1, 21)) <= 1e-5, stack
         valid = [line["valid_loss"] for line in metrics(tmp_path / "out" / stack) if "valid_loss" in line]
         assert losses[1] > first_above and valid[-1] < last_below
