@@ -223,7 +223,8 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
     FAMILIES[family].corpus(corpus, tokens, model.vocab_size)
     room = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
     notes = []
-    for micro in FAMILIES[family].sizes[name]:
+    sizes = FAMILIES[family].sizes[name]
+    for micro in sizes[-1:] if rehearsal else sizes:
         overrides = [
             *fixed, f"data.train={corpus}", f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
         ]  # fmt: skip
