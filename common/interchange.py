@@ -1,7 +1,6 @@
 """The commands of recipes/*/convert.py: a run as a Hugging Face folder, and such a folder as the beginning of a run."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,15 +19,23 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     """The last whole checkpoint of a run as a Hugging Face folder."""
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: is not empty; give a new folder")
+    _check_new(folder)
     cfg = config.load(run / "config.yaml", [], task.Config)
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts = read_object(run / "run.json")
+    if facts is None:
+        raise BadInput(f"{run}: its run.json is not there or cannot be read; the same pretrain.sh command again writes it")
     export.write(last, cfg, task, folder, run / "tokenizer", facts)
     print(f"{folder}: step {last.step:,} of {run}")
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: is not empty; give a new folder")
 
 
 def model_in(folder: Path, task: ModuleType) -> Any:
@@ -70,8 +77,7 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
 
     `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
     """
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: is not empty; give a new folder")
+    _check_new(out)
     model = model_in(folder, task)
     anew = init.scratch(SEED, lambda name: task.initial(model, name))
     source = init.from_hf(folder, task.stored_names, task.heads(model), anew)

@@ -191,7 +191,7 @@ def _tokenizer(
             known = {"hash": loaded.hash, "size": loaded.size}
             hashes = {f"data.tokenizer={cfg.data.tokenizer}": loaded.hash} | hashes
         except BadInput as error:
-            problems += error.problems
+            problems += [p for p in error.problems if p not in problems]
     elif train is not None and train.corpora[0].manifest:
         first = train.corpora[0]
         folder, known = first.tokenizer_dir, {"hash": first.tokenizer_hash, "size": first.manifest["tokenizer_size"]}

@@ -130,6 +130,10 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
         problems.append(f"--workers {args.workers}: at least 1")
     if args.max_mb is not None and args.max_mb <= 0:
         problems.append(f"--max-mb {args.max_mb}: above 0")
+    if not -(2**63) <= getattr(args, "seed", 0) < 2**63:
+        problems.append(f"--seed {args.seed}: must fit 64 bits")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        problems.append(f"--vocab-size {args.vocab_size}: at least 1")
     name, size, sentences = args.tokenizer, args.vocab_size, getattr(args, "sentences", False)
     if name is None and size is None:
         name, size = args.default_tokenizer, args.default_vocab_size
@@ -516,9 +520,10 @@ def _finish(
     if empty:
         documents = sum(counts["documents"] for counts in state["writers"].values())
         shutil.rmtree(partial)
+        smaller = "" if opt.pairs else ", smaller documents (--split-documents) or --split-by tail"
         raise BadInput(
             f"no document fell into {' and '.join(empty)} ({documents:,} documents, shares {opt.shares}); "
-            "give larger shares (--valid-share, --test-share), smaller documents (--split-documents) or --split-by tail"
+            f"give more text, larger shares (--valid-share, --test-share){smaller}"
             + "".join(f"; skipped: {count:,} x {kind}" for kind, count in state["skipped"].items())
         )
     tokenizer.save(partial / "tokenizer")

@@ -1,6 +1,7 @@
 """Text-to-text tasks for T5: JSON lines, an input and a target each. Blended with running text they make a mixture of tasks.
 
-A document is two sequences, input and target, as recipes/t5/samples.py reads them. --prefix names the task in each input.
+Each line is an object such as {"input": "...", "target": "..."}; --input-key and --target-key name other fields, --prefix the
+task. A document is two sequences, input and target; T5 cuts them to data.seq_len - 1 and data.target_len - 1 tokens.
 
     python -m data.pairs corpora/en_de --source en_de.jsonl --input-key en --target-key de \\
         --prefix "translate English to German: " --tokenizer t5
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 from common.errors import BadInput, exit_cleanly
 from data import build
-from data.sources import Pairs
+from data.sources import BETWEEN, Pairs
 
 
 def main() -> None:
@@ -20,6 +21,12 @@ def main() -> None:
     p.add_argument("--target-key", metavar="KEY", default="target", help="field of the target (default: %(default)s)")
     p.add_argument("--prefix", metavar="TEXT", default="", help="goes before every input (default: none)")
     args = p.parse_args()
+    if BETWEEN in args.prefix:
+        raise BadInput("--prefix: holds U+001E, which separates input and target in the corpus")
+    try:
+        args.prefix.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"--prefix {args.prefix!r}: is not UTF-8") from None
     if args.split_by == "tail":
         raise BadInput("--split-by tail: a pair is not cut; leave it out, and whole pairs go to a split")
     opt = replace(build.options(args, "pairs"), pairs=True, append_eod=False)

@@ -111,27 +111,21 @@ class Files:
                 continue
             where = f"{path}:{count}"
             try:
-                text = self._text_of(json.loads(line.decode("utf-8")))
+                text = self._text_of(json.loads(line.decode("utf-8-sig" if count == 1 else "utf-8")))
             except UnicodeDecodeError as error:
                 errors.bad(where, "not UTF-8", f"byte {error.start} of the line")
-            except ValueError as error:
+            except NoText as error:
+                errors.bad(where, error.kind, str(error))
+            except (ValueError, RecursionError) as error:
                 errors.bad(where, "not JSON", str(error))
-            except (KeyError, TypeError, IndexError, AttributeError):
-                errors.bad(where, "no such text field", f"{self._keys}: no text there")
             else:
                 yield Document(text, where, [number, count])
         if not count:
             errors.bad(str(path), "empty file")
 
     def _text_of(self, record: Any) -> str:
-        """Of a JSON line. KeyError, TypeError or IndexError where there is none."""
-        if not isinstance(record[self.text_key], str):
-            raise TypeError
-        return record[self.text_key]
-
-    @property
-    def _keys(self) -> str:
-        return f"--text-key {self.text_key}"
+        """Of a JSON line; NoText where there is none."""
+        return string_under(record, self.text_key, "--text-key")
 
     def _of_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
         by_line = self.split_documents == "line"
@@ -159,6 +153,20 @@ class Files:
 BETWEEN = "\x1e"  # ASCII's record separator: between the input and the target of a pair, in neither of which it may stand
 
 
+class NoText(Exception):
+    """What a JSON line lacks; kind: the name of its count."""
+
+    def __init__(self, told: str, kind: str = "no such text field"):
+        super().__init__(told)
+        self.kind = kind
+
+
+def string_under(record: Any, key: str, option: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        raise NoText(f"{option} {key}: no string under this key")
+    return record[key]
+
+
 class Pairs(Files):
     """JSON lines with an input and a target each; `prefix` goes before every input ("translate English to German: ")."""
 
@@ -173,14 +181,13 @@ class Pairs(Files):
         return [hash_of_files(self.files), self.input_key, self.target_key, self.prefix]
 
     def _text_of(self, record: Any) -> str:
-        given, target = record[self.input_key], record[self.target_key]
-        if not (given.strip() and target.strip()) or BETWEEN in given + target:
-            raise TypeError
-        return f"{self.prefix}{given}{BETWEEN}{target}"
-
-    @property
-    def _keys(self) -> str:
-        return f"--input-key {self.input_key} --target-key {self.target_key}"
+        texts = [string_under(record, self.input_key, "--input-key"), string_under(record, self.target_key, "--target-key")]
+        for key, text in zip((self.input_key, self.target_key), texts, strict=True):
+            if not text.strip():
+                raise NoText(f"{key} is blank", "empty text")
+            if BETWEEN in text:
+                raise NoText(f"{key} holds U+001E, which separates input and target in the corpus", "U+001E in a text")
+        return f"{self.prefix}{texts[0]}{BETWEEN}{texts[1]}"
 
 
 def _find(source: Path) -> list[tuple[str, Path]]:

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from common.errors import BadInput, exit_cleanly
 
 
@@ -68,7 +70,7 @@ def fill(folder: str, prompt: str) -> str:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForPreTraining.from_pretrained(folder).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     given = tokenizer(prompt, return_tensors="pt")
     length, positions = given["input_ids"].shape[1], model.config.max_position_embeddings
@@ -103,7 +105,7 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     given = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(seed)
@@ -125,7 +127,7 @@ def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
     if not ids.numel():  # begin where a document ended

@@ -242,11 +242,14 @@ def test_pairs_are_two_sequences_each(translations, tmp_path, monkeypatch):
 
 
 PAIRS_REFUSED = {
-    "no such key": ({}, ["--target-key", "no"], ":1: no such text field (--input-key there --target-key no: no text there)"),
-    "an empty target": ({"there": "a", "back": " "}, [], ":201: no such text field"),
+    "no such key": ({}, ["--target-key", "no"], ":1: no such text field (--target-key no: no string under this key)"),
+    "an empty target": ({"there": "a", "back": " "}, [], ":201: empty text (back is blank)"),
     "a number": ({"there": 3, "back": "b"}, [], ":201: no such text field"),
-    "the separator": ({"there": "a\x1eb", "back": "b"}, [], ":201: no such text field"),
+    "the separator": ({"there": "a\x1eb", "back": "b"}, [], ":201: U+001E in a text (there holds U+001E"),
     "a text file": (None, [], "not JSON lines (.jsonl, .ndjson), which pairs are read from"),
+    "a prefix with the separator": ({}, ["--prefix", "a\x1e"], "--prefix: holds U+001E"),
+    "a prefix that is no text": ({}, ["--prefix", "a\udcff"], "--prefix 'a\\udcff': is not UTF-8"),
+    "a seed beyond 64 bits": ({}, ["--seed", str(2**63)], f"--seed {2**63}: must fit 64 bits"),
     "tails": ({}, ["--split-by", "tail"], "--split-by tail: a pair is not cut"),
 }
 

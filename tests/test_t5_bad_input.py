@@ -42,6 +42,12 @@ def of_sequences(prefix: Path, lengths: list[int]) -> None:
     write_manifest(prefix, {key: facts[key] for key in keep} | {"eod_id": None, "sentences": sum(lengths)})
 
 
+def bert_tokenizer(folder: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
 def folder(home: Path, **changes: object) -> None:
     """hf: config.json of the very model with `changes`, and another model's weights."""
     words = task.hf_shapes(task.Model(arch="t5_v1_1", layers=2, decoder_layers=1, hidden=32, heads=2, kv_channels=16, ffn=64,
@@ -61,6 +67,16 @@ REFUSED = [  # name, what is done, overrides, what is told: one entry a line
      ["spans/train: its tokenizer is not known", "spans/valid: its tokenizer is not known"]),
     ("targets that do not fit", None, "data.target_len=10",
      ["data.target_len=10: spans of data.seq_len=64 make 14 tokens; give 14"]),
+    ("inputs of two tokens", None, "data.seq_len=2", ["data.seq_len=2: objective.kind=span needs 3 or more"]),
+    ("a prefix of one token", None, "objective.kind=prefix data.target_len=1",
+     ["data.target_len=1: objective.kind=prefix needs 2 or more"]),
+    ("a distance within the buckets", None, "model.max_distance=16",
+     ["model.max_distance=16: must be above half of model.buckets=32"]),
+    ("an input that no corpus fills", None, "data.seq_len=2000000000 data.target_len=1000000000",
+     ["data.seq_len=2000000000: a sample has"]),
+    ("the tokenizer of BERT", lambda h: bert_tokenizer(h / "words"), "data.tokenizer=words",
+     ["data.tokenizer=words: its tokenizer has no </s> or no sentinels"]),
+    ("no such tokenizer", None, "data.tokenizer=nowhere", ["nowhere"]),
     ("too many spans", None, "data.seq_len=4096 data.target_len=1000", ["data.seq_len=4096: a sample has"]),
     ("no target_len", lambda h: (h / "t5.yaml").write_text(TEXT.replace(", target_len: 16", "")), "",
      ["data.target_len: is missing; add it, or give data.target_len=VALUE on the command line"]),

@@ -131,7 +131,7 @@ def test_a_sample_is_a_function_of_seed_and_number(spans):
 
 
 def test_corpora_and_tokenizers_that_give_no_samples(spans, sentences, words, tmp_path):
-    with pytest.raises(BadInput, match="its tokenizer has no </s> or no sentinels; build the corpus with a SentencePiece"):
+    with pytest.raises(BadInput, match="its tokenizer has no </s> or no sentinels; T5 takes a SentencePiece"):
         opened(sentences / "train")
     with pytest.raises(BadInput, match="less than one sample"):
         opened(spans / "valid", "data.seq_len=20000", "data.target_len=5000", "objective.mean_span=100.0")

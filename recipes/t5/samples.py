@@ -37,10 +37,28 @@ def lengths_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int
 
 def raw_tokens(seq_len: int, noise_share: float, mean_span: float) -> int:
     """The most raw tokens whose input fits `seq_len` (T5's random_spans_helper): 512 takes 568."""
-    raw = 2
-    while lengths_of(raw + 1, noise_share, mean_span)[0] <= seq_len:
-        raw += 1
-    return raw
+    def fits(raw: int) -> bool:
+        return lengths_of(raw, noise_share, mean_span)[0] <= seq_len
+
+    least, most = 2, 4  # fits never falls below True again: by bisection
+    while fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+LEAST = {"span": {"seq_len": 3, "target_len": 3}, "prefix": {"seq_len": 2, "target_len": 2}}
+
+
+def too_short(objective: Any, data: Any) -> list[str]:
+    """Lengths that hold no sample: of two tokens span corruption makes three (a token or a sentinel each, and the end)."""
+    return [
+        f"data.{name}={getattr(data, name)}: objective.kind={objective.kind} needs {least} or more"
+        for name, least in LEAST[objective.kind].items()
+        if getattr(data, name) < least
+    ]
 
 
 class Samples(Order):
@@ -140,10 +158,12 @@ def pieces(tokens: int, number: int, rng: np.random.Generator) -> np.ndarray:
 def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> Samples:
     """As recipes/t5/task.py's config says. name: of the corpus, for messages."""
     o, d = cfg.objective, cfg.data
+    if too_short(o, d):
+        raise BadInput(too_short(o, d))
     if tokenizer.eod_id is None or not len(tokenizer.sentinels()):
         raise BadInput(
-            f"{name}: its tokenizer has no </s> or no sentinels; build the corpus with a SentencePiece tokenizer "
-            "(--tokenizer t5, or --tokenizer-type sentencepiece --vocab-size N)"
+            f"{name}: its tokenizer has no </s> or no sentinels; T5 takes a SentencePiece tokenizer: build "
+            "the corpus with --tokenizer t5, or with --tokenizer-type sentencepiece --vocab-size N"
         )
     return Samples(
         data, d.seq_len, d.target_len, sentinels=tokenizer.sentinels(), eos=tokenizer.eod_id,

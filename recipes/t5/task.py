@@ -45,6 +45,8 @@ class Model(Section):
     def problems(self) -> Iterator[str]:
         if self.kv_channels is None and self.hidden % self.heads:
             yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; give model.kv_channels"
+        if self.max_distance <= self.buckets // 2:  # half of the buckets are of one distance each, the others share the rest
+            yield f"model.max_distance={self.max_distance}: must be above half of model.buckets={self.buckets}"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
@@ -71,7 +73,7 @@ class Model(Section):
                 if length % tp:
                     yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.{name}={length}"
         o, d = cfg.objective, cfg.data
-        if o.kind == "span":
+        if o.kind == "span" and not samples.too_short(o, d):
             raw = samples.raw_tokens(d.seq_len, o.noise_share, o.mean_span)
             _, target = samples.lengths_of(raw, o.noise_share, o.mean_span)
             if target > d.target_len:
@@ -151,7 +153,8 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     if folder is None:
         raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR")
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
-    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), corpus.prefix)
+    name = f"data.tokenizer={cfg.data.tokenizer}" if cfg.data.tokenizer else corpus.prefix
+    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), name)
 
 
 def hf_config(model: Model) -> PreTrainedConfig:
