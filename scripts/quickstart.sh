@@ -196,7 +196,7 @@ pretrain megatron
 
 runs=("$out/baseline" "$out/deepspeed" "$out/megatron")
 say "sample: each export goes on from '$prompt' (or fills it in) with plain transformers, same seed"
-run "$out/samples.txt" "$python" -m scripts.sample "${runs[@]/%//hf}" --prompt "$prompt" --tokens 60
+run "$out/samples.txt" "$python" -m scripts.generate "${runs[@]/%//hf}" --prompt "$prompt" --tokens 60
 say "compare: each export evaluated on the held-out text with plain transformers in one process; table and picture"
 "$python" -m scripts.compare "${runs[@]}" --out "$out"
 printf '\n%s\n' "done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Next: README.md, or $out/curves.png"

@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh and what it ends with: compare, sample, heldout."""
+"""scripts/quickstart.sh and what it ends with: compare, generate, heldout."""
 
 import json
 import os

@@ -1,10 +1,11 @@
-"""Text from an export, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK], T5 says what
-stood in the place of <extra_id_0>, or answers.
+"""Text from a model, token by token, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK],
+T5 says what stood in the place of <extra_id_0>, or answers.
 
-python -m scripts.sample HF_DIR... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
+python -m scripts.generate MODEL... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
 
-HF_DIR is OUT/hf of a run, or any causal, masked or encoder-decoder language model in Hugging Face form. The same weights and
-seed give the same text. A masked one takes --prompt alone, a text with [MASK], and gives the likeliest tokens for each.
+MODEL is an OUT folder of pretrain.sh (its export, OUT/hf, is taken), or any causal, masked or encoder-decoder language model in
+Hugging Face form. The same weights and seed give the same text. A masked one takes --prompt alone, a text with [MASK], and
+gives the likeliest tokens for each.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from common.errors import BadInput, exit_cleanly
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", metavar="HF_DIR")
+    parser.add_argument("folders", nargs="+", metavar="MODEL")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="how it begins (default: as a document begins)")
     parser.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens to add (default: %(default)s)")
     told = "0 takes the likeliest token each time (default: %(default)s)"
@@ -30,23 +31,28 @@ def main() -> None:
     parser.add_argument("--top-k", metavar="K", type=int, default=20, help=told)
     parser.add_argument("--seed", metavar="N", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args()
-    problems = [f"{f}: no config.json there" for f in args.folders if not (Path(f) / "config.json").is_file()]
+    folders = [given if (Path(given) / "config.json").is_file() else str(Path(given) / "hf") for given in args.folders]
+    problems = [
+        f"{given}: no config.json there, nor in {given}/hf; give a Hugging Face folder, or OUT of a run that is finished"
+        for given, folder in zip(args.folders, folders, strict=True)
+        if not (Path(folder) / "config.json").is_file()
+    ]
     ranges = (("tokens", args.tokens, 1), ("temperature", args.temperature, 0), ("top-k", args.top_k, 1))
     for name, value, least in ranges:
         if value < least:
             problems.append(f"--{name} {value}: must be {least} or more")
     if problems:
         raise BadInput(problems)
-    for folder in args.folders:
+    for folder in folders:
         print(f"---- {folder}", flush=True)
         architecture = architecture_of(folder)
         if architecture.endswith(("ForPreTraining", "ForMaskedLM")):
             print(fill(folder, args.prompt or "[MASK]"), flush=True)
         elif architecture.endswith("ForConditionalGeneration"):
             prompt = args.prompt or "<extra_id_0>"
-            print(answer(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
+            answer(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed)
         else:
-            print(sample(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed), flush=True)
+            go_on(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
 
 
 def architecture_of(folder: str) -> str:
@@ -95,8 +101,8 @@ def drawn(temperature: float, top_k: int) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
 
 
-def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt, and on a line of its own what an encoder-decoder model writes to it, sentinels included."""
+def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print the prompt, and on a line of its own, as it comes, what an encoder-decoder model writes to it."""
     import torch
     import transformers
 
@@ -108,16 +114,16 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     given = tokenizer(prompt, return_tensors="pt")
+    print(prompt, end="\n  ")
     torch.manual_seed(seed)
-    made = model.generate(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=tokens, **drawn(temperature, top_k)
+    model.generate(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=tokens,
+        streamer=transformers.TextStreamer(tokenizer), **drawn(temperature, top_k),
     )  # fmt: skip
-    ids = [i for i in made[0].tolist() if i not in (tokenizer.pad_token_id, tokenizer.eos_token_id)]
-    return f"{prompt}\n  {tokenizer.decode(ids)}"
 
 
-def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and what the model adds to it."""
+def go_on(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print the prompt and what the model adds to it, as it comes."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -140,10 +146,10 @@ def sample(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
         raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
     how = drawn(temperature, top_k)
     torch.manual_seed(seed)
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, **how
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0,
+        streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True), **how,
     )  # fmt: skip
-    return tokenizer.decode(made[0], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Language modelling by the published protocols: which tokens are scored in which window, and what the sum is divided by.
+
+Perplexities of one model differ by the protocol more than models do. Each has a name here, and a result says which it is:
+
+megatron-wikitext    Megatron-LM's (arXiv:1909.08053, section 5.3 and appendix E; tasks/zeroshot_gpt, deleted since): the
+                     word-level file, detokenized, in overlapping windows that move by 32 tokens, the sum divided by the
+                     number of words and not of tokens: exp(loss x (T - 1) / (T_o - 1)). T_o = 245,566 in the test file.
+token-perplexity     the mean over the tokens of windows that do not overlap; the first token of a window is not predicted.
+                     As transformers' own loss has it. Depends on the tokenizer.
+bits-per-byte        the same sum, in bits, over the bytes of the text: comparable between tokenizers.
+lambada-strict       the last word, all of its tokens, predicted greedily from the text before it (arXiv:1606.06031; Megatron's
+                     --strict-lambada).
+lambada-last-token   the last token of the text alone: easier, and not comparable to the above.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import BadInput
+from common.ranks import Ranks
+
+WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
+LAMBADA_LINES = 5_153
+OVERLAP = 32  # tokens that Megatron's window moves by
+
+
+class Window(NamedTuple):
+    """inputs = tokens[start : start + length]; of its targets, the tokens one further, those from `first` on are scored."""
+
+    start: int
+    length: int
+    first: int
+
+
+def overlapping(tokens: int, length: int, step: int) -> list[Window]:
+    """Megatron's windows over `tokens` tokens: the first scores all its targets, each later one its last `step`. Every token
+    but the very first is scored once."""
+    windows = [Window(0, min(length, tokens - 1), 0)]
+    scored = windows[0].length
+    while scored < tokens - 1:
+        start = windows[-1].start + step
+        size = min(length, tokens - 1 - start)
+        windows.append(Window(start, size, scored - start))
+        scored = start + size
+    return windows
+
+
+def apart(tokens: int, length: int) -> list[Window]:
+    """Windows of `length` tokens end to end; each predicts its own tokens but the first. What is left over is a window too
+    where it has a target."""
+    starts = range(0, tokens, length)
+    sizes = [min(length, tokens - start) - 1 for start in starts]
+    return [Window(start, size, 0) for start, size in zip(starts, sizes, strict=True) if size > 0]
+
+
+# ---- WikiText ---------------------------------------------------------------------------------------------------------
+
+# What Megatron's wikitext_detokenizer undoes, in its order, which matters (two marks share the space between them). The result
+# is running text, as models are trained on.
+_UNDO: list[tuple[str, str]] = [
+    (r"s '", "s'"),
+    (r" @-@ ", "-"), (r" @,@ ", ","), (r" @\.@ ", "."),
+    *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= = = =", "===="), (r"= = =", "==="), (r"= =", "=="),
+    (r" ° ", "°"),
+    (r" \n", "\n"), (r"\n ", "\n"),
+    (r" N ", " 1 "), (r" 's", "'s"),
+]  # fmt: skip
+
+
+def detokenized(text: str) -> str:
+    """WikiText's words as running text, by Megatron's rules."""
+    for pattern, new in _UNDO:
+        text = re.sub(pattern, new, text)
+    return text
+
+
+def words_of(text: str) -> int:
+    """T_o: pieces between single spaces, before the text is detokenized."""
+    return len(text.strip().split(" "))
+
+
+# ---- LAMBADA ----------------------------------------------------------------------------------------------------------
+
+
+def lambada(path: Path) -> list[str]:
+    """The passages of a .jsonl with a `text` each."""
+    try:
+        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: not JSON lines with a `text` each; give OpenAI's lambada_test.jsonl") from None
+    return texts
+
+
+def last_word(text: str) -> tuple[str, str]:
+    """(context, ' ' + last word). The word is what follows the last blank; the context is stripped."""
+    word = text.split()[-1]
+    return text[: text.rfind(word)].strip(), " " + word
+
+
+# ---- sums -------------------------------------------------------------------------------------------------------------
+
+
+def perplexity(total: float, count: float) -> float:
+    """exp of the mean; Megatron's bound of exp(20) keeps an untrained model's finite."""
+    return math.exp(min(20.0, total / count))
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, T) int64 of rows of different lengths, filled up on the right with 0, which no causal model looks back from."""
+    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
+def shared_out(
+    batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, tell: Callable[[int], None]
+) -> np.ndarray:
+    """The values of every batch, in order, on every rank. Batches are the same whatever the number of ranks, each is done by
+    one, and none twice: so 2 ranks give what 1 gives, bit for bit."""
+    import torch
+    import torch.distributed as dist
+
+    ends = np.cumsum([len(batch) for batch in batches])
+    values = torch.zeros(int(ends[-1]), dtype=torch.float64, device=ranks.device)
+    for number in range(ranks.rank, len(batches), ranks.world):
+        tell(number)
+        part = score(batches[number])
+        values[ends[number] - len(part) : ends[number]] = torch.tensor(part, dtype=torch.float64)
+    if ranks.world > 1:
+        dist.all_reduce(values)  # each value and zeros: exact
+    return values.cpu().numpy()
+
+
+def window_losses(net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any) -> list[float]:
+    """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32."""
+    import torch
+    import torch.nn.functional as F
+
+    inputs = torch.from_numpy(padded([tokens[w.start : w.start + w.length] for w in windows])).to(device)  # (B, T)
+    targets = torch.from_numpy(padded([tokens[w.start + 1 : w.start + w.length + 1] for w in windows])).to(device)
+    first = min(w.first for w in windows)
+    with torch.no_grad():
+        logits = net(input_ids=inputs).logits[:, first:].float()  # (B, T - first, V)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten(), reduction="none").view(len(windows), -1)
+    return [row[w.first - first : w.length - first].double().sum().item() for row, w in zip(losses, windows, strict=True)]
+
+
+def answers(net: Any, passages: Sequence[tuple[np.ndarray, np.ndarray]], device: Any) -> list[list[int]]:
+    """For each (context, label) of one batch the likeliest token at each place of the label, under teacher forcing."""
+    import torch
+
+    rows = [np.concatenate([context, label]) for context, label in passages]
+    with torch.no_grad():
+        likeliest = net(input_ids=torch.from_numpy(padded(rows)).to(device)).logits.argmax(-1).tolist()  # (B, T)
+    return [row[len(c) - 1 : len(c) + len(w) - 1] for row, (c, w) in zip(likeliest, passages, strict=True)]

@@ -1,0 +1,307 @@
+"""Evaluate a language model by the published protocols, with plain transformers: HF_DIR... or RUN... on TASKs.
+
+    python -m scripts.evaluate MODEL TASK... [--data DIR_OR_FILE] [--batch N] [--dtype fp32|bf16] [--limit N] [--out DIR]
+    torchrun --nproc-per-node 8 -m scripts.evaluate MODEL TASK...      shared among 8 processes: the same values
+
+MODEL is an OUT folder of pretrain.sh of any stack and layout (its export, OUT/hf, is evaluated) or a Hugging Face folder.
+Data come from the Hugging Face hub, or from --data: a folder that holds the files named below, at its top or under the folder
+named. Results go to OUT/eval.json (--out; default: MODEL), a list of {task, metric, value, n, protocol}; LAMBADA's answers to
+OUT/predictions/. --limit takes the first N windows or passages, and the protocol says so.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common import ranks as processes
+from common.errors import BadInput, exit_cleanly
+from common.evaluation import language
+from common.ranks import Ranks
+
+Result = dict[str, Any]
+
+
+class Task(NamedTuple):
+    what: str
+    folder: str  # under --data
+    file: str
+    hub: tuple[str, str | None]  # dataset, config; its test split has a column `text`
+
+
+TASKS = {
+    "wikitext103": Task("word-level perplexity by Megatron-LM's protocol", "wikitext103", "wiki.test.tokens",
+                        ("Salesforce/wikitext", "wikitext-103-v1")),
+    "wikitext2": Task("the same on WikiText-2", "wikitext2", "wiki.test.tokens", ("Salesforce/wikitext", "wikitext-2-v1")),
+    "wikitext2-raw": Task("token perplexity and bits per byte of the raw text (which is WikiText-103's too)", "wikitext2",
+                          "wiki.test.raw", ("Salesforce/wikitext", "wikitext-2-raw-v1")),
+    "lambada": Task("accuracy of the last word (strict) and of the last token", "lambada", "lambada_test.jsonl",
+                    ("EleutherAI/lambada_openai", "default")),
+    "text": Task("token perplexity and bits per byte of --data FILE", "", "", ("", None)),
+}  # fmt: skip
+
+
+class Model(NamedTuple):
+    net: Any
+    tokenize: Callable[[str], np.ndarray]
+    length: int  # tokens of a window
+    batch: int
+    limit: int | None
+    ranks: Ranks
+
+
+def main() -> None:
+    files = {name: f"; {task.folder}/{task.file}" if task.file else "" for name, task in TASKS.items()}
+    told = "\n".join(f"  {name:<14} {task.what}{files[name]}" for name, task in TASKS.items())
+    p = argparse.ArgumentParser(
+        prog="python -m scripts.evaluate", description=__doc__, epilog=f"tasks, and their files:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join(TASKS))
+    p.add_argument("--data", metavar="DIR_OR_FILE", type=Path, help="local copies, for a machine without network")
+    p.add_argument("--batch", metavar="N", type=int, default=8, help="windows at once (default: %(default)s)")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
+    p.add_argument("--seq-len", metavar="N", type=int, help="of a window (default: 1024, or the model's positions if fewer)")
+    p.add_argument("--limit", metavar="N", type=int, help="the first N windows or passages alone")
+    p.add_argument("--out", metavar="DIR", type=Path, help="where eval.json goes (default: MODEL)")
+    args = p.parse_args()
+    folder = export_of(Path(args.model))
+    texts = checked(args, folder)
+
+    processes.quiet()
+    ranks = processes.start()
+    model = loaded(folder, args, ranks)
+    out, results = args.out or Path(args.model), []
+    for name in args.tasks:
+        begin = time.perf_counter()
+        found = EVALUATE[name](model, texts[name], out if ranks.rank == 0 else None)
+        results += [{"task": name, **row} for row in found]
+        if ranks.rank == 0:
+            for row in found:
+                print(f"{name:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} {row['protocol']}", flush=True)
+            print(f"{'':<14} {time.perf_counter() - begin:.0f} s", flush=True)
+    if ranks.rank == 0:
+        write(out / "eval.json", results)
+        print(f"results   {out / 'eval.json'}")
+
+
+def export_of(given: Path) -> Path:
+    """The Hugging Face folder of a MODEL."""
+    if (given / "config.json").is_file():
+        return given
+    if (given / "run.json").is_file():
+        if (given / "hf/config.json").is_file():
+            return given / "hf"
+        family = json.loads((given / "run.json").read_text(encoding="utf-8"))["family"]
+        raise BadInput(
+            f"{given}: the run has no export yet; finish it by its own command, or make one of its last checkpoint: "
+            f"python -m recipes.{family}.convert to-hf {given} HF_DIR"
+        )
+    raise BadInput(f"{given}: no config.json and no run.json there; give a Hugging Face folder, or OUT of pretrain.sh")
+
+
+def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]]:
+    """What each task reads. All problems at once, before anything is loaded."""
+    problems = [f"{name}: no such task; there is {', '.join(TASKS)}" for name in args.tasks if name not in TASKS]
+    numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1))
+    problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and v < least]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or [""])[0]
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        problems.append(f"{folder}: is {architecture or 'of no class'}, and these tasks are for causal language models")
+    positions = positions_of(config)
+    if args.seq_len and positions and args.seq_len > positions:
+        problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        problems.append(f"{folder}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
+    if args.data and not args.data.exists():
+        problems.append(f"--data {args.data}: no such file or folder")
+    if problems:
+        raise BadInput(problems)
+    return {name: data_of(name, args.data) for name in dict.fromkeys(args.tasks)}
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def data_of(name: str, given: Path | None) -> str | list[str]:
+    """The text of a task; of LAMBADA the passages."""
+    task = TASKS[name]
+    if name == "text":
+        if given is None or not given.is_file():
+            raise BadInput(f"text: give the file to evaluate on: --data FILE{f' ({given} is a folder)' if given else ''}")
+        return read_text(given)
+    if given is None:
+        return from_hub(name, task)
+    path = next((p for p in (given / task.folder / task.file, given / task.file) if p.is_file()), None)
+    if path is None:
+        raise BadInput(f"--data {given}: holds no {task.folder}/{task.file} and no {task.file}, which {name} reads")
+    return language.lambada(path) if name == "lambada" else read_text(path)
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
+    if not text.strip():
+        raise BadInput(f"{path}: is empty")
+    return text
+
+
+def from_hub(name: str, task: Task) -> str | list[str]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        texts = datasets.load_dataset(*task.hub, split="test")["text"]
+    except Exception as error:  # no network, no access: each has a class of its own there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{name}: {task.hub[0]} cannot be had: {reason}; give a copy: --data DIR with {task.file}") from None
+    return list(texts) if name == "lambada" else "".join(texts)
+
+
+def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    processes.check_dtype(args.dtype, ranks.device)
+    try:
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(ranks.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    positions = positions_of(net.config.to_dict()) or 1024
+    length = args.seq_len or min(1024, positions)
+
+    def tokenize(text: str) -> np.ndarray:
+        return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+
+    return Model(net, tokenize, length, args.batch, args.limit, ranks)
+
+
+# ---- the tasks -------------------------------------------------------------------------------------------------------
+
+
+def windowed(model: Model, tokens: np.ndarray, windows: list[language.Window]) -> tuple[float, int, int]:
+    """Summed loss in nats, targets and windows scored, of the first `limit` windows."""
+    if not windows:
+        raise BadInput(f"the text has {len(tokens)} token: nothing to predict")
+    windows = windows[: model.limit]
+    batches = [windows[i : i + model.batch] for i in range(0, len(windows), model.batch)]
+    losses = language.shared_out(
+        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device), model.ranks,
+        progress("windows", len(windows), model),
+    )  # fmt: skip
+    return math.fsum(losses), sum(w.length - w.first for w in windows), len(windows)
+
+
+def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
+    """Megatron's protocol. n: T_o - 1."""
+    tokens, words = model.tokenize(language.detokenized(text)), language.words_of(text)
+    windows = language.overlapping(len(tokens), model.length, min(language.OVERLAP, model.length))
+    total, targets, done = windowed(model, tokens, windows)
+    share = targets / (len(tokens) - 1)  # of the text that --limit leaves
+    how = f"megatron-wikitext, windows of {model.length}, step {language.OVERLAP}, T_o {words:,}, T {len(tokens):,}"
+    how += limited(done, len(windows), "windows")
+    value = language.perplexity(total, (words - 1) * share)
+    return [
+        {"metric": "word_perplexity", "value": value, "n": words - 1, "protocol": how},
+        {"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
+         "protocol": how.replace("megatron-wikitext", "overlapping windows, detokenized")},
+    ]  # fmt: skip
+
+
+def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:
+    tokens = model.tokenize(text)
+    windows = language.apart(len(tokens), model.length)
+    total, targets, done = windowed(model, tokens, windows)
+    how = f"windows of {model.length}, apart{limited(done, len(windows), 'windows')}"
+    rows = [{"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
+             "protocol": f"token-perplexity, {how}"}]  # fmt: skip
+    if done == len(windows):  # else the bytes of what was scored are not known
+        size = len(text.encode())
+        bits = total / math.log(2) / size
+        rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {how}"})
+    return rows
+
+
+def of_last_words(model: Model, texts: list[str], out: Path | None) -> list[Result]:
+    """LAMBADA, both ways; the answers of the strict one go to predictions/lambada.jsonl."""
+    whole, texts = len(texts), texts[: model.limit]
+    rows = []
+
+    def score(batch: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+        found = language.answers(model.net, batch, model.ranks.device)
+        return [float(answer == label.tolist()) for answer, (_, label) in zip(found, batch, strict=True)]
+
+    for name in ("lambada-strict", "lambada-last-token"):
+        passages = [passage(model, text, strict=name == "lambada-strict") for text in texts]
+        long = next((n for n, (c, w) in enumerate(passages, 1) if len(c) + len(w) > model.length), None)
+        if long:
+            raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; give --seq-len")
+        batches = [passages[i : i + model.batch] for i in range(0, len(passages), model.batch)]
+        right = language.shared_out(batches, score, model.ranks, progress(name, len(passages), model))
+        rows.append({"metric": "accuracy" if name == "lambada-strict" else "last_token_accuracy", "value": right.mean().item(),
+                     "n": len(right), "protocol": name + limited(len(texts), whole, "passages")})  # fmt: skip
+        if out and name == "lambada-strict":
+            words = [language.last_word(text)[1].strip() for text in texts]
+            lines = [json.dumps({"word": word, "right": bool(r)}) for word, r in zip(words, right, strict=True)]
+            (out / "predictions").mkdir(parents=True, exist_ok=True)
+            (out / "predictions/lambada.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return rows
+
+
+def passage(model: Model, text: str, strict: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(context, label) in tokens."""
+    if not strict:
+        tokens = model.tokenize(text)
+        return tokens[:-1], tokens[-1:]
+    context, word = language.last_word(text)
+    return model.tokenize(context), model.tokenize(word)
+
+
+def limited(done: int, whole: int, what: str) -> str:
+    return f", the first {done:,} of {whole:,} {what}" if done < whole else ""
+
+
+EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
+    "wikitext103": of_words, "wikitext2": of_words, "wikitext2-raw": of_tokens, "lambada": of_last_words, "text": of_tokens,
+}  # fmt: skip
+
+
+def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
+    """Called with each batch's number; rank 0 says every 10 s how far it is."""
+    begin = shown = time.monotonic()
+
+    def tell(batch: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if model.ranks.rank == 0 and now - shown >= 10:
+            done, shown = batch * model.batch, now
+            print(f"  {done:>8,} of {number:,} {what}  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
+
+    return tell
+
+
+def write(path: Path, results: list[Result]) -> None:
+    """Add to what eval.json holds; a result of the same task, metric and protocol is replaced."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    new = {(r["task"], r["metric"], r["protocol"]) for r in results}
+    kept = [r for r in kept if (r["task"], r["metric"], r["protocol"]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,215 @@
+"""Evaluation of language models: protocols against their published constants and plain references, real runs, many ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, case
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2LMHeadModel
+
+from common import tokenizer as tokenizers
+from common.evaluation import language
+
+
+@given(st.integers(2, 3000), st.integers(2, 600), st.integers(1, 600))
+def test_every_token_but_the_first_is_scored_once(tokens: int, length: int, step: int):
+    windows = language.overlapping(tokens, length, min(step, length))
+    scored = [t for w in windows for t in range(w.start + w.first + 1, w.start + w.length + 1)]
+    assert scored == list(range(1, tokens))
+    assert all(w.length <= length for w in windows)
+    assert all(w.first == w.length - step for w in windows[1:-1] if step <= length)
+
+
+@given(st.integers(1, 3000), st.integers(2, 600))
+def test_windows_apart_predict_all_but_their_first(tokens: int, length: int):
+    windows = language.apart(tokens, length)
+    scored = [t for w in windows for t in range(w.start + 1, w.start + w.length + 1)]
+    assert scored == [t for t in range(tokens) if t % length]
+
+
+def test_published_constants(source: Path):
+    """T_o of Megatron-LM (arXiv:1909.08053, appendix E), and LAMBADA's lines."""
+    words = (source / "wikitext2/wiki.test.tokens").read_text(encoding="utf-8")
+    assert language.words_of(words) == language.WIKITEXT_WORDS == 245_566
+    assert len(language.lambada(source / "lambada/lambada_test.jsonl")) == language.LAMBADA_LINES == 5153
+
+
+DETOKENIZED = {
+    "the players ' union": "the players' union",
+    "a 12 @-@ year @-@ old with 1 @,@ 000 or 2 @.@ 5": "a 12-year-old with 1,000 or 2.5",
+    "one , two ; three : four . Five ! six ? end": "one, two; three: four. Five! six? end",
+    "both . , and": "both., and",
+    "( in brackets ) [ square ] { curly }": "(in brackets) [square] {curly}",
+    'said " so " and \' so \'': "said \"so\" and 'so'",
+    " = = = Third = = = \n": " === Third ===\n",
+    "at 5 ° C": "at 5°C",
+    "line \n next": "line\nnext",
+    "it 's N now": "it's 1 now",
+}
+
+
+@pytest.mark.parametrize("words", DETOKENIZED)
+def test_words_become_running_text(words: str):
+    assert language.detokenized(words) == DETOKENIZED[words]
+
+
+def test_last_word():
+    assert language.last_word("He said hello to Ann") == ("He said hello to", " Ann")
+    assert language.last_word("to be or to  \n be ") == ("to be or to", " be")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(drive, settings, tmp_path_factory) -> Path:
+    """OUT of a Megatron run with tp 2, which nobody has converted; 32 tokens a sample."""
+    out = tmp_path_factory.mktemp("evaluated") / "tp2"
+    drive([case("megatron", "tiny", out, [*settings, "train.steps=3", "megatron.tp=2"])], 2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Files named as the protocols name theirs: 6 kB of Python's own text."""
+    folder = tmp_path_factory.mktemp("texts")
+    text = Path(json.__file__).read_text(encoding="utf-8")
+    (folder / "wiki.test.tokens").write_text(f" = Title = \n {text[:5000]} it 's 1 @,@ 000 . \n", encoding="utf-8")
+    (folder / "wiki.test.raw").write_text(text[:6000], encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if len(line.split()) > 4][:21]
+    (folder / "lambada_test.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
+    return folder
+
+
+def evaluate(*arguments: object, ranks: int = 0, code: int = 0) -> str:
+    """The real command, by torchrun where ranks are given: what it printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    command = [sys.executable, *torchrun, "-m", "scripts.evaluate", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+TASKS = ("wikitext103", "wikitext2-raw", "lambada")
+
+
+@pytest.fixture(scope="module")
+def results(run: Path, data: Path) -> dict[tuple[str, str], dict]:
+    told = evaluate(run, *TASKS, "--data", data, "--batch", 4)
+    assert f"results   {run}/eval.json" in told
+    return by_metric(run)
+
+
+def by_metric(out: Path) -> dict[tuple[str, str], dict]:
+    rows = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    assert all(row.keys() == {"task", "metric", "value", "n", "protocol"} for row in rows)
+    found = {(row["task"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
+    net = GPT2LMHeadModel.from_pretrained(run / "hf").eval()
+    words = tokenizers.load(run / "hf")
+    length = net.config.n_positions
+
+    def loss(ids: list[int], label_from: int) -> torch.Tensor:
+        """Losses of the targets ids[label_from:]."""
+        given = torch.tensor([ids])
+        logits = net(given).logits[0, label_from - 1 : -1]
+        return torch.nn.functional.cross_entropy(logits, given[0, label_from:], reduction="none").double()
+
+    raw = (data / "wiki.test.raw").read_text(encoding="utf-8")
+    ids = words.encode(raw)
+    with torch.no_grad():
+        plain = [loss(ids[i : i + length], 1) for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
+        total, count = torch.cat(plain).sum().item(), sum(map(len, plain))
+        assert math.isclose(results["wikitext2-raw", "token_perplexity"]["value"], math.exp(total / count), rel_tol=1e-6)
+        bits = total / math.log(2) / len(raw.encode())
+        assert math.isclose(results["wikitext2-raw", "bits_per_byte"]["value"], bits, rel_tol=1e-6)
+
+        text = (data / "wiki.test.tokens").read_text(encoding="utf-8")
+        ids, pieces = words.encode(language.detokenized(text)), len(text.strip().split(" "))
+        total = 0.0
+        for target in range(1, len(ids)):  # each token from the window in which it is among the last 32
+            end = length if target <= length else length + -(-(target - length) // 32) * 32
+            start = max(0, end - length)
+            total += loss(ids[start : target + 1], target - start).item()
+        value = results["wikitext103", "word_perplexity"]
+        assert math.isclose(value["value"], math.exp(total / (pieces - 1)), rel_tol=1e-5) and value["n"] == pieces - 1
+        assert f"T_o {pieces:,}, T {len(ids):,}" in value["protocol"]
+
+        right, last = [], []
+        for line in (data / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines():
+            text = json.loads(line)["text"]
+            context, word = text.rsplit(None, 1)
+            ids, label = words.encode(context.strip()), words.encode(" " + word)
+            right.append(net(torch.tensor([ids + label])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist() == label)
+            ids = words.encode(text)
+            last.append(net(torch.tensor([ids[:-1]])).logits[0, -1].argmax().item() == ids[-1])
+    assert results["lambada", "accuracy"]["value"] == sum(right) / len(right)
+    assert results["lambada", "last_token_accuracy"]["value"] == sum(last) / len(last)
+    told = [json.loads(line) for line in (run / "predictions/lambada.jsonl").read_text().splitlines()]
+    assert [line["right"] for line in told] == right
+
+
+def test_two_ranks_give_what_one_gives(run: Path, data: Path, results, tmp_path: Path):
+    evaluate(run, *TASKS, "--data", data, "--batch", 4, "--out", tmp_path, ranks=2)
+    assert by_metric(tmp_path) == results
+    assert (tmp_path / "predictions/lambada.jsonl").read_bytes() == (run / "predictions/lambada.jsonl").read_bytes()
+
+
+def test_a_part_says_so_and_stands_beside_the_whole(run: Path, data: Path, results, tmp_path: Path):
+    (tmp_path / "eval.json").write_text((run / "eval.json").read_text())
+    evaluate(run, "lambada", "wikitext2-raw", "--data", data, "--limit", 3, "--out", tmp_path, "--batch", 4)
+    rows = json.loads((tmp_path / "eval.json").read_text())
+    assert len(rows) == len(results) + 3  # bits per byte of a part is not known
+    assert any(row["protocol"] == "lambada-strict, the first 3 of 21 passages" and row["n"] == 3 for row in rows)
+
+
+REFUSED = [
+    (["nosuch"], "nosuch: no such task; there is wikitext103, wikitext2, wikitext2-raw, lambada, text"),
+    (["text"], "text: give the file to evaluate on: --data FILE"),
+    (["lambada", "--data", "recipes"], "--data recipes: holds no lambada/lambada_test.jsonl and no lambada_test.jsonl"),
+    (["lambada", "--data", "none"], "--data none: no such file or folder"),
+    (["text", "--data", "README.md", "--seq-len", "4096"], "--seq-len 4096: the model has 128 positions; give at most 128"),
+    (["text", "--data", "README.md", "--batch", "0"], "--batch 0: must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+def test_what_is_refused(arguments: list[str], told: str, run: Path):
+    lines = evaluate(run, *arguments, code=2).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {told}"), lines
+
+
+def test_folders_that_are_no_language_model(run: Path, tmp_path: Path):
+    assert "no config.json and no run.json there" in evaluate(tmp_path, "lambada", code=2)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
+    told = evaluate(tmp_path, "lambada", code=2).splitlines()
+    expected = [f"error: {tmp_path}: is BertForMaskedLM, and these tasks", f"error: {tmp_path}: holds no tokenizer"]
+    assert [line[: len(start)] for line, start in zip(told, expected, strict=True)] == expected
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text(json.dumps({"family": "gpt"}))
+    assert "python -m recipes.gpt.convert to-hf" in evaluate(unfinished, "lambada", code=2)
+
+
+def test_generate_streams_the_same_text_from_the_run_and_its_export(run: Path):
+    told = []
+    for given_model in (run, run / "hf"):
+        command = [sys.executable, "-m", "scripts.generate", str(given_model), "--prompt", "def ", "--tokens", "12"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.split("\n", 1)[1])
+    assert told[0] == told[1] and told[0].startswith("def ") and len(told[0]) > 6
+
+
