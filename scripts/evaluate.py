@@ -24,6 +24,7 @@ from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import language
 from common.ranks import Ranks
+from common.run import read_object
 
 Result = dict[str, Any]
 
@@ -74,11 +75,13 @@ def main() -> None:
     args = p.parse_args()
     folder = export_of(Path(args.model))
     texts = checked(args, folder)
+    out = args.out or Path(args.model)
+    kept = held(out / "eval.json")
 
     processes.quiet()
     ranks = processes.start()
     model = loaded(folder, args, ranks)
-    out, results = args.out or Path(args.model), []
+    results = []
     for name in args.tasks:
         begin = time.perf_counter()
         found = EVALUATE[name](model, texts[name], out if ranks.rank == 0 else None)
@@ -88,7 +91,7 @@ def main() -> None:
                 print(f"{name:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} {row['protocol']}", flush=True)
             print(f"{'':<14} {time.perf_counter() - begin:.0f} s", flush=True)
     if ranks.rank == 0:
-        write(out / "eval.json", results)
+        write(out / "eval.json", kept, results)
         print(f"results   {out / 'eval.json'}")
 
 
@@ -99,7 +102,7 @@ def export_of(given: Path) -> Path:
     if (given / "run.json").is_file():
         if (given / "hf/config.json").is_file():
             return given / "hf"
-        family = json.loads((given / "run.json").read_text(encoding="utf-8"))["family"]
+        family = (read_object(given / "run.json") or {}).get("family", "FAMILY")
         raise BadInput(
             f"{given}: the run has no export yet; finish it by its own command, or make one of its last checkpoint: "
             f"python -m recipes.{family}.convert to-hf {given} HF_DIR"
@@ -112,7 +115,9 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]
     problems = [f"{name}: no such task; there is {', '.join(TASKS)}" for name in args.tasks if name not in TASKS]
     numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1))
     problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and v < least]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
+    if config is None:
+        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         problems.append(f"{folder}: is {architecture or 'of no class'}, and these tasks are for causal language models")
@@ -171,14 +176,17 @@ def from_hub(name: str, task: Task) -> str | list[str]:
 
 def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     import torch
+    import transformers
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     processes.check_dtype(args.dtype, ranks.device)
     try:
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(ranks.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     positions = positions_of(net.config.to_dict()) or 1024
     length = args.seq_len or min(1024, positions)
@@ -293,12 +301,29 @@ def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
     return tell
 
 
-def write(path: Path, results: list[Result]) -> None:
+def held(path: Path) -> list[Result]:
+    """What eval.json holds already; BadInput where results could not be added to it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}; give --out DIR") from None
+    except ValueError:
+        kept = None
+    if not isinstance(kept, list) or not all(isinstance(row, dict) and row.keys() >= KEYS for row in kept):
+        raise BadInput(f"{path}: is not a list of results; move it away, or give --out DIR")
+    return kept
+
+
+KEYS = {"task", "metric", "protocol"}
+
+
+def write(path: Path, kept: list[Result], results: list[Result]) -> None:
     """Add to what eval.json holds; a result of the same task, metric and protocol is replaced."""
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     new = {(r["task"], r["metric"], r["protocol"]) for r in results}
     kept = [r for r in kept if (r["task"], r["metric"], r["protocol"]) not in new]
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 

@@ -191,6 +191,13 @@ def test_what_is_refused(arguments: list[str], told: str, run: Path):
     assert len(lines) == 1 and lines[0].startswith(f"error: {told}"), lines
 
 
+def test_an_eval_json_that_is_none_is_kept(run: Path, data: Path, tmp_path: Path):
+    (tmp_path / "eval.json").write_text("my notes")
+    told = evaluate(run, "lambada", "--data", data, "--out", tmp_path, code=2)
+    assert "eval.json: is not a list of results; move it away" in told
+    assert (tmp_path / "eval.json").read_text() == "my notes"
+
+
 def test_folders_that_are_no_language_model(run: Path, tmp_path: Path):
     assert "no config.json and no run.json there" in evaluate(tmp_path, "lambada", code=2)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
