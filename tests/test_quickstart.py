@@ -230,13 +230,13 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         assert re.search(told.replace("missing: ", "missing/run.json: "), done.stderr), done.stderr
 
 
-def test_heldout_and_sample_refuse_what_is_not_there(tmp_path: Path) -> None:
+def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:
     run = made(tmp_path / "run", "baseline", [4.0])
     for name, arguments, told in (
         ("heldout", [run], "no export there"),
         ("heldout", [run, "--samples", "none"], "--samples none: must be"),
-        ("sample", [run], "no config.json there"),
-        ("sample", [run, "--tokens", "0"], "--tokens 0: must be 1 or more"),
+        ("generate", [run], "no config.json there"),
+        ("generate", [run, "--tokens", "0"], "--tokens 0: must be 1 or more"),
     ):
         done = module(name, *arguments)
         assert done.returncode == 2 and told in done.stderr, (name, done.stderr)
