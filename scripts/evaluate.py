@@ -214,19 +214,20 @@ def windowed(model: Model, tokens: np.ndarray, windows: list[language.Window]) -
 
 
 def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
-    """Megatron's protocol. n: T_o - 1."""
+    """Megatron's protocol. n: T_o - 1. Of a part (--limit) by tokens alone: how many words they are is not known."""
     tokens, words = model.tokenize(language.detokenized(text)), language.words_of(text)
-    windows = language.overlapping(len(tokens), model.length, min(language.OVERLAP, model.length))
+    step = min(language.OVERLAP, model.length)
+    windows = language.overlapping(len(tokens), model.length, step)
     total, targets, done = windowed(model, tokens, windows)
-    share = targets / (len(tokens) - 1)  # of the text that --limit leaves
-    how = f"megatron-wikitext, windows of {model.length}, step {language.OVERLAP}, T_o {words:,}, T {len(tokens):,}"
-    how += limited(done, len(windows), "windows")
-    value = language.perplexity(total, (words - 1) * share)
-    return [
-        {"metric": "word_perplexity", "value": value, "n": words - 1, "protocol": how},
-        {"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
-         "protocol": how.replace("megatron-wikitext", "overlapping windows, detokenized")},
-    ]  # fmt: skip
+    how = f"windows of {model.length}, step {step}, T_o {words:,}, T {len(tokens):,}{limited(done, len(windows), 'windows')}"
+    if words != language.WIKITEXT_WORDS:
+        how += f"; not the published test file, whose T_o is {language.WIKITEXT_WORDS:,}"
+    rows = [{"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
+             "protocol": f"overlapping windows, detokenized, {how}"}]  # fmt: skip
+    if done == len(windows):
+        value = language.perplexity(total, words - 1)
+        rows.insert(0, {"metric": "word_perplexity", "value": value, "n": words - 1, "protocol": f"megatron-wikitext, {how}"})
+    return rows
 
 
 def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:

@@ -26,7 +26,6 @@ from common.errors import BadInput
 from common.ranks import Ranks
 
 WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
-LAMBADA_LINES = 5_153
 OVERLAP = 32  # tokens that Megatron's window moves by
 
 
