@@ -407,7 +407,7 @@ def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.
     return x.astype(np.int64)
 
 
-def _epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+def epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
     """One key for each (seed, corpus number, epoch), (B,) uint64."""
     start = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
     return _mix(_mix(start + _GOLDEN * corpus.astype(np.uint64)) ^ (epoch.astype(np.uint64) * _GOLDEN))
@@ -506,7 +506,7 @@ class Order:
             return corpus, i - (ends - self.sizes)[corpus]
         corpus, before = self._pattern.locate(i) if self._pattern else (np.zeros_like(i), i)
         epoch, place = np.divmod(before, self.sizes[corpus])
-        key = _epoch_key(self.seed, corpus, epoch)
+        key = epoch_key(self.seed, corpus, epoch)
         index = np.empty_like(i)
         for c, n in enumerate(self.sizes):
             mine = corpus == c

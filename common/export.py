@@ -16,12 +16,15 @@ from common.run import Run
 SHARD_BYTES = 4 * 2**30
 
 
-def to_hf(run: Run, task: ModuleType, ranks: Ranks) -> None:
-    """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already."""
+def to_hf(run: Run, task: ModuleType, ranks: Ranks, steps: Path | None = None) -> None:
+    """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already.
+
+    steps: folder whose newest checkpoint is exported (default: OUT).
+    """
     import torch.distributed as dist
 
     if ranks.rank == 0 and run.is_last_phase:
-        last = checkpoint.latest(run.out)
+        last = checkpoint.latest(steps or run.out)
         folder = run.out / "hf"
         if last and _exported_step(folder) != last.step:
             write(last, run.whole, task, folder, run.out / "tokenizer", run.facts)

@@ -40,6 +40,10 @@ NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 exit code: 0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved"""
 
 
+TASKS = {"pretrain": "task"}  # recipes/FAMILY/task.py; another script's module there has the script's name
+EXAMPLES = {"pretrain": "tiny", "finetune": "finetune_*"}
+
+
 class Command(NamedTuple):
     config: str
     out: str
@@ -319,10 +323,10 @@ def exit_code(agent: int, told: int, stop: Stop) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     module, *rest = sys.argv[1:] if argv is None else argv
-    recipe, stack, _ = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
+    recipe, stack, kind = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
     if {"-h", "--help"} & set(rest):
         script = module.replace(".", "/") + ".sh"
-        print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/tiny.yaml"))
+        print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/{EXAMPLES[kind]}.yaml"))
         return 0
     command = parse(rest)
     if stack not in STACKS:
@@ -331,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from common.run import describe, prepare
 
-    task = importlib.import_module(f"{recipe}.task")
+    task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
     job = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
     on = free_port(on)
     arguments = [*torchrun(on), "-m", module, command.config, command.out, *command.overrides]

@@ -14,7 +14,7 @@ from common import interchange
 from common.errors import exit_cleanly
 from common.rules import Rule, Rules
 
-from . import task
+from . import finetune, task
 
 
 def qkv(heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,8 @@ def _outer(m: task.Model) -> dict[str, Rule]:
         "embedding.tokentype_embeddings.weight": _copy("bert.embeddings.token_type_embeddings.weight"),
     }
     both = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.layer_norm": "cls.predictions.transform.LayerNorm"}
-    both |= {"pooler.dense": "bert.pooler.dense", "binary_head": "cls.seq_relationship"}
+    both |= {"pooler.dense": "bert.pooler.dense"}
+    both |= {"binary_head": "classifier" if isinstance(m, finetune.Model) else "cls.seq_relationship"}
     if m.arch == "bert":
         both["embedding.embedding_dropout.0"] = "bert.embeddings.LayerNorm"
     else:

@@ -49,10 +49,7 @@ class Model(Section):
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
         system = getattr(cfg, stack)
-        if self.pair_head is False and cfg.objective.pair != "none":
-            yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: set one of them to what the other says"
-        if self.pair_head and cfg.objective.pair == "none":
-            yield "model.pair_head=true with objective.pair=none: the head would get no gradient; give model.pair_head=false"
+        yield from self.head_problems(cfg)
         if getattr(system, "transformer_engine", False) and self.arch == "bert":
             yield "megatron.transformer_engine=true with model.arch=bert: its post-norm layers are our own; set it to false"
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
@@ -68,6 +65,12 @@ class Model(Section):
             yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
         if getattr(system, "sequence_parallel", False) and cfg.data.seq_len % tp:
             yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.seq_len={cfg.data.seq_len}"
+
+    def head_problems(self, cfg: Config) -> Iterator[str]:
+        if self.pair_head is False and cfg.objective.pair != "none":
+            yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: set one of them to what the other says"
+        if self.pair_head and cfg.objective.pair == "none":
+            yield "model.pair_head=true with objective.pair=none: the head would get no gradient; give model.pair_head=false"
 
     def resolved_ffn(self) -> int:
         return self.ffn or 4 * self.hidden

@@ -1,5 +1,6 @@
 """BERT as DeepSpeed trains it: the `transformers` class, sharded from its first byte at ZeRO stage 3."""
 
+from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -7,12 +8,14 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from common import init, zero
+from common.config import Config
 
 from .. import task
 
 
-def build(cfg: task.Config, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The model with memory but without values: zero.fill gives them. Stage 3: each parameter is split as it is made."""
+def build(cfg: Config, ds_config: dict[str, Any], task: ModuleType = task) -> PreTrainedModel:
+    """The model of a task module, with memory but without values: zero.fill gives them. Stage 3: each parameter is split as it
+    is made."""
     if cfg.deepspeed.zero_stage == 3:
         # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
         with deepspeed.zero.Init(config_dict_or_path=ds_config):

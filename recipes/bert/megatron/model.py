@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common import mcore
 from common.config import Layout
 
-from .. import task
+from .. import finetune, task
 
 Heads = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -58,6 +58,22 @@ class Bert(BertModel):
             self.pooler.sequence_parallel = False
 
 
+class Classifier(Bert):
+    """Bert with transformers' head for classes or a score in place of those of pretraining."""
+
+    def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As Bert.forward; on the last stage logits (B, L), alike on every tp rank."""
+        hidden = super().forward(tokens, token_types, mask, None)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return self.binary_head(F.dropout(self.pooler(hidden, 0), self.config.hidden_dropout, self.training))
+
+    def use_whole_positions(self) -> None:
+        self.pooler.sequence_parallel = False
+
+
 class PostNorm(torch.nn.Module):
     """Megatron's bias-dropout-add with a norm behind it: in both places of a layer without norms, a post-norm layer."""
 
@@ -94,14 +110,22 @@ def layer_spec(cfg: task.Config, config: TransformerConfig) -> ModuleSpec:
 
 def build(cfg: task.Config, layout: Layout) -> Bert:
     """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
+    return _build(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
+
+
+def build_classifier(cfg: finetune.Config, layout: Layout) -> Classifier:
+    """The same for finetuning."""
+    return _build(cfg, layout, Classifier, share_embeddings_and_output_weights=False, add_binary_head=True)
+
+
+def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert], **heads: bool) -> Bert:
     m = cfg.model
     config = transformer_config(cfg, layout)
     bert_lm_head.LNImpl = mcore.Norm
-    net = Bert(
+    net = kind(
         config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, config),
         vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=m.positions,
-        share_embeddings_and_output_weights=True, add_binary_head=m.pair_head,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        **heads, pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
     net.real_vocab = m.vocab_size
     if m.arch == "bert":
@@ -109,6 +133,9 @@ def build(cfg: task.Config, layout: Layout) -> Bert:
         if net.pre_process:  # the norm comes before the dropout
             norm = mcore.Norm(config, m.hidden, m.norm_eps)
             net.embedding.embedding_dropout = torch.nn.Sequential(norm, net.embedding.embedding_dropout)
+    if net.post_process and kind is Classifier:
+        net.lm_head = net.output_layer = None
+        net.binary_head = torch.nn.Linear(m.hidden, m.labels)
     if net.post_process:
         net.use_whole_positions()
     return net

@@ -1,0 +1,219 @@
+"""GLUE (Wang et al., arXiv:1804.07461): its nine tasks, their files and their metrics.
+
+A task is read from a folder of files, or from the hub (`nyu-mll/glue`). Files differ from publisher to publisher in their
+names, columns and whether they have a dev set; each known form is a line of FORMS.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.corpus import fingerprint
+from common.errors import BadInput
+
+HUB = "nyu-mll/glue"
+NLI = ("entailment", "neutral", "contradiction")
+
+
+class Task(NamedTuple):
+    hub_columns: tuple[str, ...]  # one sentence or two
+    labels: tuple[str, ...]  # in the order of the hub's numbers; none: a number from 0 to 5 is predicted
+    metrics: tuple[str, ...]  # the first decides which checkpoint is the best
+    dev: tuple[str, ...] = ("validation",)  # splits of the hub
+
+
+TASKS = {
+    "cola": Task(("sentence",), ("0", "1"), ("matthews",)),
+    "sst2": Task(("sentence",), ("0", "1"), ("accuracy",)),
+    "mrpc": Task(("sentence1", "sentence2"), ("0", "1"), ("f1", "accuracy")),
+    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman")),
+    "qqp": Task(("question1", "question2"), ("0", "1"), ("f1", "accuracy")),
+    "mnli": Task(("premise", "hypothesis"), NLI, ("accuracy",), ("validation_matched", "validation_mismatched")),
+    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
+    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
+    "wnli": Task(("sentence1", "sentence2"), ("0", "1"), ("accuracy",)),
+}
+
+
+class Form(NamedTuple):
+    """Tab-separated files. columns: names in the header, or numbers where there is none; the label last."""
+
+    train: tuple[str, ...]
+    dev: tuple[str, ...]  # none: DEV_DRAWN examples are drawn from train
+    columns: tuple[str, ...] | tuple[int, ...]
+
+
+DEV_DRAWN = 408  # MRPC: as many as GLUE's dev set, whose ids (mrpc_dev_ids.tsv) are not part of the corpus
+DRAW_SEED = 1234
+
+FORMS = {
+    "cola": [
+        Form(("train.tsv",), ("dev.tsv", "dev_out_of_domain.tsv"), (3, 1)),  # CoLA 1.1: the two are GLUE's dev set
+        Form(("train.tsv",), ("dev.tsv",), (3, 1)),
+    ],
+    "sst2": [
+        Form(("train.tsv",), ("dev.tsv",), ("sentence", "label")),
+        Form(("alps_train.tsv", "alps_heldout_of_train.tsv"), ("dev.tsv",), ("sentence", "label")),  # GLUE's train in two
+    ],
+    "mrpc": [
+        Form(("train.tsv",), ("dev.tsv",), ("#1 String", "#2 String", "Quality")),
+        Form(("msr_paraphrase_train.txt",), (), ("#1 String", "#2 String", "Quality")),
+    ],
+    "stsb": [
+        Form(("train.tsv",), ("dev.tsv",), ("sentence1", "sentence2", "score")),
+        Form(("sts-train.csv",), ("sts-dev.csv",), (5, 6, 4)),  # STSbenchmark
+    ],
+    "qqp": [Form(("train.tsv",), ("dev.tsv",), ("question1", "question2", "is_duplicate"))],
+    "mnli": [Form(("train.tsv",), ("dev_matched.tsv", "dev_mismatched.tsv"), ("sentence1", "sentence2", "gold_label"))],
+    "qnli": [Form(("train.tsv",), ("dev.tsv",), ("question", "sentence", "label"))],
+    "rte": [Form(("train.tsv",), ("dev.tsv",), ("sentence1", "sentence2", "label"))],
+    "wnli": [Form(("train.tsv",), ("dev.tsv",), ("sentence1", "sentence2", "label"))],
+}  # fmt: skip
+
+
+class Examples(NamedTuple):
+    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5; hash: sha256 of what was read."""
+
+    texts: list[list[str]]
+    labels: np.ndarray
+    hash: str
+    note: str | None = None
+
+
+def read(name: str, folder: Path | None, split: str) -> Examples:
+    """split: 'train' or 'dev'. BadInput for an unknown task, missing files, a label outside the set."""
+    if name not in TASKS:
+        raise BadInput(f"task.name={name}: no such task; there is {', '.join(TASKS)}")
+    return _from_hub(name, split) if folder is None else _from_files(name, folder, split)
+
+
+def _from_files(name: str, folder: Path, split: str) -> Examples:
+    form = _form(name, folder)
+    drawn = split == "dev" and not form.dev or split == "train" and not form.dev
+    files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
+    rows = [row for path in files for row in _rows(path, form.columns)]
+    note, hashed = None, [fingerprint(path) for path in files]
+    if drawn:
+        if len(rows) <= DEV_DRAWN:
+            raise BadInput(f"{files[0]}: {len(rows)} examples, too few to draw a dev set of {DEV_DRAWN} from")
+        chosen = np.random.default_rng(DRAW_SEED).permutation(len(rows))[:DEV_DRAWN]
+        is_dev = np.isin(np.arange(len(rows)), chosen)
+        rows = [row for row, dev in zip(rows, is_dev, strict=True) if dev == (split == "dev")]
+        note = f"{folder} has no dev set: {DEV_DRAWN} examples of train are it, drawn by seed {DRAW_SEED}"
+        hashed.append([split, DRAW_SEED, DEV_DRAWN])
+    if not rows:
+        raise BadInput(f"{files[0]}: holds no example")
+    texts = [[row[column] for _, row in rows] for column in range(len(form.columns) - 1)]
+    labels = _labels(name, [row[-1] for _, row in rows], [where for where, _ in rows])
+    return Examples(texts, labels, hashlib.sha256(json.dumps([name, hashed]).encode()).hexdigest(), note)
+
+
+def _form(name: str, folder: Path) -> Form:
+    if not folder.is_dir():
+        raise BadInput(f"task.data={folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
+    for form in FORMS[name]:
+        if all((folder / file).is_file() for file in form.train + form.dev):
+            return form
+    wanted = " or ".join(" and ".join(form.train + form.dev) for form in FORMS[name])
+    raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
+
+
+def _rows(path: Path, columns: Sequence[str] | Sequence[int]) -> list[tuple[str, list[str]]]:
+    """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
+    lines = list(csv.reader(io.StringIO(text, newline="\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    first = 0
+    if isinstance(columns[0], str):
+        missing = [column for column in columns if not lines or column not in lines[0]]
+        if missing:
+            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0]) if lines else 'none'}")
+        columns, first = [lines[0].index(column) for column in columns], 1
+    found = []
+    for number, line in enumerate(lines[first:], first + 1):
+        if not line:
+            continue
+        if len(line) <= max(columns):
+            raise BadInput(f"{path}:{number}: {len(line)} columns, and {max(columns) + 1} are needed")
+        found.append((f"{path}:{number}", [line[column].strip() for column in columns]))
+    return found
+
+
+def _labels(name: str, given: Sequence[str], where: Sequence[str]) -> np.ndarray:
+    known = TASKS[name].labels
+    if known:
+        number = {label: i for i, label in enumerate(known)}
+        wrong = next((i for i, label in enumerate(given) if label not in number), None)
+        if wrong is not None:
+            raise BadInput(f"{where[wrong]}: label {given[wrong]!r} is outside the set of {name}: {', '.join(known)}")
+        return np.array([number[label] for label in given], np.int64)
+    values = np.array([_score(label, place) for label, place in zip(given, where, strict=True)], np.float32)
+    return values
+
+
+def _score(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 5:
+        raise BadInput(f"{where}: score {text!r} is no number from 0 to 5")
+    return value
+
+
+def _from_hub(name: str, split: str) -> Examples:
+    import datasets
+
+    task = TASKS[name]
+    datasets.disable_progress_bars()
+    try:
+        parts = [datasets.load_dataset(HUB, name, split=s) for s in (("train",) if split == "train" else task.dev)]
+    except Exception as error:  # no network, no access: each has a class of its own there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{name}: {HUB} cannot be had: {reason}; give a local copy: task.data=DIR") from None
+    texts = [[text for part in parts for text in part[column]] for column in task.hub_columns]
+    labels = np.array([label for part in parts for label in part["label"]], np.int64 if task.labels else np.float32)
+    hashed = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()
+    return Examples(texts, labels, hashed)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """GLUE's of the task, from 0 to 1 (-1 to 1 for correlations). predictions, labels: (N,) classes or scores."""
+    return {metric: float(METRICS[metric](labels, predictions)) for metric in TASKS[name].metrics}
+
+
+def _sklearn(metric: str) -> Callable[[Any, Any], float]:
+    def value(labels: np.ndarray, predictions: np.ndarray) -> float:
+        from sklearn import metrics
+
+        return getattr(metrics, metric)(labels, predictions)
+
+    return value
+
+
+def _scipy(metric: str) -> Callable[[Any, Any], float]:
+    def value(labels: np.ndarray, predictions: np.ndarray) -> float:
+        from scipy import stats
+
+        if np.ptp(predictions) == 0:  # a correlation with a constant is none
+            return 0.0
+        return getattr(stats, metric)(labels, predictions).statistic
+
+    return value
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _sklearn("accuracy_score"), "f1": _sklearn("f1_score"), "matthews": _sklearn("matthews_corrcoef"),
+    "pearson": _scipy("pearsonr"), "spearman": _scipy("spearmanr"),
+}  # fmt: skip

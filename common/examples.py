@@ -1,0 +1,45 @@
+"""Labelled examples for finetuning: tokenized when a run starts, in the order of common/corpus.py, with what common/run.py asks
+of a corpus. Small against a corpus for pretraining: all of GLUE's largest task is 20 million tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.corpus import epoch_key, permute
+
+
+class Source:
+    """What common/run.py wants to know of where samples come from."""
+
+    def __init__(self, name: str, content_hash: str, folder: str | Path, tokenizer: Any, max_token_id: int):
+        self.prefix, self.content_hash = name, content_hash
+        self.tokenizer_dir, self.tokenizer_hash = Path(folder), tokenizer.hash
+        self.manifest = {"tokenizer_size": tokenizer.size}
+        self.max_token_id = max_token_id
+
+
+class Examples:
+    """Examples in the order of a run. A subclass says by `rows` what a batch of them is.
+
+    shuffle: True: endless, each pass a new permutation given by (seed, pass). False: in order, once.
+    """
+
+    def __init__(self, source: Source, size: int, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
+        self.corpora, self.content_hash, self.size = [source], source.content_hash, size
+        self.seed, self.shuffle, self.notes = seed, shuffle, list(notes)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def verify(self) -> None:
+        """Read whole already."""
+
+    def locate(self, numbers: np.ndarray | Sequence[int] | range) -> np.ndarray:
+        """Sample numbers (B,) -> places of the examples (B,)."""
+        i = np.asarray(numbers, dtype=np.int64)
+        if not self.shuffle:
+            return i
+        epoch, place = np.divmod(i, self.size)
+        return permute(place, self.size, epoch_key(self.seed, np.zeros_like(i), epoch))

@@ -1,0 +1,295 @@
+"""Finetuning BERT under the laws: every stack and layout follows transformers' own class and tokenizer; the best
+checkpoint, its predictions and metrics are what the export gives; resume; what is refused."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, case, losses
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_parity import LOSS, NORM, farthest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from common import config, tokenizer
+from common.errors import BadInput
+from common.evaluation import glue
+from recipes.bert import finetune, task
+from tests import plain_finetune
+
+ARCHS = ("tiny", "tiny_postln")  # megatron-bert, bert
+TEXT = """\
+init: {from: FOLDER}
+task: {name: NAME, data: DATA}
+model: {dropout: 0.0}
+data: {seq_len: 48}
+optim: {lr: 5.0e-4, warmup_steps: 2, schedule: linear, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
+train: {steps: 20, global_batch: 8, eval_every: 5, save_every: 10}
+baseline: {micro_batch: 2}
+deepspeed: {micro_batch: 2, zero_stage: 1}
+megatron: {micro_batch: 2}
+"""
+LAYOUTS = {
+    "baseline": ("baseline", []),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "dp2": ("megatron", ["megatron.distributed_optimizer=true"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
+    "pp2": ("megatron", ["megatron.pp=2"]),
+}
+TASKS = {"rte": ("tiny_postln", 2), "stsb": ("tiny", 1), "cola": ("tiny", 2)}
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folders(sentences: Path, tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders of untrained encoders, with the tokenizer of the test corpus."""
+    made = {}
+    for name in ARCHS:
+        cfg = config.load(ROOT / f"recipes/bert/configs/{name}.yaml", ["model.vocab_size=640", "objective.pair=none",
+                                                                       "model.pair_head=false"], task.Config)  # fmt: skip
+        torch.manual_seed(3)
+        made[name] = tmp_path_factory.mktemp("hf") / name
+        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(made[name])
+        tokenizer.load(sentences / "tokenizer").save(made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """RTE, STS-B and CoLA in the forms of their files: a pair is entailed where it shares its verb; unequal lengths."""
+    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(5)
+    words = "the value of a list is returned if it was given as an argument and raises an error".split()
+
+    def some(least: int, most: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(least, most)))
+
+    for name, count in (("train", 60), ("dev", 21)):
+        pairs = [(some(3, 30), some(2, 20)) for _ in range(count)]
+        alike = [int("error" in a) for a, _ in pairs]
+        known = [(a, b, y) for (a, b), y in zip(pairs, alike, strict=True)]
+        rte = [f"0\t{a}\t{b}\t{('not_entailment', 'entailment')[y]}" for a, b, y in known]
+        sts = [f"g\tf\t2012\t0\t{min(5.0, y * len(b) / 20):.3f}\t{a}\t{b}" for a, b, y in known]
+        cola = [f"gj04\t{y}\t\t{a}" for a, _, y in known]
+        texts = {"rte": (f"{name}.tsv", ["index\tsentence1\tsentence2\tlabel", *rte]), "stsb": (f"sts-{name}.csv", sts),
+                 "cola": (f"{name}.tsv", cola)}  # fmt: skip
+        for kind, (file, lines) in texts.items():
+            (folder / kind).mkdir(exist_ok=True)
+            (folder / kind / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configs(folders, data, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("configs")
+    for name, (arch, _) in TASKS.items():
+        text = TEXT.replace("FOLDER", str(folders[arch])).replace("NAME", name).replace("DATA", str(data / name))
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.yaml" for name in TASKS}
+
+
+def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
+    made = case(stack, "tiny", out, overrides, family="bert")
+    return made | {"module": f"recipes.bert.{stack}.finetune", "config": str(path)}
+
+
+@pytest.fixture(scope="module")
+def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("finetuned")
+    cases = [
+        one(stack, configs[name], out / name / layout, more)
+        for name in ("rte", "stsb")
+        for layout, (stack, more) in LAYOUTS.items()
+    ]
+    cases += [one(LAYOUTS[n][0], configs["cola"], out / "cola" / n, LAYOUTS[n][1]) for n in ("baseline", "tp2_sp")]
+    for layout in ("baseline", "zero1", "tp2_sp"):
+        stack, more = LAYOUTS[layout]
+        shared = [*more, "model.dropout=0.1", "optim.decay_steps=12"]
+        cases.append(one(stack, configs["rte"], out / "whole" / layout, [*shared, "train.steps=12"]))
+        cases += [one(stack, configs["rte"], out / "halves" / layout, [*shared, f"train.steps={n}"]) for n in (6, 12)]
+    cases += [one("baseline", configs["rte"], out / "patient", ["task.patience=1", "optim.lr=1e-12", "train.steps=40"])] * 2
+    cases += [one("baseline", configs["rte"], out / "moved", ["train.steps=10"]),
+              one("megatron", configs["rte"], out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
+    return out, drive(cases, 2)
+
+
+@pytest.fixture(scope="module")
+def reference(configs, data) -> dict[str, list[tuple[float, float]]]:
+    made = {}
+    for name, path in configs.items():
+        examples = glue.read(name, data / name, "train")
+        texts = list(zip(*examples.texts, strict=True))
+        made[name] = plain_finetune.losses(path, [], texts, examples.labels.tolist())
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_follows_the_plain_loop(runs, reference, name, layout):
+    expected = reference[name]
+    assert min(loss for loss, _ in expected[5:]) < expected[0][0] - 0.01
+    loss, norm = farthest(runs[0] / name / layout, expected)
+    assert loss <= LOSS and norm <= NORM
+
+
+@pytest.mark.parametrize("layout", ["baseline", "tp2_sp"])
+def test_single_sentences_follow_it_too(runs, reference, layout):
+    loss, norm = farthest(runs[0] / "cola" / layout, reference["cola"])
+    assert loss <= LOSS and norm <= NORM
+
+
+def valids(out: Path) -> dict[int, dict]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line for line in lines if "valid_loss" in line}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_the_export_is_the_best_and_gives_its_predictions(runs, data, name, layout):
+    out = runs[0] / name / layout
+    metric = glue.TASKS[name].metrics[0]
+    found = {step: line[f"valid_{metric}"] for step, line in valids(out).items()}
+    assert sorted(found) == [5, 10, 15, 20]
+    best = max(found, key=lambda step: (found[step], -step))
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
+    rows = {row["metric"]: row for row in json.loads((out / "eval.json").read_text())}
+    assert rows.keys() == set(glue.TASKS[name].metrics) and rows[metric]["value"] == found[best] and rows[metric]["n"] == 21
+    assert f"step {best}, the best by {metric}" in rows[metric]["protocol"]
+
+    net = AutoModelForSequenceClassification.from_pretrained(out / "hf").eval()
+    words, examples = AutoTokenizer.from_pretrained(out / "hf"), glue.read(name, data / name, "dev")
+    with torch.no_grad():
+        given_texts = words(*examples.texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
+        logits = net(**given_texts).logits
+    lines = [line.split("\t")[1] for line in (out / "predictions/dev.tsv").read_text().splitlines()[1:]]
+    if name == "stsb":
+        assert np.abs(np.array(lines, float) - logits[:, 0].clamp(0, 5).numpy()).max() <= 1e-3
+        predicted = logits[:, 0].double().numpy()
+    else:
+        predicted = logits.argmax(-1).numpy()
+        assert lines == [glue.TASKS[name].labels[i] for i in predicted]
+    for kind, value in glue.metrics(name, predicted, examples.labels).items():
+        assert abs(value - rows[kind]["value"]) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["baseline", "zero1", "tp2_sp"])
+def test_two_halves_are_one_run_bit_for_bit(runs, layout):
+    whole, halves = runs[0] / "whole" / layout, runs[0] / "halves" / layout
+    first, second = losses(whole), losses(halves)
+    assert len(first) == 12 and all(first[s][key] == second[s][key] for s in first for key in ("loss", "grad_norm", "lr"))
+    for file in sorted(p.name for p in (whole / "step_12").glob("*.safetensors")):
+        a, b = load_file(whole / "step_12" / file), load_file(halves / "step_12" / file)
+        assert all(a[part].equal(b[part]) for part in a), file
+
+
+def test_a_run_without_progress_ends_early_and_stays_ended(runs):
+    out = runs[0] / "patient"
+    assert max(losses(out)) == 10 and sorted(valids(out)) == [5, 10]
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == 5
+
+
+def test_a_run_moves_from_stack_to_stack(runs, reference):
+    loss, norm = farthest(runs[0] / "moved", reference["rte"][:10])
+    assert loss <= LOSS and norm <= NORM
+    assert max(losses(runs[0] / "moved")) == 20
+
+
+# ---- examples and metrics --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(5, 64))
+def test_the_longer_text_is_cut_first(a: int, b: int, seq_len: int):
+    """BERT's run_classifier.py, _truncate_seq_pair."""
+    left, right = a, b
+    while left + right > seq_len - 3:
+        left, right = (left - 1, right) if left > right else (left, right - 1)
+    assert [len(t) for t in finetune.cut([[1] * a, [2] * b], seq_len)] == [left, right]
+
+
+def test_metrics_are_their_definitions():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        y, p = rng.integers(0, 2, 50), rng.integers(0, 2, 50)
+        tp, tn = ((y == 1) & (p == 1)).sum(), ((y == 0) & (p == 0)).sum()
+        fp, fn = ((y == 0) & (p == 1)).sum(), ((y == 1) & (p == 0)).sum()
+        assert np.isclose(glue.metrics("mrpc", p, y)["f1"], 2 * tp / (2 * tp + fp + fn))
+        assert np.isclose(glue.metrics("sst2", p, y)["accuracy"], (tp + tn) / 50)
+        under = np.sqrt(float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert np.isclose(glue.metrics("cola", p, y)["matthews"], (tp * tn - fp * fn) / under)
+        s, t = rng.random(50), rng.random(50)
+        found, rank = glue.metrics("stsb", s, t), lambda x: np.argsort(np.argsort(x))
+        assert np.isclose(found["pearson"], np.corrcoef(s, t)[0, 1])
+        assert np.isclose(found["spearman"], np.corrcoef(rank(s), rank(t))[0, 1])
+
+
+SIZES = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277)}
+FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_glues(source: Path, name: str):
+    """Wang et al. (arXiv:1804.07461), table 1, and its dev sets. MRPC's publishers have no dev set: 4,076 examples, less what is drawn."""
+    folder = source / "glue" / FOLDERS[name]
+    train, dev = (glue.read(name, folder, split) for split in ("train", "dev"))
+    drawn = 408 if name == "mrpc" else 0
+    assert (len(train.labels), len(dev.labels)) == SIZES[name]
+    assert bool(train.note) == bool(drawn)
+
+
+BAD = [
+    ("label", lambda t: t.replace("\tnot_entailment", "\tmaybe", 1), "label 'maybe' is outside the set of rte: entailment"),
+    ("column", lambda t: t.replace("sentence2", "second", 1), "has no column 'sentence2'; it has index, sentence1, second"),
+    ("short", lambda t: t + "7\tonly\n", "2 columns, and 4 are needed"),
+    ("empty", lambda t: t.splitlines()[0] + "\n", "holds no example"),
+]
+
+
+@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_files_that_are_not_the_tasks(damage, told, data: Path, tmp_path: Path):
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / file).write_text((data / "rte" / file).read_text())
+    (tmp_path / "train.tsv").write_text(damage((tmp_path / "train.tsv").read_text()))
+    with pytest.raises(BadInput, match=re.escape(told)):
+        glue.read("rte", tmp_path, "train")
+
+
+REFUSED = [
+    ("task.name=mrcp", "task.name=\"mrcp\": should be 'cola', 'sst2', 'mrpc'"),
+    ("task.data=nowhere", "task.data=nowhere: no such folder; give one with the files of rte, or leave it out for the hub"),
+    ("task.data=recipes", "task.data=", "does not hold train.tsv and dev.tsv, which rte is read from"),
+    ("data.seq_len=4096", "data.seq_len=4096: the model has"),
+    ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
+    ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
+    ("init.from=scratch", "data.tokenizer: is missing"),
+    ("init.from=nowhere", "init.from=nowhere: no config.json there"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_refused(row: tuple[str, ...], configs, tmp_path: Path):
+    word, *told = row
+    shapes = ["model.layers=4", "model.hidden=64", "model.heads=4"] if "init.from" in word else []
+    script = ROOT / "recipes/bert/megatron/finetune.sh"
+    command = ["bash", str(script), str(configs["rte"]), str(tmp_path / "out"), *shapes, word]
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
+    assert all(words in done.stderr for words in told), done.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).write_bytes((folders["tiny_postln"] / file).read_bytes())
+    script = str(ROOT / "recipes/bert/baseline/finetune.sh")
+    command = ["bash", script, str(configs["rte"]), str(tmp_path / "out"), f"init.from={folder}"]
+    done = subprocess.run(command, env=os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{folder}: no tokenizer there; give a folder with tokenizer.json" in done.stderr
