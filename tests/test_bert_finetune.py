@@ -235,7 +235,7 @@ FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rt
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_glues(source: Path, name: str):
-    """Wang et al. (arXiv:1804.07461), table 1, and its dev sets. MRPC's publishers have no dev set: 4,076 examples, less what is drawn."""
+    """Wang et al. (arXiv:1804.07461), table 1. MRPC's publishers have no dev set: 4,076 examples, less what is drawn."""
     folder = source / "glue" / FOLDERS[name]
     train, dev = (glue.read(name, folder, split) for split in ("train", "dev"))
     drawn = 408 if name == "mrpc" else 0
