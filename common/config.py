@@ -172,6 +172,7 @@ class Config(Section):
 FREE = {
     "train": {"steps", "eval_every", "eval_samples", "save_every", "keep"},
     "data": {"train", "valid", "tokenizer"},
+    "task": {"data", "patience"},
     "expect": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
 }  # fmt: skip
 
