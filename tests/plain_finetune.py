@@ -25,8 +25,9 @@ def losses(
     net = AutoModelForSequenceClassification.from_pretrained(folder, config=shapes).train()
     draw = init.scratch(cfg.train.seed, lambda name: "zeros" if name.endswith("bias") else 0.02)
     with torch.no_grad():
-        for name, parameter in net.classifier.named_parameters(prefix="classifier"):
-            parameter.copy_(draw(name, parameter.shape))
+        for name, parameter in net.named_parameters():
+            if name.startswith(("classifier.", "bert.pooler.")):  # the folders hold neither
+                parameter.copy_(draw(name, parameter.shape))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     optimizer = torch.optim.AdamW(
         [{"params": [p for n, p in net.named_parameters() if p.dim() > 1], "weight_decay": cfg.optim.weight_decay},

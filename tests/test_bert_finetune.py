@@ -64,7 +64,9 @@ def folders(sentences: Path, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """RTE, STS-B and CoLA in the forms of their files: a pair is entailed where it shares its verb; unequal lengths."""
+    """RTE, STS-B and CoLA in the forms of their files: a pair is entailed where it shares its verb; unequal lengths.
+    The second text is too short to be cut: of two long ones transformers' tokenizers give the longer an odd place, BERT's code
+    the first."""
     folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(5)
     words = "the value of a list is returned if it was given as an argument and raises an error".split()
 
@@ -72,7 +74,7 @@ def data(tmp_path_factory) -> Path:
         return " ".join(rng.choice(words, rng.integers(least, most)))
 
     for name, count in (("train", 60), ("dev", 21)):
-        pairs = [(some(3, 30), some(2, 20)) for _ in range(count)]
+        pairs = [(some(3, 30), some(2, 12)) for _ in range(count)]
         alike = [int("error" in a) for a, _ in pairs]
         known = [(a, b, y) for (a, b), y in zip(pairs, alike, strict=True)]
         rte = [f"0\t{a}\t{b}\t{('not_entailment', 'entailment')[y]}" for a, b, y in known]
@@ -115,7 +117,7 @@ def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
         cases.append(one(stack, configs["rte"], out / "whole" / layout, [*shared, "train.steps=12"]))
         cases += [one(stack, configs["rte"], out / "halves" / layout, [*shared, f"train.steps={n}"]) for n in (6, 12)]
     cases += [one("baseline", configs["rte"], out / "patient", ["task.patience=1", "optim.lr=1e-12", "train.steps=40"])] * 2
-    cases += [one("baseline", configs["rte"], out / "moved", ["train.steps=10"]),
+    cases += [one("baseline", configs["rte"], out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
               one("megatron", configs["rte"], out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
     return out, drive(cases, 2)
 
@@ -170,8 +172,8 @@ def test_the_export_is_the_best_and_gives_its_predictions(runs, data, name, layo
         logits = net(**given_texts).logits
     lines = [line.split("\t")[1] for line in (out / "predictions/dev.tsv").read_text().splitlines()[1:]]
     if name == "stsb":
-        assert np.abs(np.array(lines, float) - logits[:, 0].clamp(0, 5).numpy()).max() <= 1e-3
-        predicted = logits[:, 0].double().numpy()
+        predicted = np.array(lines, float)
+        assert np.abs(predicted - logits[:, 0].clamp(0, 5).numpy()).max() <= 1e-5
     else:
         predicted = logits.argmax(-1).numpy()
         assert lines == [glue.TASKS[name].labels[i] for i in predicted]
@@ -196,9 +198,8 @@ def test_a_run_without_progress_ends_early_and_stays_ended(runs):
 
 
 def test_a_run_moves_from_stack_to_stack(runs, reference):
-    loss, norm = farthest(runs[0] / "moved", reference["rte"][:10])
+    loss, norm = farthest(runs[0] / "moved", reference["rte"])
     assert loss <= LOSS and norm <= NORM
-    assert max(losses(runs[0] / "moved")) == 20
 
 
 # ---- examples and metrics --------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ REFUSED = [
     ("task.name=mrcp", "task.name=\"mrcp\": should be 'cola', 'sst2', 'mrpc'"),
     ("task.data=nowhere", "task.data=nowhere: no such folder; give one with the files of rte, or leave it out for the hub"),
     ("task.data=recipes", "task.data=", "does not hold train.tsv and dev.tsv, which rte is read from"),
-    ("data.seq_len=4096", "data.seq_len=4096: the model has"),
+    ("data.seq_len=4096", "model.positions=64 is below data.seq_len=4096"),
     ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),

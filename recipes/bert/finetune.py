@@ -290,7 +290,7 @@ def metrics(cfg: Config, predictions: np.ndarray, labels: np.ndarray) -> dict[st
 def written(cfg: Config, predictions: np.ndarray) -> list[str]:
     """Predictions as GLUE's files have them: the names of labels, or scores."""
     names = glue.TASKS[cfg.task.name].labels
-    return [names[int(p)] for p in predictions] if names else [f"{p:.3f}" for p in np.clip(predictions, 0, 5)]
+    return [names[int(p)] for p in predictions] if names else [f"{p:.6f}" for p in np.clip(predictions, 0, 5)]
 
 
 def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
