@@ -177,8 +177,9 @@ def test_the_export_is_the_best_and_gives_its_predictions(runs, data, name, layo
     else:
         predicted = logits.argmax(-1).numpy()
         assert lines == [glue.TASKS[name].labels[i] for i in predicted]
+    bound = 1e-3 if name == "stsb" else 1e-9  # the file's six places: after 20 steps the scores lie 0.01 apart
     for kind, value in glue.metrics(name, predicted, examples.labels).items():
-        assert abs(value - rows[kind]["value"]) <= 1e-5
+        assert abs(value - rows[kind]["value"]) <= bound
 
 
 @pytest.mark.parametrize("layout", ["baseline", "zero1", "tp2_sp"])
