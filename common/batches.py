@@ -19,9 +19,15 @@ def of_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> 
 
     Which samples a step has, and so what it learns, is the same whatever the layout is.
     """
+    arranged = arrange(stream, numbers)
     for micro in range(layout.accumulate):
-        start = numbers.start + (micro * layout.dp + dp_rank) * layout.micro_batch
-        yield stream.rows(np.arange(start, start + layout.micro_batch))
+        start = (micro * layout.dp + dp_rank) * layout.micro_batch
+        yield stream.rows(arranged[start : start + layout.micro_batch])
+
+
+def arrange(stream: "Samples", numbers: range) -> np.ndarray:
+    """Samples of unequal lengths in an order of their own (common/examples.py), all others as they come."""
+    return stream.arrange(numbers) if hasattr(stream, "arrange") else np.asarray(numbers)
 
 
 def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[Rows]:
@@ -31,9 +37,10 @@ def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank:
     """
     samples = min(limit or len(stream), len(stream))
     together = layout.micro_batch * layout.dp
+    arranged = arrange(stream, range(samples))
     for first in range(0, samples, together):
         numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
-        rows = stream.rows(np.minimum(numbers, samples - 1))
+        rows = stream.rows(arranged[np.minimum(numbers, samples - 1)])
         for name in [name for name in rows if name.endswith("_mask")]:  # which targets count: (B, ...) bool
             real = (numbers < samples).reshape(-1, *[1] * (rows[name].ndim - 1))
             rows[name] = rows[name] & real

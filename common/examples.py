@@ -23,15 +23,20 @@ class Source:
 class Examples:
     """Examples in the order of a run. A subclass says by `rows` what a batch of them is.
 
-    shuffle: True: endless, each pass a new permutation given by (seed, pass). False: in order, once.
+    lengths: (N,) tokens of each example. shuffle: True: endless, each pass a new permutation given by (seed, pass). False: in
+    order, once.
     """
 
-    def __init__(self, source: Source, size: int, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
-        self.corpora, self.content_hash, self.size = [source], source.content_hash, size
+    def __init__(self, source: Source, lengths: np.ndarray, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
+        self.corpora, self.content_hash, self.lengths, self.size = [source], source.content_hash, lengths, len(lengths)
         self.seed, self.shuffle, self.notes = seed, shuffle, list(notes)
 
     def __len__(self) -> int:
         return self.size
+
+    def arrange(self, numbers: range) -> np.ndarray:
+        """Sample numbers by length: micro batches of a step are of like lengths, and little is padding."""
+        return np.asarray(numbers)[np.argsort(self.lengths[self.locate(numbers)], kind="stable")]
 
     def verify(self) -> None:
         """Read whole already."""

@@ -8,7 +8,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,19 +69,20 @@ class Predictions:
         import torch
 
         self.width = width
-        # (2 + N x width,): the summed loss, the examples, and a place for each prediction. fp64: exact for class numbers
-        self.totals = torch.zeros(2 + dev_size(run) * width, dtype=torch.float64, device=ranks.device)
+        # (3 + N x width,): the summed loss, its targets, the examples, each prediction. fp64: exact for class numbers
+        self.totals = torch.zeros(3 + dev_size(run) * width, dtype=torch.float64, device=ranks.device)
 
     def add(self, rows: batches.Rows, loss: "torch.Tensor", predictions: "torch.Tensor") -> None:
-        """Enter one micro batch: its summed loss, and predictions (B, width). Repeated examples, which count nowhere, are left
-        out."""
+        """Enter one micro batch: its summed loss, and predictions (B, at most width). Repeated examples, which count nowhere,
+        are left out."""
         import torch
 
         real = torch.from_numpy(rows["example_mask"]).to(self.totals.device)
         places = torch.from_numpy(rows["places"]).to(self.totals.device)[real]
         self.totals[0] += loss.double()
-        self.totals[1] += real.sum()
-        self.totals[2:].view(-1, self.width)[places] = predictions[real].double()
+        self.totals[1] += batches.targets([rows])
+        self.totals[2] += real.sum()
+        self.totals[3:].view(-1, self.width)[places, : predictions.shape[1]] = predictions[real].double()
 
     def gather(self) -> None:
         """Sum over the ranks, each of which has entered what none else has."""
@@ -92,9 +93,9 @@ class Predictions:
     def read(self) -> tuple[float, np.ndarray]:
         """Mean loss, and predictions (N, width)."""
         values = self.totals.cpu().numpy()
-        found = values[2:].reshape(-1, self.width)
-        if int(values[1]) != len(found):
-            raise RuntimeError(f"{int(values[1])} of {len(found)} dev examples were evaluated")
+        found = values[3:].reshape(-1, self.width)
+        if int(values[2]) != len(found):
+            raise RuntimeError(f"{int(values[2])} of {len(found)} dev examples were evaluated")
         return float(values[0] / values[1]), found
 
 

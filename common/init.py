@@ -36,12 +36,14 @@ def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
 
 
 def from_hf(
-    folder: str | Path, stored_names: Callable[[str], Sequence[str]], heads: tuple[str, ...] = (), anew: Source | None = None
+    folder: str | Path, stored_names: Callable[[str], Sequence[str]], heads: tuple[str, ...] = (), anew: Source | None = None,
+    fresh: tuple[str, ...] = (),
 ) -> Source:
     """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.
 
     stored_names: the names under which folders keep a parameter, the first one found counts (`task.stored_names`).
     heads: beginnings of names that a folder may lack (`task.HEADS`): those come from `anew`.
+    fresh: beginnings of names that come from `anew` whatever the folder holds.
     """
     import torch
     from safetensors import safe_open
@@ -52,7 +54,7 @@ def from_hf(
 
     def read(name: str, shape: Shape) -> torch.Tensor:
         stored = next((known for known in stored_names(name) if known in files), None)
-        if stored is None and anew is not None and name.startswith(heads):
+        if anew is not None and (name.startswith(fresh) or stored is None and name.startswith(heads)):
             return anew(name, shape)
         if stored is None:
             raise BadInput(f"init.from={folder}: holds no {name}; it is a model of another architecture")

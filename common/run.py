@@ -237,6 +237,8 @@ def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
     held: dict[str, tuple[int, ...]] = {}
     problems += whole_weights(folder, name, held)
+    if hasattr(task, "head_problems"):  # of finetuning
+        problems += [f"{name}: {told}" for told in task.head_problems(cfg.model, held)]
     for head in task.heads(cfg.model):
         if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
             notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")

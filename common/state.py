@@ -27,7 +27,8 @@ def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> Values:
         return lambda name, shape: _of_shape(resume, name, shape)
     source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
     if cfg.init.from_ != "scratch":
-        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.heads(cfg.model), anew=source)
+        fresh = task.fresh(cfg.model) if hasattr(task, "fresh") else ()  # of finetuning
+        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.heads(cfg.model), source, fresh)
     return lambda name, shape: {"weight": source(name, shape)}
 
 

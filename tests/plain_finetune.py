@@ -1,48 +1,50 @@
-"""The referee's referee for finetuning BERT: one process, transformers' own class, tokenizer and loss."""
+"""The referee's referee for finetuning BERT: one process, transformers' own classes, tokenizer and losses."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoTokenizer
 
 from common import config, init, optim
 from common.corpus import epoch_key, permute
+from common.evaluation import glue
 from recipes.bert import finetune
 
+Encode = Callable[[list[int]], dict[str, torch.Tensor]]  # places of examples -> what the class takes
 
-def losses(
-    config_path: Path, overrides: list[str], texts: list[tuple[str, ...]], labels: list[Any]
-) -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) of each step: the whole global batch at once, padded to its longest."""
-    cfg = config.load(config_path, overrides, finetune.Config)
+
+def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int, encode: Encode) -> list[tuple[float, float]]:
+    """(loss, gradient norm before clipping) of each step: the whole global batch at once, padded to its longest. size: of the
+    training set."""
+    cfg = config.load(path, overrides, finetune.Config)
     folder = cfg.init.from_
     shapes = AutoConfig.from_pretrained(folder)
-    shapes.num_labels = len(set(labels)) if isinstance(labels[0], int) else 1
+    shapes.num_labels = outputs
     shapes.hidden_dropout_prob = shapes.attention_probs_dropout_prob = cfg.model.dropout
     shapes.pad_token_id = None  # its row of the embedding gets a gradient in Megatron too
-    net = AutoModelForSequenceClassification.from_pretrained(folder, config=shapes).train()
+    net = getattr(transformers, auto).from_pretrained(folder, config=shapes).train()
     draw = init.scratch(cfg.train.seed, lambda name: "zeros" if name.endswith("bias") else 0.02)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            if name.startswith(("classifier.", "bert.pooler.")):  # the folders hold neither
+            if name.startswith(("classifier.", "qa_outputs.", "bert.pooler.")):  # the folders hold none of them
                 parameter.copy_(draw(name, parameter.shape))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     optimizer = torch.optim.AdamW(
         [{"params": [p for n, p in net.named_parameters() if p.dim() > 1], "weight_decay": cfg.optim.weight_decay},
          {"params": [p for n, p in net.named_parameters() if p.dim() == 1], "weight_decay": 0.0}],
         lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps,
     )  # fmt: skip
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
-    made, size = [], cfg.train.global_batch
+    made, batch = [], cfg.train.global_batch
     for step in range(1, cfg.train.steps + 1):
-        numbers = np.arange((step - 1) * size, step * size)
-        epoch, place = np.divmod(numbers, len(texts))
-        chosen = permute(place, len(texts), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
-        columns = [list(column) for column in zip(*(texts[i] for i in chosen), strict=True)]
-        given = tokenizer(*columns, truncation=True, max_length=cfg.data.seq_len, padding=True, return_tensors="pt")
-        loss = net(**given, labels=torch.tensor([labels[i] for i in chosen])).loss
+        numbers = np.arange((step - 1) * batch, step * batch)
+        epoch, place = np.divmod(numbers, size)
+        chosen = permute(place, size, epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
+        loss = net(**encode(chosen)).loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
@@ -51,3 +53,60 @@ def losses(
         optimizer.step()
         made.append((loss.item(), norm.item()))
     return made
+
+
+def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> list[tuple[float, float]]:
+    """The same for a task's files in `data`, read and encoded here by transformers' tokenizer."""
+    words = AutoTokenizer.from_pretrained(folder)
+    options = {"truncation": True, "max_length": seq_len, "padding": True, "return_tensors": "pt"}
+    if name in glue.TASKS:
+        found = glue.read(name, data, "train")
+
+        def encode(chosen: list[int]) -> dict[str, Any]:
+            columns = [[column[i] for i in chosen] for column in found.texts]
+            return {**words(*columns, **options), "labels": torch.from_numpy(found.labels[chosen])}
+
+        kinds = len(glue.TASKS[name].labels) or 1
+        return losses(path, [], "AutoModelForSequenceClassification", kinds, len(found.labels), encode)
+    if name == "race":
+        files = [path for level in ("middle", "high") for path in sorted((data / "train" / level).glob("*.txt"))]
+        items = [json.loads(path.read_text()) for path in files]
+        each = [(i["article"], q, four) for i in items for q, four in zip(i["questions"], i["options"], strict=True)]
+        asked = [(article, f"{question} {option}") for article, question, four in each for option in four]
+        right = ["ABCD".index(a) for i in items for a in i["answers"]]
+
+        def encode(chosen: list[int]) -> dict[str, Any]:
+            pairs = [asked[4 * i + c] for i in chosen for c in range(4)]
+            made = words([a for a, _ in pairs], [b for _, b in pairs], **options)
+            labels = torch.tensor([right[i] for i in chosen])
+            return {name: values.view(len(chosen), 4, -1) for name, values in made.items()} | {"labels": labels}
+
+        return losses(path, [], "AutoModelForMultipleChoice", 1, len(right), encode)
+    if name == "ner":
+        blocks = [[line.split() for line in block.splitlines()] for block in (data / "train.txt").read_text().split("\n\n")]
+        tags = ["O", "B-X", "I-X"]
+
+        def encode(chosen: list[int]) -> dict[str, Any]:
+            made = words([[w for w, _ in blocks[i]] for i in chosen], is_split_into_words=True, **options)
+            labels = torch.full(made["input_ids"].shape, -100)
+            for row, i in enumerate(chosen):
+                before = None
+                for place, word in enumerate(made.word_ids(row)):
+                    if word is not None and word != before:
+                        labels[row, place] = tags.index(blocks[i][word][1])
+                    before = word
+            return {**made, "labels": labels}
+
+        return losses(path, [], "AutoModelForTokenClassification", 3, len(blocks), encode)
+    paragraphs = json.loads((data / "train-v1.1.json").read_text())["data"][0]["paragraphs"]
+    asked = [(q["question"], p["context"], q["answers"][0]) for p in paragraphs for q in p["qas"]]
+
+    def encode(chosen: list[int]) -> dict[str, Any]:
+        rows = [asked[i] for i in chosen]
+        made = words([q for q, _, _ in rows], [c for _, c, _ in rows], **options)
+        ends = [(a["answer_start"], a["answer_start"] + len(a["text"]) - 1) for _, _, a in rows]
+        places = [[made.char_to_token(row, at, 1) for at in pair] for row, pair in enumerate(ends)]
+        begin, end = torch.tensor(places).unbind(1)
+        return {**made, "start_positions": begin, "end_positions": end}
+
+    return losses(path, [], "AutoModelForQuestionAnswering", 2, len(asked), encode)

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from common import config, tokenizer
 from common.errors import BadInput
 from common.evaluation import glue
-from recipes.bert import finetune, task
+from recipes.bert import kinds, task
 from tests import plain_finetune
 
 ARCHS = ("tiny", "tiny_postln")  # megatron-bert, bert
@@ -44,7 +44,8 @@ LAYOUTS = {
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2"]),
 }
-TASKS = {"rte": ("tiny_postln", 2), "stsb": ("tiny", 1), "cola": ("tiny", 2)}
+ARCH_OF = {"rte": "tiny_postln", "stsb": "tiny", "cola": "tiny", "squad": "tiny_postln", "race": "tiny", "ner": "tiny"}
+OTHERS = ("baseline", "zero3", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -62,39 +63,61 @@ def folders(sentences: Path, tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """RTE, STS-B and CoLA in the forms of their files: a pair is entailed where it shares its verb; unequal lengths.
-    The second text is too short to be cut: of two long ones transformers' tokenizers give the longer an odd place, BERT's code
-    the first."""
-    folder, rng = tmp_path_factory.mktemp("glue"), np.random.default_rng(5)
-    words = "the value of a list is returned if it was given as an argument and raises an error".split()
+    """Tasks in the forms of their files: a pair is entailed where it shares its verb; unequal lengths. The second text is too
+    short to be cut: of two long ones transformers' tokenizers give the longer an odd place, BERT's code the first."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(5)
 
     def some(least: int, most: int) -> str:
-        return " ".join(rng.choice(words, rng.integers(least, most)))
+        return " ".join(rng.choice(WORDS, rng.integers(least, most)))
+
+    def write(name: str, text: str) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
     for name, count in (("train", 60), ("dev", 21)):
         pairs = [(some(3, 30), some(2, 12)) for _ in range(count)]
-        alike = [int("error" in a) for a, _ in pairs]
-        known = [(a, b, y) for (a, b), y in zip(pairs, alike, strict=True)]
+        known = [(a, b, int("error" in a)) for a, b in pairs]
         rte = [f"0\t{a}\t{b}\t{('not_entailment', 'entailment')[y]}" for a, b, y in known]
         sts = [f"g\tf\t2012\t0\t{min(5.0, y * len(b) / 20):.3f}\t{a}\t{b}" for a, b, y in known]
-        cola = [f"gj04\t{y}\t\t{a}" for a, _, y in known]
-        texts = {"rte": (f"{name}.tsv", ["index\tsentence1\tsentence2\tlabel", *rte]), "stsb": (f"sts-{name}.csv", sts),
-                 "cola": (f"{name}.tsv", cola)}  # fmt: skip
-        for kind, (file, lines) in texts.items():
-            (folder / kind).mkdir(exist_ok=True)
-            (folder / kind / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(f"rte/{name}.tsv", "\n".join(["index\tsentence1\tsentence2\tlabel", *rte]) + "\n")
+        write(f"stsb/sts-{name}.csv", "\n".join(sts) + "\n")
+        write(f"cola/{name}.tsv", "\n".join(f"gj04\t{y}\t\t{a}" for a, _, y in known) + "\n")
+
+        for i, (article, _) in enumerate(pairs[: count // 2]):
+            options = [[some(1, 4) for _ in range(4)] for _ in range(2)]
+            answers = ["ABCD"[max(range(4), key=lambda c: len(four[c]))] for four in options]
+            item = {"article": article, "questions": [some(2, 5), some(2, 5)], "options": options, "answers": answers}
+            write(f"race/{name}/{('middle', 'high')[i % 2]}/{i:02}.txt", json.dumps(item))
+
+        tagged = [[(w, {"error": "B-X", "raises": "I-X"}.get(w, "O")) for w in a.split()] for a, _ in pairs]
+        file = {"train": "train", "dev": "valid"}[name]
+        write(f"ner/{file}.txt", "\n\n".join("\n".join(f"{w} {t}" for w, t in row) for row in tagged))
+
+        paragraphs = []
+        for i, (context, question) in enumerate(pairs):
+            at = int(rng.integers(0, 3))
+            answer = context.split()[at]
+            start = len(" ".join(context.split()[:at])) + (at > 0)
+            answers = [{"text": answer, "answer_start": start}]
+            paragraphs.append({"context": context, "qas": [{"id": f"q{i}", "question": question, "answers": answers}]})
+        write(f"squad/{name}-v1.1.json", json.dumps({"data": [{"paragraphs": paragraphs}]}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def configs(folders, data, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("configs")
-    for name, (arch, _) in TASKS.items():
+    for name, arch in ARCH_OF.items():
         text = TEXT.replace("FOLDER", str(folders[arch])).replace("NAME", name).replace("DATA", str(data / name))
+        text = text.replace("name: ner", "name: ner, tags: [O, B-X, I-X]")
+        text = text.replace("name: squad", "name: squad, question_len: 30")
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return {name: folder / f"{name}.yaml" for name in TASKS}
+    return {name: folder / f"{name}.yaml" for name in ARCH_OF}
 
 
 def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
@@ -110,7 +133,8 @@ def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
         for name in ("rte", "stsb")
         for layout, (stack, more) in LAYOUTS.items()
     ]
-    cases += [one(LAYOUTS[n][0], configs["cola"], out / "cola" / n, LAYOUTS[n][1]) for n in ("baseline", "tp2_sp")]
+    others = [(name, layout) for name in ("cola", "squad", "race", "ner") for layout in OTHERS]
+    cases += [one(LAYOUTS[n][0], configs[name], out / name / n, LAYOUTS[n][1]) for name, n in others]
     for layout in ("baseline", "zero1", "tp2_sp"):
         stack, more = LAYOUTS[layout]
         shared = [*more, "model.dropout=0.1", "optim.decay_steps=12"]
@@ -123,13 +147,8 @@ def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(configs, data) -> dict[str, list[tuple[float, float]]]:
-    made = {}
-    for name, path in configs.items():
-        examples = glue.read(name, data / name, "train")
-        texts = list(zip(*examples.texts, strict=True))
-        made[name] = plain_finetune.losses(path, [], texts, examples.labels.tolist())
-    return made
+def reference(configs, data, folders) -> dict[str, list[tuple[float, float]]]:
+    return {name: plain_finetune.of_task(name, path, data / name, folders[ARCH_OF[name]], 48) for name, path in configs.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,9 +160,12 @@ def test_follows_the_plain_loop(runs, reference, name, layout):
     assert loss <= LOSS and norm <= NORM
 
 
-@pytest.mark.parametrize("layout", ["baseline", "tp2_sp"])
-def test_single_sentences_follow_it_too(runs, reference, layout):
-    loss, norm = farthest(runs[0] / "cola" / layout, reference["cola"])
+@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize("name", ["cola", "squad", "race", "ner"])
+def test_every_kind_of_task_follows_it(runs, reference, name, layout):
+    expected = reference[name]
+    assert min(loss for loss, _ in expected[5:]) < expected[0][0] - 0.01
+    loss, norm = farthest(runs[0] / name / layout, expected)
     assert loss <= LOSS and norm <= NORM
 
 
@@ -170,7 +192,8 @@ def test_the_export_is_the_best_and_gives_its_predictions(runs, data, name, layo
     with torch.no_grad():
         given_texts = words(*examples.texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
         logits = net(**given_texts).logits
-    lines = [line.split("\t")[1] for line in (out / "predictions/dev.tsv").read_text().splitlines()[1:]]
+    file = out / "predictions" / {"rte": "RTE.tsv", "stsb": "STS-B.tsv"}[name]
+    lines = [line.split("\t")[1] for line in file.read_text().splitlines()[1:]]
     if name == "stsb":
         predicted = np.array(lines, float)
         assert np.abs(predicted - logits[:, 0].clamp(0, 5).numpy()).max() <= 1e-5
@@ -212,7 +235,7 @@ def test_the_longer_text_is_cut_first(a: int, b: int, seq_len: int):
     left, right = a, b
     while left + right > seq_len - 3:
         left, right = (left - 1, right) if left > right else (left, right - 1)
-    assert [len(t) for t in finetune.cut([[1] * a, [2] * b], seq_len)] == [left, right]
+    assert [len(t) for t in kinds.cut([[1] * a, [2] * b], seq_len)] == [left, right]
 
 
 def test_metrics_are_their_definitions():

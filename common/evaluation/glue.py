@@ -16,6 +16,7 @@ import numpy as np
 
 from common.corpus import fingerprint
 from common.errors import BadInput
+from common.evaluation import hub
 
 HUB = "nyu-mll/glue"
 NLI = ("entailment", "neutral", "contradiction")
@@ -25,19 +26,21 @@ class Task(NamedTuple):
     hub_columns: tuple[str, ...]  # one sentence or two
     labels: tuple[str, ...]  # in the order of the hub's numbers; none: a number from 0 to 5 is predicted
     metrics: tuple[str, ...]  # the first decides which checkpoint is the best
+    files: tuple[str, ...]  # of predictions, as the benchmark's server names them: one a dev set
     dev: tuple[str, ...] = ("validation",)  # splits of the hub
 
 
 TASKS = {
-    "cola": Task(("sentence",), ("0", "1"), ("matthews",)),
-    "sst2": Task(("sentence",), ("0", "1"), ("accuracy",)),
-    "mrpc": Task(("sentence1", "sentence2"), ("0", "1"), ("f1", "accuracy")),
-    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman")),
-    "qqp": Task(("question1", "question2"), ("0", "1"), ("f1", "accuracy")),
-    "mnli": Task(("premise", "hypothesis"), NLI, ("accuracy",), ("validation_matched", "validation_mismatched")),
-    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
-    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
-    "wnli": Task(("sentence1", "sentence2"), ("0", "1"), ("accuracy",)),
+    "cola": Task(("sentence",), ("0", "1"), ("matthews",), ("CoLA",)),
+    "sst2": Task(("sentence",), ("0", "1"), ("accuracy",), ("SST-2",)),
+    "mrpc": Task(("sentence1", "sentence2"), ("0", "1"), ("f1", "accuracy"), ("MRPC",)),
+    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman"), ("STS-B",)),
+    "qqp": Task(("question1", "question2"), ("0", "1"), ("f1", "accuracy"), ("QQP",)),
+    "mnli": Task(("premise", "hypothesis"), NLI, ("accuracy", "accuracy_mismatched"), ("MNLI-m", "MNLI-mm"),
+                 ("validation_matched", "validation_mismatched")),
+    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",), ("QNLI",)),
+    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",), ("RTE",)),
+    "wnli": Task(("sentence1", "sentence2"), ("0", "1"), ("accuracy",), ("WNLI",)),
 }
 
 
@@ -78,10 +81,12 @@ FORMS = {
 
 
 class Examples(NamedTuple):
-    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5; hash: sha256 of what was read."""
+    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5; sizes: of each file or split that was read; hash:
+    sha256 of what was read."""
 
     texts: list[list[str]]
     labels: np.ndarray
+    sizes: list[int]
     hash: str
     note: str | None = None
 
@@ -95,9 +100,10 @@ def read(name: str, folder: Path | None, split: str) -> Examples:
 
 def _from_files(name: str, folder: Path, split: str) -> Examples:
     form = _form(name, folder)
-    drawn = split == "dev" and not form.dev or split == "train" and not form.dev
+    drawn = not form.dev
     files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
-    rows = [row for path in files for row in _rows(path, form.columns)]
+    parts = [_rows(path, form.columns) for path in files]
+    rows, sizes = [row for part in parts for row in part], [len(part) for part in parts]
     note, hashed = None, [fingerprint(path) for path in files]
     if drawn:
         if len(rows) <= DEV_DRAWN:
@@ -105,13 +111,14 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
         chosen = np.random.default_rng(DRAW_SEED).permutation(len(rows))[:DEV_DRAWN]
         is_dev = np.isin(np.arange(len(rows)), chosen)
         rows = [row for row, dev in zip(rows, is_dev, strict=True) if dev == (split == "dev")]
+        sizes = [len(rows)]
         note = f"{folder} has no dev set: {DEV_DRAWN} examples of train are it, drawn by seed {DRAW_SEED}"
         hashed.append([split, DRAW_SEED, DEV_DRAWN])
     if not rows:
         raise BadInput(f"{files[0]}: holds no example")
     texts = [[row[column] for _, row in rows] for column in range(len(form.columns) - 1)]
     labels = _labels(name, [row[-1] for _, row in rows], [where for where, _ in rows])
-    return Examples(texts, labels, hashlib.sha256(json.dumps([name, hashed]).encode()).hexdigest(), note)
+    return Examples(texts, labels, sizes, hashlib.sha256(json.dumps([name, hashed]).encode()).hexdigest(), note)
 
 
 def _form(name: str, folder: Path) -> Form:
@@ -170,27 +177,37 @@ def _score(text: str, where: str) -> float:
 
 
 def _from_hub(name: str, split: str) -> Examples:
-    import datasets
-
     task = TASKS[name]
-    datasets.disable_progress_bars()
-    try:
-        parts = [datasets.load_dataset(HUB, name, split=s) for s in (("train",) if split == "train" else task.dev)]
-    except Exception as error:  # no network, no access: each has a class of its own there
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{name}: {HUB} cannot be had: {reason}; give a local copy: task.data=DIR") from None
+    parts = [hub.rows(name, HUB, name, s) for s in (("train",) if split == "train" else task.dev)]
     texts = [[text for part in parts for text in part[column]] for column in task.hub_columns]
     labels = np.array([label for part in parts for label in part["label"]], np.int64 if task.labels else np.float32)
     hashed = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()
-    return Examples(texts, labels, hashed)
+    return Examples(texts, labels, [len(part) for part in parts], hashed)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """GLUE's of the task, from 0 to 1 (-1 to 1 for correlations). predictions, labels: (N,) classes or scores."""
+def metrics(name: str, predictions: np.ndarray, labels: np.ndarray, sizes: Sequence[int] = ()) -> dict[str, float]:
+    """GLUE's of the task, from 0 to 1 (-1 to 1 for correlations). predictions, labels: (N,) classes or scores; sizes: of the
+    dev sets that they are (MNLI has two, whose accuracies are told apart)."""
+    if name == "mnli":
+        first = min(sizes[0] if sizes else len(labels), len(labels))
+        parts = {"accuracy": slice(first), "accuracy_mismatched": slice(first, None)}
+        return {m: float(METRICS["accuracy"](labels[p], predictions[p])) for m, p in parts.items() if len(labels[p])}
     return {metric: float(METRICS[metric](labels, predictions)) for metric in TASKS[name].metrics}
+
+
+def files(name: str, predictions: np.ndarray, sizes: Sequence[int]) -> dict[str, str]:
+    """{file name: text} in the format of the benchmark's server. sizes: as `metrics` has them."""
+    labels, made, start = TASKS[name].labels, {}, 0
+    texts = [labels[int(p)] for p in predictions] if labels else [f"{p:.6f}" for p in np.clip(predictions, 0, 5)]
+    ends = [*np.cumsum(sizes[: len(TASKS[name].files) - 1]).tolist(), len(texts)]
+    for file, end in zip(TASKS[name].files, ends, strict=True):
+        lines = ["index\tprediction", *(f"{i}\t{text}" for i, text in enumerate(texts[start:end]))]
+        made[f"{file}.tsv"] = "\n".join(lines) + "\n"
+        start = end
+    return made
 
 
 def _sklearn(metric: str) -> Callable[[Any, Any], float]:

@@ -19,6 +19,7 @@ from common import batches, checkpoint, finetune, init, optim, run, state
 from common.log import Log
 
 from .. import finetune as task
+from .. import kinds
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
     cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -47,21 +49,21 @@ def main(argv: list[str]) -> None:
 
     # ---- data
     def loss_of(rows: batches.Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of one micro batch, and predictions (B,)."""
+        """Summed loss of one micro batch, and predictions (B, width)."""
         batch = task.batch(rows, ranks.device)
-        logits = model(**task.inputs(batch)).logits  # (B, L)
-        return task.loss_sum(logits, batch), task.predictions(logits.detach())
+        logits = task.logits_of(model(**task.inputs(batch)))
+        return kind.loss_sum(logits, batch), kind.predictions(logits.detach(), batch)
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        totals = finetune.empty(job, ranks)
+        found = finetune.Predictions(job, ranks, kind.width(cfg))
         for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
-            finetune.add(totals, rows, *loss_of(rows))
-        dist.all_reduce(totals)
+            found.add(rows, *loss_of(rows))
+        found.gather()
         model.train()
-        return selection.tell(step, totals, log)
+        return task.judge(job, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
         checkpoint.save(out, state.read_torch(net.named_parameters(), optimizer, ranks), state.meta(job, step), keep)
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, task)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
 
     # ---- loop
     model.train()

@@ -18,6 +18,7 @@ from common import batches, checkpoint, finetune, optim, run, state, zero
 from common.log import Log
 
 from .. import finetune as task
+from .. import kinds
 from . import model as zero_model
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
     cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -45,22 +47,22 @@ def main(argv: list[str]) -> None:
 
     # ---- data
     def loss_of(rows: batches.Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of one micro batch, and predictions (B,)."""
+        """Summed loss of one micro batch, and predictions (B, width)."""
         batch = task.batch(rows, ranks.device)
-        logits = engine(**task.inputs(batch)).logits  # (B, L)
-        return task.loss_sum(logits, batch), task.predictions(logits.detach())
+        logits = task.logits_of(engine(**task.inputs(batch)))
+        return kind.loss_sum(logits, batch), kind.predictions(logits.detach(), batch)
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         engine.eval()
-        totals = finetune.empty(job, ranks)
+        found = finetune.Predictions(job, ranks, kind.width(cfg))
         for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
-            finetune.add(totals, rows, *loss_of(rows))
-        totals *= tells
-        dist.all_reduce(totals)
+            found.add(rows, *loss_of(rows))
+        found.totals *= tells
+        found.gather()
         engine.train()
-        return selection.tell(step, totals, log)
+        return task.judge(job, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
         checkpoint.save(out, zero.read(engine, ranks, shapes), state.meta(job, step), keep)
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, task)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
 
     # ---- loop
     engine.train()

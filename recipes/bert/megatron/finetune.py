@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from common import batches, checkpoint, finetune, mcore, optim, run, state
 from common.log import Log
 
-from .. import convert
+from .. import convert, kinds
 from .. import finetune as task
 from . import model as megatron_model
 
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
     cfg, layout = job.cfg, job.layout
+    kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
-    net = megatron_model.build_classifier(cfg, layout)
+    net = megatron_model.build_headed(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
     rules = convert.rules(cfg.model)
 
@@ -60,10 +61,10 @@ def main(argv: list[str]) -> None:
         output = model(batch["tokens"], batch["token_types"], mask)
 
         def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            """logits (B, L) of the last stage -> summed loss, number of examples, what the schedule returns."""
-            total = task.loss_sum(logits, batch)
+            """logits of the last stage -> summed loss, number of targets, what the schedule returns."""
+            total = kind.loss_sum(logits, batch)
             # the schedule divides in place: give it a value of its own
-            told = {"loss": total.detach().clone(), "predictions": task.predictions(logits.detach())}
+            told = {"loss": total.detach().clone(), "predictions": kind.predictions(logits.detach(), batch)}
             return total, batch["loss_mask"].sum().int(), told
 
         return output, loss_of
@@ -73,8 +74,8 @@ def main(argv: list[str]) -> None:
         with mcore.device_names(ranks):
             told = schedule(
                 forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
-                num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
-                forward_only=forward_only,
+                num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len,
+                micro_batch_size=layout.micro_batch * kind.sequences, forward_only=forward_only,
             )  # fmt: skip
         return told if tells else []
 
@@ -83,12 +84,12 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         model.eval()
         rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
-        totals = finetune.empty(job, ranks)
+        found = finetune.Predictions(job, ranks, kind.width(cfg))
         for micro_rows, told in zip(rows, run_schedule([(0, r) for r in rows], forward_only=True), strict=False):
-            finetune.add(totals, micro_rows, told["loss"], told["predictions"])
-        dist.all_reduce(totals)
+            found.add(micro_rows, told["loss"], told["predictions"])
+        found.gather()
         model.train()
-        return selection.tell(step, totals, log)
+        return task.judge(job, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
         checkpoint.save(out, mcore.read(model, optimizer, rules), state.meta(job, step), keep)
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, task)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
 
     # ---- loop
     model.train()

@@ -17,6 +17,7 @@ from common import mcore
 from common.config import Layout
 
 from .. import finetune, task
+from ..kinds import Kind
 
 Heads = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -58,20 +59,24 @@ class Bert(BertModel):
             self.pooler.sequence_parallel = False
 
 
-class Classifier(Bert):
-    """Bert with transformers' head for classes or a score in place of those of pretraining."""
+class Headed(Bert):
+    """Bert with transformers' head for a task in place of those of pretraining."""
+
+    kind: type[Kind]
 
     def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As Bert.forward; on the last stage logits (B, L), alike on every tp rank."""
+        """As Bert.forward; on the last stage logits (B, L) of a pooled head or (B, T, L), alike on every tp rank."""
         hidden = super().forward(tokens, token_types, mask, None)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return self.binary_head(F.dropout(self.pooler(hidden, 0), self.config.hidden_dropout, self.training))
+        seen = self.pooler(hidden, 0) if self.kind.pooled else hidden.transpose(0, 1)  # (B, H) or (B, T, H)
+        return self.binary_head(F.dropout(seen, self.config.hidden_dropout, self.training and self.kind.dropout))
 
     def use_whole_positions(self) -> None:
-        self.pooler.sequence_parallel = False
+        if self.pooler is not None:
+            self.pooler.sequence_parallel = False
 
 
 class PostNorm(torch.nn.Module):
@@ -113,9 +118,9 @@ def build(cfg: task.Config, layout: Layout) -> Bert:
     return _build(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
 
 
-def build_classifier(cfg: finetune.Config, layout: Layout) -> Classifier:
+def build_headed(cfg: finetune.Config, layout: Layout) -> Headed:
     """The same for finetuning."""
-    return _build(cfg, layout, Classifier, share_embeddings_and_output_weights=False, add_binary_head=True)
+    return _build(cfg, layout, Headed, share_embeddings_and_output_weights=False, add_binary_head=True)
 
 
 def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert], **heads: bool) -> Bert:
@@ -133,9 +138,11 @@ def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert],
         if net.pre_process:  # the norm comes before the dropout
             norm = mcore.Norm(config, m.hidden, m.norm_eps)
             net.embedding.embedding_dropout = torch.nn.Sequential(norm, net.embedding.embedding_dropout)
-    if net.post_process and kind is Classifier:
+    if net.post_process and kind is Headed:
+        net.kind = m.does
         net.lm_head = net.output_layer = None
-        net.binary_head = torch.nn.Linear(m.hidden, m.labels)
+        net.pooler = net.pooler if m.does.pooled else None
+        net.binary_head = torch.nn.Linear(m.hidden, len(m.labels))
     if net.post_process:
         net.use_whole_positions()
     return net

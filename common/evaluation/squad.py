@@ -1,0 +1,180 @@
+"""SQuAD 1.1 and 2.0 (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822): its files, and the scores of its evaluation
+scripts. Scores are percentages, as those scripts print them.
+
+Read from a folder with train-v1.1.json and dev-v1.1.json (2.0: -v2.0), from one file in that format, of which a tenth of the
+paragraphs is then the dev set, or from the hub (`rajpurkar/squad`, `rajpurkar/squad_v2`).
+"""
+
+import hashlib
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import BadInput
+from common.evaluation import hub
+
+HUB = {"squad": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
+FILES = {
+    "squad": {"train": "train-v1.1.json", "dev": "dev-v1.1.json"},
+    "squad2": {"train": "train-v2.0.json", "dev": "dev-v2.0.json"},
+}
+DRAW_SEED, DEV_SHARE = 1234, 0.1  # of the paragraphs of a single file
+
+
+class Question(NamedTuple):
+    id: str
+    text: str
+    context: int  # place in Questions.contexts
+    answers: list[str]  # none: it has none in its context (2.0)
+    span: tuple[int, int] | None  # first and last + 1 character of the first answer that stands where the file says
+
+
+class Questions(NamedTuple):
+    contexts: list[str]
+    questions: list[Question]
+    hash: str
+    notes: list[str]
+
+
+def read(name: str, data: Path | None, split: str) -> Questions:
+    """name: 'squad' or 'squad2'; split: 'train' or 'dev'. BadInput for what is no such file.
+
+    An answer that does not stand in its context where the file says is counted in the notes. It is not trained on (a question
+    without another is left out of train); in dev its text counts as every answer's does.
+    """
+    notes: list[str] = []
+    if data is None:
+        paragraphs, content = _from_hub(name, split)
+        where = HUB[name]
+    else:
+        path, drawn = _file(name, data, split)
+        where, raw = str(path), path.read_bytes()
+        paragraphs = _paragraphs(path, raw)
+        content = hashlib.sha256(raw).hexdigest()
+        if drawn:
+            order = np.random.default_rng(DRAW_SEED).permutation(len(paragraphs))
+            count = max(1, round(DEV_SHARE * len(paragraphs)))
+            chosen = order[:count] if split == "dev" else order[count:]
+            paragraphs = [paragraphs[i] for i in np.sort(chosen)]
+            notes.append(f"{path.name}: {count} of its {len(order):,} paragraphs are dev, drawn by seed {DRAW_SEED}")
+    found, lost = [], 0
+    for number, (context, asked) in enumerate(paragraphs):
+        for key, text, answers in asked:
+            spans = [(start, start + len(answer)) for answer, start in answers if answer]
+            good = [span for (answer, _), span in zip(answers, spans, strict=False) if context[slice(*span)] == answer]
+            lost += len(answers) - len(good)
+            if split == "dev" or good or (not answers and name == "squad2"):
+                found.append(Question(key, text, number, [answer for answer, _ in answers], good[0] if good else None))
+    if lost:
+        notes.append(f"{split}: {lost:,} answers do not stand in their context where the file says; not trained on")
+    if not found:
+        raise BadInput(f"{where}: holds no question with an answer")
+    return Questions([c for c, _ in paragraphs], found, hashlib.sha256(f"{name} {split} {content}".encode()).hexdigest(), notes)
+
+
+def _file(name: str, data: Path, split: str) -> tuple[Path, bool]:
+    """The file of a split, and whether the split is to be drawn from it."""
+    if data.is_file():
+        return data, True
+    if not data.is_dir():
+        raise BadInput(f"task.data={data}: no such folder or file; give one in SQuAD's format, or leave it out for the hub")
+    if all((data / file).is_file() for file in FILES[name].values()):
+        return data / FILES[name][split], False
+    single = sorted(data.glob("*.json"))
+    if len(single) == 1:
+        return single[0], True
+    raise BadInput(f"task.data={data}: does not hold {' and '.join(FILES[name].values())}, which {name} is read from")
+
+
+Paragraph = tuple[str, list[tuple[str, str, list[tuple[str, int]]]]]  # context, its questions: id, text, answers: text, start
+
+
+def _paragraphs(path: Path, raw: bytes) -> list[Paragraph]:
+    try:
+        articles = json.loads(raw)["data"]
+        return [(p["context"], [_asked(q) for q in p["qas"]]) for article in articles for p in article["paragraphs"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else "is not JSON in SQuAD's format"
+        raise BadInput(f"{path}: {what}; give a file as {FILES['squad']['dev']} is") from None
+
+
+def _asked(q: dict[str, Any]) -> tuple[str, str, list[tuple[str, int]]]:
+    none = bool(q.get("is_impossible"))  # its plausible answers are no answers
+    return str(q["id"]), q["question"], [] if none else [(a["text"], int(a["answer_start"])) for a in q["answers"]]
+
+
+def _from_hub(name: str, split: str) -> tuple[list[Paragraph], str]:
+    by_context: dict[str, list] = {}
+    for row in hub.rows(name, HUB[name], None, "train" if split == "train" else "validation"):
+        answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+        by_context.setdefault(row["context"], []).append((row["id"], row["question"], answers))
+    made = list(by_context.items())
+    return made, hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = set(string.punctuation)
+
+
+def normalized(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: in the order of the official script."""
+    text = "".join(c for c in text.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact(prediction: str, answer: str) -> float:
+    return float(normalized(prediction) == normalized(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """Of the words in common. Where either has none, as `exact` (2.0's script; 1.1 has no such answers)."""
+    ours, theirs = normalized(prediction).split(), normalized(answer).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)
+
+
+def scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1): the best over the answers. None, or only such as are articles and marks: the answer is ''."""
+    known = [a for a in answers if normalized(a)] or [""]
+    return max(exact(prediction, a) for a in known), max(f1(prediction, a) for a in known)
+
+
+def metrics(questions: Iterable[Question], predictions: dict[str, str]) -> dict[str, float]:
+    """{question id: text} -> f1 and exact_match, in percent; where some questions have no answer, also of either kind."""
+    found = [(bool(q.answers), *scores(predictions[q.id], q.answers)) for q in questions]
+    table = np.array(found, float)
+    made = {"f1": 100 * float(table[:, 2].mean()), "exact_match": 100 * float(table[:, 1].mean())}
+    has = table[:, 0] > 0
+    if not has.all():
+        for kind, rows in (("has_answer", table[has]), ("no_answer", table[~has])):
+            if len(rows):
+                made |= {f"{kind}_f1": 100 * float(rows[:, 2].mean()), f"{kind}_exact": 100 * float(rows[:, 1].mean())}
+    return made
+
+
+def best_threshold(questions: Sequence[Question], texts: dict[str, str], null_odds: dict[str, float]) -> tuple[float, float]:
+    """(threshold, F1 in percent): 'no answer' is said above it, so that F1 is the highest (2.0's --na-prob-file analysis).
+
+    texts: the best answers that are not empty. null_odds: score of no answer less the best answer's.
+    """
+    ordered = sorted(questions, key=lambda q: null_odds[q.id])
+    total = sum(not q.answers for q in ordered)  # all are said to have none
+    best, threshold = float(total), min(0.0, null_odds[ordered[0].id] - 1)
+    for q in ordered:  # one after the other is answered
+        total += scores(texts[q.id], q.answers)[1] if q.answers else -1.0 if texts[q.id] else 0.0
+        if total > best:
+            best, threshold = total, null_odds[q.id]
+    return threshold, 100 * best / len(ordered)
