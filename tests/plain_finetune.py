@@ -44,7 +44,9 @@ def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int,
         numbers = np.arange((step - 1) * batch, step * batch)
         epoch, place = np.divmod(numbers, size)
         chosen = permute(place, size, epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
-        loss = net(**encode(chosen)).loss
+        given = encode(chosen)
+        found = net(**given)
+        loss = found.loss if "start_logits" not in found else of_spans(found, given)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
@@ -53,6 +55,13 @@ def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int,
         optimizer.step()
         made.append((loss.item(), norm.item()))
     return made
+
+
+def of_spans(found: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As transformers' loss, but over the positions that are no padding."""
+    kept = given["attention_mask"].bool()
+    ends = ((found.start_logits, given["start_positions"]), (found.end_logits, given["end_positions"]))
+    return sum(torch.nn.functional.cross_entropy(s.masked_fill(~kept, -1e30), p) for s, p in ends) / 2
 
 
 def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> list[tuple[float, float]]:

@@ -393,10 +393,13 @@ class Span(Kind):
 
     @staticmethod
     def loss_sum(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The mean of the two cross entropies."""
+        """The mean of the two cross entropies, over the positions that are no padding: else the loss would say how much of it
+        there is, which the layout decides (transformers' and BERT's own include it)."""
+        import torch
         import torch.nn.functional as F
 
-        losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")  # (B, T, 2), (B, 2) -> (B, 2)
+        scores = logits.float().masked_fill(~batch["attention_mask"][..., None], torch.finfo(torch.float32).min)
+        losses = F.cross_entropy(scores, batch["labels"], reduction="none")  # (B, T, 2), (B, 2) -> (B, 2)
         return (losses.mean(-1) * batch["loss_mask"]).sum()
 
     @staticmethod
