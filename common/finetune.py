@@ -6,16 +6,20 @@
 """
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common import batches, export
+from common.config import Section
 from common.corpus import write_json
+from common.errors import BadInput
 from common.ranks import Ranks
-from common.run import Run
+from common.run import Run, find
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +57,41 @@ class Selection:
     def is_over(self) -> bool:
         """Have there been `task.patience` evaluations since the best?"""
         return bool(self.patience and self.values and sum(step > self.best for step in self.values) >= self.patience)
+
+
+# ---- where it begins -------------------------------------------------------------------------------------------------
+
+
+def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], own: set[str]) -> Any:
+    """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
+    says of the model counts more. own: keys of the model that a folder does not decide."""
+    start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
+    if not isinstance(start, str) or start == "scratch":
+        return values
+    folder = weights_folder(start)
+    try:
+        known = model_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError):
+        return values  # told by common/run.py
+    shapes = known.model_dump(exclude=own)
+    return values | {"model": shapes | (values.get("model") or {}), "init": {"from": str(folder)}}
+
+
+def weights_folder(start: str) -> Path:
+    """Of init.from: the folder itself, the export of a run, or what the hub has under that name, fetched once."""
+    folder = find(start)
+    if (folder / "run.json").is_file():
+        return folder / "hf"
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", start):
+        return folder
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(start, allow_patterns=wanted))
+    except Exception as error:  # no network, no such repository: each has a class of its own there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"init.from={start}: no such folder, and the hub does not give it: {reason}; give a folder") from None
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ A task module as task.py is: what it leaves out it has from there; kinds.py has 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,25 +89,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        """model from init.from, a Hugging Face folder or a run; what the config says of it counts more."""
-        start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
-        if not isinstance(start, str) or start == "scratch":
-            return values
-        folder = hf_folder(start)
-        try:
-            known = task.model_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError):
-            return values  # told by common/run.py
-        shapes = known.model_dump(exclude={"pair_head", "dropout", "init_std"})
-        return values | {"model": shapes | (values.get("model") or {}), "init": {"from": str(folder)}}
-
-
-def hf_folder(start: str) -> Path:
-    """Of init.from: the folder itself, or the export of a run."""
-    from common.run import find
-
-    folder = find(start)
-    return folder / "hf" if (folder / "run.json").is_file() else folder
+        return finetune.with_shapes(values, task.model_of, {"pair_head", "dropout", "init_std"})
 
 
 def stream(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:
@@ -142,8 +123,12 @@ def hf_model(model: Model) -> PreTrainedModel:
 
     from .modeling import use_sdpa
 
-    net = getattr(transformers, _class(model, model.does.hf_class))(hf_config(model))
+    net = getattr(transformers, trained_class(model))(hf_config(model))
     return net if model.arch == "bert" else use_sdpa(net)
+
+
+def trained_class(model: Model) -> str:
+    return _class(model, model.does.hf_class)
 
 
 def _class(model: Model, kind: str) -> str:

@@ -1,0 +1,83 @@
+"""An export with a head on the dev set of its task, in plain transformers: what scripts/evaluate.py calls for such models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import config
+from common.errors import BadInput
+from common.ranks import Ranks
+from common.run import read_object
+
+from . import finetune, kinds
+
+SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
+
+
+def tasks_of(architecture: str) -> list[str]:
+    """The tasks of a class of transformers; none of one without such a head."""
+    return [name for name, kind in kinds.KIND_OF.items() if architecture.endswith(kinds.KINDS[kind].export_class)]
+
+
+def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> finetune.Config:
+    """The config of the run where `given` is one of this task, else one of the task's defaults."""
+    known = config.read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
+    own = known.get("task", {}).get("name") == name
+    stored = read_object(folder / "config.json") or {}
+    task = dict(known["task"]) if own else {"name": name}
+    if name == "ner" and not own:
+        task["tags"] = [label for _, label in sorted((stored.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    positions = stored.get("max_position_embeddings") or 512
+    length = seq_len or (known["data"]["seq_len"] if own else min(positions, SEQ_LEN.get(name, 128)))
+    cfg = finetune.Config.model_validate(
+        {
+            "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
+            "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
+        }
+    )  # fmt: skip
+    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
+
+
+def run(cfg: finetune.Config, folder: Path, batch: int, limit: int | None, dtype: str, ranks: Ranks) -> tuple[Any, np.ndarray]:
+    """The examples, and predictions (n, width) of the first n of them. Each is done once, by one rank, in the same batches
+    whatever the number of ranks: so 2 ranks give what 1 gives, bit for bit."""
+    import torch
+    import torch.distributed as dist
+    import transformers
+
+    examples, does = finetune.stream(cfg, cfg.data.valid, shuffle=False), cfg.model.does
+    n = min(limit or len(examples), len(examples))
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    name = finetune.trained_class(cfg.model)
+    try:
+        net = getattr(transformers, name).from_pretrained(folder, dtype=kind, num_labels=len(cfg.model.labels))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    net = net.to(ranks.device).eval()
+    ordered = examples.arrange(range(n))
+    found = torch.zeros(n, does.width(cfg), dtype=torch.float64, device=ranks.device)
+    starts = range(0, n, batch)
+    for start in starts[ranks.rank :: ranks.world]:
+        rows = examples.rows(ordered[start : start + batch])
+        given = finetune.batch(rows, ranks.device)
+        with torch.no_grad():
+            said = does.predictions(finetune.logits_of(net(**finetune.inputs(given))).float(), given)
+        found[rows["places"], : said.shape[1]] = said.double()
+    if ranks.world > 1:
+        dist.all_reduce(found)  # each value and zeros: exact
+    return examples, found.cpu().numpy()
+
+
+def scores(cfg: finetune.Config, examples: Any, predictions: np.ndarray, out: Path | None) -> list[dict[str, Any]]:
+    """Rows of eval.json; the files of predictions go to out/predictions."""
+    n, whole = len(predictions), len(examples)
+    part = "" if n == whole else f", the first {n:,} of {whole:,}"
+    notes = "".join(f"; {note}" for note in examples.notes)
+    how = f"{cfg.task.name} {cfg.data.valid}{part}, {cfg.data.seq_len} tokens{notes}"
+    if out:
+        (out / "predictions").mkdir(parents=True, exist_ok=True)
+        for file, text in examples.files(predictions).items():
+            (out / "predictions" / file).write_text(text, encoding="utf-8")
+    values = examples.metrics(predictions)
+    return [{"metric": name, "value": value, "n": examples.scored(n), "protocol": how} for name, value in values.items()]

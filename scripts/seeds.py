@@ -1,0 +1,72 @@
+"""One finetuning with several seeds: its scores, their median and their spread.
+
+    python -m scripts.seeds recipes/bert/megatron/finetune.sh CONFIG OUT --seeds 1 2 3 [a.b=c ...]
+
+Runs the launch script once a seed into OUT/seed_N, one after the other, each resumed where it was stopped; a finished one is
+not run again. OUT/seeds.json holds, of each metric of eval.json, the values by seed, median, least and greatest. A run that
+stops or fails ends all with its exit code; the same command goes on.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.corpus import write_json
+from common.errors import BadInput, exit_cleanly
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(
+        prog="python -m scripts.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("script", metavar="SCRIPT", type=Path, help="recipes/FAMILY/STACK/finetune.sh")
+    p.add_argument("config", metavar="CONFIG")
+    p.add_argument("out", metavar="OUT", type=Path)
+    p.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the config")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[1, 2, 3], help="default: 1 2 3")
+    p.add_argument("--dry-run", action="store_true", help="check the first run; start nothing")
+    args = p.parse_intermixed_args()
+    problems = [] if args.script.is_file() else [f"{args.script}: no such script; give recipes/FAMILY/STACK/finetune.sh"]
+    problems += [f"--seeds {seed}: is given twice" for seed in set(args.seeds) if args.seeds.count(seed) > 1]
+    problems += [f"{word}: the seeds are given by --seeds" for word in args.overrides if word.startswith("train.seed=")]
+    if problems:
+        raise BadInput(problems)
+    for seed in args.seeds:
+        run = args.out / f"seed_{seed}"
+        words = [args.config, str(run), *args.overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
+        code = subprocess.run(["bash", str(args.script), *words]).returncode
+        if code or args.dry_run:
+            return code
+    rows = summary({seed: args.out / f"seed_{seed}" for seed in args.seeds})
+    write_json(args.out / "seeds.json", rows)
+    print(table(rows))
+    print(f"results   {args.out / 'seeds.json'}")
+    return 0
+
+
+def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
+    """{seed: OUT} -> a row for each metric."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for seed, run in runs.items():
+        for row in json.loads((run / "eval.json").read_text(encoding="utf-8")):
+            found.setdefault((row["task"], row["metric"]), {})[seed] = row["value"]
+    return [
+        {"task": task, "metric": metric, "median": statistics.median(values.values()), "least": min(values.values()),
+         "greatest": max(values.values()), "values": values}
+        for (task, metric), values in found.items()
+    ]  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'task':<10} {'metric':<22} {'median':>9} {'least':>9} {'greatest':>9}"]
+    return "\n".join(
+        lines + [f"{r['task']:<10} {r['metric']:<22} {r['median']:>9.4f} {r['least']:>9.4f} {r['greatest']:>9.4f}" for r in rows]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))
