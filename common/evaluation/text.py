@@ -187,12 +187,12 @@ def _loaded(name: str, hub: tuple[str, str | None], split: str) -> Any:
         return datasets.load_dataset(*hub, split=HUB_SPLITS[split])
     except Exception as error:  # no network, no access: each has a class of its own there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{name}: {hub[0]} cannot be had: {reason}; give a local copy: task.data=DIR") from None
+        raise BadInput(f"{name}: {hub[0]} cannot be had: {reason}; give a local copy: task.data=DIR (or --data)") from None
 
 
 def _from_hub(name: str, task: Task, split: str) -> tuple[list[str], list[str], str]:
     if task.hub is None:
-        raise BadInput(f"{name}: is read from files; give task.data=DIR with train.jsonl and dev.jsonl")
+        raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
     rows = _loaded(name, task.hub, split)
     pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
