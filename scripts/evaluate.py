@@ -6,7 +6,10 @@
 MODEL is an OUT folder of pretrain.sh of any stack and layout (its export, OUT/hf, is evaluated) or a Hugging Face folder.
 Data come from the Hugging Face hub, or from --data: a folder that holds the files named below, at its top or under the folder
 named. Results go to OUT/eval.json (--out; default: MODEL), a list of {task, metric, value, n, protocol}; LAMBADA's answers to
-OUT/predictions/. --limit takes the first N windows or passages, and the protocol says so.
+OUT/predictions/. --limit takes the first N windows, passages or inputs, and the protocol says so.
+
+An encoder-decoder model writes translations and summaries by beam search (multi30k-en-de, cnn_dm, ...; their files:
+common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are for these.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +26,7 @@ import numpy as np
 
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
-from common.evaluation import language
+from common.evaluation import language, text
 from common.ranks import Ranks
 from common.run import read_object
 
@@ -50,11 +54,15 @@ TASKS = {
 
 class Model(NamedTuple):
     net: Any
-    tokenize: Callable[[str], np.ndarray]
-    length: int  # tokens of a window
+    tokenizer: Any
+    length: int  # tokens of a window, of an input
     batch: int
     limit: int | None
     ranks: Ranks
+    how: argparse.Namespace  # of beam search
+
+    def tokenize(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
 
 def main() -> None:
@@ -65,12 +73,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("model", metavar="MODEL")
-    p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join(TASKS))
+    p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join([*TASKS, *text.PAIRS]))
     p.add_argument("--data", metavar="DIR_OR_FILE", type=Path, help="local copies, for a machine without network")
     p.add_argument("--batch", metavar="N", type=int, default=8, help="windows at once (default: %(default)s)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     p.add_argument("--seq-len", metavar="N", type=int, help="of a window (default: 1024, or the model's positions if fewer)")
     p.add_argument("--limit", metavar="N", type=int, help="the first N windows or passages alone")
+    p.add_argument("--split", choices=("dev", "test"), default="test", help="of the task's inputs (default: %(default)s)")
+    p.add_argument("--prefix", metavar="TEXT", help="goes before every input (default: T5's for the task)")
+    p.add_argument("--beams", metavar="N", type=int, default=4, help="default: %(default)s")
+    told = "log probabilities are divided by length ^ A (default: %(default)s)"
+    p.add_argument("--length-penalty", metavar="A", type=float, default=0.6, help=told)
+    p.add_argument("--tokens", metavar="N", type=int, default=128, help="written at most (default: %(default)s)")
     p.add_argument("--out", metavar="DIR", type=Path, help="where eval.json goes (default: MODEL)")
     args = p.parse_args()
     folder = export_of(Path(args.model))
@@ -110,17 +124,22 @@ def export_of(given: Path) -> Path:
     raise BadInput(f"{given}: no config.json and no run.json there; give a Hugging Face folder, or OUT of pretrain.sh")
 
 
-def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]]:
+def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str] | text.Examples]:
     """What each task reads. All problems at once, before anything is loaded."""
-    problems = [f"{name}: no such task; there is {', '.join(TASKS)}" for name in args.tasks if name not in TASKS]
-    numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1))
+    known = [*TASKS, *text.PAIRS]
+    problems = [f"{name}: no such task; there is {', '.join(known)}" for name in args.tasks if name not in known]
+    numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1), ("beams", args.beams, 1),
+               ("length-penalty", args.length_penalty, 0), ("tokens", args.tokens, 1))  # fmt: skip
     problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and v < least]
     config = read_object(folder / "config.json")
     if config is None:
         raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
     architecture = (config.get("architectures") or [""])[0]
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        problems.append(f"{folder}: is {architecture or 'of no class'}, and these tasks are for causal language models")
+    kinds = ((TASKS, ("ForCausalLM", "LMHeadModel"), "causal language models"),
+             (text.PAIRS, "ForConditionalGeneration", "encoder-decoder models"))  # fmt: skip
+    for tasks, ends, of in kinds:
+        if any(name in tasks for name in args.tasks) and not architecture.endswith(ends):
+            problems.append(f"{folder}: is {architecture or 'of no class'}, and these tasks are for {of}")
     positions = positions_of(config)
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
@@ -130,15 +149,19 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]
         problems.append(f"--data {args.data}: no such file or folder")
     if problems:
         raise BadInput(problems)
-    return {name: data_of(name, args.data) for name in dict.fromkeys(args.tasks)}
+    return {name: data_of(name, args) for name in dict.fromkeys(args.tasks)}
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def data_of(name: str, given: Path | None) -> str | list[str]:
-    """The text of a task; of LAMBADA the passages."""
+def data_of(name: str, args: argparse.Namespace) -> str | list[str] | text.Examples:
+    """The text of a task; of LAMBADA the passages; of what is written the inputs and references."""
+    given = args.data
+    if name in text.PAIRS:
+        inside = given / name.partition("-")[0] if given else None
+        return text.read(name, inside if inside and inside.is_dir() else given, args.split, args.prefix)
     task = TASKS[name]
     if name == "text":
         if given is None or not given.is_file():
@@ -178,23 +201,21 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     import torch
     import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     processes.check_dtype(args.dtype, ranks.device)
+    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
+    of = AutoModelForSeq2SeqLM if args.tasks[0] in text.PAIRS else AutoModelForCausalLM
     try:
-        net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(ranks.device).eval()
+        net = of.from_pretrained(folder, dtype=dtype).to(ranks.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
     positions = positions_of(net.config.to_dict()) or 1024
     length = args.seq_len or min(1024, positions)
-
-    def tokenize(text: str) -> np.ndarray:
-        return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
-
-    return Model(net, tokenize, length, args.batch, args.limit, ranks)
+    return Model(net, tokenizer, length, args.batch, args.limit, ranks, args)
 
 
 # ---- the tasks -------------------------------------------------------------------------------------------------------
@@ -279,12 +300,28 @@ def passage(model: Model, text: str, strict: bool) -> tuple[np.ndarray, np.ndarr
     return model.tokenize(context), model.tokenize(word)
 
 
+def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -> list[Result]:
+    """What beam search writes to each input: predictions/TASK.txt, a line each, and its scores."""
+    whole, how = len(found.inputs), model.how
+    inputs, references = found.inputs[: model.limit], found.references[: model.limit]
+    search = text.Search(how.beams, how.length_penalty, how.tokens, model.batch)
+    tell = progress("inputs", len(inputs), model)
+    written = text.write(model.net, model.tokenizer, inputs, model.length, search, model.ranks, tell)
+    if out:
+        (out / "predictions").mkdir(parents=True, exist_ok=True)
+        (out / f"predictions/{name}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
+    told = f"{how.split}, {search}{limited(len(inputs), whole, 'inputs')}"
+    scores = text.scores(name, written, found._replace(references=references))
+    return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
+
+
 def limited(done: int, whole: int, what: str) -> str:
     return f", the first {done:,} of {whole:,} {what}" if done < whole else ""
 
 
 EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
     "wikitext103": of_words, "wikitext2": of_words, "wikitext2-raw": of_tokens, "lambada": of_last_words, "text": of_tokens,
+    **{name: partial(of_inputs, name) for name in text.PAIRS},
 }  # fmt: skip
 
 
@@ -295,7 +332,7 @@ def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
     def tell(batch: int) -> None:
         nonlocal shown
         now = time.monotonic()
-        if model.ranks.rank == 0 and now - shown >= 10:
+        if model.ranks.rank == 0 and batch and now - shown >= 10:
             done, shown = batch * model.batch, now
             print(f"  {done:>8,} of {number:,} {what}  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
 

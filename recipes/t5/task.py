@@ -72,8 +72,8 @@ class Model(Section):
             for name, length in (("seq_len", cfg.data.seq_len), ("target_len", cfg.data.target_len)):
                 if length % tp:
                     yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.{name}={length}"
-        o, d = cfg.objective, cfg.data
-        if o.kind == "span" and not samples.too_short(o, d):
+        o, d = getattr(cfg, "objective", None), cfg.data  # finetuning has none
+        if o and o.kind == "span" and not samples.too_short(o, d):
             raw = samples.raw_tokens(d.seq_len, o.noise_share, o.mean_span)
             _, target = samples.lengths_of(raw, o.noise_share, o.mean_span)
             if target > d.target_len:

@@ -1,0 +1,361 @@
+"""Text-to-text tasks: their examples as T5 is given them, beam search shared among processes, and the published scores.
+
+Inputs and targets are those of Raffel et al. (arXiv:1910.10683, appendix D). Scores: BLEU and chrF by sacrebleu (Post,
+arXiv:1804.08771), whose signature is the protocol; ROUGE by Google's rouge_score; GLUE's own for its words, mapped back.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.corpus import fingerprint
+from common.errors import BadInput
+from common.evaluation import glue
+from common.ranks import Ranks
+
+SPLITS = ("train", "dev", "test")
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+DEV = ("val", "valid", "validation", "dev")
+
+
+class Task(NamedTuple):
+    """source, target: columns, or the suffixes of two files of equal lines. files: their names by split, without suffix."""
+
+    prefix: str
+    source: str
+    target: str
+    scores: tuple[str, ...]  # of SCORES
+    hub: tuple[str, str | None] | None = None  # dataset, config
+    dev: tuple[str, ...] = DEV
+    test: tuple[str, ...] = ("test",)
+
+    def names(self, split: str) -> tuple[str, ...]:
+        return {"train": ("train",), "dev": self.dev, "test": self.test}[split]
+
+
+LANGUAGES = {"en": "English", "de": "German"}
+
+
+def _translations(name: str, **more: Any) -> dict[str, Task]:
+    """Between English and German, both ways."""
+    return {
+        f"{name}-{a}-{b}": Task(f"translate {LANGUAGES[a]} to {LANGUAGES[b]}: ", a, b, ("bleu", "chrf"), **more)
+        for a, b in (("en", "de"), ("de", "en"))
+    }
+
+
+PAIRS: dict[str, Task] = {
+    **_translations("multi30k", hub=("bentrevett/multi30k", None), test=("test_2016_flickr", "test2016", "test")),
+    **_translations("wmt14", hub=("wmt/wmt14", "de-en"), dev=("newstest2013", *DEV), test=("newstest2014", "test")),
+    "cnn_dm": Task("summarize: ", "article", "highlights", ("rouge",), ("abisee/cnn_dailymail", "3.0.0")),
+    "xsum": Task("summarize: ", "document", "summary", ("rouge",), ("EdinburghNLP/xsum", None)),
+    "pairs": Task("", "input", "target", ("exact_match", "bleu", "chrf", "rouge")),
+}
+# GLUE's labels in words, in the order of glue.TASKS; STS-B: the score in steps of 0.2. Not WNLI: T5 casts it as another task
+# (its pronoun's noun is written), and the paper leaves it out of its average.
+WORDS: dict[str, tuple[str, ...]] = {
+    "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"), "mrpc": ("not_equivalent", "equivalent"),
+    "stsb": (), "qqp": ("not_duplicate", "duplicate"), "mnli": glue.NLI, "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+}  # fmt: skip
+NAMES = (*PAIRS, *WORDS, "squad")
+
+
+class Examples(NamedTuple):
+    """inputs, targets (N,) texts; references: what a prediction is compared with, one text or more each; labels: GLUE's."""
+
+    inputs: list[str]
+    targets: list[str]
+    references: list[list[str]]
+    hash: str  # of what was read
+    labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read(
+    name: str, folder: Path | None, split: str, prefix: str | None = None, source: str | None = None, target: str | None = None
+) -> Examples:
+    """The examples of a split, 'train', 'dev' or 'test', from a folder of files or from the hub.
+
+    prefix, source, target: in place of the task's own. BadInput for an unknown task or split, for missing or damaged files.
+    """
+    if name not in NAMES:
+        raise BadInput(f"{name}: no such task; there is {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise BadInput(f"{name}: no such split as {split!r}; there is {', '.join(SPLITS)}")
+    if name not in PAIRS:
+        if not prefix is source is target is None:
+            raise BadInput(f"{name}: its inputs are T5's own; leave out task.prefix, task.source and task.target")
+        if split == "test":
+            raise BadInput(f"{name}: the answers of its test set are not public; give task.split=dev")
+        return _glue(name, folder, split) if name in WORDS else _squad(folder, split)
+    task = PAIRS[name]._replace(**{k: v for k, v in (("source", source), ("target", target)) if v})
+    start = task.prefix if prefix is None else prefix
+    inputs, targets, found = _from_hub(name, task, split) if folder is None else _from_files(name, task, folder, split)
+    return Examples([start + text for text in inputs], targets, [[text] for text in targets], found)
+
+
+def _from_files(name: str, task: Task, folder: Path, split: str) -> tuple[list[str], list[str], str]:
+    """Inputs, targets and a hash, of the first name that is there."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
+    for stem in task.names(split):
+        two = [folder / f"{stem}.{task.source}", folder / f"{stem}.{task.target}"]
+        if all(path.is_file() for path in two):
+            inputs, targets = _lines(*two)
+            return inputs, targets, _hash(name, split, [fingerprint(path) for path in two])
+        for suffix, rows_of in ((".jsonl", _json_rows), (".csv", _csv_rows)):
+            path = folder / (stem + suffix)
+            if path.is_file():
+                rows = [_texts(where, row, task) for where, row in rows_of(path)]
+                if not rows:
+                    raise BadInput(f"{path}: holds no example")
+                columns = [list(column) for column in zip(*rows, strict=True)]
+                return columns[0], columns[1], _hash(name, split, [fingerprint(path), task.source, task.target])
+    stem, *others = task.names(split)
+    wanted = f"{stem}.{task.source} and {stem}.{task.target}, {stem}.jsonl or {stem}.csv"
+    instead = f" (or {', '.join(others)} in place of {stem})" if others else ""
+    raise BadInput(f"{folder}: has no {split} examples of {name}: {wanted}{instead}")
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
+
+
+def _lines(*paths: Path) -> list[list[str]]:
+    """The lines of files whose lines belong together."""
+    found = [_decoded(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
+    counts = [len(lines) for lines in found]
+    if len(set(counts)) > 1:
+        told = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
+        raise BadInput(f"{told}; each line of one must belong to the same line of the other")
+    for path, lines in zip(paths, found, strict=True):
+        blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+        if blank:
+            raise BadInput(f"{path}:{blank}: the line is blank; each must hold a text")
+    return found
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError):
+                raise BadInput(f"{path}:{number}: is not JSON; each line must be an object") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # articles are longer than its default
+    try:
+        for number, row in enumerate(csv.DictReader(_decoded(path).splitlines(keepends=True), strict=True), 1):
+            yield f"{path}, row {number}", row
+    except csv.Error as error:
+        raise BadInput(f"{path}: is not CSV: {error}") from None
+
+
+def _texts(where: str, row: Any, task: Task) -> tuple[str, str]:
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: holds no object, but {type(row).__name__}")
+    for option, key in (("source", task.source), ("target", task.target)):
+        if not isinstance(row.get(key), str):
+            has = ", ".join(map(str, row)) or "nothing"
+            raise BadInput(f"{where}: no text under {key!r}; it has {has}: give task.{option}=KEY")
+        if not row[key].strip():
+            raise BadInput(f"{where}: {key} is blank; each must hold a text")
+    return row[task.source], row[task.target]
+
+
+def _loaded(name: str, hub: tuple[str, str | None], split: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*hub, split=HUB_SPLITS[split])
+    except Exception as error:  # no network, no access: each has a class of its own there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{name}: {hub[0]} cannot be had: {reason}; give a local copy: task.data=DIR (or --data)") from None
+
+
+def _from_hub(name: str, task: Task, split: str) -> tuple[list[str], list[str], str]:
+    if task.hub is None:
+        raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
+    rows = _loaded(name, task.hub, split)
+    pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
+    inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
+    return inputs, targets, _hash(name, split, inputs, targets)
+
+
+def _glue(name: str, folder: Path | None, split: str) -> Examples:
+    """'mrpc sentence1: ... sentence2: ...' -> 'equivalent': columns in the order of their names, as T5's code has them."""
+    found = glue.read(name, folder, split)
+    columns = sorted(zip(glue.TASKS[name].hub_columns, found.texts, strict=True))
+    inputs = [
+        " ".join([name, *(f"{column}: {text}" for (column, _), text in zip(columns, row, strict=True))])
+        for row in zip(*(texts for _, texts in columns), strict=True)
+    ]
+    words = WORDS[name]
+    targets = [words[int(y)] if words else f"{np.round(y * 5) / 5:.1f}" for y in found.labels]
+    return Examples(inputs, targets, [[t] for t in targets], found.hash, found.labels, (found.note,) if found.note else ())
+
+
+def _squad(folder: Path | None, split: str) -> Examples:
+    """'question: ... context: ...' -> the first answer; all answers are references."""
+    if folder is None:
+        rows = _loaded("squad", ("rajpurkar/squad", None), split)
+        asked = [(row["question"], row["context"], row["answers"]["text"]) for row in rows]
+    else:
+        path = folder / f"{split}-v1.1.json"
+        if not path.is_file():
+            raise BadInput(f"{folder}: does not hold {path.name}, which squad is read from")
+        try:
+            paragraphs = [p for article in json.loads(_decoded(path))["data"] for p in article["paragraphs"]]
+            asked = [(q["question"], p["context"], [a["text"] for a in q["answers"]]) for p in paragraphs for q in p["qas"]]
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{path}: is not in SQuAD's format") from None
+    asked = [row for row in asked if row[2]]
+    if not asked:
+        raise BadInput(f"squad: no question with an answer in {split}")
+    inputs = [f"question: {question} context: {context}" for question, context, _ in asked]
+    references = [answers for *_, answers in asked]
+    return Examples(inputs, [answers[0] for answers in references], references, _hash("squad", split, asked))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+Score = tuple[str, float, str]  # metric, value, how it was worked out
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    """sacrebleu's default, and with the tokenizer `intl`, which T5's paper reports. References: one each."""
+    from sacrebleu.metrics import BLEU
+
+    made = []
+    for name, tokenizer in (("bleu", "13a"), ("bleu_intl", "intl")):
+        metric = BLEU(tokenize=tokenizer)
+        found = metric.corpus_score(list(predictions), [[first for first, *_ in references]])
+        made.append((name, found.score, f"sacrebleu {metric.get_signature()}"))
+    return made
+
+
+def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    found = metric.corpus_score(list(predictions), [[first for first, *_ in references]])
+    return [("chrf", found.score, f"sacrebleu {metric.get_signature()}")]
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    """Mean F in percent, with Porter's stemmer. rougeLsum goes by sentences, whose ends are ' . ', as CNN/DM has them and T5's
+    code finds them."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    rows = [
+        scorer.score(_sentences(first), _sentences(prediction))
+        for prediction, (first, *_) in zip(predictions, references, strict=True)
+    ]
+    return [(name, 100 * float(np.mean([row[name].fmeasure for row in rows])), "rouge_score, stemmed") for name in ROUGE]
+
+
+def _sentences(text: str) -> str:
+    return text.replace(" . ", " .\n")
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    right = [prediction.strip() in map(str.strip, known) for prediction, known in zip(predictions, references, strict=True)]
+    return [("exact_match", 100 * float(np.mean(right)), "the very text of a reference")]
+
+
+SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[Score]]] = {
+    "bleu": bleu, "chrf": chrf, "rouge": rouge, "exact_match": exact_match,
+}  # fmt: skip
+
+
+def classes(name: str, predictions: Sequence[str], labels: np.ndarray) -> np.ndarray:
+    """Texts -> GLUE's labels (N,). A text that is no label is another label than the right one; no score is -1 (T5's code)."""
+    words = WORDS[name]
+    if not words:
+        return np.array([_number(text) for text in predictions])
+    number = {word: i for i, word in enumerate(words)}
+    wrong = (labels + 1) % len(words)
+    return np.array([number.get(text.strip(), int(other)) for text, other in zip(predictions, wrong, strict=True)])
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return -1.0
+    return value if np.isfinite(value) else -1.0
+
+
+def scores(name: str, predictions: Sequence[str], examples: Examples) -> list[Score]:
+    """All of a task's. GLUE's are from 0 to 1, the others percentages, as each is published."""
+    if examples.labels is not None:
+        found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels)
+        unknown = sum(text.strip() not in WORDS[name] for text in predictions) if WORDS[name] else 0
+        return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in found.items()]
+    kinds = PAIRS[name].scores if name in PAIRS else ("exact_match",)
+    return [score for kind in kinds for score in SCORES[kind](predictions, examples.references)]
+
+
+# ---- beam search -----------------------------------------------------------------------------------------------------
+
+
+class Search(NamedTuple):
+    beams: int
+    length_penalty: float  # log probabilities are divided by length ^ this
+    tokens: int  # at most, the end included
+    batch: int  # inputs at once
+
+    def __str__(self) -> str:
+        return f"beam {self.beams}, length penalty {self.length_penalty:g}, at most {self.tokens} tokens"
+
+
+def write(
+    net: Any, tokenizer: Any, inputs: Sequence[str], seq_len: int | None, search: Search, ranks: Ranks,
+    tell: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """What an encoder-decoder of transformers writes to each input, on every rank. Inputs are cut to seq_len tokens.
+
+    Batches, of inputs of like length, are the same whatever the number of ranks, and each is done by one: so 2 ranks give
+    what 1 gives. tell: called before each batch with its number.
+    """
+    import torch
+    import torch.distributed as dist
+
+    ids = tokenizer(list(inputs), truncation=seq_len is not None, max_length=seq_len, verbose=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches = [order[i : i + search.batch] for i in range(0, len(order), search.batch)]
+    pad = tokenizer.pad_token_id
+    written = torch.zeros(len(ids), search.tokens + 1, dtype=torch.int64, device=ranks.device)  # ids less pad
+    for number in range(ranks.rank, len(batches), ranks.world):
+        tell(number)
+        given = tokenizer.pad({"input_ids": [ids[i] for i in batches[number]]}, return_tensors="pt").to(ranks.device)
+        made = net.generate(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=search.tokens,
+            num_beams=search.beams, length_penalty=search.length_penalty, do_sample=False,
+        )  # fmt: skip
+        written[batches[number], : made.shape[1]] = made - pad  # (B, begin and tokens)
+    if ranks.world > 1:
+        dist.all_reduce(written)  # each row and zeros: exact
+    texts = tokenizer.batch_decode((written + pad).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [" ".join(text.split()) for text in texts]

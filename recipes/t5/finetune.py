@@ -1,0 +1,282 @@
+"""T5 on text-to-text tasks: translation, summaries, GLUE and questions as T5 is given them, or pairs of your own.
+
+A task module as task.py is: what it leaves out it has from there. The tasks: common/evaluation/text.py. Letters in shapes: B
+samples, T positions of the input, S of the target.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from common import batches, config, examples
+from common.config import NonEmpty, Positive, Section, Share
+from common.corpus import write_json
+from common.errors import BadInput
+from common.evaluation import text
+from common.ranks import Ranks
+from common.run import Run
+
+from . import task
+from .task import (  # noqa: F401 (what stays as it is)
+    FAMILY,
+    MODEL_TYPES,
+    batch,
+    card,
+    decays,
+    export_config,
+    export_sums,
+    forward_backward_flops,
+    heads,
+    hf_class,
+    hf_config,
+    hf_model,
+    hf_parameters,
+    hf_shapes,
+    hf_type,
+    initial,
+    inputs,
+    loss_sum,
+    stored_names,
+)
+
+ROUND = 8  # a micro batch is padded to its longest input and target, rounded up to a multiple of this
+
+
+class Model(task.Model):
+    """Its shapes come from init.from where the config gives none."""
+
+    dropout: Share = 0.1
+
+
+class Data(config.Data):
+    train: str = "train"  # splits of the task
+    valid: NonEmpty = "dev"
+    seq_len: Positive = 512  # longer inputs are cut, and so are ...
+    target_len: Positive = 128  # ... longer targets; what is written has at most so many tokens too
+
+    @property
+    def sample_tokens(self) -> int:
+        return self.seq_len + self.target_len
+
+
+class Task(Section):
+    name: Literal[*text.NAMES]
+    data: NonEmpty | None = None  # folder of its files; default: the hub
+    prefix: str | None = None  # goes before every input; default: T5's for the task
+    source: NonEmpty | None = None  # columns of the files, or suffixes of two; default: the task's
+    target: NonEmpty | None = None
+    train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
+    patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
+    split: Literal["dev", "test"] = "dev"  # on which the best checkpoint is scored at the end
+    beams: Positive = 4
+    length_penalty: Annotated[float, Field(ge=0)] = 0.6  # arXiv:1910.10683, section 3.1.2 and appendix E
+    write_batch: Positive = 32  # inputs at once when it is scored
+
+
+class Config(config.Config):
+    model: Model
+    data: Data = Data()
+    task: Task
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shapes_of_the_folder(cls, values: Any) -> Any:
+        """model from init.from, a Hugging Face folder or a run; what the config says of it counts more."""
+        start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
+        if not isinstance(start, str) or start == "scratch":
+            return values
+        folder = hf_folder(start)
+        try:
+            known = task.model_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            return values  # told by common/run.py
+        shapes = known.model_dump(exclude={"dropout"})
+        return values | {"model": shapes | (values.get("model") or {}), "init": {"from": str(folder)}}
+
+
+def hf_folder(start: str) -> Path:
+    """Of init.from: the folder itself, or the export of a run."""
+    from common.run import find
+
+    folder = find(start)
+    return folder / "hf" if (folder / "run.json").is_file() else folder
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    return Model(**task.model_of(config).model_dump())
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+Ids = tuple[np.ndarray, np.ndarray]  # of many texts, end to end; where each begins (N + 1,)
+
+
+class Samples(examples.Examples):
+    """Inputs and targets, each with the end of sequence.
+
+    group: so many samples, a global batch, are sorted by length: which they are stays, and a micro batch of them has little
+    padding. Without shuffling: the samples that are evaluated."""
+
+    def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
+                 multiple: int, group: int, **order: Any):  # fmt: skip
+        super().__init__(source, len(ids[0][1]) - 1, **order)
+        (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
+        self.seq_len, self.target_len, self.multiple, self.group = seq_len, target_len, multiple, group
+        self.lengths = sum(np.diff(starts) for _, starts in ids)
+
+    def locate(self, numbers: Any) -> np.ndarray:
+        """Sample numbers (B,) -> places of the examples (B,)."""
+        numbers = np.asarray(numbers, np.int64)
+        groups, made = numbers // self.group, np.empty_like(numbers)
+        for number in np.unique(groups).tolist():
+            first = number * self.group
+            end = first + self.group if self.shuffle else min(first + self.group, self.size)
+            places = super().locate(np.arange(first, end))
+            places = places[np.argsort(self.lengths[places], kind="stable")]
+            made[groups == number] = places[numbers[groups == number] - first]
+        return made
+
+    def rows(self, numbers: Any) -> batches.Rows:
+        """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
+        bool, lengths (B,), tokens of both. T and S: the longest of these rounded up."""
+        places = self.locate(numbers).tolist()
+        sources, input_lengths = self._padded(self.sources, places, self.seq_len)
+        targets, target_lengths = self._padded(self.targets, places, self.target_len)
+        loss_mask = np.arange(targets.shape[1]) < target_lengths[:, None]
+        return {
+            "inputs": sources, "targets": targets, "loss_mask": loss_mask, "input_lengths": input_lengths,
+            "lengths": input_lengths + target_lengths,
+        }  # fmt: skip
+
+    def _padded(self, ids: Ids, places: list[int], most: int) -> tuple[np.ndarray, np.ndarray]:
+        flat, starts = ids
+        lengths = np.array([min(int(starts[i + 1] - starts[i]) + 1, most) for i in places])
+        longest = min(most, -(-int(lengths.max()) // self.multiple) * self.multiple)
+        made = np.full((len(places), longest), self.pad, np.int64)
+        for row, (i, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
+            made[row, : length - 1] = flat[starts[i] : starts[i] + length - 1]
+            made[row, length - 1] = self.eos
+        return made, lengths
+
+
+SUBSET_SEED = 1234
+AT_ONCE = 10_000  # texts that are tokenized at once
+
+
+def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
+    """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that does not do."""
+    from common import tokenizer as tokenizers
+    from common.run import find
+
+    given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
+    if given is None:
+        raise BadInput("data.tokenizer: is missing, and init.from=scratch has none to take; give data.tokenizer=DIR")
+    folder = find(given) if find(given).is_dir() else given
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.eod_id is None:
+        raise BadInput(f"{given}: its tokenizer has no end of sequence; T5 takes a SentencePiece tokenizer with </s>")
+    found = read(cfg, split)
+    if not shuffle:
+        read(cfg, cfg.task.split)  # what is wrong with it is told before anything starts
+    keep, notes = range(len(found.inputs)), list(found.notes)
+    if shuffle and cfg.task.train_examples:
+        if cfg.task.train_examples > len(keep):
+            raise BadInput(f"task.train_examples={cfg.task.train_examples}: train has {len(keep):,}; give at most that")
+        chosen = np.random.default_rng(SUBSET_SEED).permutation(len(keep))[: cfg.task.train_examples]
+        notes.append(f"{len(chosen):,} of {len(keep):,} examples of train, drawn by seed {SUBSET_SEED}")
+        keep = np.sort(chosen).tolist()
+    sources, targets = (encoded(tokenizer, [texts[i] for i in keep]) for texts in (found.inputs, found.targets))
+    limits = (("inputs", "seq_len", sources), ("targets", "target_len", targets))
+    for what, key, (_, starts) in limits:
+        most = getattr(cfg.data, key)
+        cut = int((np.diff(starts) >= most).sum())
+        notes += [f"{cut:,} {what} of {split} are cut to data.{key}={most}"] if cut else []
+    largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
+    source = examples.Source(f"{cfg.task.name} {split}", found.hash, folder, tokenizer, largest)
+    group = (1 if cfg.phases else cfg.train.global_batch) if shuffle else cfg.train.eval_samples or len(keep)
+    # a multiple of tp too, among whose ranks sequence parallelism shares the positions
+    multiple = math.lcm(ROUND, cfg.megatron.tp if cfg.megatron.sequence_parallel else 1)
+    return Samples(
+        source, (sources, targets), eos=tokenizer.eod_id, pad=tokenizer.pad_id or 0, seq_len=cfg.data.seq_len,
+        target_len=cfg.data.target_len, multiple=multiple, group=group, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
+    )  # fmt: skip
+
+
+def read(cfg: Config, split: str) -> text.Examples:
+    from common.run import find
+
+    t = cfg.task
+    return text.read(t.name, find(t.data) if t.data else None, split, t.prefix, t.source, t.target)
+
+
+def encoded(tokenizer: Any, texts: list[str]) -> Ids:
+    parts = [tokenizer.encode_flat(texts[i : i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)]
+    lengths = np.concatenate([lengths for _, lengths in parts])
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([[0], np.cumsum(lengths)])
+
+
+# ---- what the best checkpoint writes ---------------------------------------------------------------------------------
+
+
+def score(run: Run, ranks: Ranks) -> None:
+    """What the export, in plain transformers, writes to the inputs of task.split: OUT/predictions/SPLIT.txt, a line each, and
+    its scores in OUT/eval.json. Nothing is done where they are there already."""
+    import torch
+    import transformers
+
+    if not run.is_last_phase:
+        return
+    t, folder = run.cfg.task, run.out / "hf"
+    step = json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
+    search = text.Search(t.beams, t.length_penalty, run.cfg.data.target_len, t.write_batch)
+    how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
+    if _is_scored(run.out / "eval.json", how):
+        return
+    found = read(run.cfg, t.split)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
+    tell = progress(len(found.inputs), t.write_batch, step, ranks)
+    written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
+    if ranks.rank == 0:
+        (run.out / "predictions").mkdir(exist_ok=True)
+        (run.out / f"predictions/{t.split}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
+        notes = "".join(f"; {note}" for note in run.notes)
+        rows = [
+            {"task": t.name, "metric": name, "value": value, "n": len(written), "protocol": f"{how}; {worked_out}{notes}"}
+            for name, value, worked_out in text.scores(t.name, written, found)
+        ]
+        write_json(run.out / "eval.json", rows)
+        print("\n".join(f"{t.split:<9} {row['metric']} {row['value']:.4f}  {row['protocol']}" for row in rows), flush=True)
+
+
+def _is_scored(path: Path, how: str) -> bool:
+    return path.is_file() and any(r["protocol"].startswith(how) for r in json.loads(path.read_text(encoding="utf-8")))
+
+
+def progress(number: int, size: int, step: int, ranks: Ranks) -> Callable[[int], None]:
+    """Called before each batch: rank 0 says every 10 s how far it is; a signal ends the run, whose state is saved."""
+    from common import ranks as processes
+
+    begin = shown = time.monotonic()
+
+    def tell(done_batches: int) -> None:
+        nonlocal shown
+        if processes.stop_asked():
+            raise processes.stopped(processes.stop_asked(), step)
+        now = time.monotonic()
+        if ranks.rank == 0 and done_batches and now - shown >= 10:
+            done, shown = done_batches * size, now
+            print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
+
+    return tell

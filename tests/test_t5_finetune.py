@@ -1,0 +1,483 @@
+"""Finetuning T5 under the laws: every stack and layout follows transformers' own class and tokenizer; the best checkpoint,
+what it writes and its scores are what the export gives; resume; the tasks' files; what is refused."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, case, losses
+from safetensors.torch import load_file
+from test_parity import LOSS, NORM, farthest
+
+from common import config, init, tokenizer
+from common.errors import BadInput
+from common.evaluation import glue, text
+from recipes.t5 import finetune, task
+from tests import plain_t5_finetune
+
+TEXT = """\
+init: {from: FOLDER}
+task: {name: NAME, data: DATA, split: SPLIT, beams: 3, write_batch: 8}
+model: {dropout: 0.0}
+data: {seq_len: 40, target_len: 24}
+optim: {lr: 2.0e-3, warmup_steps: 2, schedule: linear, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-5}
+train: {steps: 20, global_batch: 8, eval_every: 5, save_every: 10}
+baseline: {micro_batch: 2}
+deepspeed: {micro_batch: 2, zero_stage: 1}
+megatron: {micro_batch: 2}
+"""
+LAYOUTS = {
+    "baseline": ("baseline", []),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "dp2": ("megatron", ["megatron.distributed_optimizer=true"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
+    "autotp2": ("deepspeed", ["deepspeed.tp=2", "deepspeed.micro_batch=4"]),  # the last: its groups stay
+}
+RUNS = [("multi30k-en-de", name) for name in LAYOUTS] + [("mrpc", name) for name in ("baseline", "tp2_sp")]
+SPLITS = {"multi30k-en-de": "test", "mrpc": "dev"}
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folders(spans: Path, tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders of untrained models, with the tokenizer of the test corpus."""
+    made = {}
+    for name, arch in (("multi30k-en-de", "tiny_v1_1"), ("mrpc", "tiny")):
+        cfg = config.load(ROOT / f"recipes/t5/configs/{arch}.yaml", ["model.vocab_size=768"], task.Config)
+        model = cfg.model.resolve(cfg, None)
+        net, draw = task.hf_model(model), init.scratch(3, lambda name, model=model: task.initial(model, name))
+        with torch.no_grad():
+            for parameter, values in net.named_parameters():
+                values.copy_(draw(parameter, values.shape))
+        made[name] = tmp_path_factory.mktemp("hf") / arch
+        net.save_pretrained(made[name])
+        tokenizer.load(spans / "tokenizer").save(made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Multi30k's and MRPC's files: of unequal lengths, some longer than the model takes; a target is its input's even words."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
+    words = "the value of a list is returned if it was given as an argument and raises an error".split()
+    (folder / "multi30k-en-de").mkdir()
+    (folder / "mrpc").mkdir()
+    for split, mrpc, count in (("train", "train", 60), ("val", "dev", 21), ("test_2016_flickr", None, 19)):
+        texts = [rng.choice(words, rng.integers(1, 30)).tolist() for _ in range(count)]
+        for language, lines in (("en", texts), ("de", [t[::2] for t in texts])):
+            path = folder / f"multi30k-en-de/{split}.{language}"
+            path.write_text("".join(" ".join(line) + "\n" for line in lines), encoding="utf-8")
+        if mrpc:
+            rows = [f"{int('error' in t)}\t1\t2\t{' '.join(t[:12])}\t{' '.join(t[1:9])} x" for t in texts]
+            lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows]
+            (folder / f"mrpc/{mrpc}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configs(folders, data, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("configs")
+    for name, split in SPLITS.items():
+        made = TEXT.replace("FOLDER", str(folders[name])).replace("NAME", name).replace("DATA", str(data / name))
+        (folder / f"{name}.yaml").write_text(made.replace("SPLIT", split), encoding="utf-8")
+    return {name: folder / f"{name}.yaml" for name in SPLITS}
+
+
+def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
+    made = case(stack, "tiny", out, overrides, family="t5")
+    return made | {"module": f"recipes.t5.{stack}.finetune", "config": str(path)}
+
+
+@pytest.fixture(scope="module")
+def runs(drive, configs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finetuned")
+    translation = configs["multi30k-en-de"]
+    cases = []
+    for layout in ("baseline", "zero1", "tp2_sp"):
+        stack, more = LAYOUTS[layout]
+        shared = [*more, "model.dropout=0.1", "optim.decay_steps=8", "train.eval_every=4", "task.split=dev"]
+        cases.append(one(stack, translation, out / "whole" / layout, [*shared, "train.steps=8"]))
+        cases += [one(stack, translation, out / "halves" / layout, [*shared, f"train.steps={n}"]) for n in (4, 8)]
+    cases += [one("baseline", translation, out / "patient", ["task.patience=1", "optim.lr=1e-12", "train.steps=40"])] * 2
+    cases += [one("baseline", translation, out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
+              one("megatron", translation, out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
+    by_layout = sorted(RUNS, key=lambda run: [*LAYOUTS].index(run[1]))
+    cases += [one(LAYOUTS[n][0], configs[name], out / name / n, LAYOUTS[n][1]) for name, n in by_layout]
+    drive(cases, 2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(configs, data) -> dict[str, list[tuple[float, float]]]:
+    """The plain loop's, over texts that are read and put together here."""
+    folder = data / "multi30k-en-de"
+    sides = [(folder / f"train.{language}").read_text().splitlines() for language in ("en", "de")]
+    pairs = [(f"translate English to German: {a}", b) for a, b in zip(*sides, strict=True)]
+    rows = [line.split("\t") for line in (data / "mrpc/train.tsv").read_text().splitlines()[1:]]
+    told = [(f"mrpc sentence1: {r[3]} sentence2: {r[4]}", ("not_equivalent", "equivalent")[int(r[0])]) for r in rows]
+    return {
+        "multi30k-en-de": plain_t5_finetune.losses(configs["multi30k-en-de"], [], pairs),
+        "mrpc": plain_t5_finetune.losses(configs["mrpc"], [], told),
+    }
+
+
+@pytest.mark.parametrize(("name", "layout"), RUNS)
+def test_follows_the_plain_loop(runs, reference, name, layout):
+    expected = reference[name]
+    assert expected[-1][0] < expected[0][0] - 0.5
+    loss, norm = farthest(runs / name / layout, expected)
+    assert loss <= LOSS and norm <= NORM
+
+
+def valids(out: Path) -> dict[int, float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+
+
+def test_the_dev_loss_is_the_same_on_every_layout(runs):
+    for name in SPLITS:
+        found = [valids(runs / name / layout) for run, layout in RUNS if run == name]
+        assert all(sorted(values) == [5, 10, 15, 20] for values in found)
+        assert all(np.ptp([values[step] for values in found]) <= LOSS for step in found[0])
+
+
+def test_the_dev_loss_is_the_exports(runs, data):
+    """transformers' own loss of the last checkpoint, which the best is here, over all of dev at once."""
+    out = runs / "multi30k-en-de/zero1"
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == 20
+    net, words = plain_t5_finetune.loaded(str(out / "hf"))
+    sides = [(data / f"multi30k-en-de/val.{language}").read_text().splitlines() for language in ("en", "de")]
+    sources = [f"translate English to German: {line}" for line in sides[0]]
+    given = words(sources, truncation=True, max_length=40, padding=True, return_tensors="pt")
+    wanted = words(sides[1], truncation=True, max_length=24, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        loss = net.eval()(**given, labels=wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)).loss
+    assert abs(loss.item() - valids(out)[20]) <= LOSS
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    return {row["metric"]: row for row in json.loads((out / "eval.json").read_text())}
+
+
+@pytest.mark.parametrize(("name", "layout"), RUNS)
+def test_the_export_is_the_best_and_writes_its_predictions(runs, data, name, layout):
+    out = runs / name / layout
+    found = valids(out)
+    best = min(found, key=lambda step: (found[step], step))
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
+    split = SPLITS[name]
+    examples = text.read(name, data / name, split)
+    lines = (out / f"predictions/{split}.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert lines == plain_t5_finetune.written(out / "hf", examples.inputs, 40, 24, 3, 0.6)
+    assert name == "mrpc" or len(set(lines)) > 1
+    rows = rows_of(out)
+    assert {(m, row["value"]) for m, row in rows.items()} == {(m, v) for m, v, _ in text.scores(name, lines, examples)}
+    for row in rows.values():
+        assert row["n"] == len(lines) and f"{name} {split}, step {best}, the best by dev loss, beam 3" in row["protocol"]
+    assert set(rows) == ({"bleu", "bleu_intl", "chrf"} if name != "mrpc" else {"f1", "accuracy"})
+
+
+@pytest.mark.parametrize("layout", ["baseline", "zero1", "tp2_sp"])
+def test_two_halves_are_one_run_bit_for_bit(runs, layout):
+    whole, halves = runs / "whole" / layout, runs / "halves" / layout
+    first, second = losses(whole), losses(halves)
+    assert len(first) == 8 and all(first[s][key] == second[s][key] for s in first for key in ("loss", "grad_norm", "lr"))
+    assert valids(whole) == valids(halves)
+    for file in sorted(p.name for p in (whole / "step_8").glob("*.safetensors")):
+        a, b = load_file(whole / "step_8" / file), load_file(halves / "step_8" / file)
+        assert all(a[part].equal(b[part]) for part in a), file
+    assert (whole / "predictions/dev.txt").read_bytes() == (halves / "predictions/dev.txt").read_bytes()
+    assert (whole / "eval.json").read_bytes() == (halves / "eval.json").read_bytes()
+
+
+def test_a_run_without_progress_ends_early_and_stays_ended(runs):
+    out = runs / "patient"
+    assert max(losses(out)) == 10 and sorted(valids(out)) == [5, 10]
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == 5
+
+
+def test_a_run_moves_from_stack_to_stack(runs, reference):
+    loss, norm = farthest(runs / "moved", reference["multi30k-en-de"])
+    assert loss <= LOSS and norm <= NORM
+
+
+def test_evaluate_gives_what_the_run_gave(runs, data, tmp_path):
+    """One process against the run's two; and in two again, bit for bit."""
+    out = runs / "multi30k-en-de/tp2_sp"
+    words = [str(out), "multi30k-en-de", "--data", str(data / "multi30k-en-de"), "--beams", "3", "--length-penalty", "0.6",
+             "--tokens", "24", "--seq-len", "40"]  # fmt: skip
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    made = []
+    for name, how in (("one", []), ("two", two)):
+        command = [sys.executable, *how, "-m", "scripts.evaluate", *words, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made.append({m: row["value"] for m, row in rows_of(tmp_path / name).items()})
+        written = (tmp_path / name / "predictions/multi30k-en-de.txt").read_bytes()
+        assert written == (out / "predictions/test.txt").read_bytes()
+    assert made[0] == made[1] == {metric: row["value"] for metric, row in rows_of(out).items()}
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_sorted_and_padded_but_hold_the_same_samples(configs):
+    cfg = config.load(configs["multi30k-en-de"], [], finetune.Config)
+    stream = finetune.stream(cfg, "train", shuffle=True)
+    for step in range(20):
+        numbers = np.arange(8 * step, 8 * step + 8)
+        places = stream.locate(numbers)
+        assert sorted(places) == sorted(super(finetune.Samples, stream).locate(numbers))
+        assert (np.diff(stream.lengths[places]) >= 0).all()
+        rows = stream.rows(numbers[2:5])
+        for key, lengths in (("inputs", rows["input_lengths"]), ("targets", rows["loss_mask"].sum(1))):
+            size = rows[key].shape[1]
+            assert size == min({"inputs": 40, "targets": 24}[key], math.ceil(max(lengths) / 8) * 8)
+            assert all((row[n:] == 0).all() and row[n - 1] == 1 for row, n in zip(rows[key], lengths, strict=True))
+    dev = finetune.stream(cfg, "dev", shuffle=False)
+    assert sorted(dev.locate(range(21))) == list(range(21))
+
+
+def test_what_is_cut_is_told(configs):
+    cfg = config.load(configs["multi30k-en-de"], ["data.target_len=8"], finetune.Config)
+    notes = finetune.stream(cfg, "train", shuffle=True).notes
+    assert any(re.fullmatch(r"\d+ targets of train are cut to data.target_len=8", note) for note in notes)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_targets_are_t5s(tmp_path):
+    """Raffel et al. (arXiv:1910.10683), appendix D."""
+    tables = {
+        "mrpc": ("train.tsv", "Quality\t#1 String\t#2 String\n1\ta b\tc\n0\td\te\n"),
+        "stsb": ("sts-train.csv", "g\tf\t2012\t0\t3.25\ta\tb\ng\tf\t2012\t0\t5.0\tc\td\n"),
+        "mnli": ("train.tsv", "sentence1\tsentence2\tgold_label\na\tb\tneutral\n"),
+        "sst2": ("train.tsv", "sentence\tlabel\nfine\t1\n"),
+    }
+    expected = {
+        "mrpc": [("mrpc sentence1: a b sentence2: c", "equivalent"), ("mrpc sentence1: d sentence2: e", "not_equivalent")],
+        "stsb": [("stsb sentence1: a sentence2: b", "3.2"), ("stsb sentence1: c sentence2: d", "5.0")],
+        "mnli": [("mnli hypothesis: b premise: a", "neutral")],
+        "sst2": [("sst2 sentence: fine", "positive")],
+    }
+    for name, (file, content) in tables.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in {file, *(dev for form in glue.FORMS[name] for dev in form.dev)}:
+            (folder / path).write_text(content)
+        found = text.read(name, folder, "train")
+        assert list(zip(found.inputs, found.targets, strict=True)) == expected[name]
+    paragraph = {"context": "c c", "qas": [{"question": "q?", "answers": [{"text": "c"}, {"text": "c c"}]}]}
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    found = text.read("squad", tmp_path, "dev")
+    assert found.inputs == ["question: q? context: c c"] and found.targets == ["c"] and found.references == [["c", "c c"]]
+    assert text.scores("squad", ["c c"], found)[0][:2] == ("exact_match", 100.0)
+
+
+def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"input": "a", "target": "b"}\n\n{"input": "c\\nd", "target": "e"}\n')
+    (tmp_path / "dev.csv").write_text('id,document,summary\n1,"a, ""b""\nc",d\n')
+    assert text.read("pairs", tmp_path, "train").inputs == ["a", "c\nd"]
+    assert text.read("pairs", tmp_path, "train", prefix="x: ").inputs == ["x: a", "x: c\nd"]
+    found = text.read("cnn_dm", tmp_path, "dev", source="document", target="summary")
+    assert (found.inputs, found.targets) == (['summarize: a, "b"\nc'], ["d"])
+    assert text.read("xsum", tmp_path, "dev").inputs == found.inputs
+
+
+def test_multi30k_is_as_large_as_published(source: Path):
+    """Elliott et al. (arXiv:1605.00459): 29,000, 1,014 and 1,000."""
+    sizes = {split: len(text.read("multi30k-en-de", source / "multi30k", split).inputs) for split in text.SPLITS}
+    assert sizes == {"train": 29_000, "dev": 1_014, "test": 1_000}
+    found = text.read("multi30k-de-en", source / "multi30k", "test")
+    assert found.inputs[0].startswith("translate German to English: Ein Mann") and found.targets[0].startswith("A man")
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def some_pairs(number: int) -> tuple[list[str], list[str]]:
+    """References, and predictions that share some of their words."""
+    rng = np.random.default_rng(0)
+    words = "the man is running and jumping over two old houses , dogs . a small-scale 3.5 test ( here ) !".split()
+    references = [" ".join(rng.choice(words, rng.integers(4, 25))) for _ in range(number)]
+    predictions = [" ".join(w for w in r.split() if rng.random() < 0.8) or "none" for r in references]
+    return predictions, references
+
+
+def grams(words: list[str], n: int) -> Counter:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def test_bleu_is_the_papers():
+    """Papineni et al. (2002), over sacrebleu's tokens: precisions of 1 to 4 words, clipped, and the brevity penalty."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
+
+    predictions, references = some_pairs(200)
+    found = {name: value for name, value, _ in text.bleu(predictions, [[r] for r in references])}
+    for name, cut in (("bleu", Tokenizer13a()), ("bleu_intl", TokenizerV14International())):
+        pairs = [(cut(p).split(), cut(r).split()) for p, r in zip(predictions, references, strict=True)]
+        precisions = []
+        for n in range(1, 5):
+            hits = sum((grams(p, n) & grams(r, n)).total() for p, r in pairs)
+            precisions.append(hits / sum(grams(p, n).total() for p, _ in pairs))
+        ours, theirs = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+        expected = 100 * min(1, math.exp(1 - theirs / ours)) * math.exp(np.mean(np.log(precisions)))
+        assert abs(found[name] - expected) < 1e-9 and 20 < expected < 90
+
+
+def test_chrf_is_the_papers():
+    """Popović (2015): F2 of the mean precision and recall over n-grams of 1 to 6 characters, without blanks."""
+    predictions, references = some_pairs(200)
+    [(_, found, _)] = text.chrf(predictions, [[r] for r in references])
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        hits = ours = theirs = 0
+        for pair in zip(predictions, references, strict=True):
+            p, r = (Counter(s[i : i + n] for i in range(len(s) - n + 1)) for s in (t.replace(" ", "") for t in pair))
+            hits, ours, theirs = hits + (p & r).total(), ours + p.total(), theirs + r.total()
+        precisions.append(hits / ours)
+        recalls.append(hits / theirs)
+    p, r = np.mean(precisions), np.mean(recalls)
+    assert abs(found - 100 * 5 * p * r / (4 * p + r)) < 1e-9
+
+
+def test_rouge_is_the_papers():
+    """Lin (2004): F1 of n-grams and of the longest common subsequence, over stems; rougeLsum: of the union over sentences."""
+    from nltk.stem.porter import PorterStemmer
+
+    predictions, references = some_pairs(200)
+    found = {name: value for name, value, _ in text.rouge(predictions, [[r] for r in references])}
+    stem = PorterStemmer().stem
+
+    def stems(line: str) -> list[str]:
+        return [stem(w) if len(w) > 3 else w for w in re.sub(r"[^a-z0-9]+", " ", line.lower()).split()]
+
+    def f1(hits: int, ours: int, theirs: int) -> float:
+        return 2 * hits / (ours + theirs) if hits else 0.0
+
+    def common(a: list[str], b: list[str]) -> int:
+        rows = [0] * (len(b) + 1)
+        for x in a:
+            before, rows = rows, [0]
+            for j, y in enumerate(b):
+                rows.append(before[j] + 1 if x == y else max(before[j + 1], rows[j]))
+        return rows[-1]
+
+    both = [(stems(p), stems(r)) for p, r in zip(predictions, references, strict=True)]
+    for n in (1, 2):
+        expected = [f1((grams(p, n) & grams(r, n)).total(), grams(p, n).total(), grams(r, n).total()) for p, r in both]
+        assert abs(found[f"rouge{n}"] - 100 * np.mean(expected)) < 1e-9
+    assert abs(found["rougeL"] - 100 * np.mean([f1(common(p, r), len(p), len(r)) for p, r in both])) < 1e-9
+    assert found["rougeLsum"] >= found["rougeL"]
+    # by hand: of 3 words in 2 sentences 3 are found in the other order of sentences, where rougeL finds 2
+    summed = {name: value for name, value, _ in text.rouge(["red . big dog"], [["big dog . red"]])}
+    assert summed["rougeLsum"] == 100.0 and abs(summed["rougeL"] - 200 / 3) < 1e-9
+
+
+def test_texts_that_are_no_label_are_wrong():
+    labels = np.array([0, 1, 1, 0])
+    assert text.classes("mrpc", ["not_equivalent", " equivalent", "maybe", ""], labels).tolist() == [0, 1, 0, 1]
+    assert text.classes("stsb", ["3.2", "high", "nan", "-2"], labels).tolist() == [3.2, -1.0, -1.0, -2.0]
+    three = np.array([0, 1, 2])
+    assert text.classes("mnli", ["neutral", "neutral", "?"], three).tolist() == [1, 1, 0]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+DAMAGE = [
+    ("count", "train.de", lambda t: t + "more\n", "train.en has 60 lines and"),
+    ("blank", "val.en", lambda t: "\n" + t[t.index("\n") + 1 :], "val.en:1: the line is blank; each must hold a text"),
+    ("missing", "test_2016_flickr.de", None, "has no test examples of multi30k-en-de: test_2016_flickr.en and test_2016_fl"),
+    ("latin", "train.en", lambda t: t.replace("the", "th\u00e9").encode("latin-1"), "train.en: not UTF-8 (byte"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "told"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
+def test_files_that_do_not_fit(file, damage, told, data: Path, configs, tmp_path: Path):
+    for path in (data / "multi30k-en-de").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if damage is None:
+        (tmp_path / file).unlink()
+    else:
+        made = damage((tmp_path / file).read_text())
+        (tmp_path / file).write_bytes(made if isinstance(made, bytes) else made.encode())
+    refused(configs["multi30k-en-de"], tmp_path / "out", [f"task.data={tmp_path}"], [told])
+
+
+JSON_LINES = [
+    ("not_json", '{"input": "a", "target": "b"}\n{"input"\n', "train.jsonl:2: is not JSON"),
+    ("no_key", '{"input": "a", "answer": "b"}\n', "no text under 'target'; it has input, answer: give task.target=KEY"),
+    ("a_list", "[1]\n", "train.jsonl:1: holds no object, but list"),
+    ("blank", '{"input": " ", "target": "b"}\n', "train.jsonl:1: input is blank"),
+    ("empty", "\n", "train.jsonl: holds no example"),
+]
+
+
+@pytest.mark.parametrize(("content", "told"), [row[1:] for row in JSON_LINES], ids=[row[0] for row in JSON_LINES])
+def test_lines_that_are_no_pairs(content, told, tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(BadInput, match=re.escape(told)):
+        text.read("pairs", tmp_path, "train")
+
+
+REFUSED = [
+    ("task.name=mutli30k", 'task.name="mutli30k": should be \'multi30k-en-de\', \'multi30k-de-en\', \'wmt14-en-de\''),
+    ("task.data=nowhere", "nowhere: no such folder; give one with the files of multi30k-en-de, or leave it out for the hub"),
+    ("task.source=fr", "has no train examples of multi30k-en-de: train.fr and train.de"),
+    ("task.beams=0", "task.beams=0: should be greater than 0"),
+    ("data.valid=half", "no such split as 'half'; there is train, dev, test"),
+    ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
+    ("model.layers=4", "has num_layers=3, the model gives 4"),
+    ("init.from=scratch", "data.tokenizer: is missing, and init.from=scratch has none to take"),
+    ("init.from=nowhere", "init.from=nowhere: no config.json there"),
+    ("megatron.pp=2", "megatron.pp=2: megatron-core no longer splits an encoder and a decoder over pipeline stages"),
+]
+SHAPES = ["model.layers=3", "model.hidden=64", "model.heads=4"]
+
+
+def refused(path: Path, out: Path, words: list[str], told: list[str], stack: str = "megatron") -> None:
+    command = ["bash", str(ROOT / f"recipes/t5/{stack}/finetune.sh"), str(path), str(out), *words]
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not out.exists(), done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+    assert all(words in done.stderr for words in told), done.stderr
+
+
+@pytest.mark.parametrize(("word", "told"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_refused(word: str, told: str, configs, tmp_path: Path):
+    shapes = SHAPES if "init.from" in word else []
+    refused(configs["multi30k-en-de"], tmp_path / "out", [*shapes, word], [told])
+
+
+def test_a_label_outside_the_set_is_refused(data: Path, configs, tmp_path: Path):
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / file).write_text((data / "mrpc" / file).read_text())
+    (tmp_path / "dev.tsv").write_text((data / "mrpc/dev.tsv").read_text().replace("\n1\t", "\nyes\t", 1))
+    told = ["label 'yes' is outside the set of mrpc: 0, 1"]
+    refused(configs["mrpc"], tmp_path / "out", [f"task.data={tmp_path}"], told, "baseline")
+    told = ["mrpc: the answers of its test set are not public; give task.split=dev"]
+    refused(configs["mrpc"], tmp_path / "out", ["task.split=test"], told, "baseline")
+    refused(configs["mrpc"], tmp_path / "out", ["task.prefix=x"], ["mrpc: its inputs are T5's own; leave out"], "baseline")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).write_bytes((folders["multi30k-en-de"] / file).read_bytes())
+    told = [f"{folder}: no tokenizer there; give a folder with tokenizer.json"]
+    refused(configs["multi30k-en-de"], tmp_path / "out", [f"init.from={folder}"], told, "deepspeed")
