@@ -10,6 +10,8 @@ OUT/predictions/. --limit takes the first N windows, passages or inputs, and the
 
 An encoder-decoder model writes translations and summaries by beam search (multi30k-en-de, cnn_dm, ...; their files:
 common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are for these.
+
+A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task).
 """
 
 import argparse
@@ -29,6 +31,8 @@ from common.errors import BadInput, exit_cleanly
 from common.evaluation import language, text
 from common.ranks import Ranks
 from common.run import read_object
+from recipes.bert import evaluate as heads
+from recipes.bert import kinds
 
 Result = dict[str, Any]
 
@@ -52,6 +56,9 @@ TASKS = {
 }  # fmt: skip
 
 
+KNOWN = [*TASKS, *text.PAIRS, *kinds.KIND_OF]
+
+
 class Model(NamedTuple):
     net: Any
     tokenizer: Any
@@ -73,7 +80,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("model", metavar="MODEL")
-    p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join([*TASKS, *text.PAIRS]))
+    p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join(KNOWN))
     p.add_argument("--data", metavar="DIR_OR_FILE", type=Path, help="local copies, for a machine without network")
     p.add_argument("--batch", metavar="N", type=int, default=8, help="windows at once (default: %(default)s)")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
@@ -124,10 +131,9 @@ def export_of(given: Path) -> Path:
     raise BadInput(f"{given}: no config.json and no run.json there; give a Hugging Face folder, or OUT of pretrain.sh")
 
 
-def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str] | text.Examples]:
+def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What each task reads. All problems at once, before anything is loaded."""
-    known = [*TASKS, *text.PAIRS]
-    problems = [f"{name}: no such task; there is {', '.join(known)}" for name in args.tasks if name not in known]
+    problems = [f"{name}: no such task; there is {', '.join(KNOWN)}" for name in args.tasks if name not in KNOWN]
     numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1), ("beams", args.beams, 1),
                ("length-penalty", args.length_penalty, 0), ("tokens", args.tokens, 1))  # fmt: skip
     problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and v < least]
@@ -135,11 +141,15 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]
     if config is None:
         raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
     architecture = (config.get("architectures") or [""])[0]
-    kinds = ((TASKS, ("ForCausalLM", "LMHeadModel"), "causal language models"),
-             (text.PAIRS, "ForConditionalGeneration", "encoder-decoder models"))  # fmt: skip
-    for tasks, ends, of in kinds:
+    classes = ((TASKS, ("ForCausalLM", "LMHeadModel"), "causal language models"),
+               (text.PAIRS, "ForConditionalGeneration", "encoder-decoder models"))  # fmt: skip
+    what = f"{folder}: is {architecture or 'of no class'}"
+    for tasks, ends, of in classes:
         if any(name in tasks for name in args.tasks) and not architecture.endswith(ends):
-            problems.append(f"{folder}: is {architecture or 'of no class'}, and these tasks are for {of}")
+            problems.append(f"{what}, and these tasks are for {of}")
+    able = heads.tasks_of(architecture)
+    wrong = [name for name in args.tasks if name in kinds.KIND_OF and name not in able]
+    problems += [f"{what}, and {name} is for BERT with the head of such a task" for name in wrong]
     positions = positions_of(config)
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
@@ -149,16 +159,20 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, str | list[str]
         problems.append(f"--data {args.data}: no such file or folder")
     if problems:
         raise BadInput(problems)
-    return {name: data_of(name, args) for name in dict.fromkeys(args.tasks)}
+    return {name: data_of(name, args, folder) for name in dict.fromkeys(args.tasks)}
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def data_of(name: str, args: argparse.Namespace) -> str | list[str] | text.Examples:
-    """The text of a task; of LAMBADA the passages; of what is written the inputs and references."""
+def data_of(name: str, args: argparse.Namespace, folder: Path) -> Any:
+    """The text of a task; of LAMBADA the passages; of what is written the inputs and references; of a head the config and the
+    examples."""
     given = args.data
+    if name in kinds.KIND_OF:
+        cfg = heads.settings(Path(args.model), folder, name, given, args.seq_len)
+        return cfg, heads.finetune.stream(cfg, cfg.data.valid, shuffle=False)
     if name in text.PAIRS:
         inside = given / name.partition("-")[0] if given else None
         return text.read(name, inside if inside and inside.is_dir() else given, args.split, args.prefix)
@@ -208,8 +222,12 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     processes.check_dtype(args.dtype, ranks.device)
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     of = AutoModelForSeq2SeqLM if args.tasks[0] in text.PAIRS else AutoModelForCausalLM
+    if args.tasks[0] in kinds.KIND_OF:
+        architecture = read_object(folder / "config.json")["architectures"][0]
+        of = getattr(transformers, architecture.replace("ForMultipleChoice", "ForSequenceClassification"))
+    more = {"num_labels": 1} if args.tasks[0] == "race" else {}  # one output an answer, whose texts are sequences of a batch
     try:
-        net = of.from_pretrained(folder, dtype=dtype).to(ranks.device).eval()
+        net = of.from_pretrained(folder, dtype=dtype, **more).to(ranks.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
@@ -315,6 +333,13 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
     return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
 
 
+def of_head(model: Model, task: tuple[Any, kinds.Kind], out: Path | None) -> list[Result]:
+    cfg, examples = task
+    tell = progress("examples", min(model.limit or len(examples), len(examples)), model)
+    said = heads.predict(model.net, cfg, examples, model.batch, model.limit, model.ranks, tell)
+    return heads.scores(cfg, examples, said, out)
+
+
 def limited(done: int, whole: int, what: str) -> str:
     return f", the first {done:,} of {whole:,} {what}" if done < whole else ""
 
@@ -323,6 +348,9 @@ EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
     "wikitext103": of_words, "wikitext2": of_words, "wikitext2-raw": of_tokens, "lambada": of_last_words, "text": of_tokens,
     **{name: partial(of_inputs, name) for name in text.PAIRS},
 }  # fmt: skip
+
+
+EVALUATE |= dict.fromkeys(kinds.KIND_OF, of_head)
 
 
 def progress(what: str, number: int, model: Model) -> Callable[[int], None]:

@@ -62,10 +62,10 @@ def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'task':<10} {'metric':<22} {'median':>9} {'least':>9} {'greatest':>9}"]
-    return "\n".join(
-        lines + [f"{r['task']:<10} {r['metric']:<22} {r['median']:>9.4f} {r['least']:>9.4f} {r['greatest']:>9.4f}" for r in rows]
-    )
+    columns = ("median", "least", "greatest")
+    lines = [f"{'task':<10} {'metric':<22}" + "".join(f" {name:>9}" for name in columns)]
+    lines += [f"{r['task']:<10} {r['metric']:<22}" + "".join(f" {r[name]:>9.4f}" for name in columns) for r in rows]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,8 @@ REFUSED = [
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
+    ("task={name: squad, question_len: 44}", "data.seq_len=48 leaves no room for a context beside task.question_len=44; give"),
+    ("task={name: ner}", "task.tags: is missing; give the tags of ner"),
 ]
 
 
@@ -314,3 +317,52 @@ def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Pat
     command = ["bash", script, str(configs["rte"]), str(tmp_path / "out"), f"init.from={folder}"]
     done = subprocess.run(command, env=os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 2 and f"{folder}: no tokenizer there; give a folder with tokenizer.json" in done.stderr
+
+
+# ---- evaluation, and several seeds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rte", "squad", "race", "ner"])
+def test_evaluating_the_run_gives_its_scores(runs, data, name, tmp_path: Path):
+    """By plain transformers on the export, whichever stack it is from; on 2 ranks as on 1, bit for bit."""
+    run = runs[0] / name / "tp2_sp"
+    found = []
+    for ranks in (1, 2) if name == "squad" else (1,):
+        start = [sys.executable, *("-m".split() if ranks == 1 else "-m torch.distributed.run --nproc-per-node 2 -m".split())]
+        out = tmp_path / str(ranks)
+        command = [*start, "scripts.evaluate", str(run), name, "--data", str(data / name), "--batch", "4", "--out", str(out)]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append({row["metric"]: row["value"] for row in json.loads((out / "eval.json").read_text())})
+        for file in (run / "predictions").iterdir():
+            assert (out / "predictions" / file.name).read_text() == file.read_text()
+    assert found[0] == {row["metric"]: row["value"] for row in json.loads((run / "eval.json").read_text())}
+    assert found[0] == found[-1]
+
+
+def test_seeds_have_a_median(configs, tmp_path: Path):
+    script = str(ROOT / "recipes/bert/baseline/finetune.sh")
+    command = [sys.executable, "-m", "scripts.seeds", script, str(configs["rte"]), str(tmp_path / "out"), "train.steps=4"]
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--seeds", "7", "8"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads((tmp_path / "out/seeds.json").read_text())
+    values = [json.loads((tmp_path / f"out/seed_{n}/eval.json").read_text())[0]["value"] for n in (7, 8)]
+    assert list(row["values"].values()) == values and row["median"] == sum(values) / 2
+    assert (row["least"], row["greatest"]) == (min(values), max(values)) and "accuracy" in done.stdout
+    for more, told in ((["--seeds", "7", "7"], "is given twice"), (["train.seed=3"], "the seeds are given by --seeds")):
+        done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr
+
+
+def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):
+    """A score's head for two classes: what to type begins it anew."""
+    script, start = str(ROOT / "recipes/bert/baseline/finetune.sh"), f"init.from={runs[0] / 'stsb/baseline'}"
+    command = ["bash", script, str(configs["cola"]), str(tmp_path / "out"), "--dry-run", start]
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "its head classifier.weight is (1, 64), the task wants (2, 64); give model.new_head=true" in done.stderr
+    done = subprocess.run([*command, "model.new_head=true"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

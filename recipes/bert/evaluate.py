@@ -1,5 +1,6 @@
 """An export with a head on the dev set of its task, in plain transformers: what scripts/evaluate.py calls for such models."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def tasks_of(architecture: str) -> list[str]:
     return [name for name, kind in kinds.KIND_OF.items() if architecture.endswith(kinds.KINDS[kind].export_class)]
 
 
-def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> finetune.Config:
+def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None) -> finetune.Config:
     """The config of the run where `given` is one of this task, else one of the task's defaults."""
     known = config.read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = known.get("task", {}).get("name") == name
@@ -33,43 +34,41 @@ def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: i
     cfg = finetune.Config.model_validate(
         {
             "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
-            "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
+            "data": {"seq_len": length}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
         }
     )  # fmt: skip
-    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
+    model = cfg.model.resolve(cfg, None)
+    outputs = len(stored.get("id2label") or "12")  # transformers leaves out its default, two
+    if outputs != len(model.labels):
+        raise BadInput(f"{folder}: its head has {outputs} outputs, {name} wants {len(model.labels)}")
+    return cfg.model_copy(update={"model": model})
 
 
-def run(cfg: finetune.Config, folder: Path, batch: int, limit: int | None, dtype: str, ranks: Ranks) -> tuple[Any, np.ndarray]:
-    """The examples, and predictions (n, width) of the first n of them. Each is done once, by one rank, in the same batches
-    whatever the number of ranks: so 2 ranks give what 1 gives, bit for bit."""
+def predict(
+    net: Any, cfg: finetune.Config, examples: kinds.Kind, batch: int, limit: int | None, ranks: Ranks,
+    tell: Callable[[int], None],
+) -> np.ndarray:  # fmt: skip
+    """Predictions (n, width) of the first n examples. Each is done once, by one rank, in the same batches whatever the number
+    of ranks: so 2 ranks give what 1 gives, bit for bit. tell: is given the number of each batch."""
     import torch
     import torch.distributed as dist
-    import transformers
 
-    examples, does = finetune.stream(cfg, cfg.data.valid, shuffle=False), cfg.model.does
-    n = min(limit or len(examples), len(examples))
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    name = finetune.trained_class(cfg.model)
-    try:
-        net = getattr(transformers, name).from_pretrained(folder, dtype=kind, num_labels=len(cfg.model.labels))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
-    net = net.to(ranks.device).eval()
+    does, n = cfg.model.does, min(limit or len(examples), len(examples))
     ordered = examples.arrange(range(n))
     found = torch.zeros(n, does.width(cfg), dtype=torch.float64, device=ranks.device)
-    starts = range(0, n, batch)
-    for start in starts[ranks.rank :: ranks.world]:
-        rows = examples.rows(ordered[start : start + batch])
+    for number in range(ranks.rank, -(-n // batch), ranks.world):
+        tell(number)
+        rows = examples.rows(ordered[number * batch : (number + 1) * batch])
         given = finetune.batch(rows, ranks.device)
         with torch.no_grad():
             said = does.predictions(finetune.logits_of(net(**finetune.inputs(given))).float(), given)
         found[rows["places"], : said.shape[1]] = said.double()
     if ranks.world > 1:
         dist.all_reduce(found)  # each value and zeros: exact
-    return examples, found.cpu().numpy()
+    return found.cpu().numpy()
 
 
-def scores(cfg: finetune.Config, examples: Any, predictions: np.ndarray, out: Path | None) -> list[dict[str, Any]]:
+def scores(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray, out: Path | None) -> list[dict[str, Any]]:
     """Rows of eval.json; the files of predictions go to out/predictions."""
     n, whole = len(predictions), len(examples)
     part = "" if n == whole else f", the first {n:,} of {whole:,}"
