@@ -62,11 +62,17 @@ class Selection:
 # ---- where it begins -------------------------------------------------------------------------------------------------
 
 
+SHAPES = {"layers", "hidden", "heads"}
+
+
 def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], own: set[str]) -> Any:
     """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
     says of the model counts more. own: keys of the model that a folder does not decide."""
     start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
     if not isinstance(start, str) or start == "scratch":
+        return values
+    given = values.get("model") or {}
+    if not find(start).exists() and SHAPES <= given.keys():  # a finished run's own config, its beginning no longer there
         return values
     folder = weights_folder(start)
     try:
@@ -74,7 +80,7 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], own:
     except (OSError, ValueError, KeyError):
         return values  # told by common/run.py
     shapes = known.model_dump(exclude=own)
-    return values | {"model": shapes | (values.get("model") or {}), "init": {"from": str(folder)}}
+    return values | {"model": shapes | given, "init": {"from": str(folder)}}
 
 
 def weights_folder(start: str) -> Path:

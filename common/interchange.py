@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common import checkpoint, config, export, init, ranks, state
 from common.errors import BadInput
-from common.run import read_object, whole_weights
+from common.run import read_object, task_module, whole_weights
 
 SEED = 1234  # of heads that a folder lacks
 
@@ -20,6 +20,7 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
     _check_new(folder)
+    task = task_module(task.FAMILY, config.read_yaml(run / "config.yaml"))  # of finetuning too
     cfg = config.load(run / "config.yaml", [], task.Config)
     last = checkpoint.latest(run)
     if last is None:

@@ -4,6 +4,7 @@ The launch script does it on the host, where the error is the last thing on the 
 """
 
 import contextlib
+import importlib
 import json
 import os
 import struct
@@ -125,6 +126,15 @@ def prepare(
     if problems:
         raise BadInput(problems)
     return Run(cfg, whole, stack, out_path, layout, train, valid, folder, facts, resume, notes)
+
+
+def task_module(family: str, values: dict[str, Any]) -> ModuleType:
+    """Of a config with these values: recipes/FAMILY/task.py, or finetune.py where they name a task. BadInput for an unknown
+    family."""
+    try:
+        return importlib.import_module(f"recipes.{family}.{'finetune' if 'task' in values else 'task'}")
+    except ModuleNotFoundError as error:
+        raise BadInput(f"no recipe {family!r}: {error}") from None
 
 
 def find(path: str) -> Path:

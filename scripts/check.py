@@ -11,7 +11,6 @@ steps, and without `extra`. Exit 0 if no row fails, 1 if one does, 2 on bad inpu
 """
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from common import config
 from common.config import STACKS, Config
 from common.errors import BadInput, exit_cleanly
+from common.run import task_module
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,9 +53,11 @@ def main() -> int:
 def all_rows(root: Path) -> list[Row]:
     rows = []
     for path in sorted((root / "recipes").glob("*/configs/*.yaml")):
-        family = path.parts[-3]
-        named = config.load(path, [], schema(family))
-        for stack in STACKS if named.expect else ():
+        family, values = path.parts[-3], config.read_yaml(path)
+        if not values.get("expect"):
+            continue
+        named = config.load(path, [], task_module(family, values).Config)
+        for stack in STACKS:
             run = root / "recipes" / family / "results" / path.stem / stack
             if run.is_dir():
                 rows += judge(run, named, path.stem, stack, family)
@@ -70,7 +72,7 @@ def run_rows(run: Path) -> list[Row]:
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not {"config", "family"} <= facts.keys():
         raise BadInput(f"{run / 'run.json'}: must hold config, family and stack (one of {', '.join(STACKS)})")
     name, family, stack = Path(facts["config"]).stem, facts["family"], facts["stack"]
-    made = schema(family)
+    made = task_module(family, config.read_yaml(run / "config.yaml")).Config
     path = ROOT / "recipes" / family / "configs" / f"{name}.yaml"
     ours = config.load(run / "config.yaml", [], made)
     if not path.is_file():
@@ -83,7 +85,7 @@ def run_rows(run: Path) -> list[Row]:
 
 def judge(run: Path, named: Config, name: str, stack: str, family: str) -> list[Row]:
     """The rows of `run` against the config `named`."""
-    facts, ours = read_json(run / "run.json"), config.load(run / "config.yaml", [], schema(family))
+    facts, ours = read_json(run / "run.json"), config.load(run / "config.yaml", [], type(named))
     try:
         same_experiment(ours, named, stack)
         if (Path(facts["config"]).stem, facts["stack"]) != (name, stack):
@@ -155,14 +157,6 @@ def missing(named: Config, name: str, stack: str, reason: str) -> list[Row]:
 
 def published(expect: config.Expect) -> str:
     return f"{expect.value:.12g} +- {expect.tolerance:g} ({expect.source})"
-
-
-def schema(family: str) -> type[Config]:
-    """The config class of a family."""
-    try:
-        return importlib.import_module(f"recipes.{family}.task").Config
-    except ModuleNotFoundError as error:
-        raise BadInput(f"no recipe {family!r}: {error}") from None
 
 
 def read_json(path: Path) -> Any:

@@ -23,8 +23,9 @@ from common import checkpoint, config
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.log import count
+from common.run import task_module
 from scripts import heldout, plan, plot
-from scripts.check import read_json, read_lines, schema
+from scripts.check import read_json, read_lines
 
 COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
            "tokens/s", "x", "peak memory")  # fmt: skip
@@ -78,14 +79,15 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or "family" not in facts:
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
-    cfg = config.load(run / "config.yaml", [], schema(facts["family"]))
+    values = config.read_yaml(run / "config.yaml")
+    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise BadInput(f"{run / 'metrics.jsonl'}: holds no step yet")
     valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
     last = steps[-1]["step"]
-    exported = cfg.data.valid and (run / "hf" / "config.json").is_file()
+    exported = "task" not in values and cfg.data.valid and (run / "hf" / "config.json").is_file()
     export = heldout.evaluate(run)[0] if with_export and exported else None
     warm = steps[int(len(steps) * WARM_UP) :]
     return Summary(

@@ -8,7 +8,6 @@ not worked out twice.
 """
 
 import argparse
-import importlib
 import json
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 from common import config
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
-from common.run import Samples
-from scripts.check import read_json, schema
+from common.run import Samples, task_module
+from scripts.check import read_json
 
 TOKENS_AT_ONCE = 4096  # of one forward pass
 
@@ -55,7 +54,11 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     from common.run import find
 
     facts = read_json(run / "run.json")
-    cfg = config.load(run / "config.yaml", [], schema(facts["family"]))
+    values = config.read_yaml(run / "config.yaml")
+    if "task" in values:
+        name = values["task"]["name"]
+        raise BadInput(f"{run}: was finetuned on {name}; its scores are in eval.json: python -m scripts.evaluate {run} {name}")
+    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
     export = run / "hf"
     if not (export / "config.json").is_file():
         raise BadInput(f"{export}: no export there; finish the run: the same pretrain.sh command again")
@@ -63,7 +66,7 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     if prefixes is None:
         raise BadInput(f"{run}: the run has no data.valid; give --data PREFIX")
     prefixes = [str(find(p)) for p in ([prefixes] if isinstance(prefixes, str) else prefixes)]
-    task = importlib.import_module(f"recipes.{facts['family']}.task")
+    task = task_module(facts["family"], values)
     cfg = config.at_step(cfg, cfg.last_step)
     stream = task.stream(cfg, prefixes, shuffle=False)
     theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")

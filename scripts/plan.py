@@ -4,13 +4,13 @@ python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
 """
 
 import argparse
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from common import config, flops, memory
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
+from common.run import task_module
 
 SIZES = (40, 80, 141)  # GB of an A100-40GB, of an A100-80GB or H100, of an H200
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
@@ -29,7 +29,7 @@ def main() -> None:
     if args.gpu and peak is None:
         raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/flops.py has the table (A100, H100, L4, ...)")
 
-    task = importlib.import_module(f"recipes.{family(args.config)}.task")
+    task = task_module(family(args.config), config.read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
     model = cfg.model.resolve(cfg, None)
     cfg = cfg.model_copy(update={"model": model})

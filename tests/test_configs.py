@@ -14,7 +14,9 @@ from common.errors import BadInput
 from common.memory import PARTS, estimate, estimate_for
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {f"{p.parts[-3]}/{p.stem}": p for p in sorted((ROOT / "recipes").glob("*/configs/*.yaml"))}
+ALL = {f"{p.parts[-3]}/{p.stem}": p for p in sorted((ROOT / "recipes").glob("*/configs/*.yaml"))}
+CONFIGS = {name: path for name, path in ALL.items() if "/finetune_" not in name}
+FINETUNES = {name: path for name, path in ALL.items() if "/finetune_" in name}
 OWN = ("tiny", "quickstart", "gutenberg")  # ours alone, of no source
 PUBLISHED_CONFIGS = [name for name in CONFIGS if not name.partition("/")[2].startswith(OWN)]
 GPUS = {"gpt/shakespeare_char_cpu": 1, "gpt/shakespeare_char_gpu": 1, "gpt/gpt3_175b": 768}  # the others: one node of 8
@@ -377,3 +379,36 @@ def test_peaks_and_mfu() -> None:
     cfg = load("gpt/gpt2_124m")
     per_token = family("gpt/gpt2_124m").forward_backward_flops(cfg.model, cfg.data)
     assert per_token["causal"] < per_token["full"] == pytest.approx(6 * 123.5e6 + 12 * 12 * 768 * 1024, rel=0.001)
+
+
+# ---- finetuning ------------------------------------------------------------------------------------------------------
+
+BASES = {"gpt": "gpt2_124m", "bert": "bert_base", "t5": "t5_base"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder to begin from, of each family: its config.json alone."""
+    made = {}
+    for kind, base in BASES.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        family(f"{kind}/{base}").hf_config(load(f"{kind}/{base}").model).save_pretrained(made[kind])
+    return made
+
+
+@pytest.mark.parametrize("name", FINETUNES)
+def test_finetuning_configs_load_and_divide(name: str, bases: dict[str, Path]) -> None:
+    kind, text = name.partition("/")[0], FINETUNES[name].read_text(encoding="utf-8")
+    module = importlib.import_module(f"recipes.{kind}.finetune")
+    start = [] if "from: scratch" in text else [f"init.from={bases[kind]}"]
+    cfg = config.load(FINETUNES[name], start, module.Config)
+    cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, 32_000)})
+    assert cfg.model.parameters() > 0
+    for stack in config.STACKS:
+        try:
+            assert config.layout(cfg, stack, 2).world == 2
+        except BadInput as error:
+            assert any(told in str(error) for told in ("lora on megatron", "optim.optimizer=adafactor on megatron")), error
+    an_epoch, epochs = re.search(r"([\d,]+) steps an epoch", text), re.search(r"# (\d+) epochs?$", text, re.M)
+    if an_epoch and epochs:
+        assert cfg.train.steps == int(an_epoch[1].replace(",", "")) * int(epochs[1])
