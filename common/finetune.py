@@ -8,11 +8,11 @@
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import batches, export
+from common import batches, export, lora
 from common.corpus import write_json
 from common.ranks import Ranks
 from common.run import Run
@@ -113,8 +113,9 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
 
 
 def finish(run: Run, task: ModuleType, ranks: Ranks) -> None:
-    """The export of the best checkpoint."""
-    export.to_hf(run, task, ranks, best_folder(run))
+    """The export of the best checkpoint; where adapters were trained, these too, and the export is the merged model."""
+    lora.export(run, task, ranks, best_folder(run))
+    export.to_hf(run, task, ranks, best_folder(run), lora.merging(run.whole, task))
 
 
 def best_folder(run: Run) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +18,12 @@ from pydantic import model_validator
 from common import config, examples, finetune
 from common.config import NonEmpty, Positive, Section
 from common.errors import BadInput
+from common.lora import Lora
 
-from . import samples
+from . import samples, task
 from .task import (  # noqa: F401 (what stays as it is)
     FAMILY,
     MODEL_TYPES,
-    Model,
     batch,
     card,
     decays,
@@ -48,6 +49,26 @@ if TYPE_CHECKING:
     from common.run import Run
 
 
+class Model(task.Model):
+    """Its shapes come from init.from where the config gives none."""
+
+    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
+        yield from super().layout_problems(cfg, stack)
+        if cfg.lora is None:
+            return
+        if stack == "megatron":
+            yield (
+                "lora on megatron: Megatron Core fuses query, key and value, and gate and up, into one layer each, and peft "
+                "gives each an adapter of its own; use deepspeed or baseline, or leave out the section lora"
+            )
+        if stack == "deepspeed" and cfg.deepspeed.tp > 1:
+            yield f"lora with deepspeed.tp={cfg.deepspeed.tp}: AutoTP splits no adapters; use deepspeed.tp=1"
+        known = linear_layers(self)
+        for target in cfg.lora.targets or ():
+            if target not in known:
+                yield f"lora.targets: the model has no linear layer {target!r}; it has {', '.join(known)}"
+
+
 class Data(config.Data):
     """train, valid: names of files in task.data (with or without their endings), or splits of a dataset."""
 
@@ -67,6 +88,11 @@ class Config(config.Config):
     model: Model
     data: Data
     task: Task
+    lora: Lora | None = None  # train low-rank adapters in place of the weights
+
+    def dump(self) -> dict[str, Any]:
+        """As config.Config's: a section that is not there is not written, since an empty one means its defaults."""
+        return {key: value for key, value in super().dump().items() if key != "lora" or value is not None}
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +116,18 @@ def hf_folder(start: str) -> Path:
 
     folder = find(start)
     return folder / "hf" if (folder / "run.json").is_file() else folder
+
+
+def linear_layers(model: Model) -> tuple[str, ...]:
+    """What adapters may be added to: all that multiplies, but for the embedding and the output."""
+    if model.arch == "gpt2":
+        return ("c_attn", "c_proj", "c_fc")
+    return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def weights_are_transposed(model: Model) -> bool:
+    """GPT-2's layers are transformers' Conv1D: weights (in, out)."""
+    return model.arch == "gpt2"
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

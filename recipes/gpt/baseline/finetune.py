@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, finetune, init, optim, run, state
+from common import batches, checkpoint, finetune, init, lora, optim, run, state
 from common.log import Log
 
 from .. import finetune as task
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     with init_empty_weights():
         net = task.hf_model(cfg.model)
     init.allocate(net, torch.float32)
+    lora.add(net, cfg, task)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    state.fill_torch(net.named_parameters(), optimizer, lora.values(cfg, task, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

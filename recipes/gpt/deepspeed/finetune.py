@@ -14,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, finetune, optim, run, state, zero
+from common import batches, checkpoint, finetune, lora, optim, run, state, zero
 from common.log import Log
 
 from .. import finetune as task
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
-    shapes = task.hf_parameters(cfg.model)
+    lora.add(net, cfg, task)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in net.named_parameters()}  # full ones
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    zero.fill(engine, lora.values(cfg, task, job.resume), shapes, step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)
