@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -529,3 +530,26 @@ def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path):
         (folder / file).write_bytes((folders["tiny"] / file).read_bytes())
     with pytest.raises(BadInput, match="no tokenizer there; give a folder with tokenizer.json"):
         stream(configs, "sft", "tiny", [f"init.from={folder}"])
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_read_as_their_siblings():
+    for stack in ("baseline", "deepspeed", "megatron"):
+        folder = ROOT / "recipes/gpt" / stack
+        scripts = [(folder / f"{kind}.py").read_text() for kind in ("pretrain", "finetune")]
+        banners = [re.findall(r"^    # ---- (\w+)$", text, re.M) for text in scripts]
+        assert banners[0] == banners[1] and len(banners[0]) == 8
+        assert (folder / "finetune.sh").read_text() == (folder / "pretrain.sh").read_text().replace("pretrain", "finetune")
+
+
+def test_conversations_of_the_library(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.python_chat", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {name: samples.read("sft", "-", tmp_path, "train", "valid", name == "train") for name in ("train", "valid")}
+    assert len(found["train"].documents) > 2000 and not found["train"].notes
+    assert len(found["valid"].documents) == -(-(len(found["train"].documents) + len(found["valid"].documents)) // 20)
+    chats = [chat for one in found.values() for chat in one.documents]
+    asked = {chat[0]["content"]: chat[1]["content"] for chat in chats}
+    assert asked["What does textwrap.wrap do?"].startswith("Wrap a single paragraph of text")
