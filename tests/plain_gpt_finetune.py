@@ -1,5 +1,5 @@
 """The referee's referee for finetuning GPT: one process, transformers' own class, tokenizer and templates; each conversation
-goes through the model alone, neither packed nor padded."""
+goes through the model in a row of its own."""
 
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,17 @@ def losses(
         epoch, place = np.divmod(numbers, len(groups))
         chosen = permute(place, len(groups), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
         documents = [document for i in chosen for document in groups[i]]
-        targets = sum(sum(counted[1:]) for _, counted in documents)
+        # a row each; what pads the shorter ones stands behind, where a causal model does not see it
+        longest = max(len(ids) for ids, _ in documents)
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in documents])
+        mask = torch.tensor([counted[1:] + [False] * (longest - len(counted)) for _, counted in documents])
+        logits = net(tokens[:, :-1]).logits  # (documents, T, V)
+        loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
         optimizer.zero_grad()
-        loss = 0.0
-        for ids, counted in documents:
-            logits = net(torch.tensor([ids[:-1]])).logits[0]  # (T, V)
-            mask = torch.tensor(counted[1:])
-            part = F.cross_entropy(logits[mask], torch.tensor(ids[1:])[mask], reduction="sum") / targets
-            part.backward()
-            loss += part.item()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss, norm.item()))
+        made.append((loss.item(), norm.item()))
     return made
