@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -453,6 +454,29 @@ def test_a_dev_set_is_drawn_where_there_is_none(configs, data, tmp_path):
     assert sorted(parts[0] + parts[1]) == parts[2]
     note = f"task.data has no 'valid': 4 of 71 of train, drawn by seed {samples.VALID_SEED}, are it"
     assert note in train.notes and note in valid.notes
+
+
+def test_a_dataset_of_the_hub(configs, monkeypatch):
+    """Its splits by name, a configuration behind a colon; without network one line says so."""
+    rows = [{"messages": chat} for chat in chats(5, 6)]
+    asked = []
+
+    def load_dataset(name: str, part: str | None, split: str) -> list[dict]:
+        asked.append((name, part, split))
+        return rows
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, part: ["train", "validation", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = [stream(configs, "sft", "tiny", ["task.data=someone/chats:short"], shuffle) for shuffle in (True, False)]
+    assert asked == [("someone/chats", "short", "train"), ("someone/chats", "short", "validation")]
+    assert all(sum(len(row) for row in packed.pieces) == 5 for packed in made)
+
+    def no_network(name: str, part: str | None) -> list[str]:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", no_network)
+    with pytest.raises(BadInput, match="task.data=someone/chats: no such folder, and not to be had from the hub: no route"):
+        stream(configs, "sft", "tiny", ["task.data=someone/chats"])
 
 
 def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
