@@ -4,7 +4,7 @@ finetune on that need no network.
     python -m data.python_chat corpora/python_chat
 
 One a function or class that says in one paragraph what it does: "What does shutil.copyfile do?", and that paragraph. Writes
-OUT/train.jsonl and OUT/valid.jsonl, {"prompt": ..., "response": ...} a line; every 20th is for validation. About 4,000 with
+OUT/train.jsonl and OUT/valid.jsonl, {"prompt": ..., "response": ...} a line; every 20th is for validation. About 4,100 with
 CPython 3.12; the content follows the version of Python.
 """
 

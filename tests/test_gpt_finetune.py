@@ -263,6 +263,7 @@ def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layo
             mask = torch.tensor(counted[1:])
             total += F.cross_entropy(logits[mask], torch.tensor(ids[1:])[mask], reduction="sum").item()
             targets += int(mask.sum())
+    assert task_name == "lm" or f"valid: 18 conversations, {targets} answer tokens, in" in rows["loss"]["protocol"]
     assert rows["loss"]["n"] == targets and abs(rows["loss"]["value"] - total / targets) <= 1e-5
     assert abs(rows["perplexity"]["value"] / math.exp(total / targets) - 1) <= 1e-4
 
@@ -453,7 +454,7 @@ def test_a_dev_set_is_drawn_where_there_is_none(configs, data, tmp_path):
     parts = [sorted(tuple(p.ids[b:e].tolist()) for row in p.pieces for b, e in row) for p in (train, valid, whole)]
     assert sorted(parts[0] + parts[1]) == parts[2]
     note = f"task.data has no 'valid': 4 of 71 of train, drawn by seed {samples.VALID_SEED}, are it"
-    assert note in train.notes and note in valid.notes
+    assert note in train.notes
 
 
 def test_a_dataset_of_the_hub(configs, monkeypatch):

@@ -154,18 +154,21 @@ def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     if d.pack and cfg.task.name == "lm":
         pieces = samples.windows(lengths, d.seq_len, within)
     else:
-        groups = samples.best_fit(lengths, d.seq_len + 1) if d.pack else [[i] for i in range(len(lengths))]
+        alone = [[i] for i, length in enumerate(lengths) if length > 1]  # one token predicts nothing
+        groups = samples.best_fit(lengths, d.seq_len + 1) if d.pack else alone
         cut = [int(min(length, d.seq_len + 1)) for length in lengths]
         pieces = [[(int(bounds[i]), int(bounds[i]) + cut[i]) for i in group] for group in groups]
     what = f"conversations, {counted.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
-    notes = [*found.notes, *notes, f"{name}: {len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]
+    notes = [f"{name}: {note}" for note in [*notes, f"{len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]]
+    if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
+        notes.append("the tokenizer has no chat template: the default of recipes/gpt/samples.py is used")
 
     content = samples.content_hash(ids, counted, np.array(lengths, np.int64))
     source = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
     # pipeline stages are told one length, and sequence parallelism divides it by tp
     whole = d.pack or cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel
-    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": notes}
+    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": [*(found.notes if shuffle else []), *notes]}
     return samples.Packed(source, ids, counted, pieces, d.seq_len, pad_id, within, whole, **order)
 
 
@@ -197,15 +200,13 @@ def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: st
     made = template.encode([found.documents[i] for i in usable], [found.where[i] for i in usable])
     room = cfg.data.seq_len + 1
     kept = [(ids[:room], counted[:room]) for ids, counted in made if counted[:room].any()]
-    plain = f"{folder}: its tokenizer has no chat template; the default of recipes/gpt/samples.py is used"
-    notes = [] if template.own else [plain]
     cut = sum(len(ids) > room and bool(counted[:room].any()) for ids, counted in made)
     reasons = {
         f"conversations are longer than data.seq_len={cfg.data.seq_len} and are cut there": cut,
         f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(made) - len(kept),
         "conversations are left out: a message spells a special token of the tokenizer": len(found.documents) - len(usable),
     }
-    notes += [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
+    notes = [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
     if not kept:
         raise BadInput([f"task.data={cfg.task.data}: no conversation is left to learn from", *notes])
     lengths = [len(ids) for ids, _ in kept]

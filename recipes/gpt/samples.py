@@ -167,10 +167,7 @@ def _conversation(row: Any, at: str) -> Chat:
 
 
 class Template:
-    """How a tokenizer writes conversations, and which of their tokens are the assistant's.
-
-    own: does the tokenizer bring it? Else it is DEFAULT_TEMPLATE.
-    """
+    """How a tokenizer writes conversations, by its own chat template or DEFAULT_TEMPLATE, and which tokens are answers."""
 
     def __init__(self, tokenizer: Tokenizer, folder: str):
         from tokenizers import Tokenizer as Backend
@@ -178,12 +175,12 @@ class Template:
         given = tokenizer.config.get("chat_template")
         if isinstance(given, list):  # several, by name
             given = next((one["template"] for one in given if one["name"] == "default"), None)
-        self.folder, self.own, self.text = folder, given is not None, given or DEFAULT_TEMPLATE
+        self.folder, self.text = folder, given or DEFAULT_TEMPLATE
         roles = {f"{role}_token": tokenizer.config.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
         if tokenizer.eod_id is not None:
             roles["eos_token"] = roles["eos_token"] or tokenizer.backend.id_to_token(tokenizer.eod_id)
         self.marks = {role: mark["content"] if isinstance(mark, dict) else mark for role, mark in roles.items() if mark}
-        if not self.own and "eos_token" not in self.marks:
+        if not given and "eos_token" not in self.marks:
             raise BadInput(f"{folder}: its tokenizer has neither a chat template nor a token that ends a text; give another")
         self.backend = Backend.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False  # the template's marks are tokens, not text
