@@ -415,6 +415,8 @@ def _known_keys(loc: Sequence[str], schema: type[BaseModel]) -> list[str]:
         if field is None:
             return []
         node = field.annotation
+        if type(None) in get_args(node):  # a section that may be left out
+            node = get_args(node)[0]
     return [f.alias or n for n, f in getattr(node, "model_fields", {}).items()]
 
 

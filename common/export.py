@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from common import checkpoint
+from common.checkpoint import Checkpoint
 from common.config import Config
 from common.errors import BadInput
 from common.ranks import Ranks
@@ -16,10 +18,13 @@ from common.run import Run
 SHARD_BYTES = 4 * 2**30
 
 
-def to_hf(run: Run, task: ModuleType, ranks: Ranks, steps: Path | None = None) -> None:
+def to_hf(
+    run: Run, task: ModuleType, ranks: Ranks, steps: Path | None = None, whole: Callable[[Checkpoint], Any] = lambda c: c
+) -> None:
     """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already.
 
-    steps: folder whose newest checkpoint is exported (default: OUT).
+    steps: folder whose newest checkpoint is exported (default: OUT). whole: what is read in place of a checkpoint that holds
+    a part of the model (common/lora.py).
     """
     import torch.distributed as dist
 
@@ -27,7 +32,7 @@ def to_hf(run: Run, task: ModuleType, ranks: Ranks, steps: Path | None = None) -
         last = checkpoint.latest(steps or run.out)
         folder = run.out / "hf"
         if last and _exported_step(folder) != last.step:
-            write(last, run.whole, task, folder, run.out / "tokenizer", run.facts)
+            write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.facts)
             print(f"export    {folder}", flush=True)
     dist.barrier()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import batches, export
+from common import batches, export, lora
 from common.config import Section
 from common.corpus import write_json
 from common.errors import BadInput
@@ -159,8 +159,9 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
 
 
 def finish(run: Run, task: ModuleType, ranks: Ranks) -> None:
-    """The export of the best checkpoint."""
-    export.to_hf(run, task, ranks, best_folder(run))
+    """The export of the best checkpoint; where adapters were trained, these too, and the export is the merged model."""
+    lora.export(run, task, ranks, best_folder(run))
+    export.to_hf(run, task, ranks, best_folder(run), lora.merging(run.whole, task))
 
 
 def best_folder(run: Run) -> Path:

@@ -37,10 +37,11 @@ def lr_at(step: int, optim: Optim) -> float:
 def groups(
     named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
 ) -> list[dict[str, Any]]:
-    """AdamW's two parameter groups: matrices with weight decay, biases and norms without."""
+    """AdamW's two parameter groups of what is trained: matrices with weight decay, biases and norms without."""
     decayed, plain = [], []
     for name, parameter in named:
-        (decayed if decays(name) else plain).append(parameter)
+        if parameter.requires_grad:
+            (decayed if decays(name) else plain).append(parameter)
     split = [(decayed, optim.weight_decay), (plain, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in split if params]
 

@@ -59,7 +59,7 @@ def fill_torch(named: Named, optimizer: "torch.optim.Optimizer", values: Values,
         parts = values(name, parameter.shape)
         with torch.no_grad():
             parameter.copy_(parts["weight"])
-        if step:
+        if step and parameter.requires_grad:
             kept = adam_state(parameter, step)
             names = parts.keys() - {"weight"}
             if not kept.keys() >= names:  # Adafactor's
@@ -79,8 +79,9 @@ def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"
 
 
 def read_torch(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
-    """Parameters that every rank holds whole: they take turns to write."""
-    for number, (name, parameter) in enumerate(named):
+    """Trained parameters that every rank holds whole: they take turns to write."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    for number, (name, parameter) in enumerate(trained):
         if number % ranks.world != ranks.rank:
             yield name, None
             continue

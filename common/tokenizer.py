@@ -323,9 +323,10 @@ def _find_by_name(name: str) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Content of tokenizer_config.json, {} without one."""
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Content of tokenizer_config.json, {} without one; with it the chat template, which transformers 5 keeps in a file."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config | {"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else config
 
 
 def _from_json(folder: Path) -> Tokenizer:

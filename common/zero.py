@@ -125,7 +125,7 @@ def _link(inner: Any) -> None:
 def _put_stage12(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool) -> None:
     with torch.no_grad():
         parameter.copy_(parts["weight"])
-    if parameter._hp_mapping is None:  # this rank owns no piece of its master
+    if not parameter.requires_grad or parameter._hp_mapping is None:  # this rank owns no piece of its master
         return
     device = parameter._hp_mapping.hp_fragment.device
     parameter.set_full_hp_param(parts["weight"].to(device))
@@ -138,6 +138,8 @@ def _put_stage3(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool
     parameter.ds_tensor.data.copy_(weight)
     if parameter.ds_status.name == "AVAILABLE":
         parameter.data.copy_(parts["weight"])
+    if not parameter.requires_grad:
+        return
     safe_set_local_fp32_param(parameter, weight)
     for part in MOMENTS if moments else ():
         set_local_state(parameter, _piece(parameter, parts[part]), part)
@@ -172,7 +174,7 @@ def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
 
 
 def read(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
-    """Every parameter's master and moments, gathered one at a time; the ranks take turns to write."""
+    """Every trained parameter's master and moments, gathered one at a time; the ranks take turns to write."""
     stage, inner = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # parameters that every rank holds whole, whatever is kept
         yield from state.read_torch(engine.module.named_parameters(), inner, ranks)
@@ -180,7 +182,8 @@ def read(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     stepped = stage > 0 and bool(inner.optimizer.state)
     if stepped and stage < 3:
         _link(inner)
-    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+    trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    for number, (name, parameter) in enumerate(trained):
         if stage == 0:
             moments = [inner.state.get(parameter, {}).get(part) for part in MOMENTS]
             parts = [parameter.detach(), *moments]

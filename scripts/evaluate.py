@@ -28,7 +28,7 @@ import numpy as np
 
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
-from common.evaluation import language, text
+from common.evaluation import hub, language, text
 from common.ranks import Ranks
 from common.run import read_object
 from recipes.bert import evaluate as heads
@@ -200,14 +200,7 @@ def read_text(path: Path) -> str:
 
 
 def from_hub(name: str, task: Task) -> str | list[str]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        texts = datasets.load_dataset(*task.hub, split="test")["text"]
-    except Exception as error:  # no network, no access: each has a class of its own there
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{name}: {task.hub[0]} cannot be had: {reason}; give a copy: --data DIR with {task.file}") from None
+    texts = hub.rows(name, *task.hub, "test")["text"]
     return list(texts) if name == "lambada" else "".join(texts)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.corpus import fingerprint
 from common.errors import BadInput
-from common.evaluation import glue
+from common.evaluation import glue, hub, squad
 from common.ranks import Ranks
 
 SPLITS = ("train", "dev", "test")
@@ -179,21 +179,10 @@ def _texts(where: str, row: Any, task: Task) -> tuple[str, str]:
     return row[task.source], row[task.target]
 
 
-def _loaded(name: str, hub: tuple[str, str | None], split: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(*hub, split=HUB_SPLITS[split])
-    except Exception as error:  # no network, no access: each has a class of its own there
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{name}: {hub[0]} cannot be had: {reason}; give a local copy: task.data=DIR (or --data)") from None
-
-
 def _from_hub(name: str, task: Task, split: str) -> tuple[list[str], list[str], str]:
     if task.hub is None:
         raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
-    rows = _loaded(name, task.hub, split)
+    rows = hub.rows(name, *task.hub, HUB_SPLITS[split])
     pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
     return inputs, targets, _hash(name, split, inputs, targets)
@@ -214,24 +203,11 @@ def _glue(name: str, folder: Path | None, split: str) -> Examples:
 
 def _squad(folder: Path | None, split: str) -> Examples:
     """'question: ... context: ...' -> the first answer; all answers are references."""
-    if folder is None:
-        rows = _loaded("squad", ("rajpurkar/squad", None), split)
-        asked = [(row["question"], row["context"], row["answers"]["text"]) for row in rows]
-    else:
-        path = folder / f"{split}-v1.1.json"
-        if not path.is_file():
-            raise BadInput(f"{folder}: does not hold {path.name}, which squad is read from")
-        try:
-            paragraphs = [p for article in json.loads(_decoded(path))["data"] for p in article["paragraphs"]]
-            asked = [(q["question"], p["context"], [a["text"] for a in q["answers"]]) for p in paragraphs for q in p["qas"]]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path}: is not in SQuAD's format") from None
-    asked = [row for row in asked if row[2]]
-    if not asked:
-        raise BadInput(f"squad: no question with an answer in {split}")
-    inputs = [f"question: {question} context: {context}" for question, context, _ in asked]
-    references = [answers for *_, answers in asked]
-    return Examples(inputs, [answers[0] for answers in references], references, _hash("squad", split, asked))
+    found = squad.read("squad", folder, split)
+    asked = [q for q in found.questions if q.answers]
+    inputs = [f"question: {q.text} context: {found.contexts[q.context].strip()}" for q in asked]
+    references = [q.answers for q in asked]
+    return Examples(inputs, [answers[0] for answers in references], references, found.hash, notes=tuple(found.notes))
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -284,8 +260,15 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
     return [("exact_match", 100 * float(np.mean(right)), "the very text of a reference")]
 
 
+def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
+    """SQuAD's F1 and exact match, the best over the references."""
+    rows = [squad.scores(prediction, known) for prediction, known in zip(predictions, references, strict=True)]
+    exact, f1 = (100 * float(np.mean(column)) for column in zip(*rows, strict=True))
+    return [("f1", f1, "squad-v1.1"), ("exact_match", exact, "squad-v1.1")]
+
+
 SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[Score]]] = {
-    "bleu": bleu, "chrf": chrf, "rouge": rouge, "exact_match": exact_match,
+    "bleu": bleu, "chrf": chrf, "rouge": rouge, "exact_match": exact_match, "answers": answers,
 }  # fmt: skip
 
 
@@ -313,7 +296,7 @@ def scores(name: str, predictions: Sequence[str], examples: Examples) -> list[Sc
         found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels)
         unknown = sum(text.strip() not in WORDS[name] for text in predictions) if WORDS[name] else 0
         return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in found.items()]
-    kinds = PAIRS[name].scores if name in PAIRS else ("exact_match",)
+    kinds = PAIRS[name].scores if name in PAIRS else ("answers",)
     return [score for kind in kinds for score in SCORES[kind](predictions, examples.references)]
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, examples
+from common import batches, config, examples, finetune
 from common.config import NonEmpty, Positive, Section, Share
 from common.corpus import write_json
 from common.errors import BadInput
@@ -89,25 +89,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        """model from init.from, a Hugging Face folder or a run; what the config says of it counts more."""
-        start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
-        if not isinstance(start, str) or start == "scratch":
-            return values
-        folder = hf_folder(start)
-        try:
-            known = task.model_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError):
-            return values  # told by common/run.py
-        shapes = known.model_dump(exclude={"dropout"})
-        return values | {"model": shapes | (values.get("model") or {}), "init": {"from": str(folder)}}
-
-
-def hf_folder(start: str) -> Path:
-    """Of init.from: the folder itself, or the export of a run."""
-    from common.run import find
-
-    folder = find(start)
-    return folder / "hf" if (folder / "run.json").is_file() else folder
+        return finetune.with_shapes(values, task.model_of, {"dropout"})
 
 
 def model_of(config: dict[str, Any]) -> Model:
@@ -121,29 +103,13 @@ Ids = tuple[np.ndarray, np.ndarray]  # of many texts, end to end; where each beg
 
 
 class Samples(examples.Examples):
-    """Inputs and targets, each with the end of sequence.
-
-    group: so many samples, a global batch, are sorted by length: which they are stays, and a micro batch of them has little
-    padding. Without shuffling: the samples that are evaluated."""
+    """Inputs and targets, each with the end of sequence."""
 
     def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
-                 multiple: int, group: int, **order: Any):  # fmt: skip
-        super().__init__(source, len(ids[0][1]) - 1, **order)
+                 multiple: int, **order: Any):  # fmt: skip
+        super().__init__(source, sum(np.diff(starts) for _, starts in ids), **order)
         (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
-        self.seq_len, self.target_len, self.multiple, self.group = seq_len, target_len, multiple, group
-        self.lengths = sum(np.diff(starts) for _, starts in ids)
-
-    def locate(self, numbers: Any) -> np.ndarray:
-        """Sample numbers (B,) -> places of the examples (B,)."""
-        numbers = np.asarray(numbers, np.int64)
-        groups, made = numbers // self.group, np.empty_like(numbers)
-        for number in np.unique(groups).tolist():
-            first = number * self.group
-            end = first + self.group if self.shuffle else min(first + self.group, self.size)
-            places = super().locate(np.arange(first, end))
-            places = places[np.argsort(self.lengths[places], kind="stable")]
-            made[groups == number] = places[numbers[groups == number] - first]
-        return made
+        self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
 
     def rows(self, numbers: Any) -> batches.Rows:
         """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
@@ -202,12 +168,11 @@ def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
         notes += [f"{cut:,} {what} of {split} are cut to data.{key}={most}"] if cut else []
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
     source = examples.Source(f"{cfg.task.name} {split}", found.hash, folder, tokenizer, largest)
-    group = (1 if cfg.phases else cfg.train.global_batch) if shuffle else cfg.train.eval_samples or len(keep)
     # a multiple of tp too, among whose ranks sequence parallelism shares the positions
     multiple = math.lcm(ROUND, cfg.megatron.tp if cfg.megatron.sequence_parallel else 1)
     return Samples(
         source, (sources, targets), eos=tokenizer.eod_id, pad=tokenizer.pad_id or 0, seq_len=cfg.data.seq_len,
-        target_len=cfg.data.target_len, multiple=multiple, group=group, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
+        target_len=cfg.data.target_len, multiple=multiple, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
     )  # fmt: skip
 
 

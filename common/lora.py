@@ -1,0 +1,135 @@
+"""Low-rank adapters (Hu et al., arXiv:2106.09685), by peft: the model's own weights stay, W x becomes W x + alpha / rank B A x.
+
+Only A and B are trained, and only they are in a checkpoint. OUT/adapter is peft's form of them; OUT/hf is the merged model.
+Without the section `lora` each function leaves things as they are. Torch-free but for what the functions import.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from common import checkpoint, init, state
+from common.checkpoint import Checkpoint
+from common.config import Config, NonEmpty, Positive, Section, Share
+from common.ranks import Ranks
+from common.run import Run
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+
+
+class Lora(Section):
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Share = 0.0  # on what goes into A
+    targets: list[NonEmpty] | None = None  # names of linear layers; default: all of the family's (task.linear_layers)
+
+
+def of(cfg: Config) -> Lora | None:
+    return getattr(cfg, "lora", None)
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def peft_config(cfg: Config, task: ModuleType) -> "peft.LoraConfig":
+    import peft
+
+    lora = of(cfg)
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+        target_modules=sorted(lora.targets or task.linear_layers(cfg.model)), base_model_name_or_path=cfg.init.from_,
+        fan_in_fan_out=task.weights_are_transposed(cfg.model),
+    )  # fmt: skip
+
+
+def add(net: "torch.nn.Module", cfg: Config, task: ModuleType) -> None:
+    """Put adapters into the model, without values yet, and freeze all else."""
+    if of(cfg):
+        import peft
+
+        peft.inject_adapter_in_model(peft_config(cfg, task), net)
+
+
+def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> state.Values:
+    """As state.values: adapters come from the checkpoint, else from the seed; the model's own weights never change."""
+    if not of(cfg):
+        return state.values(cfg, task, resume)
+    base, kept = state.values(cfg, task, None), resume and state.values(cfg, task, resume)
+
+    def value(name: str, shape: Sequence[int]) -> state.Parts:
+        if not is_adapter(name):
+            return base(name.replace(".base_layer.", "."), shape)
+        return kept(name, shape) if kept else {"weight": initial(cfg.train.seed, name, shape)}
+
+    return value
+
+
+def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
+    """B is zero; A (rank, in) is uniform within 1 / sqrt(in), as peft draws it (tuners/lora/layer.py, reset_lora_parameters:
+    kaiming_uniform with a = sqrt(5)), from (seed, name, shape) as all that is drawn here."""
+    import torch
+
+    if ".lora_B." in name:
+        return torch.zeros(*shape)
+    generator = torch.Generator().manual_seed(init.hashed("init", seed, name, tuple(shape)))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+class Merged:
+    """The whole model of a checkpoint that holds adapters, in the form that common/export.py reads: W + alpha / rank B A."""
+
+    def __init__(self, adapters: Checkpoint, cfg: Config, task: ModuleType):
+        self.path, self.step, self.adapters = adapters.path, adapters.step, adapters
+        self.base, self.shapes = state.values(cfg, task, None), task.hf_parameters(cfg.model)
+        self.meta = adapters.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.shapes.items()}}
+        self.scale, self.transposed = of(cfg).alpha / of(cfg).rank, task.weights_are_transposed(cfg.model)
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def read(self, name: str, parts: Any = None) -> dict[str, "torch.Tensor"]:
+        """The weight alone."""
+        weight = self.base(name, self.shapes[name])["weight"]
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.default.weight" in self.adapters.meta["files"]:
+            a, b = (self.adapters.read(f"{layer}.lora_{which}.default.weight", ("weight",))["weight"] for which in "AB")
+            change = self.scale * (b @ a)  # (out, in)
+            weight = weight + (change.T if self.transposed else change)
+        return {"weight": weight}
+
+
+def merging(cfg: Config, task: ModuleType) -> Callable[[Checkpoint], Any]:
+    """What common/export.py reads in place of a checkpoint."""
+    return (lambda adapters: Merged(adapters, cfg, task)) if of(cfg) else (lambda whole: whole)
+
+
+def export(run: Run, task: ModuleType, ranks: Ranks, steps: Path) -> None:
+    """OUT/adapter of the newest checkpoint in `steps`, by rank 0: what peft.PeftModel.from_pretrained loads."""
+    if not of(run.cfg) or ranks.rank:
+        return
+    from safetensors.torch import save_file
+
+    source = checkpoint.latest(steps)
+    tmp, folder = run.out / "adapter.tmp", run.out / "adapter"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    peft_config(run.cfg, task).save_pretrained(tmp)
+    tensors = {
+        f"base_model.model.{name.replace('.default.', '.')}": source.read(name, ("weight",))["weight"].clone()
+        for name in source.names()
+    }
+    save_file(tensors, str(tmp / "adapter_model.safetensors"), metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)

@@ -1,0 +1,125 @@
+"""Finetune GPT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+
+bash recipes/gpt/baseline/finetune.sh recipes/gpt/configs/finetune_sft.yaml out/sft init.from=HF_DIR task.data=DIR
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, init_empty_weights
+
+from common import batches, checkpoint, finetune, init, lora, optim, run, state
+from common.log import Log
+
+from .. import finetune as task
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
+    cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    # bf16: fp32 weights under autocast. One replica a process.
+    precision = "bf16" if cfg.train.dtype == "bf16" else "no"
+    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
+
+    # ---- model
+    with init_empty_weights():
+        net = task.hf_model(cfg.model)
+    init.allocate(net, torch.float32)
+    lora.add(net, cfg, task)
+    if system.recompute:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    model = accelerator.prepare(net)
+
+    # ---- optimizer
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+
+    # ---- data
+    def loss_of(rows: batches.Rows) -> torch.Tensor:
+        """Summed loss of one micro batch."""
+        batch = task.batch(rows, ranks.device)
+        logits = model(**task.inputs(batch)).logits  # (B, T, V)
+        return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
+
+    @torch.no_grad()
+    def evaluate(step: int) -> bool:
+        """Is this the best so far?"""
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+            totals[0] += loss_of(rows)
+            totals[1] += batches.targets([rows])
+        dist.all_reduce(totals)
+        model.train()
+        return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+
+    def save(out: Path, step: int, keep: int) -> None:
+        checkpoint.save(out, state.read_torch(net.named_parameters(), optimizer, ranks), state.meta(job, step), keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    state.fill_torch(net.named_parameters(), optimizer, lora.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+        task.keep_template(job)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, "loss")
+
+    # ---- loop
+    model.train()
+    while step < cfg.train.steps and not selection.is_over:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        rows = list(batches.of_step(job.train, job.samples(step), layout, ranks.rank))
+        counts = [batches.targets(rows), batches.tokens(rows)]
+        targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for micro, micro_rows in enumerate(rows):
+            processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
+            last_micro = micro + 1 == layout.accumulate
+            with nullcontext() if last_micro else accelerator.no_sync(model):
+                micro_loss = loss_of(micro_rows)
+                # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
+                accelerator.backward(micro_loss * layout.dp / targets)
+            loss += micro_loss.detach() / targets
+        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+
+        clip = cfg.optim.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step(step, loss, grad_norm, lr, tokens)
+        last = step == cfg.train.steps
+        if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
+            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+        last = last or selection.is_over
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(job.out, step, cfg.train.keep)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    finetune.finish(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

@@ -1,0 +1,124 @@
+"""Finetune GPT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
+
+bash recipes/gpt/deepspeed/finetune.sh recipes/gpt/configs/finetune_sft.yaml out/sft init.from=HF_DIR task.data=DIR
+"""
+
+from pathlib import Path
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from common import batches, checkpoint, finetune, lora, optim, run, state, zero
+from common.log import Log
+
+from .. import finetune as task
+from . import model as zero_model
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    zero.start(ranks)
+    ds_config = zero.ds_config(cfg, layout)
+    dp_rank = ranks.rank // layout.tp
+    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+
+    # ---- model
+    net = zero_model.build(cfg, ds_config)
+    lora.add(net, cfg, task)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in net.named_parameters()}  # full ones
+
+    # ---- optimizer
+    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
+
+    # ---- data
+    def loss_of(rows: batches.Rows) -> torch.Tensor:
+        """Summed loss of one micro batch."""
+        batch = task.batch(rows, ranks.device)
+        logits = engine(**task.inputs(batch)).logits  # (B, T, V)
+        return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
+
+    @torch.no_grad()
+    def evaluate(step: int) -> bool:
+        """Is this the best so far?"""
+        engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
+        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
+            totals[0] += loss_of(rows)
+            totals[1] += batches.targets([rows])
+        totals *= tells
+        dist.all_reduce(totals)
+        engine.train()
+        return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+
+    def save(out: Path, step: int, keep: int) -> None:
+        checkpoint.save(out, zero.read(engine, ranks, shapes), state.meta(job, step), keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    zero.fill(engine, lora.values(cfg, task, job.resume), shapes, step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+        task.keep_template(job)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, "loss")
+
+    # ---- loop
+    engine.train()
+    while step < cfg.train.steps and not selection.is_over:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows) * tells, batches.tokens(rows) * tells]
+        targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for micro, micro_rows in enumerate(rows):
+            processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
+            micro_loss = loss_of(micro_rows)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
+            loss += micro_loss.detach() / targets
+            if micro + 1 < layout.accumulate:
+                engine.step()  # not a boundary: counts the micro batch, no update
+        [loss], stop = processes.agree(loss[None] * tells, ranks, step, job.samples(step))
+
+        grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
+        engine.step()
+        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+
+        log.step(step, loss, grad_norm, lr, tokens)
+        last = step == cfg.train.steps
+        if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
+            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+        last = last or selection.is_over
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(job.out, step, cfg.train.keep)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    engine.destroy()
+    finetune.finish(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

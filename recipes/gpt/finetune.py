@@ -1,0 +1,216 @@
+"""GPT finetuned: on a text (`lm`), or on conversations of which it learns the assistant's part (`sft`).
+
+A task module as task.py is: what it leaves out it has from there. samples.py says what is read.
+Letters in shapes: B samples, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import model_validator
+
+from common import config, examples, finetune
+from common.config import NonEmpty, Positive, Section
+from common.errors import BadInput
+from common.lora import Lora
+
+from . import samples, task
+from .task import (  # noqa: F401 (what stays as it is)
+    FAMILY,
+    MODEL_TYPES,
+    batch,
+    card,
+    decays,
+    export_config,
+    export_sums,
+    forward_backward_flops,
+    heads,
+    hf_class,
+    hf_config,
+    hf_model,
+    hf_parameters,
+    hf_shapes,
+    hf_type,
+    initial,
+    inputs,
+    loss_sum,
+    model_of,
+    stored_names,
+)
+
+if TYPE_CHECKING:
+    from common.log import Log
+    from common.run import Run
+
+
+class Model(task.Model):
+    """Its shapes come from init.from where the config gives none."""
+
+    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
+        yield from super().layout_problems(cfg, stack)
+        if cfg.lora is None:
+            return
+        if stack == "megatron":
+            yield (
+                "lora on megatron: Megatron Core fuses query, key and value, and gate and up, into one layer each, and peft "
+                "gives each an adapter of its own; use deepspeed or baseline, or leave out the section lora"
+            )
+        if stack == "deepspeed" and cfg.deepspeed.tp > 1:
+            yield f"lora with deepspeed.tp={cfg.deepspeed.tp}: AutoTP splits no adapters; use deepspeed.tp=1"
+        known = linear_layers(self)
+        for target in cfg.lora.targets or ():
+            if target not in known:
+                yield f"lora.targets: the model has no linear layer {target!r}; it has {', '.join(known)}"
+
+
+class Data(config.Data):
+    """train, valid: names of files in task.data (with or without their endings), or splits of a dataset."""
+
+    train: NonEmpty = "train"
+    valid: NonEmpty = "valid"  # where there is none, a share of train is drawn (samples.py, VALID_SHARE)
+    pack: bool = True  # False: one document a sample, padded
+    reset_attention: bool | None = None  # packed: attention and positions begin anew at each document; default: sft yes, lm no
+
+
+class Task(Section):
+    name: Literal["lm", "sft"]
+    data: NonEmpty  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
+    patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
+
+
+class Config(config.Config):
+    model: Model
+    data: Data
+    task: Task
+    lora: Lora | None = None  # train low-rank adapters in place of the weights
+
+    def dump(self) -> dict[str, Any]:
+        """As config.Config's: a section that is not there is not written, since an empty one means its defaults."""
+        return {key: value for key, value in super().dump().items() if key != "lora" or value is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shapes_of_the_folder(cls, values: Any) -> Any:
+        return finetune.with_shapes(values, model_of, {"dropout", "init_std"})
+
+
+def linear_layers(model: Model) -> tuple[str, ...]:
+    """What adapters may be added to: all that multiplies, but for the embedding and the output."""
+    if model.arch == "gpt2":
+        return ("c_attn", "c_proj", "c_fc")
+    return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def weights_are_transposed(model: Model) -> bool:
+    """GPT-2's layers are transformers' Conv1D: weights (in, out)."""
+    return model.arch == "gpt2"
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
+    """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
+    that does not do."""
+    from common import tokenizer as tokenizers
+    from common.run import find
+
+    given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
+    if given is None:
+        raise BadInput("data.tokenizer: is missing, and init.from=scratch has none to take; give data.tokenizer=DIR")
+    folder = find(given) if find(given).is_dir() else given
+    tokenizer = tokenizers.load(folder)
+    d, name = cfg.data, "train" if shuffle else "valid"
+    found = samples.read(cfg.task.name, cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=shuffle)
+    make = _conversations if cfg.task.name == "sft" else _texts
+    ids, counted, lengths, notes = make(cfg, found, tokenizer, str(folder))
+
+    within = d.pack and (cfg.task.name == "sft" if d.reset_attention is None else d.reset_attention)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    if d.pack and cfg.task.name == "lm":
+        pieces = samples.windows(lengths, d.seq_len, within)
+    else:
+        alone = [[i] for i, length in enumerate(lengths) if length > 1]  # one token predicts nothing
+        groups = samples.best_fit(lengths, d.seq_len + 1) if d.pack else alone
+        cut = [int(min(length, d.seq_len + 1)) for length in lengths]
+        pieces = [[(int(bounds[i]), int(bounds[i]) + cut[i]) for i in group] for group in groups]
+    what = f"conversations, {counted.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
+    notes = [f"{name}: {note}" for note in [*notes, f"{len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]]
+    if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
+        notes.append("the tokenizer has no chat template: the default of recipes/gpt/samples.py is used")
+
+    content = samples.content_hash(ids, counted, np.array(lengths, np.int64))
+    source = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))
+    pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
+    # pipeline stages are told one length, and sequence parallelism divides it by tp
+    whole = d.pack or cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel
+    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": [*(found.notes if shuffle else []), *notes]}
+    return samples.Packed(source, ids, counted, pieces, d.seq_len, pad_id, within, whole, **order)
+
+
+Made = tuple[np.ndarray, np.ndarray, list[int], list[str]]  # ids, counted (N,); length of each document; notes
+
+
+def _texts(cfg: Config, found: samples.Found, tokenizer: Any, folder: str) -> Made:
+    """Every token counts; an end of document stands between two."""
+    if len(found.documents) > 1 and tokenizer.eod_id is None:
+        raise BadInput(f"{folder}: its tokenizer has no token that ends a text, to stand between documents; give one text")
+    made = [_encode(tokenizer, text) for text in found.documents]
+    ends = [[tokenizer.eod_id]] * (len(made) - 1) + [[]]
+    documents = [np.array([*ids, *end], np.int32) for ids, end in zip(made, ends, strict=True)]
+    ids = np.concatenate(documents)
+    if len(ids) < 2:
+        raise BadInput(f"{found.where[0]}: {len(ids)} token, and two are needed to predict one; give more text")
+    return ids, np.ones(len(ids), bool), [len(d) for d in documents if len(d)], []
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of one text, whose pieces are shared among the processor's cores."""
+    return [i for ids in tokenizer.encode_batch(list(tokenizer.pieces(text, 2**16))) for i in ids]
+
+
+def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: str) -> Made:
+    """Answers count. What is cut to seq_len, and what is left out, the notes say."""
+    template = samples.Template(tokenizer, folder)
+    usable = [i for i, chat in enumerate(found.documents) if not template.spells_a_mark(chat)]
+    made = template.encode([found.documents[i] for i in usable], [found.where[i] for i in usable])
+    room = cfg.data.seq_len + 1
+    kept = [(ids[:room], counted[:room]) for ids, counted in made if counted[:room].any()]
+    cut = sum(len(ids) > room and bool(counted[:room].any()) for ids, counted in made)
+    reasons = {
+        f"conversations are longer than data.seq_len={cfg.data.seq_len} and are cut there": cut,
+        f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(made) - len(kept),
+        "conversations are left out: a message spells a special token of the tokenizer": len(found.documents) - len(usable),
+    }
+    notes = [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
+    if not kept:
+        raise BadInput([f"task.data={cfg.task.data}: no conversation is left to learn from", *notes])
+    lengths = [len(ids) for ids, _ in kept]
+    return np.concatenate([ids for ids, _ in kept]), np.concatenate([counted for _, counted in kept]), lengths, notes
+
+
+# ---- evaluation and export -------------------------------------------------------------------------------------------
+
+
+def is_best(job: Run, selection: finetune.Selection, log: Log, step: int, loss: float, targets: int) -> bool:
+    """Enter an evaluation's mean loss over its targets; log it, and write eval.json if it is the best so far."""
+    log.valid(step, loss, targets)
+    best = selection.enter(step, loss)
+    if best and log.first:
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        finetune.write_results(job, selection, values, targets, {})
+    return best
+
+
+def keep_template(job: Run) -> None:
+    """Rank 0, after run.begin: the chat template that the run learns, beside the tokenizer that goes into the export."""
+    path = job.out / "tokenizer" / "tokenizer_config.json"
+    if job.cfg.task.name == "sft" and path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""Finetune GPT with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
+
+bash recipes/gpt/megatron/finetune.sh recipes/gpt/configs/finetune_sft.yaml out/sft init.from=HF_DIR task.data=DIR
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common import ranks as processes
+
+if __name__ == "__main__":
+    processes.quiet()
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from common import batches, checkpoint, finetune, mcore, optim, run, state
+from common.log import Log
+
+from .. import convert
+from .. import finetune as task
+from . import model as megatron_model
+
+
+def main(argv: list[str]) -> None:
+    # ---- config
+    config_path, out, *overrides = argv
+    ranks = processes.start()
+    job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
+    cfg, layout = job.cfg, job.layout
+    processes.check_dtype(cfg.train.dtype, ranks.device)
+
+    # ---- ranks
+    mcore.start(ranks, layout)
+    dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
+    # one rank of each replica tells the loss: the last stage's first tp rank
+    tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    # ---- model
+    net = megatron_model.build(cfg, layout)
+    model = mcore.wrap(net.config, net, cfg, ranks)
+    rules = convert.rules(cfg.model)
+
+    # ---- optimizer
+    optimizer = mcore.optimizer_for(model, cfg, ranks)
+
+    # ---- data
+    positions = torch.arange(cfg.data.seq_len, device=ranks.device).expand(layout.micro_batch, -1)  # (B, T)
+    schedule = get_forward_backward_func()  # with or without pipeline
+
+    def forward(micro_batches: Iterator[tuple[int, batches.Rows]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
+        seed, rows = next(micro_batches)
+        if seed:
+            mcore.seed_parallel(seed)
+        batch = task.batch(rows, ranks.device)
+        mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T, T), True: masked out
+        places = batch.get("position_ids", positions[:, : batch["inputs"].size(1)])
+        output = model(batch["inputs"], places, mask, labels=batch["targets"])
+
+        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            """losses (B, T), on the last stage -> sum, number of targets, what the schedule returns."""
+            total = (losses.float() * batch["loss_mask"]).sum()
+            # the schedule divides in place: give it a value of its own
+            return total, batch["loss_mask"].sum().int(), {"loss": total.detach().clone()}
+
+        return output, loss_of
+
+    def run_schedule(micro_batches: Iterator[tuple[int, batches.Rows]], number: int, forward_only: bool) -> torch.Tensor:
+        """The summed loss of `number` micro batches; zero on ranks that do not tell it."""
+        with mcore.device_names(ranks):
+            told = schedule(
+                forward_step_func=forward, data_iterator=micro_batches, model=[model], num_microbatches=number,
+                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
+            )  # fmt: skip
+        zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        return sum((t["loss"].double() for t in told), zero) if tells else zero
+
+    @torch.no_grad()
+    def evaluate(step: int) -> bool:
+        """Is this the best so far?"""
+        model.eval()
+        rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
+        loss = run_schedule(iter([(0, r) for r in rows]), len(rows), forward_only=True)
+        totals = torch.stack([loss, torch.full_like(loss, batches.targets(rows) * tells)])
+        dist.all_reduce(totals)
+        model.train()
+        return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+
+    def save(out: Path, step: int, keep: int) -> None:
+        checkpoint.save(out, mcore.read(model, optimizer, rules), state.meta(job, step), keep)
+
+    # ---- resume
+    step = job.resume.step if job.resume else 0
+    mcore.fill(model, optimizer, rules, task.hf_parameters(cfg.model), state.values(cfg, task, job.resume), step)
+    dist.barrier()  # no rank refuses the run from here on
+    if ranks.rank == 0:
+        run.begin(job)
+        task.keep_template(job)
+    log, selection = Log(job, task, ranks), finetune.Selection(job, "loss")
+
+    # ---- loop
+    model.train()
+    while step < cfg.train.steps and not selection.is_over:
+        step += 1
+        log.begin_step()
+        lr = optim.lr_at(step, cfg.optim)
+        mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
+
+        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows), batches.tokens(rows)]
+        targets, tokens = processes.totals(counts, dp_group, ranks.device)  # of the global batch
+        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
+        loss = run_schedule(iter(zip(seeds, rows, strict=True)), layout.accumulate, forward_only=False) / targets
+        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+
+        grad_norm = mcore.update(optimizer, ranks)
+        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+
+        log.step(step, loss, grad_norm, lr, tokens)
+        last = step == cfg.train.steps
+        if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
+            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+        last = last or selection.is_over
+        if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
+            save(job.out, step, cfg.train.keep)
+        if stop and not last:
+            raise processes.stopped(stop, step)
+
+    # ---- export
+    log.close()
+    finetune.finish(job, task, ranks)
+
+
+if __name__ == "__main__":
+    processes.run(main)

@@ -1,0 +1,582 @@
+"""Finetuning GPT under the laws: every stack and layout follows transformers' own class, tokenizer and templates; only answers
+count, and a conversation does not see its neighbours; the export is the best checkpoint; resume; what is refused."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, case, losses
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_parity import LOSS, NORM, farthest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import config, lora, tokenizer
+from common.errors import BadInput
+from recipes.gpt import finetune, samples, task
+from tests import plain_gpt_finetune as plain
+
+ARCHS = ("tiny", "tiny_llama")
+SEQ = 96
+TEXT = """\
+init: {from: FOLDER}
+task: {name: NAME, data: DATA}
+data: {seq_len: 96}
+optim: {lr: 5.0e-4, warmup_steps: 2, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
+train: {steps: 20, global_batch: 8, eval_every: 10, save_every: 10}
+baseline: {micro_batch: 2}
+deepspeed: {micro_batch: 2, zero_stage: 1}
+megatron: {micro_batch: 2}
+"""
+LAYOUTS = {
+    "baseline": ("baseline", []),
+    "baseline_recompute": ("baseline", ["baseline.recompute=true", "baseline.micro_batch=4"]),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "dp2": ("megatron", ["megatron.distributed_optimizer=true", "megatron.micro_batch=1"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
+    "pp2": ("megatron", ["megatron.pp=2", "megatron.recompute=true"]),
+}
+# ChatML, as SmolLM2 has it: an answer ends with <|im_end|>, and a line break after it is no part of it
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+END = {"tiny": "<|endoftext|>", "tiny_llama": "<|im_end|>"}
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folders(corpus: Path, tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face folders of untrained models: GPT-2 style with the corpus's tokenizer, which has no template, and Llama
+    style with marks of turns and ChatML."""
+    made = {}
+    for name in ARCHS:
+        cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.positions={SEQ}", "model.vocab_size=640"],
+                          task.Config)  # fmt: skip
+        torch.manual_seed(3)
+        made[name] = tmp_path_factory.mktemp("hf") / name
+        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(made[name])
+        words = tokenizer.load(corpus / "tokenizer")
+        words.save(made[name])
+    words = AutoTokenizer.from_pretrained(made["tiny_llama"])
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
+    words.chat_template = CHATML
+    words.save_pretrained(made["tiny_llama"])
+    assert (made["tiny_llama"] / "chat_template.jinja").is_file()
+    return made
+
+
+WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
+
+
+def chats(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Conversations of one or two turns, some with a system message, of very unequal lengths; every ninth is longer than
+    a sample."""
+    rng = np.random.default_rng(seed)
+
+    def say(role: str, least: int, most: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(rng.choice(WORDS, rng.integers(least, most)))}
+
+    made = []
+    for i in range(count):
+        chat = [say("system", 1, 3)] if i % 3 == 0 else []
+        for _ in range(1 + (i % 4 == 3)):
+            chat += [say("user", 1, 3), say("assistant", 40, 60) if i % 9 == 8 else say("assistant", 1, 6)]
+        made.append(chat)
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, count, seed in (("train", 70, 1), ("valid", 17, 2)):
+        for kind in ("sft", "lm"):
+            (folder / kind).mkdir(exist_ok=True)
+        lines = [json.dumps({"messages": chat}) for chat in chats(count, seed)]
+        asked = {"prompt": "is it an error", "response": f"it is the {name}"}
+        (folder / "sft" / f"{name}.jsonl").write_text("\n".join([*lines, json.dumps(asked), ""]))
+        texts = [" ".join(m["content"] for m in chat) for chat in chats(count, seed + 2)]
+        (folder / "lm" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configs(folders, data, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    folder, made = tmp_path_factory.mktemp("configs"), {}
+    for arch in ARCHS:
+        for kind in ("sft", "lm"):
+            made[kind, arch] = folder / f"{kind}_{arch}.yaml"
+            text = TEXT.replace("FOLDER", str(folders[arch])).replace("NAME", kind).replace("DATA", str(data / kind))
+            made[kind, arch].write_text(text)
+    return made
+
+
+def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
+    return case(stack, "tiny", out, overrides) | {"module": f"recipes.gpt.{stack}.finetune", "config": str(path)}
+
+
+LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
+LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(drive, configs, tmp_path_factory) -> Path:
+    """OUT of each run: KIND_ARCH/LAYOUT."""
+    out = tmp_path_factory.mktemp("finetuned")
+    sft = configs["sft", "tiny"]
+
+    def many(kind: str, path: Path, names: Sequence[str], more: Sequence[str] = ()) -> list[dict]:
+        return [one(LAYOUTS[name][0], path, out / kind / name, [*LAYOUTS[name][1], *more]) for name in names]
+
+    cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LAYOUTS)
+    cases += many("sft_tiny", sft, ("baseline", "zero1", "pp2"))
+    cases += many("lm_tiny", configs["lm", "tiny"], ("baseline", "zero1", "tp2_sp"))
+    cases += many("unpacked_tiny", sft, ("zero3", "tp2_sp"), ["data.pack=false", "train.steps=10"])
+    cases += many("lora_tiny", sft, LORA_LAYOUTS, LORA)
+    cases += many("lora_tiny_llama", configs["sft", "tiny_llama"], ("baseline", "zero3"), LORA)
+    dropped = ["model.dropout=0.1", "optim.decay_steps=8"]
+    adapters = [*LORA, "lora.dropout=0.1", "optim.decay_steps=8"]
+    for kind, names, more in (("", ("baseline", "tp2_sp"), dropped), ("lora_", ("zero1", "zero3"), adapters)):
+        for name in names:
+            cases += many(f"{kind}whole", sft, [name], [*more, "train.steps=8"])
+            cases += many(f"{kind}halves", sft, [name], [*more, "train.steps=4"])
+            cases += many(f"{kind}halves", sft, [name], [*more, "train.steps=8"])
+    worse = ["task.patience=2", "optim.lr=0.1", "optim.warmup_steps=0", "optim.grad_clip=0", "train.eval_every=1"]
+    cases += [one("baseline", sft, out / "patient", worse)] * 2
+    cases += [one("baseline", sft, out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
+              one("megatron", sft, out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
+    drive(cases, 2)
+    return out
+
+
+def documents(
+    folders, data, kind: str, arch: str, pack: bool = True, split: str = "train"
+) -> list[list[plain.Document]]:
+    """The documents of each sample of train, by transformers' tokenizer and template."""
+    words = AutoTokenizer.from_pretrained(folders[arch])
+    lines = map(json.loads, (data / kind / f"{split}.jsonl").read_text().splitlines())
+    if kind == "lm":
+        ids: list[int] = []
+        for line in lines:
+            ids += [*words(line["text"])["input_ids"], words.convert_tokens_to_ids("<|endoftext|>")]
+        ids = ids[:-1]  # between documents
+        cut = [ids[i : i + SEQ + 1] for i in range(0, len(ids) - 1, SEQ)]
+        return [[(window, [True] * len(window))] for window in cut]
+    known = []
+    for line in lines:
+        asked = {"role": "user", "content": line.get("prompt")}
+        chat = line.get("messages") or [asked, {"role": "assistant", "content": line["response"]}]
+        known.append(plain.answers(words, chat, END[arch]))
+    known = [(ids[: SEQ + 1], counted[: SEQ + 1]) for ids, counted in known]
+    if not pack:
+        return [[document] for document in known]
+    return [[known[i] for i in group] for group in samples.best_fit([len(ids) for ids, _ in known], SEQ + 1)]
+
+
+@pytest.fixture(scope="module")
+def reference(configs, folders, data) -> dict[str, list[tuple[float, float]]]:
+    made = {}
+    for kind, arch in (("sft", "tiny_llama"), ("sft", "tiny"), ("lm", "tiny")):
+        groups = documents(folders, data, kind, arch)
+        made[f"{kind}_{arch}"] = plain.losses(configs[kind, arch], [], groups)
+        if kind == "sft":
+            made[f"lora_{arch}"] = plain.losses(configs[kind, arch], LORA, groups, partial(plain_peft, arch=arch))
+    alone = documents(folders, data, "sft", "tiny", pack=False)
+    made["unpacked_tiny"] = plain.losses(configs["sft", "tiny"], ["train.steps=10"], alone)
+    return made
+
+
+def plain_peft(net: torch.nn.Module, arch: str) -> torch.nn.Module:
+    """Adapters on every linear layer, as a user of peft adds them."""
+    shapes = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=arch == "tiny"
+    )
+    net = peft.get_peft_model(net, shapes)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if ".lora_A." in name:
+                parameter.copy_(lora.initial(1234, name.removeprefix("base_model.model."), parameter.shape))
+    return net
+
+
+FOLLOW = [
+    *[("sft_tiny_llama", name) for name in LAYOUTS],
+    *[("sft_tiny", name) for name in ("baseline", "zero1", "pp2")],
+    *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
+    *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp")],
+    *[("lora_tiny", name) for name in LORA_LAYOUTS],
+    *[("lora_tiny_llama", name) for name in ("baseline", "zero3")],
+]
+
+
+@pytest.mark.parametrize(("kind", "layout"), FOLLOW, ids=[f"{kind}-{name}" for kind, name in FOLLOW])
+def test_follows_the_plain_loop(runs, reference, kind, layout):
+    expected = reference[kind]
+    assert min(loss for loss, _ in expected[5:]) < expected[0][0] - 0.01
+    loss, norm = farthest(runs / kind / layout, expected)
+    print(f"{kind} {layout}: loss {loss:.1e}, gradient norm {norm:.1e}")
+    assert loss <= LOSS and norm <= NORM
+
+
+# ---- evaluation and export -------------------------------------------------------------------------------------------
+
+
+def valids(out: Path) -> dict[int, dict]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line for line in lines if "valid_loss" in line}
+
+
+@pytest.mark.parametrize(("kind", "layout"), FOLLOW, ids=[f"{kind}-{name}" for kind, name in FOLLOW])
+def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layout):
+    """Worked out anew: plain transformers, each conversation alone."""
+    out, (task_name, arch) = runs / kind / layout, kind.split("_", 1)
+    task_name = "lm" if task_name == "lm" else "sft"
+    found = {step: line["valid_loss"] for step, line in valids(out).items()}
+    assert sorted(found) == ([10] if "unpacked" in kind else [10, 20])
+    best = min(found, key=lambda step: (found[step], step))
+    assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
+    rows = {row["metric"]: row for row in json.loads((out / "eval.json").read_text())}
+    assert rows.keys() == {"loss", "perplexity"} and rows["loss"]["value"] == found[best]
+    assert f"step {best}, the best by loss" in rows["loss"]["protocol"]
+
+    net, total, targets = AutoModelForCausalLM.from_pretrained(out / "hf").eval(), 0.0, 0
+    for group in documents(folders, data, task_name, arch, split="valid"):
+        for ids, counted in group:
+            with torch.no_grad():
+                logits = net(torch.tensor([ids[:-1]])).logits[0]
+            mask = torch.tensor(counted[1:])
+            total += F.cross_entropy(logits[mask], torch.tensor(ids[1:])[mask], reduction="sum").item()
+            targets += int(mask.sum())
+    assert task_name == "lm" or f"valid: 18 conversations, {targets} answer tokens, in" in rows["loss"]["protocol"]
+    assert rows["loss"]["n"] == targets and abs(rows["loss"]["value"] - total / targets) <= 1e-5
+    assert abs(rows["perplexity"]["value"] / math.exp(total / targets) - 1) <= 1e-4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_export_writes_conversations_as_it_was_taught(runs, folders, arch):
+    words, chat = AutoTokenizer.from_pretrained(runs / f"sft_{arch}/baseline/hf"), chats(3, 5)[2]
+    template = CHATML if arch == "tiny_llama" else samples.DEFAULT_TEMPLATE
+    theirs = AutoTokenizer.from_pretrained(folders[arch]).apply_chat_template(chat, chat_template=template, return_dict=False)
+    assert words.apply_chat_template(chat, return_dict=False) == theirs
+    assert words.convert_tokens_to_ids(END[arch]) in theirs
+
+
+@pytest.mark.parametrize(("kind", "layout"), [row for row in FOLLOW if row[0].startswith("lora")])
+def test_the_adapter_is_pefts_and_merged_it_is_the_export(runs, folders, kind, layout):
+    out, arch = runs / kind / layout, kind.partition("_")[2]
+    saved = load_file(out / "adapter/adapter_model.safetensors")
+    checkpoints = sorted(p.name for p in (out / "best").iterdir())
+    files = list((out / "best" / checkpoints[-1]).glob("*.safetensors"))
+    assert len(saved) == len(files) and all(".lora_" in file.name for file in files)
+    base = AutoModelForCausalLM.from_pretrained(folders[arch], dtype=torch.float32)
+    ids = torch.arange(90)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        net = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
+        with_adapter = net(ids).logits
+        merged = net.merge_and_unload()(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(out / "hf").eval()(ids).logits
+    assert (with_adapter - before).abs().max() > 1e-2
+    assert (ours - with_adapter).abs().max() <= 1e-5 and (ours - merged).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("which", ["baseline", "tp2_sp", "lora_zero1", "lora_zero3"])
+def test_two_halves_are_one_run_bit_for_bit(runs, which):
+    kind, layout = ("lora_", which[5:]) if which.startswith("lora_") else ("", which)
+    whole, halves = runs / f"{kind}whole" / layout, runs / f"{kind}halves" / layout
+    first, second = losses(whole), losses(halves)
+    assert len(first) == 8 and all(first[s][key] == second[s][key] for s in first for key in ("loss", "grad_norm", "lr"))
+    files = sorted(p.name for p in (whole / "step_8").glob("*.safetensors"))
+    assert files and (whole / "step_8").is_dir()
+    for file in files:
+        a, b = load_file(whole / "step_8" / file), load_file(halves / "step_8" / file)
+        assert all(a[part].equal(b[part]) for part in a), file
+
+
+def test_a_run_that_gets_worse_ends_early_and_stays_ended(runs):
+    found = {step: line["valid_loss"] for step, line in valids(runs / "patient").items()}
+    best = min(found, key=found.get)
+    assert max(losses(runs / "patient")) == max(found) == best + 2 < 20
+    assert json.loads((runs / "patient/hf/twinstack.json").read_text())["step"] == best
+
+
+def test_a_run_moves_from_stack_to_stack(runs, reference):
+    loss, norm = farthest(runs / "moved", reference["sft_tiny"])
+    assert loss <= LOSS and norm <= NORM
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "how are you"}, {"role": "assistant", "content": " fine"},
+    {"role": "user", "content": "and now"}, {"role": "assistant", "content": "so so \n"},
+]  # fmt: skip
+# what each part of the text is: the assistant's or not, written out by hand
+PARTS = [
+    ("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhow are you<|im_end|>\n<|im_start|>assistant\n", False),
+    (" fine<|im_end|>", True),
+    ("\n<|im_start|>user\nand now<|im_end|>\n<|im_start|>assistant\n", False),
+    ("so so \n<|im_end|>", True),
+    ("\n", False),
+]
+MARKED = (  # the same by {% generation %} marks
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_answers_count_and_nothing_else(folders, template):
+    loaded = tokenizer.load(folders["tiny_llama"])
+    loaded.config["chat_template"] = template
+    [(ids, counted)] = samples.Template(loaded, "here").encode([CHAT], ["line 1"])
+    words = AutoTokenizer.from_pretrained(folders["tiny_llama"])
+    expected = [(i, mine) for text, mine in PARTS for i in words(text, add_special_tokens=False)["input_ids"]]
+    assert list(zip(ids.tolist(), counted.tolist(), strict=True)) == expected
+    assert words.decode(ids[counted]) == " fine<|im_end|>so so \n<|im_end|>"
+
+
+def test_the_default_template(folders):
+    loaded = tokenizer.load(folders["tiny"])
+    template = samples.Template(loaded, "here")
+    [(ids, counted)] = template.encode([CHAT[1:3]], ["line 1"])
+    assert loaded.decode(ids) == "### user\nhow are you\n### assistant\n fine<|endoftext|>\n"
+    assert loaded.decode(ids[counted]) == " fine<|endoftext|>"
+
+
+def test_a_template_that_rewrites_is_refused(folders):
+    loaded = tokenizer.load(folders["tiny_llama"])
+    loaded.config["chat_template"] = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
+    with pytest.raises(BadInput, match="line 1: the chat template of here rewrites what it wrote of earlier messages"):
+        samples.Template(loaded, "here").encode([CHAT], ["line 1"])
+
+
+def stream(configs, kind: str, arch: str, overrides: Sequence[str] = (), shuffle: bool = True) -> samples.Packed:
+    cfg = config.load(configs[kind, arch], overrides, finetune.Config)
+    return finetune.stream(cfg, "train", shuffle)
+
+
+def test_a_conversation_does_not_see_its_neighbours(configs, folders):
+    """Losses of each token, packed and alone; and packed without the bounds they differ."""
+    net = AutoModelForCausalLM.from_pretrained(folders["tiny"]).eval()
+    packed = stream(configs, "sft", "tiny")
+    busiest = max(range(len(packed)), key=lambda i: len(packed.pieces[i]))
+    assert len(packed.pieces[busiest]) >= 3
+    packed.shuffle = False
+
+    def of(rows: dict) -> torch.Tensor:
+        made = task.batch(rows, "cpu")
+        with torch.no_grad():
+            return F.cross_entropy(net(**task.inputs(made)).logits[0], made["targets"][0], reduction="none")
+
+    rows = packed.rows([busiest])
+    together, at = of(rows), 0
+    blind = of({name: values for name, values in rows.items() if name not in ("segment", "position")})
+    for begin, end in packed.pieces[busiest]:
+        ids = torch.from_numpy(packed.ids[begin:end].astype(np.int64))[None]
+        with torch.no_grad():
+            alone = F.cross_entropy(net(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
+        here = slice(at, at + len(alone))
+        assert (together[here] - alone).abs().max() <= 2e-6
+        assert at == 0 or (blind[here] - alone).abs().max() > 1e-3
+        at += end - begin
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_best_fit_puts_each_once_and_overfills_none(lengths: list[int]):
+    groups = samples.best_fit(lengths, 40)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in group) for group in groups]
+    assert max(filled) <= 40
+    assert all(a + b > 40 for k, a in enumerate(filled) for b in filled[k + 1 :])  # no two could have been one
+
+
+def test_an_epoch_has_each_conversation_once(configs):
+    packed = stream(configs, "sft", "tiny_llama")
+    every = sorted(tuple(packed.ids[b:e].tolist()) for row in packed.pieces for b, e in row)
+    assert len(packed.pieces) < len(every) - 10
+    for epoch in (0, 3):
+        found, targets = [], 0
+        for number in range(epoch * len(packed), (epoch + 1) * len(packed)):
+            rows, pieces = packed.rows([number]), packed.pieces[packed.locate([number])[0]]
+            mine = [packed.ids[b:e] for b, e in pieces]
+            total = sum(map(len, mine))
+            assert rows["tokens"][0, :total].tolist() == np.concatenate(mine).tolist()
+            places = np.concatenate([np.arange(len(ids)) for ids in mine])[:SEQ]
+            assert rows["position"][0, : len(places)].tolist() == places.tolist()
+            assert rows["lengths"][0] == min(total, SEQ) and not rows["loss_mask"][0, total - 1 :].any()
+            found += [tuple(ids.tolist()) for ids in mine]
+            targets += int(rows["loss_mask"].sum())
+        assert sorted(found) == every and targets == packed.counted.sum()
+    order = [packed.locate(range(e * len(packed), (e + 1) * len(packed))).tolist() for e in (0, 1)]
+    assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
+
+
+def test_windows_predict_each_token_once(configs):
+    for more in ([], ["data.reset_attention=true"]):
+        packed = stream(configs, "lm", "tiny", more)
+        packed.shuffle = False
+        rows = packed.rows(range(len(packed)))
+        predicted = np.concatenate([t[1:][m] for t, m in zip(rows["tokens"], rows["loss_mask"], strict=True)])
+        assert predicted.tolist() == packed.ids[1:].tolist()
+        if more:
+            ends = rows["tokens"][:, :-1] == 0  # <|endoftext|> of the test corpus
+            inside = np.arange(SEQ) < rows["lengths"][:, None] - 1
+            after = (ends & inside)[:, :-1]
+            assert after.any() and (rows["position"][:, 1:][after] == 0).all()
+            assert (np.diff(rows["segment"], axis=1)[:, : SEQ - 1][after] == 1).all()
+
+
+def test_a_dev_set_is_drawn_where_there_is_none(configs, data, tmp_path):
+    (tmp_path / "train.jsonl").write_text((data / "sft/train.jsonl").read_text())
+    more = [f"task.data={tmp_path}", "data.pack=false"]
+    train, valid = stream(configs, "sft", "tiny", more), stream(configs, "sft", "tiny", more, shuffle=False)
+    whole = stream(configs, "sft", "tiny", ["data.pack=false"])
+    assert (len(train), len(valid)) == (67, 4)
+    parts = [sorted(tuple(p.ids[b:e].tolist()) for row in p.pieces for b, e in row) for p in (train, valid, whole)]
+    assert sorted(parts[0] + parts[1]) == parts[2]
+    note = f"task.data has no 'valid': 4 of 71 of train, drawn by seed {samples.VALID_SEED}, are it"
+    assert note in train.notes
+
+
+def test_a_dataset_of_the_hub(configs, monkeypatch):
+    """Its splits by name, a configuration behind a colon; without network one line says so."""
+    rows = [{"messages": chat} for chat in chats(5, 6)]
+    asked = []
+
+    def load_dataset(name: str, part: str | None, split: str) -> list[dict]:
+        asked.append((name, part, split))
+        return rows
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, part: ["train", "validation", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = [stream(configs, "sft", "tiny", ["task.data=someone/chats:short"], shuffle) for shuffle in (True, False)]
+    assert asked == [("someone/chats", "short", "train"), ("someone/chats", "short", "validation")]
+    assert all(sum(len(row) for row in packed.pieces) == 5 for packed in made)
+
+    def no_network(name: str, part: str | None) -> list[str]:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", no_network)
+    with pytest.raises(BadInput, match="task.data=someone/chats: no such folder, and not to be had from the hub: no route"):
+        stream(configs, "sft", "tiny", ["task.data=someone/chats"])
+
+
+def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
+    lines = [json.dumps({"prompt": "value " * n, "response": r}) for n, r in ((2, "list"), (2, "list " * 90), (90, "list"))]
+    lines.append(json.dumps({"prompt": "is it <|endoftext|>", "response": "yes"}))
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    made = stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
+    told = "\n".join(made.notes)
+    assert "1 of 4 conversations are longer than data.seq_len=96 and are cut there" in told
+    assert "1 of 4 conversations are left out: no answer begins within data.seq_len=96" in told
+    assert "1 of 4 conversations are left out: a message spells a special token" in told
+    assert sum(len(row) for row in made.pieces) == 2
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+GOOD = '{"prompt": "a", "response": "b"}'
+DAMAGED = {
+    "json": ('{"messages": [', "train.jsonl:2: is not JSON"),
+    "keys": ('{"question": "a"}', "train.jsonl:2: has neither `messages` nor `prompt` and `response`"),
+    "role": ('{"messages": [{"role": "bot", "content": "a"}]}',
+             "train.jsonl:2: message 0 has role 'bot'; a role is one of system, user, assistant"),
+    "content": ('{"messages": [{"role": "assistant", "content": null}]}',
+                "train.jsonl:2: message 0 (assistant) has content null; it must be a text"),
+    "no_answer": ('{"messages": [{"role": "user", "content": "a"}]}', "train.jsonl:2: has no assistant message"),
+    "none": ('{"messages": []}', "train.jsonl:2: `messages` must be a list of messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_lines_that_are_no_conversations(name, configs, tmp_path):
+    line, told = DAMAGED[name]
+    (tmp_path / "train.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(BadInput, match=re.escape(told)):
+        stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
+
+
+def test_an_empty_file_and_one_too_long(configs, tmp_path):
+    long = json.dumps({"prompt": "a " * 200, "response": "b"})
+    for text, told in (("\n", "train.jsonl: is empty"), (long, "no conversation is left")):
+        for name in ("train", "valid"):
+            (tmp_path / f"{name}.jsonl").write_text(text)
+        with pytest.raises(BadInput, match=told):
+            stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
+
+
+REFUSED = [
+    (["task.name=chat"], "task.name=\"chat\": should be 'lm' or 'sft'"),
+    (["task.data=nowhere"], "task.data=nowhere: no such folder; give one with train.jsonl, or a dataset of the hub"),
+    (["task.data=recipes"], "task.data=recipes: has no 'train'; it has nothing to read; give data.train"),
+    (["data.seq_len=4096"], "model.positions=96 is below data.seq_len=4096"),
+    (["model.layers=3"], "has n_layer=4, the model gives 3"),
+    (["init.from=scratch", "model={layers: 4, hidden: 64, heads: 4}"], "data.tokenizer: is missing"),
+    (["init.from=nowhere", "model={layers: 4, hidden: 64, heads: 4}"], "init.from=nowhere: no config.json there"),
+    (["lora={rank: 4}"], "lora on megatron: Megatron Core fuses query, key and value"),
+    (["lora={targets: [q_proj]}"], "lora.targets: the model has no linear layer 'q_proj'; it has c_attn, c_proj, c_fc"),
+    (["lora={rnk: 4}"], "lora.rnk: unknown key; did you mean 'rank'?"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row[0][0] for row in REFUSED])
+def test_what_is_refused(row, configs, tmp_path):
+    words, told = row
+    script = str(ROOT / "recipes/gpt/megatron/finetune.sh")
+    command = ["bash", script, str(configs["sft", "tiny"]), str(tmp_path / "out"), *words]
+    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
+    assert told in done.stderr, done.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).write_bytes((folders["tiny"] / file).read_bytes())
+    with pytest.raises(BadInput, match="no tokenizer there; give a folder with tokenizer.json"):
+        stream(configs, "sft", "tiny", [f"init.from={folder}"])
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_read_as_their_siblings():
+    for stack in ("baseline", "deepspeed", "megatron"):
+        folder = ROOT / "recipes/gpt" / stack
+        scripts = [(folder / f"{kind}.py").read_text() for kind in ("pretrain", "finetune")]
+        banners = [re.findall(r"^    # ---- (\w+)$", text, re.M) for text in scripts]
+        assert banners[0] == banners[1] and len(banners[0]) == 8
+        assert (folder / "finetune.sh").read_text() == (folder / "pretrain.sh").read_text().replace("pretrain", "finetune")
+
+
+def test_conversations_of_the_library(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.python_chat", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {name: samples.read("sft", "-", tmp_path, "train", "valid", name == "train") for name in ("train", "valid")}
+    assert len(found["train"].documents) > 2000 and not found["train"].notes
+    assert len(found["valid"].documents) == -(-(len(found["train"].documents) + len(found["valid"].documents)) // 20)
+    chats = [chat for one in found.values() for chat in one.documents]
+    asked = {chat[0]["content"]: chat[1]["content"] for chat in chats}
+    assert asked["What does textwrap.wrap do?"].startswith("Wrap a single paragraph of text")
