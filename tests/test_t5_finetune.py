@@ -279,11 +279,13 @@ def test_inputs_and_targets_are_t5s(tmp_path):
             (folder / path).write_text(content)
         found = text.read(name, folder, "train")
         assert list(zip(found.inputs, found.targets, strict=True)) == expected[name]
-    paragraph = {"context": "c c", "qas": [{"question": "q?", "answers": [{"text": "c"}, {"text": "c c"}]}]}
-    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    known = [{"text": "c", "answer_start": 0}, {"text": "c c", "answer_start": 0}]
+    paragraph = {"context": "c c", "qas": [{"id": "1", "question": "q?", "answers": known}]}
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     found = text.read("squad", tmp_path, "dev")
     assert found.inputs == ["question: q? context: c c"] and found.targets == ["c"] and found.references == [["c", "c c"]]
-    assert text.scores("squad", ["c c"], found)[0][:2] == ("exact_match", 100.0)
+    assert [score[:2] for score in text.scores("squad", ["the c c"], found)] == [("f1", 100.0), ("exact_match", 100.0)]
 
 
 def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):

@@ -14,4 +14,4 @@ def rows(name: str, repository: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # no network, no access: each has a class of its own there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{name}: {repository} cannot be had: {reason}; give a local copy: task.data=DIR (evaluate: --data DIR)") from None
+        raise BadInput(f"{name}: {repository} cannot be had: {reason}; give a local copy (task.data=DIR, --data DIR)") from None
