@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 
 from common import config, init, tokenizer
+from common import ranks as processes
 from common.errors import BadInput
 from common.evaluation import glue, text
 from recipes.t5 import finetune, task
@@ -108,7 +109,8 @@ def runs(drive, configs, tmp_path_factory) -> Path:
         shared = [*more, "model.dropout=0.1", "optim.decay_steps=8", "train.eval_every=4", "task.split=dev"]
         cases.append(one(stack, translation, out / "whole" / layout, [*shared, "train.steps=8"]))
         cases += [one(stack, translation, out / "halves" / layout, [*shared, f"train.steps={n}"]) for n in (4, 8)]
-    cases += [one("baseline", translation, out / "patient", ["task.patience=1", "optim.lr=1e-12", "train.steps=40"])] * 2
+    patient = ["task.patience=1", "optim.lr=1e-12", "train.steps=40"]
+    cases += [one("baseline", translation, out / "patient", [*patient, *more]) for more in ([], [], ["task.beams=1"])]
     cases += [one("baseline", translation, out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
               one("megatron", translation, out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
     by_layout = sorted(RUNS, key=lambda run: [*LAYOUTS].index(run[1]))
@@ -204,6 +206,17 @@ def test_a_run_without_progress_ends_early_and_stays_ended(runs):
     out = runs / "patient"
     assert max(losses(out)) == 10 and sorted(valids(out)) == [5, 10]
     assert json.loads((out / "hf/twinstack.json").read_text())["step"] == 5
+    # and is scored anew where it is asked for another search
+    assert all("step 5, the best by dev loss, beam 1" in row["protocol"] for row in rows_of(out).values())
+
+
+def test_a_signal_ends_the_writing_too(monkeypatch):
+    tell = finetune.progress(100, 10, 7, processes.Ranks(0, 1, torch.device("cpu")))
+    tell(0)
+    monkeypatch.setattr(processes, "_signal", 15)
+    with pytest.raises(processes.Stopped, match="stopped after step 7, state saved") as stopped:
+        tell(1)
+    assert stopped.value.code == 143
 
 
 def test_a_run_moves_from_stack_to_stack(runs, reference):
@@ -296,6 +309,26 @@ def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):
     found = text.read("cnn_dm", tmp_path, "dev", source="document", target="summary")
     assert (found.inputs, found.targets) == (['summarize: a, "b"\nc'], ["d"])
     assert text.read("xsum", tmp_path, "dev").inputs == found.inputs
+
+
+def test_the_hubs_columns_are_read(monkeypatch):
+    import datasets
+
+    pairs = datasets.Dataset.from_list([{"translation": {"de": a, "en": b}} for a, b in (("eins", "one"), ("zwei", "two"))])
+    answers = {"text": ["a", "b"], "answer_start": [0, 0]}
+    asked = datasets.Dataset.from_list([{"question": "q?", "context": "c", "answers": answers}])
+    told = []
+
+    def load(*where: str, split: str) -> datasets.Dataset:
+        told.append((*where, split))
+        return asked if "squad" in where[0] else pairs
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = text.read("wmt14-de-en", None, "dev")
+    assert found.inputs == ["translate German to English: eins", "translate German to English: zwei"]
+    assert found.targets == ["one", "two"]
+    assert text.read("squad", None, "train").references == [["a", "b"]]
+    assert told == [("wmt/wmt14", "de-en", "validation"), ("rajpurkar/squad", None, "train")]
 
 
 def test_multi30k_is_as_large_as_published(source: Path):
