@@ -75,6 +75,7 @@ class Examples(NamedTuple):
     references: list[list[str]]
     hash: str  # of what was read
     labels: np.ndarray | None = None
+    sizes: tuple[int, ...] = ()  # of the sets that are read together: MNLI's two
     notes: tuple[str, ...] = ()
 
 
@@ -198,7 +199,8 @@ def _glue(name: str, folder: Path | None, split: str) -> Examples:
     ]
     words = WORDS[name]
     targets = [words[int(y)] if words else f"{np.round(y * 5) / 5:.1f}" for y in found.labels]
-    return Examples(inputs, targets, [[t] for t in targets], found.hash, found.labels, (found.note,) if found.note else ())
+    notes = (found.note,) if found.note else ()
+    return Examples(inputs, targets, [[t] for t in targets], found.hash, found.labels, tuple(found.sizes), notes)
 
 
 def _squad(folder: Path | None, split: str) -> Examples:
@@ -293,7 +295,7 @@ def _number(text: str) -> float:
 def scores(name: str, predictions: Sequence[str], examples: Examples) -> list[Score]:
     """All of a task's. GLUE's are from 0 to 1, the others percentages, as each is published."""
     if examples.labels is not None:
-        found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels)
+        found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels, examples.sizes)
         unknown = sum(text.strip() not in WORDS[name] for text in predictions) if WORDS[name] else 0
         return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in found.items()]
     kinds = PAIRS[name].scores if name in PAIRS else ("answers",)

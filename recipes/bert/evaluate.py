@@ -60,8 +60,10 @@ def predict(
         tell(number)
         rows = examples.rows(ordered[number * batch : (number + 1) * batch])
         given = finetune.batch(rows, ranks.device)
+        mask = given["attention_mask"].long()  # (B, T), as plain transformers takes it
         with torch.no_grad():
-            said = does.predictions(finetune.logits_of(net(**finetune.inputs(given))).float(), given)
+            output = net(given["tokens"], token_type_ids=given["token_types"], attention_mask=mask)
+        said = does.predictions(finetune.logits_of(output).float(), given)
         found[rows["places"], : said.shape[1]] = said.double()
     if ranks.world > 1:
         dist.all_reduce(found)  # each value and zeros: exact
