@@ -291,7 +291,7 @@ REFUSED = [
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
-    ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside task.question_len=44; give"),
+    ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
     ("task={name: ner, data: recipes}", "task.tags: is missing; give the tags of ner"),
 ]
 
