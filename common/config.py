@@ -270,6 +270,10 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C])
     if values.get("phases") is None:
         values.pop("phases", None)
     values = {k: ({} if v is None else v) for k, v in values.items()}  # an empty section holds its defaults
+    if "task" in values and "task" not in schema.model_fields:
+        raise BadInput(f"{path}: is a config of finetuning (it has a task); type finetune.sh in place of pretrain.sh")
+    if "task" in schema.model_fields and "task" not in values:
+        raise BadInput(f"{path}: has no task; give task.name=NAME, or type pretrain.sh in place of finetune.sh")
     try:
         cfg = schema.model_validate(values)
     except ValidationError as error:

@@ -266,7 +266,7 @@ def test_config_files_that_are_fine(content: bytes, place: Path, attempt: Try) -
 def test_no_such_config_lists_what_there_is(place: Path, attempt: Try) -> None:
     refused(place, lambda: attempt(config="tinny.yaml"), "tinny.yaml: no such config; did you mean tiny.yaml? . has: tiny")
     (line,) = refused(place, lambda: attempt(config="no/where/tiny.yaml"), "no/where/tiny.yaml: no such config; did you")
-    assert "recipes/gpt/configs has: gpt2_124m.yaml" in line
+    assert "recipes/gpt/configs has: finetune_cpu.yaml" in line
     refused(place, lambda: attempt(config=place), f"{place}: is a folder, not a config; {place} has: tiny.yaml")
     refused(place, lambda: attempt(config="x" * 300), "cannot be read: File name too long")
     refused(place, lambda: attempt(config=""), "CONFIG is empty")

@@ -308,6 +308,16 @@ def test_what_is_refused(row: tuple[str, ...], configs, tmp_path: Path):
     assert all(words in done.stderr for words in told), done.stderr
 
 
+def test_each_script_names_the_other_for_the_others_configs(configs, tmp_path: Path):
+    for script, path, told in (
+        ("pretrain", str(configs["rte"]), "is a config of finetuning (it has a task); type finetune.sh"),
+        ("finetune", "recipes/bert/configs/tiny.yaml", "has no task; give task.name=NAME, or type pretrain.sh in place of"),
+    ):
+        command = ["bash", f"recipes/bert/baseline/{script}.sh", path, str(tmp_path / "out"), "--dry-run"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Path):
     folder = tmp_path / "hf"
     folder.mkdir()
