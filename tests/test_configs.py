@@ -411,4 +411,6 @@ def test_finetuning_configs_load_and_divide(name: str, bases: dict[str, Path]) -
             assert any(told in str(error) for told in ("lora on megatron", "optim.optimizer=adafactor on megatron")), error
     an_epoch, epochs = re.search(r"([\d,]+) steps an epoch", text), re.search(r"# (\d+) epochs?$", text, re.M)
     if an_epoch and epochs:
-        assert cfg.train.steps == int(an_epoch[1].replace(",", "")) * int(epochs[1])
+        whole = int(epochs[1])
+        # steps an epoch are rounded: of many epochs the parts add up
+        assert abs(cfg.train.steps - int(an_epoch[1].replace(",", "")) * whole) <= whole
