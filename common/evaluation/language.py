@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import BadInput
+from common.loss import cross_entropy
 from common.ranks import Ranks
 
 WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
@@ -143,14 +144,13 @@ def shared_out(
 def window_losses(net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any) -> list[float]:
     """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32."""
     import torch
-    import torch.nn.functional as F
 
     inputs = torch.from_numpy(padded([tokens[w.start : w.start + w.length] for w in windows])).to(device)  # (B, T)
     targets = torch.from_numpy(padded([tokens[w.start + 1 : w.start + w.length + 1] for w in windows])).to(device)
     first = min(w.first for w in windows)
     with torch.no_grad():
         logits = net(input_ids=inputs).logits[:, first:].float()  # (B, T - first, V)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten(), reduction="none").view(len(windows), -1)
+    losses = cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten()).view(len(windows), -1)
     return [row[w.first - first : w.length - first].double().sum().item() for row, w in zip(losses, windows, strict=True)]
 
 

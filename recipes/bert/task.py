@@ -18,6 +18,7 @@ from pydantic import Field
 from common import batches, config
 from common.config import Positive, Section, Share
 from common.errors import BadInput
+from common.loss import cross_entropy
 
 from . import samples
 
@@ -236,10 +237,9 @@ def sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.T
     """Logits (N, V) of the masked positions and (B, 2) of the pairs -> (2, P): summed cross entropies in fp32, and how many
     targets have the highest logit."""
     import torch
-    import torch.nn.functional as F
 
     labels = batch["labels"]
-    loss, right = F.cross_entropy(mlm.float(), labels, reduction="sum"), (mlm.argmax(-1) == labels).sum()
+    loss, right = cross_entropy(mlm.float(), labels).sum(), (mlm.argmax(-1) == labels).sum()
     found = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
     return found if "pair_label" not in batch else torch.cat([found, pair_sums(pairs, batch)[:, None]], 1)
 

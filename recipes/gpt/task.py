@@ -16,6 +16,7 @@ from pydantic import Field
 from common import config
 from common.config import Positive, Section, Share
 from common.corpus import Stream
+from common.loss import cross_entropy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -231,9 +232,7 @@ def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[t
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     """Cross entropy in fp32, summed over the targets that count. logits (B, T, V) -> scalar."""
-    import torch.nn.functional as F
-
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")  # (B x T,)
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x T,)
     return (losses * loss_mask.flatten()).sum()
 
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from common import batches, config
 from common.config import Positive, Section, Share
 from common.errors import BadInput
+from common.loss import cross_entropy
 
 from . import samples
 
@@ -259,9 +260,7 @@ def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[t
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     """Cross entropy in fp32, summed over the targets that count. logits (B, S, V) -> scalar."""
-    import torch.nn.functional as F
-
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")  # (B x S,)
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x S,)
     return (losses * loss_mask.flatten()).sum()
 
 
