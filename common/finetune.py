@@ -19,7 +19,7 @@ from common.config import Section
 from common.corpus import write_json
 from common.errors import BadInput
 from common.ranks import Ranks
-from common.run import Run, find
+from common.run import Run, data_notes, find
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
         (folder / name).write_text(text, encoding="utf-8")
     size, used = len(run.valid), dev_size(run)
     part = "" if used == size else f", the first {used:,} of {size:,}"
-    notes = "".join(f"; {note}" for note in run.notes)
+    notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
     rows = [{"task": run.cfg.task.name, "metric": name, "value": v, "n": n, "protocol": how} for name, v in values.items()]
     write_json(run.out / "eval.json", rows)

@@ -74,6 +74,11 @@ class Run(NamedTuple):
         raise AssertionError("the last phase has every later step")
 
 
+def data_notes(*streams: Samples | None) -> list[str]:
+    """What a user should know of the data: each note once, though train and dev were drawn from one file."""
+    return list(dict.fromkeys(note for stream in streams for note in getattr(stream, "notes", ())))
+
+
 def prepare(
     config_path: str, out: str, overrides: Sequence[str], stack: str, task: ModuleType, world: int, dry_run: bool = False
 ) -> Run:
@@ -87,7 +92,7 @@ def prepare(
     train, valid, data_problems, missing = _streams(config.at_step(cfg, done), task)
     folder, known = _tokenizer(cfg, train, valid, data_problems)
     notes = list(missing) if dry_run else []
-    notes += [note for stream in (train, valid) for note in getattr(stream, "notes", ())]
+    notes += data_notes(train, valid)
     problems += data_problems + ([] if dry_run else missing)
     if isinstance(folder, Path) and not folder.is_dir():
         notes.append(f"{folder}, the corpus's tokenizer, is not there: the export will hold none")
