@@ -15,17 +15,19 @@ STACKS = ("baseline", "deepspeed", "megatron")
 BANNERS = ["config", "ranks", "model", "optimizer", "data", "resume", "loop", "export"]
 
 
+@pytest.mark.parametrize("script", ("pretrain", "finetune"))
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pretrain_scripts_have_the_same_banners(family, stack):
-    text = (ROOT / "recipes" / family / stack / "pretrain.py").read_text(encoding="utf-8")
+def test_scripts_have_the_same_banners(family, stack, script):
+    text = (ROOT / "recipes" / family / stack / f"{script}.py").read_text(encoding="utf-8")
     assert re.findall(r"^    # ---- (\w+)$", text, re.M) == BANNERS
     assert len(text.splitlines()) < 260
 
 
+@pytest.mark.parametrize("script", ("pretrain", "finetune"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_launch_scripts_are_one_text(family):
-    scripts = {stack: (ROOT / "recipes" / family / stack / "pretrain.sh").read_text() for stack in STACKS}
+def test_launch_scripts_are_one_text(family, script):
+    scripts = {stack: (ROOT / "recipes" / family / stack / f"{script}.sh").read_text() for stack in STACKS}
     assert len({text.replace(f"/{stack}/", "/STACK/") for stack, text in scripts.items()}) == 1
 
 
