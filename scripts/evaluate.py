@@ -11,7 +11,8 @@ OUT/predictions/. --limit takes the first N windows, passages or inputs, and the
 An encoder-decoder model writes translations and summaries by beam search (multi30k-en-de, cnn_dm, ...; their files:
 common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are for these.
 
-A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task).
+A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task), or
+with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions holds what is sent in.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     p.add_argument("--seq-len", metavar="N", type=int, help="of a window (default: 1024, or the model's positions if fewer)")
     p.add_argument("--limit", metavar="N", type=int, help="the first N windows or passages alone")
-    p.add_argument("--split", choices=("dev", "test"), default="test", help="of the task's inputs (default: %(default)s)")
+    p.add_argument("--split", choices=("dev", "test"), help="of the task's inputs (default: test; of a BERT's head dev)")
     p.add_argument("--prefix", metavar="TEXT", help="goes before every input (default: T5's for the task)")
     p.add_argument("--beams", metavar="N", type=int, default=4, help="default: %(default)s")
     told = "log probabilities are divided by length ^ A (default: %(default)s)"
@@ -171,11 +172,13 @@ def data_of(name: str, args: argparse.Namespace, folder: Path) -> Any:
     examples."""
     given = args.data
     if name in kinds.KIND_OF:
-        cfg = heads.settings(Path(args.model), folder, name, given, args.seq_len)
+        if name in heads.PUBLIC_DEV_ALONE and args.split == "test":
+            raise BadInput(f"{name}: its test set is not public; leave out --split test")
+        cfg = heads.settings(Path(args.model), folder, name, given, args.seq_len, args.split or "dev")
         return cfg, heads.finetune.stream(cfg, cfg.data.valid, shuffle=False)
     if name in text.PAIRS:
         inside = given / name.partition("-")[0] if given else None
-        return text.read(name, inside if inside and inside.is_dir() else given, args.split, args.prefix)
+        return text.read(name, inside if inside and inside.is_dir() else given, args.split or "test", args.prefix)
     task = TASKS[name]
     if name == "text":
         if given is None or not given.is_file():
@@ -321,7 +324,7 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
     if out:
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         (out / f"predictions/{name}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
-    told = f"{how.split}, {search}{limited(len(inputs), whole, 'inputs')}"
+    told = f"{how.split or 'test'}, {search}{limited(len(inputs), whole, 'inputs')}"
     scores = text.scores(name, written, found._replace(references=references))
     return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
 
@@ -330,7 +333,11 @@ def of_head(model: Model, task: tuple[Any, kinds.Kind], out: Path | None) -> lis
     cfg, examples = task
     tell = progress("examples", min(model.limit or len(examples), len(examples)), model)
     said = heads.predict(model.net, cfg, examples, model.batch, model.limit, model.ranks, tell)
-    return heads.scores(cfg, examples, said, out)
+    files = heads.write_predictions(examples, said, out) if out else []
+    if heads.is_unanswered(cfg):
+        print(*(f"written   {file}" for file in files), sep="\n")
+        return []
+    return heads.scores(cfg, examples, said)
 
 
 def limited(done: int, whole: int, what: str) -> str:

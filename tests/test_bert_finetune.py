@@ -291,6 +291,7 @@ REFUSED = [
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
+    ("data.valid=test", "data.valid=test: the best checkpoint is chosen on dev"),
     ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
     ("task={name: ner, data: recipes}", "task.tags: is missing; give the tags of ner"),
 ]
@@ -349,6 +350,19 @@ def test_evaluating_the_run_gives_its_scores(runs, data, name, tmp_path: Path):
             assert (out / "predictions" / file.name).read_text() == file.read_text()
     assert found[0] == {row["metric"]: row["value"] for row in json.loads((run / "eval.json").read_text())}
     assert found[0] == found[-1]
+
+
+def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
+    """GLUE's test set has no answers: a file of predictions, those of the same texts of dev, and no score."""
+    lines = [line.split("\t") for line in (data / "rte/dev.tsv").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "test.tsv").write_text("\n".join("\t".join(line[:-1]) for line in lines) + "\n", encoding="utf-8")
+    run = runs[0] / "rte/baseline"
+    command = [sys.executable, "-m", "scripts.evaluate", str(run), "rte", "--split", "test", "--out", str(tmp_path / "out")]
+    for folder, code, told in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/RTE.tsv")):
+        done = subprocess.run([*command, "--data", str(folder)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and told in done.stdout + done.stderr, done.stderr
+    assert (tmp_path / "out/predictions/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
+    assert json.loads((tmp_path / "out/eval.json").read_text()) == []
 
 
 def test_seeds_have_a_median(configs, tmp_path: Path):

@@ -52,6 +52,10 @@ class Form(NamedTuple):
     columns: tuple[str, ...] | tuple[int, ...]
 
 
+# GLUE's own, whose answers only its server has; all have a header, and columns as the hub names them but for these
+TEST_FILES = {"mnli": ("test_matched.tsv", "test_mismatched.tsv")}  # of the others test.tsv
+TEST_COLUMNS = {"mrpc": ("#1 String", "#2 String"), "mnli": ("sentence1", "sentence2")}
+
 DEV_DRAWN = 408  # MRPC: as many as GLUE's dev set, whose ids (mrpc_dev_ids.tsv) are not part of the corpus
 DRAW_SEED = 1234
 
@@ -81,8 +85,8 @@ FORMS = {
 
 
 class Examples(NamedTuple):
-    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5; sizes: of each file or split that was read; hash:
-    sha256 of what was read."""
+    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5 (of test -1: unknown); sizes: of each file or split
+    that was read; hash: sha256 of what was read."""
 
     texts: list[list[str]]
     labels: np.ndarray
@@ -92,10 +96,27 @@ class Examples(NamedTuple):
 
 
 def read(name: str, folder: Path | None, split: str) -> Examples:
-    """split: 'train' or 'dev'. BadInput for an unknown task, missing files, a label outside the set."""
+    """split: 'train', 'dev' or 'test'. BadInput for an unknown task, missing files, a label outside the set."""
     if name not in TASKS:
         raise BadInput(f"task.name={name}: no such task; there is {', '.join(TASKS)}")
-    return _from_hub(name, split) if folder is None else _from_files(name, folder, split)
+    if folder is None:
+        return _from_hub(name, split)
+    return _test_from_files(name, folder) if split == "test" else _from_files(name, folder, split)
+
+
+def _test_from_files(name: str, folder: Path) -> Examples:
+    paths = [folder / file for file in TEST_FILES.get(name, ("test.tsv",))]
+    if not all(path.is_file() for path in paths):
+        wanted = " and ".join(path.name for path in paths)
+        raise BadInput(f"{folder}: does not hold {wanted}, which GLUE's test set of {name} is read from")
+    columns = TEST_COLUMNS.get(name, TASKS[name].hub_columns)
+    parts = [[row for _, row in _rows(path, columns)] for path in paths]
+    rows = [row for part in parts for row in part]
+    if not rows:
+        raise BadInput(f"{paths[0]}: holds no example")
+    hashed = hashlib.sha256(json.dumps([name, "test", *map(fingerprint, paths)]).encode()).hexdigest()
+    texts = [[row[column] for row in rows] for column in range(len(columns))]
+    return Examples(texts, np.full(len(rows), -1, np.int64), [len(part) for part in parts], hashed)
 
 
 def _from_files(name: str, folder: Path, split: str) -> Examples:
@@ -178,7 +199,8 @@ def _score(text: str, where: str) -> float:
 
 def _from_hub(name: str, split: str) -> Examples:
     task = TASKS[name]
-    parts = [hub.rows(name, HUB, name, s) for s in (("train",) if split == "train" else task.dev)]
+    splits = {"train": ("train",), "dev": task.dev, "test": tuple(s.replace("validation", "test") for s in task.dev)}[split]
+    parts = [hub.rows(name, HUB, name, s) for s in splits]
     texts = [[text for part in parts for text in part[column]] for column in task.hub_columns]
     labels = np.array([label for part in parts for label in part["label"]], np.int64 if task.labels else np.float32)
     hashed = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()

@@ -32,7 +32,7 @@ class Questions(NamedTuple):
 
 
 def read(folder: Path | None, split: str) -> Questions:
-    """split: 'train' or 'dev'. BadInput for what is no such folder, or a question without four answers."""
+    """split: 'train', 'dev' or 'test'. BadInput for what is no such folder, or a question without four answers."""
     found = _from_hub(split) if folder is None else _from_files(folder, split)
     articles, places, questions, options, labels, high = [], [], [], [], [], []
     for where, level, item in found:
@@ -71,7 +71,7 @@ def _from_files(folder: Path, split: str) -> list[tuple[str, str, dict]]:
 def _from_hub(split: str) -> list[tuple[str, str, dict]]:
     made = []
     for level in LEVELS:
-        for row in hub.rows("race", HUB, level, "train" if split == "train" else "validation"):
+        for row in hub.rows("race", HUB, level, hub.SPLITS[split]):
             asked = {f"{key}s" if key != "options" else key: [row[key]] for key in ("question", "options", "answer")}
             made.append((f"{HUB} {row['example_id']}", level, {"article": row["article"], **asked}))
     return made

@@ -1,7 +1,7 @@
 """Token classification: words with a tag each, as CoNLL-2003's files have them (Tjong Kim Sang and De Meulder, 2003): a word
 and its tag a line, the first and the last column; an empty line ends a sentence.
 
-Read from a folder with train.txt and valid.txt (or dev.txt), or from the hub (`tomaarsen/conll2003`).
+Read from a folder with train.txt, valid.txt (or dev.txt) and test.txt, or from the hub (`tomaarsen/conll2003`).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from common.errors import BadInput
 from common.evaluation import hub
 
 HUB = "tomaarsen/conll2003"
-FILES = {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt")}
+FILES = {"train": ("train.txt",), "dev": ("valid.txt", "dev.txt"), "test": ("test.txt",)}
 
 
 class Sentences(NamedTuple):
@@ -23,7 +23,7 @@ class Sentences(NamedTuple):
 
 
 def read(folder: Path | None, split: str) -> Sentences:
-    """split: 'train' or 'dev'. BadInput for missing files, or a line without a tag."""
+    """split: 'train', 'dev' or 'test'. BadInput for missing files, or a line without a tag."""
     words, tags = _from_hub(split) if folder is None else _from_files(folder, split)
     if not words:
         raise BadInput(f"{folder or HUB}: holds no sentence of {split}")
@@ -55,7 +55,7 @@ def _from_files(folder: Path, split: str) -> tuple[list[list[str]], list[list[st
 
 
 def _from_hub(split: str) -> tuple[list[list[str]], list[list[str]]]:
-    found = hub.rows("ner", HUB, None, "train" if split == "train" else "validation")
+    found = hub.rows("ner", HUB, None, hub.SPLITS[split])
     names = found.features["ner_tags"].feature.names
     return [list(row["tokens"]) for row in found], [[names[i] for i in row["ner_tags"]] for row in found]
 

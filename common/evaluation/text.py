@@ -19,8 +19,6 @@ from common.errors import BadInput
 from common.evaluation import glue, hub, squad
 from common.ranks import Ranks
 
-SPLITS = ("train", "dev", "test")
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 DEV = ("val", "valid", "validation", "dev")
 
 
@@ -88,8 +86,8 @@ def read(
     """
     if name not in NAMES:
         raise BadInput(f"{name}: no such task; there is {', '.join(NAMES)}")
-    if split not in SPLITS:
-        raise BadInput(f"{name}: no such split as {split!r}; there is {', '.join(SPLITS)}")
+    if split not in hub.SPLITS:
+        raise BadInput(f"{name}: no such split as {split!r}; there is {', '.join(hub.SPLITS)}")
     if name not in PAIRS:
         if not prefix is source is target is None:
             raise BadInput(f"{name}: its inputs are T5's own; leave out task.prefix, task.source and task.target")
@@ -183,7 +181,7 @@ def _texts(where: str, row: Any, task: Task) -> tuple[str, str]:
 def _from_hub(name: str, task: Task, split: str) -> tuple[list[str], list[str], str]:
     if task.hub is None:
         raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
-    rows = hub.rows(name, *task.hub, HUB_SPLITS[split])
+    rows = hub.rows(name, *task.hub, hub.SPLITS[split])
     pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
     return inputs, targets, _hash(name, split, inputs, targets)

@@ -13,6 +13,7 @@ from common.run import read_object
 
 from . import finetune, kinds
 
+PUBLIC_DEV_ALONE = ("squad", "squad2")
 SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
 
 
@@ -21,7 +22,7 @@ def tasks_of(architecture: str) -> list[str]:
     return [name for name, kind in kinds.KIND_OF.items() if architecture.endswith(kinds.KINDS[kind].export_class)]
 
 
-def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None) -> finetune.Config:
+def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> finetune.Config:
     """The config of the run where `given` is one of this task, else one of the task's defaults."""
     known = config.read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = known.get("task", {}).get("name") == name
@@ -34,7 +35,7 @@ def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: i
     cfg = finetune.Config.model_validate(
         {
             "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
-            "data": {"seq_len": length}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
+            "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
         }
     )  # fmt: skip
     model = cfg.model.resolve(cfg, None)
@@ -70,15 +71,26 @@ def predict(
     return found.cpu().numpy()
 
 
-def scores(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray, out: Path | None) -> list[dict[str, Any]]:
-    """Rows of eval.json; the files of predictions go to out/predictions."""
+def write_predictions(examples: kinds.Kind, predictions: np.ndarray, out: Path) -> list[Path]:
+    """The files of out/predictions."""
+    folder = out / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = examples.files(predictions)
+    for file, text in files.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return [folder / file for file in files]
+
+
+def is_unanswered(cfg: finetune.Config) -> bool:
+    """Are the answers of this split not known?"""
+    return cfg.data.valid == "test" and cfg.model.kind == "text"
+
+
+def scores(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of eval.json."""
     n, whole = len(predictions), len(examples)
     part = "" if n == whole else f", the first {n:,} of {whole:,}"
     notes = "".join(f"; {note}" for note in examples.notes)
     how = f"{cfg.task.name} {cfg.data.valid}{part}, {cfg.data.seq_len} tokens{notes}"
-    if out:
-        (out / "predictions").mkdir(parents=True, exist_ok=True)
-        for file, text in examples.files(predictions).items():
-            (out / "predictions" / file).write_text(text, encoding="utf-8")
     values = examples.metrics(predictions)
     return [{"metric": name, "value": value, "n": examples.scored(n), "protocol": how} for name, value in values.items()]

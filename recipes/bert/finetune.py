@@ -41,6 +41,11 @@ class Model(task.Model):
             return
         if cfg.task.name == "ner" and not cfg.task.tags:
             yield "task.tags: is missing; give the tags of ner, for example task.tags=[O, B-PER, I-PER]"
+        if cfg.data.valid == "test":
+            yield (
+                "data.valid=test: the best checkpoint is chosen on dev; leave it out, and evaluate the finished run by "
+                f"python -m scripts.evaluate OUT {cfg.task.name} --split test"
+            )
         if len(set(cfg.task.tags)) < len(cfg.task.tags):
             yield f"task.tags={config.written(cfg.task.tags)}: a tag is given twice"
         if cfg.task.name in ("squad", "squad2") and cfg.data.seq_len < cfg.task.question_len + 8:
