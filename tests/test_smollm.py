@@ -78,15 +78,14 @@ def evaluated(model: Path, source: Path, out: Path) -> dict[str, float]:
 
 
 def test_weights_come_out_as_they_went_in(folder: Path, runs: dict[str, Path]):
-    """To the bit, and each stack's own forward gives the perplexity of plain transformers within 1e-3, relative. Measured:
-    DeepSpeed 1.8e-7, Megatron 1.5e-5."""
+    """To the bit; and each stack's own forward gives plain transformers' loss, as the laws have it, within 1e-5."""
     before = load_file(folder / "model.safetensors")
     for run in runs.values():
         after = load_file(run / "hf/model.safetensors")
         assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
         loss, _ = heldout.evaluate(run)
         valid = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-        assert abs(math.exp(valid["valid_loss"] - loss) - 1) <= 1e-3
+        assert abs(valid["valid_loss"] - loss) <= 1e-5
 
 
 def test_perplexity_and_answers_are_plain_transformers(folder: Path, runs: dict[str, Path], source: Path, tmp_path: Path):
