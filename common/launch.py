@@ -230,8 +230,8 @@ def interface(address: str) -> str | None:
 def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
     """What the ranks need to know; what the user has set is kept."""
     made = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
-    # On a CPU glibc gives a large tensor's memory back to the kernel and fetches it anew, page by page: 15% of the time of a
-    # small BERT's step. It keeps up to this much instead (man 3 mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
+    # On a CPU glibc gives a large tensor's memory back to the kernel and fetches it anew, page by page: a tenth of the time
+    # of a small BERT's step. It keeps up to this much instead (man 3 mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
     made |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(4 << 30))
     if on.master_addr is not None:
         name = interface(local_address(on.master_addr))
