@@ -324,7 +324,7 @@ def _rules(cfg: Config) -> Iterator[str]:
     yield from cfg.model.problems()
     positions = getattr(cfg.model, "positions", None)
     if positions is not None and positions < cfg.data.seq_len:
-        yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}"
+        yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}; give data.seq_len={positions} or less"
     o = cfg.optim
     if o.lamb.min_coeff > o.lamb.max_coeff:
         yield f"optim.lamb.min_coeff={o.lamb.min_coeff} is above optim.lamb.max_coeff={o.lamb.max_coeff}"

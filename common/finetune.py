@@ -7,7 +7,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from common.config import Section
 from common.corpus import write_json
 from common.errors import BadInput
 from common.ranks import Ranks
-from common.run import Run, data_notes, find
+from common.run import Run, data_notes, find, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +65,10 @@ class Selection:
 SHAPES = {"layers", "hidden", "heads"}
 
 
-def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], own: set[str]) -> Any:
+def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], types: Sequence[str], own: set[str]) -> Any:
     """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
-    says of the model counts more. own: keys of the model that a folder does not decide."""
+    says of the model counts more. types: that config.json may name; own: keys of the model that a folder does not decide.
+    BadInput for a folder of another family, or for none where the config has no shapes."""
     start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
     if not isinstance(start, str) or start == "scratch":
         return values
@@ -75,10 +76,18 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], own:
     if not find(start).exists() and SHAPES <= given.keys():  # a finished run's own config, its beginning no longer there
         return values
     folder = weights_folder(start)
+    stored = read_object(folder / "config.json")
+    if stored is None:
+        if SHAPES <= given.keys():
+            return values  # told by common/run.py with all else
+        wanted = "give a Hugging Face folder, a name on the hub (OWNER/NAME), or OUT of a finished run"
+        raise BadInput(f"init.from={start}: no config.json there that can be read; {wanted}")
+    if stored.get("model_type") not in types:
+        raise BadInput(f"init.from={start}: is a {stored.get('model_type')!r} model; give one of {' or '.join(types)}")
     try:
-        known = model_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
-        return values  # told by common/run.py
+        known = model_of(stored)
+    except KeyError as error:
+        raise BadInput(f"init.from={start}: its config.json does not say {error}; get the folder again") from None
     shapes = known.model_dump(exclude=own)
     return values | {"model": shapes | given, "init": {"from": str(folder)}}
 
@@ -151,7 +160,7 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     size, used = len(run.valid), dev_size(run)
-    part = "" if used == size else f", the first {used:,} of {size:,}"
+    part = "" if used == size else f", the first {used:,} of {size:,} {getattr(run.valid, 'unit', 'examples')}"
     notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
     rows = [{"task": run.cfg.task.name, "metric": name, "value": v, "n": n, "protocol": how} for name, v in values.items()]

@@ -12,7 +12,7 @@ An encoder-decoder model writes translations and summaries by beam search (multi
 common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are for these.
 
 A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task), or
-with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions holds what is sent in.
+with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions/test holds what is sent in.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, text
 from common.ranks import Ranks
-from common.run import read_object
+from common.run import read_object, whole_weights
 from recipes.bert import evaluate as heads
 from recipes.bert import kinds
 
@@ -107,6 +107,8 @@ def main() -> None:
     for name in args.tasks:
         begin = time.perf_counter()
         found = EVALUATE[name](model, texts[name], out if ranks.rank == 0 else None)
+        if args.dtype != "fp32":
+            found = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in found]
         results += [{"task": name, **row} for row in found]
         if ranks.rank == 0:
             for row in found:
@@ -156,6 +158,7 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         problems.append(f"{folder}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
+    problems += whole_weights(folder, str(folder), {})
     if args.data and not args.data.exists():
         problems.append(f"--data {args.data}: no such file or folder")
     if problems:
@@ -333,7 +336,7 @@ def of_head(model: Model, task: tuple[Any, kinds.Kind], out: Path | None) -> lis
     cfg, examples = task
     tell = progress("examples", min(model.limit or len(examples), len(examples)), model)
     said = heads.predict(model.net, cfg, examples, model.batch, model.limit, model.ranks, tell)
-    files = heads.write_predictions(examples, said, out) if out else []
+    files = heads.write_predictions(cfg, examples, said, out) if out else []
     if heads.is_unanswered(cfg):
         print(*(f"written   {file}" for file in files), sep="\n")
         return []

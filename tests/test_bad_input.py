@@ -847,3 +847,19 @@ def test_what_one_rank_alone_sees_is_told_once(place: Path) -> None:
         assert all(said.count(line) == 1 for line in told), said
         if code == 2:
             assert len(said.splitlines()) == len(told), said
+
+
+FINETUNING = {"gpt": ("finetune_sft", "t5"), "bert": ("finetune_rte", "gpt2"), "t5": ("finetune_cnn_dm", "bert")}
+
+
+@pytest.mark.parametrize("family", FINETUNING)
+def test_a_beginning_that_is_none_is_named(family: str, tmp_path: Path):
+    """Not as the shapes of the model that the config leaves to it."""
+    config, other = FINETUNING[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": other}), encoding="utf-8")
+    for start, told in (("nowhere", "no config.json there"), (tmp_path, f"is a {other!r} model; give one of")):
+        command = ["bash", f"recipes/{family}/baseline/finetune.sh", f"recipes/{family}/configs/{config}.yaml"]
+        command += [str(tmp_path / "out"), "--dry-run", f"init.from={start}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and f"error: init.from={start}: {told}" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -269,7 +269,8 @@ BAD = [
     ("label", lambda t: t.replace("\tnot_entailment", "\tmaybe", 1), "label 'maybe' is outside the set of rte: entailment"),
     ("column", lambda t: t.replace("sentence2", "second", 1), "has no column 'sentence2'; it has index, sentence1, second"),
     ("short", lambda t: t + "7\tonly\n", "2 columns, and 4 are needed"),
-    ("empty", lambda t: t.splitlines()[0] + "\n", "holds no example"),
+    ("header", lambda t: t.splitlines()[0] + "\n", "holds no example"),
+    ("empty", lambda t: "", "train.tsv: is empty"),
 ]
 
 
@@ -286,7 +287,7 @@ REFUSED = [
     ("task.name=mrcp", "task.name=\"mrcp\": should be 'cola', 'sst2', 'mrpc'"),
     ("task.data=nowhere", "task.data=nowhere: no such folder; give one with the files of rte, or leave it out for the hub"),
     ("task.data=recipes", "task.data=", "does not hold train.tsv and dev.tsv, which rte is read from"),
-    ("data.seq_len=4096", "model.positions=64 is below data.seq_len=4096"),
+    ("data.seq_len=4096", "model.positions=64 is below data.seq_len=4096; give data.seq_len=64 or less"),
     ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
@@ -358,10 +359,10 @@ def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
     (tmp_path / "test.tsv").write_text("\n".join("\t".join(line[:-1]) for line in lines) + "\n", encoding="utf-8")
     run = runs[0] / "rte/baseline"
     command = [sys.executable, "-m", "scripts.evaluate", str(run), "rte", "--split", "test", "--out", str(tmp_path / "out")]
-    for folder, code, told in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/RTE.tsv")):
+    for folder, code, told in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/test/RTE.tsv")):
         done = subprocess.run([*command, "--data", str(folder)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code and told in done.stdout + done.stderr, done.stderr
-    assert (tmp_path / "out/predictions/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
+    assert (tmp_path / "out/predictions/test/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
     assert json.loads((tmp_path / "out/eval.json").read_text()) == []
 
 

@@ -146,6 +146,30 @@ def test_answers_out_of_place_are_counted_and_left_out(tmp_path: Path):
     assert len(dev.questions) == 4
 
 
+def test_an_empty_answer_leaves_the_others(tmp_path: Path):
+    """It is counted, and takes no other's place; a question of SQuAD 1.1 without an answer is counted too."""
+    made = [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)]
+    for p in made:
+        p["qas"][0]["answers"].insert(0, {"text": "", "answer_start": 0})
+    made += [paragraph(f"a dog {i}", "dog", 2, f"n{i}") for i in range(30)]
+    for p in made[30:]:
+        p["qas"][0]["answers"] = []
+    train = squad.read("squad", squad_file(tmp_path, made), "train")
+    named = [q.id for q in train.questions]
+    assert named == [q for q in named if q.startswith("g")] and all(q.span == (4, 7) for q in train.questions)
+    empty, none = len(named), 54 - len(named)
+    assert f"train: {empty} answers do not stand" in train.notes[1]
+    assert f"train: {none} questions have no answer" in train.notes[2]
+
+
+def test_a_dev_file_alone_is_dev(tmp_path: Path):
+    made = squad_file(tmp_path, [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)])
+    for path in (tmp_path, made.rename(tmp_path / "dev-v1.1.json")):
+        assert len(squad.read("squad", path, "dev").questions) == 30
+        with pytest.raises(BadInput, match="is squad's dev set; give a folder with train-v1.1.json beside it"):
+            squad.read("squad", path, "train")
+
+
 BAD = [
     (lambda d: squad.read("squad", d / "no", "train"), "no such folder or file"),
     (lambda d: squad.read("squad", d, "train"), "does not hold train-v1.1.json and dev-v1.1.json, which squad is read from"),

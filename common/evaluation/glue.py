@@ -120,7 +120,7 @@ def _test_from_files(name: str, folder: Path) -> Examples:
 
 
 def _from_files(name: str, folder: Path, split: str) -> Examples:
-    form = _form(name, folder)
+    form = _form(name, folder, split)
     drawn = not form.dev
     files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
     parts = [_rows(path, form.columns) for path in files]
@@ -142,12 +142,15 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
     return Examples(texts, labels, sizes, hashlib.sha256(json.dumps([name, hashed]).encode()).hexdigest(), note)
 
 
-def _form(name: str, folder: Path) -> Form:
+def _form(name: str, folder: Path, split: str) -> Form:
     if not folder.is_dir():
         raise BadInput(f"task.data={folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
     for form in FORMS[name]:
         if all((folder / file).is_file() for file in form.train + form.dev):
             return form
+    alone = [form for form in FORMS[name] if form.dev and all((folder / file).is_file() for file in form.dev)]
+    if split == "dev" and alone:  # to evaluate on
+        return alone[0]
     wanted = " or ".join(" and ".join(form.train + form.dev) for form in FORMS[name])
     raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
 
@@ -160,10 +163,12 @@ def _rows(path: Path, columns: Sequence[str] | Sequence[int]) -> list[tuple[str,
         raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
     lines = list(csv.reader(io.StringIO(text, newline="\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
     first = 0
+    if not lines:
+        raise BadInput(f"{path}: is empty")
     if isinstance(columns[0], str):
-        missing = [column for column in columns if not lines or column not in lines[0]]
+        missing = [column for column in columns if column not in lines[0]]
         if missing:
-            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0]) if lines else 'none'}")
+            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0])}")
         columns, first = [lines[0].index(column) for column in columns], 1
     found = []
     for number, line in enumerate(lines[first:], first + 1):

@@ -63,33 +63,43 @@ def read(name: str, data: Path | None, split: str) -> Questions:
             chosen = order[:count] if split == "dev" else order[count:]
             paragraphs = [paragraphs[i] for i in np.sort(chosen)]
             notes.append(f"{path.name}: {count} of its {len(order):,} paragraphs are dev, drawn by seed {DRAW_SEED}")
-    found, lost = [], 0
+    found, lost, unanswered = [], 0, 0
     for number, (context, asked) in enumerate(paragraphs):
         for key, text, answers in asked:
-            spans = [(start, start + len(answer)) for answer, start in answers if answer]
-            good = [span for (answer, _), span in zip(answers, spans, strict=False) if context[slice(*span)] == answer]
+            spans = [(answer, start, start + len(answer)) for answer, start in answers]
+            good = [(start, end) for answer, start, end in spans if answer and context[start:end] == answer]
             lost += len(answers) - len(good)
+            unanswered += split == "train" and name == "squad" and not answers
             if split == "dev" or good or (not answers and name == "squad2"):
                 found.append(Question(key, text, number, [answer for answer, _ in answers], good[0] if good else None))
     if lost:
         notes.append(f"{split}: {lost:,} answers do not stand in their context where the file says; not trained on")
+    if unanswered:
+        notes.append(f"{split}: {unanswered:,} questions have no answer; not trained on (task.name=squad2 does)")
     if not found:
         raise BadInput(f"{where}: holds no question with an answer")
     return Questions([c for c, _ in paragraphs], found, hashlib.sha256(f"{name} {split} {content}".encode()).hexdigest(), notes)
 
 
 def _file(name: str, data: Path, split: str) -> tuple[Path, bool]:
-    """The file of a split, and whether the split is to be drawn from it."""
+    """The file of a split, and whether the split is to be drawn from it. A dev file alone is dev, and no train."""
     if data.is_file():
-        return data, True
+        return _single(name, data, split)
     if not data.is_dir():
         raise BadInput(f"task.data={data}: no such folder or file; give one in SQuAD's format, or leave it out for the hub")
     if all((data / file).is_file() for file in FILES[name].values()):
         return data / FILES[name][split], False
     single = sorted(data.glob("*.json"))
     if len(single) == 1:
-        return single[0], True
+        return _single(name, single[0], split)
     raise BadInput(f"task.data={data}: does not hold {' and '.join(FILES[name].values())}, which {name} is read from")
+
+
+def _single(name: str, path: Path, split: str) -> tuple[Path, bool]:
+    is_dev = path.name == FILES[name]["dev"]
+    if is_dev and split == "train":
+        raise BadInput(f"task.data={path}: is {name}'s dev set; give a folder with {FILES[name]['train']} beside it")
+    return path, not is_dev
 
 
 Paragraph = tuple[str, list[tuple[str, str, list[tuple[str, int]]]]]  # context, its questions: id, text, answers: text, start

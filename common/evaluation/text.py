@@ -142,6 +142,8 @@ def _lines(*paths: Path) -> list[list[str]]:
         told = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
         raise BadInput(f"{told}; each line of one must belong to the same line of the other")
     for path, lines in zip(paths, found, strict=True):
+        if lines == [""]:
+            raise BadInput(f"{path}: is empty")
         blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
         if blank:
             raise BadInput(f"{path}:{blank}: the line is blank; each must hold a text")

@@ -1,5 +1,6 @@
 """An export with a head on the dev set of its task, in plain transformers: what scripts/evaluate.py calls for such models."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,12 @@ def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: i
     model = cfg.model.resolve(cfg, None)
     outputs = len(stored.get("id2label") or "12")  # transformers leaves out its default, two
     if outputs != len(model.labels):
-        raise BadInput(f"{folder}: its head has {outputs} outputs, {name} wants {len(model.labels)}")
+        told = f"its head has {outputs} outputs, {name} wants {len(model.labels)}"
+        raise BadInput(f"{folder}: {told}; finetune it on {name} first")
+    named = [label for _, label in sorted((stored.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    if named != model.labels and not all(label.startswith("LABEL_") for label in named):
+        told = f"{', '.join(named)}; they are taken for {name}'s, {', '.join(model.labels)}, in this order"
+        print(f"note: {folder}: its head's labels are {told}", file=sys.stderr)
     return cfg.model_copy(update={"model": model})
 
 
@@ -71,9 +77,11 @@ def predict(
     return found.cpu().numpy()
 
 
-def write_predictions(examples: kinds.Kind, predictions: np.ndarray, out: Path) -> list[Path]:
-    """The files of out/predictions."""
-    folder = out / "predictions"
+def write_predictions(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray, out: Path) -> list[Path]:
+    """The files of out/predictions; of test, and of the first examples alone, those of a folder there: none replaces
+    finetuning's own answers on dev."""
+    part = f"first_{len(predictions)}" if len(predictions) < len(examples) else ""
+    folder = out / "predictions" / ("test" if cfg.data.valid == "test" else "") / part
     folder.mkdir(parents=True, exist_ok=True)
     files = examples.files(predictions)
     for file, text in files.items():
@@ -89,7 +97,7 @@ def is_unanswered(cfg: finetune.Config) -> bool:
 def scores(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray) -> list[dict[str, Any]]:
     """Rows of eval.json."""
     n, whole = len(predictions), len(examples)
-    part = "" if n == whole else f", the first {n:,} of {whole:,}"
+    part = "" if n == whole else f", the first {n:,} of {whole:,} {examples.unit}"
     notes = "".join(f"; {note}" for note in examples.notes)
     how = f"{cfg.task.name} {cfg.data.valid}{part}, {cfg.data.seq_len} tokens{notes}"
     values = examples.metrics(predictions)

@@ -94,7 +94,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, task.model_of, {"pair_head", "dropout", "init_std"})
+        return finetune.with_shapes(values, task.model_of, MODEL_TYPES, {"pair_head", "dropout", "init_std"})
 
 
 def stream(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:

@@ -60,6 +60,7 @@ class Kind(examples.Examples):
     pooled = True
     dropout = True
     sequences = 1  # C
+    unit = "examples"  # what len() counts
 
     def __init__(self, reader: Reader, content_hash: str, largest: int, lengths: np.ndarray, notes: Sequence[str]):
         """lengths: (N,) tokens of each example. largest: token id."""
@@ -349,6 +350,7 @@ class Span(Kind):
     hf_class = export_class = "ForQuestionAnswering"
     parameter = "qa_outputs"
     pooled = dropout = False
+    unit = "windows"
 
     @classmethod
     def open(cls, reader: Reader) -> Span:

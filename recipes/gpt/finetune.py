@@ -96,7 +96,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, model_of, {"dropout", "init_std"})
+        return finetune.with_shapes(values, model_of, MODEL_TYPES, {"dropout", "init_std"})
 
 
 def linear_layers(model: Model) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, task.model_of, {"dropout"})
+        return finetune.with_shapes(values, task.model_of, MODEL_TYPES, {"dropout"})
 
 
 def model_of(config: dict[str, Any]) -> Model:
