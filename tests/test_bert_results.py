@@ -51,3 +51,23 @@ def test_masked_tokens_are_predicted_beyond_their_frequencies(source: Path, tmp_
     assert round(entropy, 2) == 6.1  # nats, as the config's head says
     for stack in STACKS:
         assert validations(stack)[2500]["valid_mlm_loss"] < entropy - MARGIN
+
+
+MINILM = ROOT / "recipes/bert/results/finetune_minilm"
+
+
+def test_real_weights_are_finetuned_on_one_curve():
+    """MRPC from MiniLM's weights, dropout 0, two ranks: baseline, ZeRO 1 and Megatron tp 2."""
+    runs = {stack: losses(MINILM / "first20" / stack) for stack in ("baseline", *STACKS)}
+    for run in runs.values():
+        assert sorted(run) == list(range(1, 21))
+        assert max(abs(run[step]["loss"] - runs["baseline"][step]["loss"]) for step in run) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["mrpc", "stsb"])
+def test_medians_are_nearer_than_seeds(name: str):
+    found = [json.loads((MINILM / name / stack / "seeds.json").read_text(encoding="utf-8")) for stack in STACKS]
+    for one, other in zip(*found, strict=True):
+        assert one["metric"] == other["metric"] and len(one["values"]) == len(other["values"]) == 3
+        spread = min(row["greatest"] - row["least"] for row in (one, other))
+        assert abs(one["median"] - other["median"]) <= spread
