@@ -20,7 +20,7 @@ from test_parity import LOSS, NORM, farthest
 from common import config, init, tokenizer
 from common import ranks as processes
 from common.errors import BadInput
-from common.evaluation import glue, text
+from common.evaluation import glue, hub, text
 from recipes.t5 import finetune, task
 from tests import plain_t5_finetune
 
@@ -332,7 +332,7 @@ def test_the_hubs_columns_are_read(monkeypatch):
 
 def test_multi30k_is_as_large_as_published(source: Path):
     """Elliott et al. (arXiv:1605.00459): 29,000, 1,014 and 1,000."""
-    sizes = {split: len(text.read("multi30k-en-de", source / "multi30k", split).inputs) for split in text.SPLITS}
+    sizes = {split: len(text.read("multi30k-en-de", source / "multi30k", split).inputs) for split in hub.SPLITS}
     assert sizes == {"train": 29_000, "dev": 1_014, "test": 1_000}
     found = text.read("multi30k-de-en", source / "multi30k", "test")
     assert found.inputs[0].startswith("translate German to English: Ein Mann") and found.targets[0].startswith("A man")
