@@ -7,6 +7,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common import batches, export, lora
+from common import ranks as processes
 from common.config import Section
 from common.corpus import write_json
 from common.errors import BadInput
@@ -165,6 +167,23 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
     rows = [{"task": run.cfg.task.name, "metric": name, "value": v, "n": n, "protocol": how} for name, v in values.items()]
     write_json(run.out / "eval.json", rows)
+
+
+def progress(number: int, size: int, step: int, ranks: Ranks) -> Callable[[int], None]:
+    """Of what the export writes, `number` texts in batches of `size`. Called before each batch: rank 0 says every 10 s how far
+    it is; a signal ends the run, whose state is saved."""
+    begin = shown = time.monotonic()
+
+    def tell(done_batches: int) -> None:
+        nonlocal shown
+        if processes.stop_asked():
+            raise processes.stopped(processes.stop_asked(), step)
+        now = time.monotonic()
+        if ranks.rank == 0 and done_batches and now - shown >= 10:
+            done, shown = done_batches * size, now
+            print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
+
+    return tell
 
 
 def finish(run: Run, task: ModuleType, ranks: Ranks) -> None:

@@ -235,7 +235,7 @@ def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known
 
 def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     """Is init.from a Hugging Face folder of this architecture (its config.json says so), with whole weights? Adds to `notes`
-    which heads it lacks."""
+    which heads it lacks, and which of a finetuned model is trained on."""
     if cfg.init.from_ == "scratch":
         return []
     folder = find(cfg.init.from_)
@@ -254,6 +254,7 @@ def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     problems += whole_weights(folder, name, held)
     if hasattr(task, "head_problems"):  # of finetuning
         problems += [f"{name}: {told}" for told in task.head_problems(cfg.model, held)]
+        notes += [f"{name}: {told}" for told in task.head_notes(cfg.model, held) if not problems]
     for head in task.heads(cfg.model):
         if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
             notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")

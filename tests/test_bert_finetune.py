@@ -389,5 +389,9 @@ def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "its head classifier.weight is (1, 64), the task wants (2, 64); give model.new_head=true" in done.stderr
+    told = "classifier.* is trained on; give model.new_head=true to begin it from train.seed"
     done = subprocess.run([*command, "model.new_head=true"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and told not in done.stdout, done.stderr
+    command[-1] = f"init.from={runs[0] / 'rte/baseline'}"  # two classes too
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and told in done.stdout, done.stderr

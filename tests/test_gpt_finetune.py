@@ -33,7 +33,7 @@ ARCHS = ("tiny", "tiny_llama")
 SEQ = 96
 TEXT = """\
 init: {from: FOLDER}
-task: {name: NAME, data: DATA}
+task: {name: NAME, data: DATA, answers: 4, answer_tokens: 8}
 data: {seq_len: 96}
 optim: {lr: 5.0e-4, warmup_steps: 2, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
 train: {steps: 20, global_batch: 8, eval_every: 10, save_every: 10}
@@ -275,6 +275,27 @@ def test_the_export_writes_conversations_as_it_was_taught(runs, folders, arch):
     theirs = AutoTokenizer.from_pretrained(folders[arch]).apply_chat_template(chat, chat_template=template, return_dict=False)
     assert words.apply_chat_template(chat, return_dict=False) == theirs
     assert words.convert_tokens_to_ids(END[arch]) in theirs
+
+
+@pytest.mark.parametrize("which", ["sft_tiny_llama/baseline", "sft_tiny/zero1", "sft_tiny/pp2", "lora_tiny/zero1"])
+def test_the_best_checkpoint_answers(runs, data, which):
+    """By transformers' own template and generate: the last answer of each of valid's first conversations with room for one."""
+    out, arch = runs / which, "tiny_llama" if "llama" in which else "tiny"
+    words, net = AutoTokenizer.from_pretrained(out / "hf"), AutoModelForCausalLM.from_pretrained(out / "hf").eval()
+    expected = []
+    for line in (data / "sft/valid.jsonl").read_text().splitlines()[:-1]:  # the last is of another form
+        *before, reference = json.loads(line)["messages"]
+        given = words.apply_chat_template(before, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        if (room := SEQ - given["input_ids"].shape[1]) < 1:
+            continue
+        end = words.convert_tokens_to_ids(END[arch])
+        made = net.generate(**given, do_sample=False, max_new_tokens=min(8, room), eos_token_id=end, pad_token_id=end)
+        said = words.decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append({"messages": [*before, {"role": "assistant", "content": said}], "reference": reference["content"]})
+    step = json.loads((out / "hf/twinstack.json").read_text())["step"]
+    found = [json.loads(line) for line in (out / "predictions/valid.jsonl").read_text().splitlines()]
+    assert found == [{"step": step, **row} for row in expected[:4]]
+    assert "llama" in which or any(row["messages"][-1]["content"] for row in found)  # that one has learnt to end at once
 
 
 @pytest.mark.parametrize(("kind", "layout"), [row for row in FOLLOW if row[0].startswith("lora")])

@@ -190,6 +190,12 @@ def head_problems(model: Model, held: dict[str, tuple[int, ...]]) -> Iterator[st
         )
 
 
+def head_notes(model: Model, held: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Of the same folder: a head of the right shape may yet be another task's."""
+    if f"{model.does.parameter}.weight" in held and not model.new_head:
+        yield f"its head {model.does.parameter}.* is trained on; give model.new_head=true to begin it from train.seed"
+
+
 def hf_shapes(model: Model) -> dict[str, Any]:
     """What config.json of a folder to begin from must say."""
     return task.hf_shapes(model)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from common import config, examples, finetune
 from common.config import NonEmpty, Positive, Section
 from common.errors import BadInput
 from common.lora import Lora
+from common.ranks import Ranks
 
 from . import samples, task
 from .task import (  # noqa: F401 (what stays as it is)
@@ -81,6 +83,8 @@ class Task(Section):
     name: Literal["lm", "sft"]
     data: NonEmpty  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
+    answers: Annotated[int, Field(ge=0)] = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
+    answer_tokens: Positive = 128  # of such an answer at most
 
 
 class Config(config.Config):
@@ -214,3 +218,80 @@ def keep_template(job: Run) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
         values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- what the best checkpoint answers --------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    messages: samples.Chat  # up to the answer that is asked for
+    reference: str
+    ids: list[int]  # of the messages, to where the answer begins
+    ends: set[int]  # ids that end it
+
+
+def questions(cfg: Config, template: samples.Template) -> list[Question]:
+    """The first task.answers conversations of valid, to the last answer of each, that leave the model room for one."""
+    from common.run import find
+
+    d, found = cfg.data, []
+    there = samples.read("sft", cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=False)
+    for chat, at in zip(there.documents, there.where, strict=True):
+        if len(found) == cfg.task.answers:
+            break
+        last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
+        if not last or template.spells_a_mark(chat):
+            continue
+        ids = template.ask(chat[:last], at)
+        if len(ids) < cfg.model.positions:
+            found.append(Question(chat[:last], chat[last]["content"], ids, template.ends(chat[: last + 1], at)))
+    return found
+
+
+def answer(run: Run, ranks: Ranks) -> None:
+    """What the export, in plain transformers, says to `questions`, the likeliest token each time: OUT/predictions/valid.jsonl,
+    a line each. A conversation is answered alone, by one rank: 2 ranks write what 1 writes. Nothing is done where the answers
+    of this export are there already."""
+    import torch
+    import torch.distributed as dist
+    import transformers
+
+    from common import tokenizer as tokenizers
+
+    t, folder, path = run.cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
+    if t.name != "sft" or not t.answers or not run.is_last_phase:
+        return
+    step = json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
+    template = samples.Template(tokenizers.load(folder), str(folder))
+    asked = questions(run.cfg, template)
+    if not asked or _is_answered(path, step, len(asked)):
+        return
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a folder may name sampling that is not used here
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
+    written = torch.zeros(len(asked), t.answer_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
+    tell = finetune.progress(len(asked), 1, step, ranks)
+    for number in range(ranks.rank, len(asked), ranks.world):
+        tell(number)
+        question = asked[number]
+        ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
+        made = net.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=sorted(question.ends) or None,
+            pad_token_id=0, max_new_tokens=min(t.answer_tokens, run.cfg.model.positions - len(question.ids)),
+        )[0, ids.shape[1] :]  # fmt: skip
+        written[number, : len(made)] = made + 1
+    if ranks.world > 1:
+        dist.all_reduce(written)  # each row and zeros: exact
+    if ranks.rank == 0:
+        said = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
+        lines = [
+            {"step": step, "messages": [*q.messages, {"role": "assistant", "content": text}], "reference": q.reference}
+            for q, text in zip(asked, said, strict=True)
+        ]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        print(f"answers   {path}", flush=True)
+
+
+def _is_answered(path: Path, step: int, count: int) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return len(lines) == count and json.loads(lines[0])["step"] == step

@@ -229,6 +229,18 @@ class Template:
             bounds.append((len(asked), len(asked) + len(answer) if marked else len(answered)))
         return text, bounds
 
+    def ask(self, chat: Chat, at: str) -> list[int]:
+        """Ids of a conversation up to where an answer begins."""
+        text, _ = self.render(chat, at, ask=True)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def ends(self, chat: Chat, at: str) -> set[int]:
+        """Ids that end an answer: the end of text, and the mark with which the template ends those of this conversation."""
+        [(ids, counted)] = self.encode([chat], [at])
+        last = self.backend.id_to_token(int(ids[counted][-1]))
+        marks = [mark for mark in (last, self.marks.get("eos_token")) if mark and self.special.fullmatch(mark)]
+        return {self.backend.token_to_id(mark) for mark in marks}
+
     def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each conversation its ids (n,) int32, and which are the assistant's (n,) bool: those with a character of it."""
         made = [self.answers(chat, at) for chat, at in zip(chats, where, strict=True)]

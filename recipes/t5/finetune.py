@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -211,7 +209,7 @@ def score(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
-    tell = progress(len(found.inputs), t.write_batch, step, ranks)
+    tell = finetune.progress(len(found.inputs), t.write_batch, step, ranks)
     written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
@@ -227,21 +225,3 @@ def score(run: Run, ranks: Ranks) -> None:
 
 def _is_scored(path: Path, how: str) -> bool:
     return path.is_file() and any(r["protocol"].startswith(how) for r in json.loads(path.read_text(encoding="utf-8")))
-
-
-def progress(number: int, size: int, step: int, ranks: Ranks) -> Callable[[int], None]:
-    """Called before each batch: rank 0 says every 10 s how far it is; a signal ends the run, whose state is saved."""
-    from common import ranks as processes
-
-    begin = shown = time.monotonic()
-
-    def tell(done_batches: int) -> None:
-        nonlocal shown
-        if processes.stop_asked():
-            raise processes.stopped(processes.stop_asked(), step)
-        now = time.monotonic()
-        if ranks.rank == 0 and done_batches and now - shown >= 10:
-            done, shown = done_batches * size, now
-            print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
-
-    return tell

@@ -118,6 +118,7 @@ def main(argv: list[str]) -> None:
     log.close()
     engine.destroy()
     finetune.finish(job, task, ranks)
+    task.answer(job, ranks)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     finetune.finish(job, task, ranks)
+    task.answer(job, ranks)
 
 
 if __name__ == "__main__":
