@@ -207,7 +207,7 @@ def read_text(path: Path) -> str:
 
 def from_hub(name: str, task: Task) -> str | list[str]:
     texts = hub.rows(name, *task.hub, "test")["text"]
-    return list(texts) if name == "lambada" else "".join(texts)
+    return list(texts) if name == "lambada" else language.of_hub(texts)
 
 
 def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
@@ -238,17 +238,18 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
 # ---- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def windowed(model: Model, tokens: np.ndarray, windows: list[language.Window]) -> tuple[float, int, int]:
-    """Summed loss in nats, targets and windows scored, of the first `limit` windows."""
-    if not windows:
+def losses_of(
+    model: Model, tokens: np.ndarray, windows: list[language.Window], bound: int | None = None
+) -> np.ndarray:
+    """Of the first `limit` windows the summed losses in nats, one or (bound) two each, as window_losses has them."""
+    if len(tokens) < 2:
         raise BadInput(f"the text has {len(tokens)} token: nothing to predict")
     windows = windows[: model.limit]
     batches = [windows[i : i + model.batch] for i in range(0, len(windows), model.batch)]
-    losses = language.shared_out(
-        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device), model.ranks,
-        progress("windows", len(windows), model),
+    return language.shared_out(
+        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device, bound), model.ranks,
+        progress("windows", len(windows), model), each=2 if bound else 1,
     )  # fmt: skip
-    return math.fsum(losses), sum(w.length - w.first for w in windows), len(windows)
 
 
 def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
@@ -256,7 +257,9 @@ def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
     tokens, words = model.tokenize(language.detokenized(text)), language.words_of(text)
     step = min(language.OVERLAP, model.length)
     windows = language.overlapping(len(tokens), model.length, step)
-    total, targets, done = windowed(model, tokens, windows)
+    losses = losses_of(model, tokens, windows)
+    total, done = math.fsum(losses), len(losses)
+    targets = sum(w.length - w.first for w in windows[:done])
     how = f"windows of {model.length}, step {step}, T_o {words:,}, T {len(tokens):,}{limited(done, len(windows), 'windows')}"
     if words != language.WIKITEXT_WORDS:
         how += f"; not the published test file, whose T_o is {language.WIKITEXT_WORDS:,}"
@@ -269,16 +272,19 @@ def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
 
 
 def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:
+    """Both from one pass over windows end to end: the perplexity leaves out the target that stands in the next window."""
     tokens = model.tokenize(text)
-    windows = language.apart(len(tokens), model.length)
-    total, targets, done = windowed(model, tokens, windows)
-    how = f"windows of {model.length}, apart{limited(done, len(windows), 'windows')}"
-    rows = [{"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
-             "protocol": f"token-perplexity, {how}"}]  # fmt: skip
-    if done == len(windows):  # else the bytes of what was scored are not known
-        size = len(text.encode())
-        bits = total / math.log(2) / size
-        rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {how}"})
+    every = language.overlapping(len(tokens), model.length, model.length)
+    losses = losses_of(model, tokens, every, bound=model.length - 1).reshape(-1, 2)  # (windows, within it and in the next)
+    windows = every[: len(losses)]
+    targets = sum(min(w.length, model.length - 1) for w in windows)
+    told = f"windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}"
+    rows = [{"metric": "token_perplexity", "value": language.perplexity(math.fsum(losses[:, 0]), targets), "n": targets,
+             "protocol": f"token-perplexity, {told}"}]  # fmt: skip
+    if len(windows) == len(every):  # else the bytes of what was scored are not known
+        size, told = len(text.encode()), f"windows of {model.length}, every token but the first"
+        bits = math.fsum(losses.flat) / math.log(2) / size
+        rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {told}"})
     return rows
 
 

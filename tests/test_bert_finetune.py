@@ -283,6 +283,23 @@ def test_files_that_are_not_the_tasks(damage, told, data: Path, tmp_path: Path):
         glue.read("rte", tmp_path, "train")
 
 
+def test_lines_of_qqp_that_lack_columns_are_left_out(tmp_path: Path):
+    """Its own files have some. A carriage return within a field, and a long field, are text."""
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    text = header + "0\t1\t2\ta\rb\tc\t1\n" + "broken\n" + "1\t3\t4\td\t" + "e" * 200_000 + "\t0\r\n"
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text(text, newline="")
+    found = glue.read("qqp", tmp_path, "dev")
+    assert found.labels.tolist() == [1, 0] and [list(map(len, column)) for column in found.texts] == [[3, 1], [1, 200_000]]
+    assert found.note == "dev: 1 lines that lack columns are left out (dev.tsv:3 is the first)"
+
+
+def test_a_correlation_with_a_constant_is_none():
+    one, other = np.array([1.0, 2.0, 3.0]), np.full(3, 2.0)
+    for said, labels in ((one, other), (other, one)):
+        assert glue.metrics("stsb", said, labels) == {"pearson": 0, "spearman": 0}
+
+
 REFUSED = [
     ("task.name=mrcp", "task.name=\"mrcp\": should be 'cola', 'sst2', 'mrpc'"),
     ("task.data=nowhere", "task.data=nowhere: no such folder; give one with the files of rte, or leave it out for the hub"),

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, losses
 
 from common import config
@@ -64,10 +66,19 @@ def test_real_weights_are_finetuned_on_one_curve():
         assert max(abs(run[step]["loss"] - runs["baseline"][step]["loss"]) for step in run) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["mrpc", "stsb"])
+@pytest.mark.parametrize("name", ["mrpc", "stsb", "rte"])
 def test_medians_are_nearer_than_seeds(name: str):
-    found = [json.loads((MINILM / name / stack / "seeds.json").read_text(encoding="utf-8")) for stack in STACKS]
-    for one, other in zip(*found, strict=True):
-        assert one["metric"] == other["metric"] and len(one["values"]) == len(other["values"]) == 3
-        spread = min(row["greatest"] - row["least"] for row in (one, other))
-        assert abs(one["median"] - other["median"]) <= spread
+    found = [json.loads((MINILM / name / stack / "seeds.json").read_text(encoding="utf-8")) for stack in ("baseline", *STACKS)]
+    for of_metric in zip(*found, strict=True):
+        assert len({row["metric"] for row in of_metric}) == 1 and all(len(row["values"]) == 3 for row in of_metric)
+        for one, other in combinations(of_metric, 2):
+            spread = min(row["greatest"] - row["least"] for row in (one, other))
+            assert abs(one["median"] - other["median"]) <= spread
+
+
+@pytest.mark.parametrize(("run", "examples", "least"), [*[(f"sst2_10000/{s}", 10_000, 0.86) for s in ("baseline", *STACKS)],
+                                                        ("sst2_whole/deepspeed", None, 0.90)])  # fmt: skip
+def test_reviews_are_told_apart(run: str, examples: int | None, least: float):
+    [row] = json.loads((MINILM / run / "eval.json").read_text(encoding="utf-8"))
+    assert row["metric"] == "accuracy" and row["n"] == 872 and row["value"] >= least
+    assert yaml.safe_load((MINILM / run / "config.yaml").read_text(encoding="utf-8"))["task"]["train_examples"] == examples

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel
 
 from common import tokenizer as tokenizers
+from common.errors import BadInput
 from common.evaluation import language
 
 
@@ -27,11 +28,13 @@ def test_every_token_but_the_first_is_scored_once(tokens: int, length: int, step
     assert all(w.first == w.length - step for w in windows[1:-1] if step <= length)
 
 
-@given(st.integers(1, 3000), st.integers(2, 600))
+@given(st.integers(2, 3000), st.integers(2, 600))
 def test_windows_apart_predict_all_but_their_first(tokens: int, length: int):
-    windows = language.apart(tokens, length)
-    scored = [t for w in windows for t in range(w.start + 1, w.start + w.length + 1)]
-    assert scored == [t for t in range(tokens) if t % length]
+    """End to end, without the target that stands in the next."""
+    windows = language.overlapping(tokens, length, length)
+    scored = [range(w.start + 1, w.start + w.length + 1) for w in windows]
+    assert [t for within in scored for t in within[: length - 1]] == [t for t in range(tokens) if t % length]
+    assert [t for within in scored for t in within[length - 1 :]] == [t for t in range(1, tokens) if t % length == 0]
 
 
 def test_published_constants(source: Path):
@@ -39,6 +42,21 @@ def test_published_constants(source: Path):
     words = (source / "wikitext2/wiki.test.tokens").read_text(encoding="utf-8")
     assert language.words_of(words) == language.WIKITEXT_WORDS == 245_566
     assert len(language.lambada(source / "lambada/lambada_test.jsonl")) == 5153
+
+
+@pytest.mark.parametrize("name", ["wiki.test.tokens", "wiki.test.raw"])
+def test_the_hubs_rows_are_the_file(name: str, source: Path):
+    """Salesforce/wikitext: a row a line, '' where the line is blank."""
+    text = (source / "wikitext2" / name).read_text(encoding="utf-8")
+    rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
+    assert "" in rows and language.of_hub(rows) == text
+
+
+@pytest.mark.parametrize("text", ["", '{"text": ""}', '{"text": 5}', '{"text": "one"}', '{"word": "a b"}', "[1]", "{"])
+def test_passages_that_are_none(text: str, tmp_path: Path):
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "two words"}\n' * bool(text) + text)
+    with pytest.raises(BadInput, match="not JSON lines with a `text` of two words or more each"):
+        language.lambada(tmp_path / "lambada_test.jsonl")
 
 
 DETOKENIZED = {
@@ -133,7 +151,9 @@ def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
         plain = [loss(ids[i : i + length], 1) for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
         total, count = torch.cat(plain).sum().item(), sum(map(len, plain))
         assert math.isclose(results["wikitext2-raw", "token_perplexity"]["value"], math.exp(total / count), rel_tol=1e-6)
-        bits = total / math.log(2) / len(raw.encode())
+        every = [loss(ids[i : i + length + 1], 1) for i in range(0, len(ids) - 1, length)]
+        assert sum(map(len, every)) == len(ids) - 1 > count
+        bits = torch.cat(every).sum().item() / math.log(2) / len(raw.encode())
         assert math.isclose(results["wikitext2-raw", "bits_per_byte"]["value"], bits, rel_tol=1e-6)
 
         text = (data / "wiki.test.tokens").read_text(encoding="utf-8")

@@ -160,6 +160,9 @@ def test_an_empty_answer_leaves_the_others(tmp_path: Path):
     empty, none = len(named), 54 - len(named)
     assert f"train: {empty} answers do not stand" in train.notes[1]
     assert f"train: {none} questions have no answer" in train.notes[2]
+    dev = squad.read("squad", tmp_path / "questions.json", "dev")
+    assert dev.questions and all(q.id.startswith("g") for q in dev.questions)
+    assert f"dev: {6 - len(dev.questions)} questions have no answer and are left out" in dev.notes[2]
 
 
 def test_a_dev_file_alone_is_dev(tmp_path: Path):
@@ -175,6 +178,8 @@ BAD = [
     (lambda d: squad.read("squad", d, "train"), "does not hold train-v1.1.json and dev-v1.1.json, which squad is read from"),
     (lambda d: squad.read("squad2", (d / "x.json"), "train"), "is not JSON in SQuAD's format"),
     (lambda d: squad.read("squad", (d / "y.json"), "train"), "has no 'paragraphs'"),
+    (lambda d: squad.read("squad", (d / "z.json"), "train"), "z.json: is not JSON in SQuAD's format"),
+    (lambda d: race.read(d / "null", "train"), "is not an article with its questions, options and answers (not all are texts)"),
     (lambda d: race.read(d, "train"), "does not hold train/middle and train/high, which race is read from"),
     (lambda d: race.read(d / "race", "train"), "answer 'E' of 4 options; RACE has one of A B C D"),
     (lambda d: tagging.read(d, "train"), "does not hold train.txt, which ner is read from"),
@@ -189,6 +194,9 @@ def test_files_that_are_no_tasks(read, told: str, tmp_path: Path):
     (tmp_path / "race/train/high").mkdir(parents=True)
     item = {"article": "x", "questions": ["y"], "options": [["a", "b", "c", "d"]], "answers": ["E"]}
     (tmp_path / "race/train/high/1.txt").write_text(json.dumps(item))
+    (tmp_path / "null/train/high").mkdir(parents=True)
+    (tmp_path / "null/train/high/1.txt").write_text(json.dumps(item | {"options": [["a", "b", "c", None]]}))
+    squad_file(tmp_path, [paragraph("x", "x", 0, "1") | {"context": None}]).rename(tmp_path / "z.json")
     (tmp_path / "ner").mkdir()
     (tmp_path / "ner/train.txt").write_text("word O\nalone\n")
     with pytest.raises(BadInput, match=re.escape(told)):

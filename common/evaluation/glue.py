@@ -4,9 +4,7 @@ A task is read from a folder of files, or from the hub (`nyu-mll/glue`). Files d
 names, columns and whether they have a dev set; each known form is a line of FORMS.
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,9 +121,12 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
     form = _form(name, folder, split)
     drawn = not form.dev
     files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
-    parts = [_rows(path, form.columns) for path in files]
+    short: list[str] | None = [] if name == "qqp" else None
+    parts = [_rows(path, form.columns, short) for path in files]
     rows, sizes = [row for part in parts for row in part], [len(part) for part in parts]
     note, hashed = None, [fingerprint(path) for path in files]
+    if short:
+        note = f"{split}: {len(short):,} lines that lack columns are left out ({short[0]} is the first)"
     if drawn:
         if len(rows) <= DEV_DRAWN:
             raise BadInput(f"{files[0]}: {len(rows)} examples, too few to draw a dev set of {DEV_DRAWN} from")
@@ -155,15 +156,18 @@ def _form(name: str, folder: Path, split: str) -> Form:
     raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
 
 
-def _rows(path: Path, columns: Sequence[str] | Sequence[int]) -> list[tuple[str, list[str]]]:
-    """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text."""
+def _rows(
+    path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None
+) -> list[tuple[str, list[str]]]:
+    """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text. A line that
+    lacks columns is refused, or left out and entered in `short`: GLUE's own QQP has some (TFDS leaves them out too)."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
-    lines = list(csv.reader(io.StringIO(text, newline="\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    lines = [line.removesuffix("\r").split("\t") if line else [] for line in text.split("\n")]
     first = 0
-    if not lines:
+    if not text.strip():
         raise BadInput(f"{path}: is empty")
     if isinstance(columns[0], str):
         missing = [column for column in columns if column not in lines[0]]
@@ -175,7 +179,10 @@ def _rows(path: Path, columns: Sequence[str] | Sequence[int]) -> list[tuple[str,
         if not line:
             continue
         if len(line) <= max(columns):
-            raise BadInput(f"{path}:{number}: {len(line)} columns, and {max(columns) + 1} are needed")
+            if short is None:
+                raise BadInput(f"{path}:{number}: {len(line)} columns, and {max(columns) + 1} are needed")
+            short.append(f"{path.name}:{number}")
+            continue
         found.append((f"{path}:{number}", [line[column].strip() for column in columns]))
     return found
 
@@ -250,7 +257,7 @@ def _scipy(metric: str) -> Callable[[Any, Any], float]:
     def value(labels: np.ndarray, predictions: np.ndarray) -> float:
         from scipy import stats
 
-        if np.ptp(predictions) == 0:  # a correlation with a constant is none
+        if not np.ptp(predictions) or not np.ptp(labels):  # a correlation with a constant is none
             return 0.0
         return getattr(stats, metric)(labels, predictions).statistic
 

@@ -7,7 +7,9 @@ megatron-wikitext    Megatron-LM's (arXiv:1909.08053, section 5.3 and appendix E
                      number of words and not of tokens: exp(loss x (T - 1) / (T_o - 1)). T_o = 245,566 in the test file.
 token-perplexity     the mean over the tokens of windows that do not overlap; the first token of a window is not predicted.
                      As transformers' own loss has it. Depends on the tokenizer.
-bits-per-byte        the same sum, in bits, over the bytes of the text: comparable between tokenizers.
+bits-per-byte        every token but the first, each predicted once in windows end to end, in bits, over the bytes of the text:
+                     comparable between tokenizers. A window's last token predicts the first of the next, which token-perplexity
+                     leaves out.
 lambada-strict       the last word, all of its tokens, predicted greedily from the text before it (arXiv:1606.06031; Megatron's
                      --strict-lambada).
 lambada-last-token   the last token of the text alone: easier, and not comparable to the above.
@@ -51,12 +53,6 @@ def overlapping(tokens: int, length: int, step: int) -> list[Window]:
     return windows
 
 
-def apart(tokens: int, length: int) -> list[Window]:
-    """Windows of `length` tokens end to end; each predicts its own tokens but the first. What is left over is a window too
-    where it has a target."""
-    starts = range(0, tokens, length)
-    sizes = [min(length, tokens - start) - 1 for start in starts]
-    return [Window(start, size, 0) for start, size in zip(starts, sizes, strict=True) if size > 0]
 
 
 # ---- WikiText ---------------------------------------------------------------------------------------------------------
@@ -74,6 +70,11 @@ _UNDO: list[tuple[str, str]] = [
     (r" \n", "\n"), (r"\n ", "\n"),
     (r" N ", " 1 "), (r" 's", "'s"),
 ]  # fmt: skip
+
+
+def of_hub(rows: Sequence[str]) -> str:
+    """The file's text from the rows of the hub's `Salesforce/wikitext`, which holds its blank lines, a space each, as ''."""
+    return "".join(row or " \n" for row in rows)
 
 
 def detokenized(text: str) -> str:
@@ -94,9 +95,12 @@ def words_of(text: str) -> int:
 def lambada(path: Path) -> list[str]:
     """The passages of a .jsonl with a `text` each."""
     try:
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: not JSON lines with a `text` each; give OpenAI's lambada_test.jsonl") from None
+        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if not texts or not all(len(text.split()) > 1 for text in texts):  # something to read, and a word to predict
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        told = "not JSON lines with a `text` of two words or more each"
+        raise BadInput(f"{path}: {told}; give OpenAI's lambada_test.jsonl") from None
     return texts
 
 
@@ -123,14 +127,14 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def shared_out(
-    batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, tell: Callable[[int], None]
+    batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, tell: Callable[[int], None], each: int = 1
 ) -> np.ndarray:
-    """The values of every batch, in order, on every rank. Batches are the same whatever the number of ranks, each is done by
-    one, and none twice: so 2 ranks give what 1 gives, bit for bit."""
+    """The values of every batch, `each` for one of its items, in order, on every rank. Batches are the same whatever the number
+    of ranks, each is done by one, and none twice: so 2 ranks give what 1 gives, bit for bit."""
     import torch
     import torch.distributed as dist
 
-    ends = np.cumsum([len(batch) for batch in batches])
+    ends = np.cumsum([len(batch) * each for batch in batches])
     values = torch.zeros(int(ends[-1]), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, len(batches), ranks.world):
         tell(number)
@@ -141,8 +145,11 @@ def shared_out(
     return values.cpu().numpy()
 
 
-def window_losses(net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any) -> list[float]:
-    """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32."""
+def window_losses(
+    net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any, bound: int | None = None
+) -> list[float]:
+    """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32. bound: two sums a window,
+    of its targets before this place and of the others."""
     import torch
 
     inputs = torch.from_numpy(padded([tokens[w.start : w.start + w.length] for w in windows])).to(device)  # (B, T)
@@ -151,7 +158,10 @@ def window_losses(net: Any, tokens: np.ndarray, windows: Sequence[Window], devic
     with torch.no_grad():
         logits = net(input_ids=inputs).logits[:, first:].float()  # (B, T - first, V)
     losses = cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten()).view(len(windows), -1)
-    return [row[w.first - first : w.length - first].double().sum().item() for row, w in zip(losses, windows, strict=True)]
+    scored = [row[w.first - first : w.length - first].double() for row, w in zip(losses, windows, strict=True)]
+    if bound is None:
+        return [row.sum().item() for row in scored]
+    return [part.sum().item() for row in scored for part in (row[:bound], row[bound:])]
 
 
 def answers(net: Any, passages: Sequence[tuple[np.ndarray, np.ndarray]], device: Any) -> list[list[int]]:

@@ -39,6 +39,9 @@ def read(folder: Path | None, split: str) -> Questions:
         try:
             asked = list(zip(item["questions"], item["options"], item["answers"], strict=True))
             articles.append(item["article"])
+            texts = [item["article"], *item["questions"], *(text for given in item["options"] for text in given)]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("not all are texts")
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{where}: is not an article with its questions, options and answers ({error})") from None
         for question, given, answer in asked:

@@ -46,7 +46,8 @@ def read(name: str, data: Path | None, split: str) -> Questions:
     """name: 'squad' or 'squad2'; split: 'train' or 'dev'. BadInput for what is no such file.
 
     An answer that does not stand in its context where the file says is counted in the notes. It is not trained on (a question
-    without another is left out of train); in dev its text counts as every answer's does.
+    without another is left out of train); in dev its text counts as every answer's does. For 'squad' questions that have no
+    answer are left out and counted too.
     """
     notes: list[str] = []
     if data is None:
@@ -69,13 +70,13 @@ def read(name: str, data: Path | None, split: str) -> Questions:
             spans = [(answer, start, start + len(answer)) for answer, start in answers]
             good = [(start, end) for answer, start, end in spans if answer and context[start:end] == answer]
             lost += len(answers) - len(good)
-            unanswered += split == "train" and name == "squad" and not answers
-            if split == "dev" or good or (not answers and name == "squad2"):
+            unanswered += name == "squad" and not answers
+            if good or (answers and split == "dev") or (not answers and name == "squad2"):
                 found.append(Question(key, text, number, [answer for answer, _ in answers], good[0] if good else None))
     if lost:
         notes.append(f"{split}: {lost:,} answers do not stand in their context where the file says; not trained on")
     if unanswered:
-        notes.append(f"{split}: {unanswered:,} questions have no answer; not trained on (task.name=squad2 does)")
+        notes.append(f"{split}: {unanswered:,} questions have no answer and are left out (squad2 has such)")
     if not found:
         raise BadInput(f"{where}: holds no question with an answer")
     return Questions([c for c, _ in paragraphs], found, hashlib.sha256(f"{name} {split} {content}".encode()).hexdigest(), notes)
@@ -108,7 +109,7 @@ Paragraph = tuple[str, list[tuple[str, str, list[tuple[str, int]]]]]  # context,
 def _paragraphs(path: Path, raw: bytes) -> list[Paragraph]:
     try:
         articles = json.loads(raw)["data"]
-        return [(p["context"], [_asked(q) for q in p["qas"]]) for article in articles for p in article["paragraphs"]]
+        return [(_text(p["context"]), [_asked(q) for q in p["qas"]]) for article in articles for p in article["paragraphs"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else "is not JSON in SQuAD's format"
         raise BadInput(f"{path}: {what}; give a file as {FILES['squad']['dev']} is") from None
@@ -116,7 +117,14 @@ def _paragraphs(path: Path, raw: bytes) -> list[Paragraph]:
 
 def _asked(q: dict[str, Any]) -> tuple[str, str, list[tuple[str, int]]]:
     none = bool(q.get("is_impossible"))  # its plausible answers are no answers
-    return str(q["id"]), q["question"], [] if none else [(a["text"], int(a["answer_start"])) for a in q["answers"]]
+    answers = [] if none else [(_text(a["text"]), int(a["answer_start"])) for a in q["answers"]]
+    return str(q["id"]), _text(q["question"]), answers
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _from_hub(name: str, split: str) -> tuple[list[Paragraph], str]:
