@@ -172,7 +172,7 @@ class Config(Section):
 FREE = {
     "train": {"steps", "eval_every", "eval_samples", "save_every", "keep"},
     "data": {"train", "valid", "tokenizer"},
-    "task": {"data", "patience", "split", "beams", "length_penalty", "write_batch"},
+    "task": {"data", "patience", "split", "beams", "length_penalty", "write_batch", "answers", "answer_tokens"},
     "expect": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
 }  # fmt: skip
 

@@ -71,10 +71,10 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
     """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
     says of the model counts more. types: that config.json may name; own: keys of the model that a folder does not decide.
     BadInput for a folder of another family, or for none where the config has no shapes."""
-    start = (values.get("init") or {}).get("from") if isinstance(values, dict) else None
+    begin, given = ((values.get(key) or {}) if isinstance(values, dict) else None for key in ("init", "model"))
+    start = begin.get("from") if isinstance(begin, dict) and isinstance(given, dict) else None
     if not isinstance(start, str) or start == "scratch":
         return values
-    given = values.get("model") or {}
     if not find(start).exists() and SHAPES <= given.keys():  # a finished run's own config, its beginning no longer there
         return values
     folder = weights_folder(start)
@@ -91,7 +91,7 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
     except KeyError as error:
         raise BadInput(f"init.from={start}: its config.json does not say {error}; get the folder again") from None
     shapes = known.model_dump(exclude=own)
-    return values | {"model": shapes | given, "init": {"from": str(folder)}}
+    return values | {"model": shapes | given, "init": begin | {"from": str(folder)}}
 
 
 def weights_folder(start: str) -> Path:
@@ -169,21 +169,31 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
     write_json(run.out / "eval.json", rows)
 
 
-def progress(number: int, size: int, step: int, ranks: Ranks) -> Callable[[int], None]:
+def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
     """Of what the export writes, `number` texts in batches of `size`. Called before each batch: rank 0 says every 10 s how far
-    it is; a signal ends the run, whose state is saved."""
+    it is; True where a signal has come: write no more (end_if_asked)."""
     begin = shown = time.monotonic()
 
-    def tell(done_batches: int) -> None:
+    def tell(done_batches: int) -> bool:
         nonlocal shown
-        if processes.stop_asked():
-            raise processes.stopped(processes.stop_asked(), step)
         now = time.monotonic()
         if ranks.rank == 0 and done_batches and now - shown >= 10:
             done, shown = done_batches * size, now
             print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
+        return bool(processes.stop_asked())
 
     return tell
+
+
+def end_if_asked(ranks: Ranks, step: int) -> None:
+    """By every rank, when all have written their share: end the run, whose state is saved, if a signal has come to any."""
+    import torch
+    import torch.distributed as dist
+
+    asked = torch.tensor(processes.stop_asked(), device=ranks.device)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    if asked:
+        raise processes.stopped(int(asked), step)
 
 
 def finish(run: Run, task: ModuleType, ranks: Ranks) -> None:

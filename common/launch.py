@@ -66,7 +66,7 @@ class Nodes(NamedTuple):
 # ---- what is asked for
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str], script: str) -> Command:
     """Arguments of the launch script; options may stand anywhere."""
     known = {"--dry-run"}
     unknown = [a for a in argv if a.startswith("-") and a not in known]
@@ -74,10 +74,10 @@ def parse(argv: Sequence[str]) -> Command:
     problems = [f"unknown option {a}; there is --dry-run and --help" for a in unknown]
     problems += [f"{name} is empty" for name, word in zip(("CONFIG", "OUT"), words, strict=False) if not word]
     if not words:
-        problems.append("CONFIG and OUT are missing; type: pretrain.sh CONFIG OUT [section.key=value ...] (or --help)")
+        problems.append(f"CONFIG and OUT are missing; type: {script} CONFIG OUT [section.key=value ...] (or --help)")
     elif len(words) == 1 or re.match(r"\w+(\.\w+)+=", words[1]):
         example = " ".join([words[0], f"out/{Path(words[0]).stem}", *words[1:]])
-        problems.append(f"OUT is missing; type: pretrain.sh {example}")
+        problems.append(f"OUT is missing; type: {script} {example}")
     if problems:
         raise BadInput(problems)
     return Command(words[0], words[1], words[2:], "--dry-run" in argv)
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = module.replace(".", "/") + ".sh"
         print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/{EXAMPLES[kind]}.yaml"))
         return 0
-    command = parse(rest)
+    command = parse(rest, f"{kind}.sh")
     if stack not in STACKS:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)

@@ -3,13 +3,14 @@
     python -m scripts.evaluate MODEL TASK... [--data DIR_OR_FILE] [--batch N] [--dtype fp32|bf16] [--limit N] [--out DIR]
     torchrun --nproc-per-node 8 -m scripts.evaluate MODEL TASK...      shared among 8 processes: the same values
 
-MODEL is an OUT folder of pretrain.sh of any stack and layout (its export, OUT/hf, is evaluated) or a Hugging Face folder.
+MODEL is an OUT folder of pretrain.sh or finetune.sh, of any stack and layout (OUT/hf is evaluated), or a Hugging Face folder.
 Data come from the Hugging Face hub, or from --data: a folder that holds the files named below, at its top or under the folder
 named. Results go to OUT/eval.json (--out; default: MODEL), a list of {task, metric, value, n, protocol}; LAMBADA's answers to
 OUT/predictions/. --limit takes the first N windows, passages or inputs, and the protocol says so.
 
-An encoder-decoder model writes translations and summaries by beam search (multi30k-en-de, cnn_dm, ...; their files:
-common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are for these.
+An encoder-decoder model writes translations, summaries, and GLUE's and SQuAD's answers in words by beam search (multi30k-en-de,
+cnn_dm, mrpc, squad, ...; their files: common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are
+for these.
 
 A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task), or
 with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions/test holds what is sent in.
@@ -20,7 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ TASKS = {
 }  # fmt: skip
 
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 KNOWN = [*TASKS, *text.PAIRS, *kinds.KIND_OF]
 
 
@@ -87,7 +89,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     p.add_argument("--seq-len", metavar="N", type=int, help="of a window (default: 1024, or the model's positions if fewer)")
     p.add_argument("--limit", metavar="N", type=int, help="the first N windows or passages alone")
-    p.add_argument("--split", choices=("dev", "test"), help="of the task's inputs (default: test; of a BERT's head dev)")
+    p.add_argument("--split", choices=("dev", "test"), help="of the task (default: test; of GLUE, SQuAD, RACE and tags dev)")
     p.add_argument("--prefix", metavar="TEXT", help="goes before every input (default: T5's for the task)")
     p.add_argument("--beams", metavar="N", type=int, default=4, help="default: %(default)s")
     told = "log probabilities are divided by length ^ A (default: %(default)s)"
@@ -106,7 +108,8 @@ def main() -> None:
     results = []
     for name in args.tasks:
         begin = time.perf_counter()
-        found = EVALUATE[name](model, texts[name], out if ranks.rank == 0 else None)
+        score = partial(of_inputs, name) if isinstance(texts[name], text.Examples) else EVALUATE[name]
+        found = score(model, texts[name], out if ranks.rank == 0 else None)
         if args.dtype != "fp32":
             found = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in found]
         results += [{"task": name, **row} for row in found]
@@ -131,7 +134,7 @@ def export_of(given: Path) -> Path:
             f"{given}: the run has no export yet; finish it by its own command, or make one of its last checkpoint: "
             f"python -m recipes.{family}.convert to-hf {given} HF_DIR"
         )
-    raise BadInput(f"{given}: no config.json and no run.json there; give a Hugging Face folder, or OUT of pretrain.sh")
+    raise BadInput(f"{given}: no config.json and no run.json there; give a Hugging Face folder, or OUT of a run")
 
 
 def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -150,38 +153,39 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for tasks, ends, of in classes:
         if any(name in tasks for name in args.tasks) and not architecture.endswith(ends):
             problems.append(f"{what}, and these tasks are for {of}")
-    able = heads.tasks_of(architecture)
+    able = text.NAMES if architecture.endswith("ForConditionalGeneration") else heads.tasks_of(architecture)
     wrong = [name for name in args.tasks if name in kinds.KIND_OF and name not in able]
-    problems += [f"{what}, and {name} is for BERT with the head of such a task" for name in wrong]
+    told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
+    problems += [f"{what}, and {name} is {told}" for name in wrong]
     positions = positions_of(config)
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         problems.append(f"{folder}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     problems += whole_weights(folder, str(folder), {})
     if args.data and not args.data.exists():
         problems.append(f"--data {args.data}: no such file or folder")
     if problems:
         raise BadInput(problems)
-    return {name: data_of(name, args, folder) for name in dict.fromkeys(args.tasks)}
+    return {name: data_of(name, args, folder, able) for name in dict.fromkeys(args.tasks)}
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def data_of(name: str, args: argparse.Namespace, folder: Path) -> Any:
+def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[str]) -> Any:
     """The text of a task; of LAMBADA the passages; of what is written the inputs and references; of a head the config and the
-    examples."""
+    examples. able: of the tasks that have several ways those of this model."""
     given = args.data
-    if name in kinds.KIND_OF:
+    if name in kinds.KIND_OF and able != text.NAMES:
         if name in heads.PUBLIC_DEV_ALONE and args.split == "test":
             raise BadInput(f"{name}: its test set is not public; leave out --split test")
         cfg = heads.settings(Path(args.model), folder, name, given, args.seq_len, args.split or "dev")
         return cfg, heads.finetune.stream(cfg, cfg.data.valid, shuffle=False)
-    if name in text.PAIRS:
+    if name in text.NAMES:
         inside = given / name.partition("-")[0] if given else None
-        return text.read(name, inside if inside and inside.is_dir() else given, args.split or "test", args.prefix)
+        return text.read(name, inside if inside and inside.is_dir() else given, split_of(name, args), args.prefix)
     task = TASKS[name]
     if name == "text":
         if given is None or not given.is_file():
@@ -193,6 +197,10 @@ def data_of(name: str, args: argparse.Namespace, folder: Path) -> Any:
     if path is None:
         raise BadInput(f"--data {given}: holds no {task.folder}/{task.file} and no {task.file}, which {name} reads")
     return language.lambada(path) if name == "lambada" else read_text(path)
+
+
+def split_of(name: str, args: argparse.Namespace) -> str:
+    return args.split or ("test" if name in text.PAIRS else "dev")
 
 
 def read_text(path: Path) -> str:
@@ -220,9 +228,9 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     processes.check_dtype(args.dtype, ranks.device)
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
-    of = AutoModelForSeq2SeqLM if args.tasks[0] in text.PAIRS else AutoModelForCausalLM
-    if args.tasks[0] in kinds.KIND_OF:
-        architecture = read_object(folder / "config.json")["architectures"][0]
+    architecture = read_object(folder / "config.json")["architectures"][0]
+    of = AutoModelForSeq2SeqLM if architecture.endswith("ForConditionalGeneration") else AutoModelForCausalLM
+    if args.tasks[0] in kinds.KIND_OF and of is AutoModelForCausalLM:
         of = getattr(transformers, architecture.replace("ForMultipleChoice", "ForSequenceClassification"))
     more = {"num_labels": 1} if args.tasks[0] == "race" else {}  # one output an answer, whose texts are sequences of a batch
     try:
@@ -324,17 +332,23 @@ def passage(model: Model, text: str, strict: bool) -> tuple[np.ndarray, np.ndarr
 
 
 def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -> list[Result]:
-    """What beam search writes to each input: predictions/TASK.txt, a line each, and its scores."""
+    """What beam search writes to each input: predictions/TASK.txt, a line each, all of GLUE's and SQuAD's in predictions/TASK
+    as the benchmark has them; and its scores."""
     whole, how = len(found.inputs), model.how
     inputs, references = found.inputs[: model.limit], found.references[: model.limit]
+    labels = None if found.labels is None else found.labels[: model.limit]
     search = text.Search(how.beams, how.length_penalty, how.tokens, model.batch)
     tell = progress("inputs", len(inputs), model)
     written = text.write(model.net, model.tokenizer, inputs, model.length, search, model.ranks, tell)
     if out:
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         (out / f"predictions/{name}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
-    told = f"{how.split or 'test'}, {search}{limited(len(inputs), whole, 'inputs')}"
-    scores = text.scores(name, written, found._replace(references=references))
+        for file, content in text.files(name, written, found).items() if len(inputs) == whole else ():
+            (out / "predictions" / name).mkdir(exist_ok=True)
+            (out / "predictions" / name / file).write_text(content, encoding="utf-8")
+    notes = "".join(f"; {note}" for note in found.notes)
+    told = f"{split_of(name, how)}, {search}{limited(len(inputs), whole, 'inputs')}{notes}"
+    scores = text.scores(name, written, found._replace(references=references, labels=labels))
     return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
 
 
@@ -355,11 +369,8 @@ def limited(done: int, whole: int, what: str) -> str:
 
 EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
     "wikitext103": of_words, "wikitext2": of_words, "wikitext2-raw": of_tokens, "lambada": of_last_words, "text": of_tokens,
-    **{name: partial(of_inputs, name) for name in text.PAIRS},
+    **dict.fromkeys(kinds.KIND_OF, of_head),
 }  # fmt: skip
-
-
-EVALUATE |= dict.fromkeys(kinds.KIND_OF, of_head)
 
 
 def progress(what: str, number: int, model: Model) -> Callable[[int], None]:

@@ -1,11 +1,12 @@
 """Text from a model, token by token, with nothing but plain transformers: GPT goes on with a text, BERT fills in its [MASK],
 T5 says what stood in the place of <extra_id_0>, or answers.
 
-python -m scripts.generate MODEL... [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed N]
+python -m scripts.generate MODEL... [--prompt TEXT] [--chat] [--tokens N] [--temperature T] [--top-k K] [--seed N]
 
-MODEL is an OUT folder of pretrain.sh (its export, OUT/hf, is taken), or any causal, masked or encoder-decoder language model in
-Hugging Face form. The same weights and seed give the same text. A masked one takes --prompt alone, a text with [MASK], and
-gives the likeliest tokens for each.
+MODEL is an OUT folder of pretrain.sh or finetune.sh (its export, OUT/hf, is taken), or any causal, masked or encoder-decoder
+language model in Hugging Face form. The same weights and seed give the same text. A masked one takes --prompt alone, a text
+with [MASK], and gives the likeliest tokens for each. With --chat the prompt is a question, put by the tokenizer's chat template
+as a model finetuned on conversations (sft) has learnt it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", metavar="MODEL")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="how it begins (default: as a document begins)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question of a conversation")
     parser.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens to add (default: %(default)s)")
     told = "0 takes the likeliest token each time (default: %(default)s)"
     parser.add_argument("--temperature", metavar="T", type=float, default=0.7, help=told)
@@ -41,18 +43,33 @@ def main() -> None:
     for name, value, least in ranges:
         if value < least:
             problems.append(f"--{name} {value}: must be {least} or more")
+    if args.chat and not args.prompt:
+        problems.append("--chat: there is no question; give --prompt TEXT")
     if problems:
         raise BadInput(problems)
-    for folder in folders:
+    architectures = [architecture_of(folder) for folder in folders]
+    writers = ("ForCausalLM", "LMHeadModel", "ForPreTraining", "ForMaskedLM", "ForConditionalGeneration")
+    problems = [
+        f"{folder}: is {architecture or 'of no class'}, which writes no text; python -m scripts.evaluate scores one with a head"
+        for folder, architecture in zip(folders, architectures, strict=True)
+        if not architecture.endswith(writers)
+    ]
+    problems += [
+        f"--chat: {folder} is {architecture}, and conversations are for causal language models; leave it out"
+        for folder, architecture in zip(folders, architectures, strict=True)
+        if args.chat and architecture.endswith(writers[2:])
+    ]
+    if problems:
+        raise BadInput(problems)
+    for folder, architecture in zip(folders, architectures, strict=True):
         print(f"---- {folder}", flush=True)
-        architecture = architecture_of(folder)
         if architecture.endswith(("ForPreTraining", "ForMaskedLM")):
             print(fill(folder, args.prompt or "[MASK]"), flush=True)
         elif architecture.endswith("ForConditionalGeneration"):
             prompt = args.prompt or "<extra_id_0>"
             answer(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed)
         else:
-            go_on(folder, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
+            go_on(folder, args.prompt, args.chat, args.tokens, args.temperature, args.top_k, args.seed)
 
 
 def architecture_of(folder: str) -> str:
@@ -122,8 +139,8 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     )  # fmt: skip
 
 
-def go_on(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Print the prompt and what the model adds to it, as it comes."""
+def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Print the prompt and what the model adds to it, as it comes; of a conversation the answer alone."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +152,13 @@ def go_on(folder: str, prompt: str, tokens: int, temperature: float, top_k: int,
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
+    if chat:
+        if not tokenizer.chat_template:
+            raise BadInput(f"{folder}: its tokenizer has no chat template; leave out --chat")
+        asked = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    how = {"add_special_tokens": not chat}  # a template has written them
+    ids = tokenizer(prompt, return_tensors="pt", **how)["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
     if not ids.numel():  # begin where a document ended
         if model.config.eos_token_id is None:
             raise BadInput(f"{folder}: its tokenizer has no end of document to begin after; give --prompt TEXT")
@@ -144,11 +167,10 @@ def go_on(folder: str, prompt: str, tokens: int, temperature: float, top_k: int,
     room = positions - ids.shape[1]
     if room < 1:
         raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
-    how = drawn(temperature, top_k)
     torch.manual_seed(seed)
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0,
-        streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True), **how,
+        streamer=transformers.TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **drawn(temperature, top_k),
     )  # fmt: skip
 
 

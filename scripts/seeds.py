@@ -9,6 +9,7 @@ stops or fails ends all with its exit code; the same command goes on.
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def main() -> int:
     for seed in args.seeds:
         run = args.out / f"seed_{seed}"
         words = [args.config, str(run), *args.overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
-        code = subprocess.run(["bash", str(args.script), *words]).returncode
+        code = run_to_its_end(["bash", str(args.script), *words])
         if code or args.dry_run:
             return code
     rows = summary({seed: args.out / f"seed_{seed}" for seed in args.seeds})
@@ -48,12 +49,32 @@ def main() -> int:
     return 0
 
 
+def run_to_its_end(command: list[str]) -> int:
+    """Its exit code. A signal to us goes on to the run, which saves its state and ends; we wait for that."""
+    asked: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def pass_on(number: int, _frame: object) -> None:
+        asked.append(number)
+        if process:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, pass_on)
+    process = subprocess.Popen(command, process_group=0)  # Ctrl-C reaches it once, through us
+    for number in asked:  # that came before it was there
+        process.send_signal(number)
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
 def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
-    """{seed: OUT} -> a row for each metric."""
+    """{seed: OUT} -> a row for each metric. eval.json begins with the run's own; scripts/evaluate.py adds others behind."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for seed, run in runs.items():
         for row in json.loads((run / "eval.json").read_text(encoding="utf-8")):
-            found.setdefault((row["task"], row["metric"]), {})[seed] = row["value"]
+            found.setdefault((row["task"], row["metric"]), {}).setdefault(seed, row["value"])
     return [
         {"task": task, "metric": metric, "median": statistics.median(values.values()), "least": min(values.values()),
          "greatest": max(values.values()), "values": values}

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,8 @@ REFUSED = [
     ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
+    ("init=folder", 'init="folder": should be a section: from'),
+    ("init.form=folder", "init.form: unknown key; did you mean 'from'?"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
     ("data.valid=test", "data.valid=test: the best checkpoint is chosen on dev"),
     ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
@@ -381,6 +384,26 @@ def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
         assert done.returncode == code and told in done.stdout + done.stderr, done.stderr
     assert (tmp_path / "out/predictions/test/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
     assert json.loads((tmp_path / "out/eval.json").read_text()) == []
+
+
+def test_a_head_writes_no_text(runs):
+    command = [sys.executable, "-m", "scripts.generate", str(runs[0] / "rte/baseline"), "--prompt", "the value"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and "ForSequenceClassification, which writes no text" in done.stderr, done.stderr
+
+
+def test_a_signal_to_many_seeds_is_the_runs(tmp_path: Path):
+    """It is passed on, and waited for; a stand-in for the launch script takes a second to save."""
+    script = tmp_path / "recipe.sh"
+    saves = 'trap "sleep 1; echo saved > $2/saved; exit 143" TERM; mkdir -p $2; touch $2/begun; while :; do sleep 0.05; done'
+    script.write_text(saves)
+    command = [sys.executable, "-m", "scripts.seeds", str(script), "config", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not (tmp_path / "out/seed_1/begun").is_file():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert (tmp_path / "out/seed_1/saved").is_file() and not (tmp_path / "out/seed_2").exists()
 
 
 def test_seeds_have_a_median(configs, tmp_path: Path):

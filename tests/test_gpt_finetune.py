@@ -298,6 +298,19 @@ def test_the_best_checkpoint_answers(runs, data, which):
     assert "llama" in which or any(row["messages"][-1]["content"] for row in found)  # that one has learnt to end at once
 
 
+def test_generate_asks_as_it_was_taught(runs):
+    lines = (runs / "sft_tiny/pp2/predictions/valid.jsonl").read_text().splitlines()
+    asked, said = next(m for m in (json.loads(line)["messages"] for line in lines) if len(m) == 2)
+    words = [runs / "sft_tiny/pp2", "--prompt", asked["content"], "--chat", "--temperature", "0", "--tokens", "8"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "scripts.generate"]
+    done = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n", 1)[1].strip() == said["content"].strip() != ""
+    done = subprocess.run([*command, runs / "sft_tiny/pp2", "--chat"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "--chat: there is no question; give --prompt TEXT" in done.stderr
+
+
 @pytest.mark.parametrize(("kind", "layout"), [row for row in FOLLOW if row[0].startswith("lora")])
 def test_the_adapter_is_pefts_and_merged_it_is_the_export(runs, folders, kind, layout):
     out, arch = runs / kind / layout, kind.partition("_")[2]
@@ -388,6 +401,28 @@ def test_a_template_that_rewrites_is_refused(folders):
     loaded.config["chat_template"] = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
     with pytest.raises(BadInput, match="line 1: the chat template of here rewrites what it wrote of earlier messages"):
         samples.Template(loaded, "here").encode([CHAT], ["line 1"])
+
+
+ODD = {
+    "marks": (MARKED, [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]),
+    "begins": ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}{% for m in messages %}"
+               "{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}{% if messages | length == 1 %}"
+               "{{ raise_exception('no answer yet') }}{% endif %}",
+               [{"role": "user", "content": "a"}, {"role": "assistant", "content": "list"}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_conversation_ends_a_run_badly(name, configs, folders, data, tmp_path):
+    """Answers come after all training: what cannot be asked is left out."""
+    template, chat = ODD[name]
+    lines = [json.dumps({"messages": chat}), (data / "sft/valid.jsonl").read_text().splitlines()[1]]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines if name == "marks" else lines[:1]))
+    cfg = config.load(configs["sft", "tiny_llama"], [f"task.data={tmp_path}"], finetune.Config)
+    loaded = tokenizer.load(folders["tiny_llama"])
+    loaded.config["chat_template"] = template
+    assert len(finetune.questions(cfg, samples.Template(loaded, "here"))) == (name == "marks")
 
 
 def stream(configs, kind: str, arch: str, overrides: Sequence[str] = (), shuffle: bool = True) -> samples.Packed:

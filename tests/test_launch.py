@@ -90,11 +90,12 @@ def test_bad_environment_is_told_in_one_line(env: dict[str, str], told: str) -> 
     ],
 )
 def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], told: str, tmp_path: Path) -> None:
-    script = ROOT / "recipes/gpt/baseline/pretrain.sh"
-    done = subprocess.run(["bash", script, *arguments], env=env_with(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    for kind in ("pretrain", "finetune"):
+        script = ROOT / f"recipes/gpt/baseline/{kind}.sh"
+        done = subprocess.run(["bash", script, *arguments], env=env_with(), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert told.replace("pretrain", kind) in done.stderr and "Traceback" not in done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_every_bad_variable_is_told_at_once() -> None:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 
 from common import config, init, tokenizer
-from common import ranks as processes
 from common.errors import BadInput
 from common.evaluation import glue, hub, text
 from recipes.t5 import finetune, task
@@ -187,6 +186,11 @@ def test_the_export_is_the_best_and_writes_its_predictions(runs, data, name, lay
     for row in rows.values():
         assert row["n"] == len(lines) and f"{name} {split}, step {best}, the best by dev loss, beam 3" in row["protocol"]
     assert set(rows) == ({"bleu", "bleu_intl", "chrf"} if name != "mrpc" else {"f1", "accuracy"})
+    if name == "mrpc":
+        known = {"equivalent": "1", "not_equivalent": "0"}
+        labels = [known.get(line, str(1 - y)) for line, y in zip(lines, examples.labels.tolist(), strict=True)]
+        table = (out / "predictions/MRPC.tsv").read_text().splitlines()
+        assert table == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(labels))]
 
 
 @pytest.mark.parametrize("layout", ["baseline", "zero1", "tp2_sp"])
@@ -210,13 +214,35 @@ def test_a_run_without_progress_ends_early_and_stays_ended(runs):
     assert all("step 5, the best by dev loss, beam 1" in row["protocol"] for row in rows_of(out).values())
 
 
-def test_a_signal_ends_the_writing_too(monkeypatch):
-    tell = finetune.progress(100, 10, 7, processes.Ranks(0, 1, torch.device("cpu")))
-    tell(0)
-    monkeypatch.setattr(processes, "_signal", 15)
-    with pytest.raises(processes.Stopped, match="stopped after step 7, state saved") as stopped:
-        tell(1)
-    assert stopped.value.code == 143
+STOPPED = """\
+import os, signal
+from common import finetune, ranks as processes
+
+def main(argv):
+    ranks = processes.start()
+    tell = finetune.progress(100, 10, ranks)
+    assert not tell(0)
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert tell(1) == (ranks.rank == 1)
+    try:
+        finetune.end_if_asked(ranks, 7)
+    except processes.Stopped as stopped:
+        print(f"{ranks.rank}: {stopped.code}: {stopped}", file=open(f"{argv[0]}/{ranks.rank}", "w"))
+
+if __name__ == "__main__":
+    processes.run(main)
+"""
+
+
+def test_a_signal_to_one_rank_ends_the_writing_of_all(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*two, tmp_path / "stopped.py", tmp_path], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = "143: stopped after step 7, state saved; the same command continues\n"
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [f"0: {told}", f"1: {told}"]
 
 
 def test_a_run_moves_from_stack_to_stack(runs, reference):
@@ -240,6 +266,19 @@ def test_evaluate_gives_what_the_run_gave(runs, data, tmp_path):
         written = (tmp_path / name / "predictions/multi30k-en-de.txt").read_bytes()
         assert written == (out / "predictions/test.txt").read_bytes()
     assert made[0] == made[1] == {metric: row["value"] for metric, row in rows_of(out).items()}
+
+
+def test_evaluate_scores_glue_in_words(runs, data, tmp_path):
+    out = runs / "mrpc/baseline"
+    words = [str(out), "mrpc", "--data", str(data / "mrpc"), "--beams", "3", "--tokens", "24", "--seq-len", "40"]
+    command = [sys.executable, "-m", "scripts.evaluate", *words, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {m: row["value"] for m, row in rows_of(tmp_path).items()} == {m: row["value"] for m, row in rows_of(out).items()}
+    assert (tmp_path / "predictions/mrpc/MRPC.tsv").read_bytes() == (out / "predictions/MRPC.tsv").read_bytes()
+    words[1] = "wnli"
+    done = subprocess.run([*command[:3], *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "wnli is for BERT with the head of such a task" in done.stderr
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

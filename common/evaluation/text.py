@@ -74,6 +74,7 @@ class Examples(NamedTuple):
     hash: str  # of what was read
     labels: np.ndarray | None = None
     sizes: tuple[int, ...] = ()  # of the sets that are read together: MNLI's two
+    ids: tuple[str, ...] = ()  # SQuAD's, of the questions
     notes: tuple[str, ...] = ()
 
 
@@ -209,7 +210,8 @@ def _squad(folder: Path | None, split: str) -> Examples:
     asked = [q for q in found.questions if q.answers]
     inputs = [f"question: {q.text} context: {found.contexts[q.context].strip()}" for q in asked]
     references = [q.answers for q in asked]
-    return Examples(inputs, [answers[0] for answers in references], references, found.hash, notes=tuple(found.notes))
+    ids = tuple(q.id for q in asked)
+    return Examples(inputs, [known[0] for known in references], references, found.hash, notes=tuple(found.notes), ids=ids)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -302,6 +304,15 @@ def scores(name: str, predictions: Sequence[str], examples: Examples) -> list[Sc
     return [score for kind in kinds for score in SCORES[kind](predictions, examples.references)]
 
 
+def files(name: str, predictions: Sequence[str], examples: Examples) -> dict[str, str]:
+    """{file name: text} as the benchmark has them: GLUE's labels, by `classes`, and SQuAD's answers by question."""
+    if name in WORDS:
+        return glue.files(name, classes(name, predictions, examples.labels), examples.sizes)
+    if name == "squad":
+        return {"predictions.json": json.dumps(dict(zip(examples.ids, predictions, strict=True)), indent=1, ensure_ascii=False)}
+    return {}
+
+
 # ---- beam search -----------------------------------------------------------------------------------------------------
 
 
@@ -317,12 +328,12 @@ class Search(NamedTuple):
 
 def write(
     net: Any, tokenizer: Any, inputs: Sequence[str], seq_len: int | None, search: Search, ranks: Ranks,
-    tell: Callable[[int], None],
+    tell: Callable[[int], bool | None],
 ) -> list[str]:  # fmt: skip
     """What an encoder-decoder of transformers writes to each input, on every rank. Inputs are cut to seq_len tokens.
 
     Batches, of inputs of like length, are the same whatever the number of ranks, and each is done by one: so 2 ranks give
-    what 1 gives. tell: called before each batch with its number.
+    what 1 gives. tell: called before each batch with its number; where it says True, this rank's other texts stay empty.
     """
     import torch
     import torch.distributed as dist
@@ -333,7 +344,8 @@ def write(
     pad = tokenizer.pad_token_id
     written = torch.zeros(len(ids), search.tokens + 1, dtype=torch.int64, device=ranks.device)  # ids less pad
     for number in range(ranks.rank, len(batches), ranks.world):
-        tell(number)
+        if tell(number):
+            break
         given = tokenizer.pad({"input_ids": [ids[i] for i in batches[number]]}, return_tensors="pt").to(ranks.device)
         made = net.generate(
             input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=search.tokens,

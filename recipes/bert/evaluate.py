@@ -10,7 +10,7 @@ import numpy as np
 from common import config
 from common.errors import BadInput
 from common.ranks import Ranks
-from common.run import read_object
+from common.run import read_object, whole_weights
 
 from . import finetune, kinds
 
@@ -40,7 +40,9 @@ def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: i
         }
     )  # fmt: skip
     model = cfg.model.resolve(cfg, None)
-    outputs = len(stored.get("id2label") or "12")  # transformers leaves out its default, two
+    head, held = model.does.parameter, {}
+    whole_weights(folder, str(folder), held)
+    outputs = held[f"{head}.weight"][0] if f"{head}.weight" in held else 0
     if outputs != len(model.labels):
         told = f"its head has {outputs} outputs, {name} wants {len(model.labels)}"
         raise BadInput(f"{folder}: {told}; finetune it on {name} first")

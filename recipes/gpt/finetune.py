@@ -231,7 +231,8 @@ class Question(NamedTuple):
 
 
 def questions(cfg: Config, template: samples.Template) -> list[Question]:
-    """The first task.answers conversations of valid, to the last answer of each, that leave the model room for one."""
+    """The first task.answers conversations of valid, to the last answer of each. Left out are those that training leaves out,
+    that leave the model no room for an answer, and whose beginning the template does not write alone."""
     from common.run import find
 
     d, found = cfg.data, []
@@ -242,9 +243,12 @@ def questions(cfg: Config, template: samples.Template) -> list[Question]:
         last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
         if not last or template.spells_a_mark(chat):
             continue
-        ids = template.ask(chat[:last], at)
-        if len(ids) < cfg.model.positions:
-            found.append(Question(chat[:last], chat[last]["content"], ids, template.ends(chat[: last + 1], at)))
+        try:
+            ids, ends = template.ask(chat[:last], at), template.ends(chat[: last + 1], at)
+        except BadInput:  # after all the training: no reason to end badly
+            continue
+        if ends is not None and len(ids) < cfg.model.positions:
+            found.append(Question(chat[:last], chat[last]["content"], ids, ends))
     return found
 
 
@@ -270,9 +274,10 @@ def answer(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # a folder may name sampling that is not used here
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     written = torch.zeros(len(asked), t.answer_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
-    tell = finetune.progress(len(asked), 1, step, ranks)
+    tell = finetune.progress(len(asked), 1, ranks)
     for number in range(ranks.rank, len(asked), ranks.world):
-        tell(number)
+        if tell(number):
+            break
         question = asked[number]
         ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
         made = net.generate(
@@ -280,8 +285,8 @@ def answer(run: Run, ranks: Ranks) -> None:
             pad_token_id=0, max_new_tokens=min(t.answer_tokens, run.cfg.model.positions - len(question.ids)),
         )[0, ids.shape[1] :]  # fmt: skip
         written[number, : len(made)] = made + 1
-    if ranks.world > 1:
-        dist.all_reduce(written)  # each row and zeros: exact
+    dist.all_reduce(written)  # each row and zeros: exact
+    finetune.end_if_asked(ranks, step)
     if ranks.rank == 0:
         said = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
         lines = [
@@ -293,5 +298,5 @@ def answer(run: Run, ranks: Ranks) -> None:
 
 
 def _is_answered(path: Path, step: int, count: int) -> bool:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return len(lines) == count and json.loads(lines[0])["step"] == step

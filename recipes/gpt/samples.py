@@ -234,9 +234,12 @@ class Template:
         text, _ = self.render(chat, at, ask=True)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def ends(self, chat: Chat, at: str) -> set[int]:
-        """Ids that end an answer: the end of text, and the mark with which the template ends those of this conversation."""
+    def ends(self, chat: Chat, at: str) -> set[int] | None:
+        """Ids that end an answer: the end of text, and the mark with which the template ends those of this conversation. None
+        where it has no answer."""
         [(ids, counted)] = self.encode([chat], [at])
+        if not counted.any():
+            return None
         last = self.backend.id_to_token(int(ids[counted][-1]))
         marks = [mark for mark in (last, self.marks.get("eos_token")) if mark and self.special.fullmatch(mark)]
         return {self.backend.token_to_id(mark) for mark in marks}

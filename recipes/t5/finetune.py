@@ -20,7 +20,7 @@ from common.corpus import write_json
 from common.errors import BadInput
 from common.evaluation import text
 from common.ranks import Ranks
-from common.run import Run
+from common.run import Run, data_notes
 
 from . import task
 from .task import (  # noqa: F401 (what stays as it is)
@@ -192,7 +192,7 @@ def encoded(tokenizer: Any, texts: list[str]) -> Ids:
 
 def score(run: Run, ranks: Ranks) -> None:
     """What the export, in plain transformers, writes to the inputs of task.split: OUT/predictions/SPLIT.txt, a line each, and
-    its scores in OUT/eval.json. Nothing is done where they are there already."""
+    as GLUE and SQuAD want it; its scores in OUT/eval.json. Nothing is done where they are there already."""
     import torch
     import transformers
 
@@ -209,12 +209,15 @@ def score(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
-    tell = finetune.progress(len(found.inputs), t.write_batch, step, ranks)
+    tell = finetune.progress(len(found.inputs), t.write_batch, ranks)
     written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
+    finetune.end_if_asked(ranks, step)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
-        (run.out / f"predictions/{t.split}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
-        notes = "".join(f"; {note}" for note in run.notes)
+        files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, found)
+        for file, content in files.items():
+            (run.out / "predictions" / file).write_text(content, encoding="utf-8")
+        notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
         rows = [
             {"task": t.name, "metric": name, "value": value, "n": len(written), "protocol": f"{how}; {worked_out}{notes}"}
             for name, value, worked_out in text.scores(t.name, written, found)
