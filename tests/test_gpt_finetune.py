@@ -404,7 +404,8 @@ def test_a_template_that_rewrites_is_refused(folders):
 
 
 ODD = {
-    "marks": (MARKED.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen"), [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]),
+    "marks": (MARKED.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen"),
+              [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]),
     "begins": ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}{% for m in messages %}"
                "{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}{% if messages | length == 1 %}"
                "{{ raise_exception('no answer yet') }}{% endif %}",
