@@ -76,9 +76,11 @@ def test_medians_are_nearer_than_seeds(name: str):
             assert abs(one["median"] - other["median"]) <= spread
 
 
-@pytest.mark.parametrize("stack", ["baseline", *STACKS])
-def test_ten_thousand_reviews_are_enough(stack: str):
-    run = MINILM / "sst2_10000" / stack
-    [row] = json.loads((run / "eval.json").read_text(encoding="utf-8"))
-    assert row["metric"] == "accuracy" and row["n"] == 872 and row["value"] >= 0.86
-    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["task"]["train_examples"] == 10_000
+REVIEWS = [*[(f"sst2_10000/{stack}", 10_000, 0.86) for stack in ("baseline", *STACKS)], ("sst2_whole_5e-5/deepspeed", None, 0.9)]
+
+
+@pytest.mark.parametrize(("run", "examples", "least"), REVIEWS, ids=[row[0] for row in REVIEWS])
+def test_reviews_are_told_apart(run: str, examples: int | None, least: float):
+    [row] = json.loads((MINILM / run / "eval.json").read_text(encoding="utf-8"))
+    assert row["metric"] == "accuracy" and row["n"] == 872 and row["value"] >= least
+    assert yaml.safe_load((MINILM / run / "config.yaml").read_text(encoding="utf-8"))["task"]["train_examples"] == examples
