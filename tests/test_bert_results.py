@@ -76,7 +76,8 @@ def test_medians_are_nearer_than_seeds(name: str):
             assert abs(one["median"] - other["median"]) <= spread
 
 
-REVIEWS = [*[(f"sst2_10000/{stack}", 10_000, 0.86) for stack in ("baseline", *STACKS)], ("sst2_whole_5e-5/deepspeed", None, 0.9)]
+REVIEWS = [(f"sst2_10000/{stack}", 10_000, 0.86) for stack in ("baseline", *STACKS)]
+REVIEWS += [("sst2_whole_5e-5/deepspeed", None, 0.9)]
 
 
 @pytest.mark.parametrize(("run", "examples", "least"), REVIEWS, ids=[row[0] for row in REVIEWS])
