@@ -50,7 +50,8 @@ def main() -> int:
 
 
 def run_to_its_end(command: list[str]) -> int:
-    """Its exit code. A signal to us goes on to the run, which saves its state and ends; we wait for that."""
+    """Its exit code. A signal to us goes on to the run, which saves its state and ends; we wait for that. Where it was done by
+    then, the code is the signal's: no other run is to begin."""
     asked: list[int] = []
     process: subprocess.Popen | None = None
 
@@ -66,6 +67,8 @@ def run_to_its_end(command: list[str]) -> int:
     for number in asked:  # that came before it was there
         process.send_signal(number)
     code = process.wait()
+    if code == 0 and asked:
+        return 128 + asked[0]
     return code if code >= 0 else 128 - code
 
 

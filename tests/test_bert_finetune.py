@@ -392,10 +392,11 @@ def test_a_head_writes_no_text(runs):
     assert done.returncode == 2 and "ForSequenceClassification, which writes no text" in done.stderr, done.stderr
 
 
-def test_a_signal_to_many_seeds_is_the_runs(tmp_path: Path):
-    """It is passed on, and waited for; a stand-in for the launch script takes a second to save."""
+@pytest.mark.parametrize("code", [143, 0], ids=["stopped", "done"])
+def test_a_signal_to_many_seeds_is_the_runs(code: int, tmp_path: Path):
+    """It is passed on, and waited for; a stand-in for the launch script takes a second to save. No other seed begins."""
     script = tmp_path / "recipe.sh"
-    saves = 'trap "sleep 1; echo saved > $2/saved; exit 143" TERM; mkdir -p $2; touch $2/begun; while :; do sleep 0.05; done'
+    saves = f'trap "sleep 1; echo saved > $2/saved; exit {code}" TERM; mkdir -p $2; touch $2/begun; while :; do sleep 0.1; done'
     script.write_text(saves)
     command = [sys.executable, "-m", "scripts.seeds", str(script), "config", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT)
