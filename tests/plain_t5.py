@@ -1,5 +1,6 @@
 """The referee's referee for T5: one process, transformers' own class untied by hand, no line of the recipe's loss or models."""
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,8 +17,52 @@ def net_of(model: task.Model) -> T5ForConditionalGeneration:
     return net
 
 
+# A ReLU has no derivative at 0. A unit of one token whose input is 0 within rounding is on for one order of summation and off
+# for another, and both gradients are right: two plain loops over the same samples in micro batches of 4 and of 1 then part too,
+# by up to 1e-4 of loss and 1e-3 of norm in 20 steps; a fifth of the seeds of `tiny` with ffn 256 did, some at a gradient of
+# 3e-6 of the whole norm, since Adam makes a whole step of a small gradient. None of the seeds that these bounds leave did.
+NEAR, STAKE = 1e-6, 1e-6
+Step = tuple[float, float, float]  # loss, gradient norm before clipping, what is at stake at a ReLU's 0 (Kinks)
+
+
+class Kinks:
+    """Watches the ReLUs of a net."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # input and output, (B, T, ffn)
+        for name, module in net.named_modules():
+            if isinstance(module, torch.nn.ReLU):
+                module.register_forward_hook(lambda _, given, made, name=name: self._keep(name, given[0], made))
+
+    def _keep(self, name: str, given: torch.Tensor, made: torch.Tensor) -> None:
+        made.retain_grad()
+        self.seen[name] = (given.detach(), made)
+
+    def stake(self, norm: float) -> float:
+        """After backward: the largest gradient behind a unit whose input is 0 within rounding, as a share of `norm`."""
+        behind = [made.grad[given.abs() < NEAR].abs() for given, made in self.seen.values()]
+        return max((g.max().item() for g in behind if g.numel()), default=0.0) / norm
+
+
+def clear_of_kinks(steps: Callable[[list[str]], Iterable[Step]], overrides: list[str]) -> list[str]:
+    """The overrides with the first seed, from 1234 on, whose plain loop meets no ReLU at 0 that matters.
+
+    No stack has a say in it: the plain loop alone is asked, before any other run.
+    """
+    for seed in range(1234, 1734):
+        seeded = [*overrides, f"train.seed={seed}"]
+        if all(stake < STAKE for _, _, stake in steps(seeded)):
+            return seeded
+    raise AssertionError("no seed of 500 keeps clear of the ReLUs' kinks")
+
+
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
+    """(loss, gradient norm before clipping) of each step."""
+    return [(loss, norm) for loss, norm, _ in steps(config_path, overrides, device)]
+
+
+def steps(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> Iterator[Step]:
+    """Each step of the whole global batch at once, fp32, dropout 0."""
     cfg = config.load(config_path, overrides, task.Config)
     stream = task.stream(cfg, cfg.data.train, shuffle=True)
     model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
@@ -27,8 +72,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
         for name, parameter in net.named_parameters():
             parameter.copy_(draw(name, parameter.shape))
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
-    optimizer = torch_optimizer(net, o)
-    made = []
+    optimizer, kinks = torch_optimizer(net, o), Kinks(net)
     for step in range(1, cfg.train.steps + 1):
         rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
@@ -42,8 +86,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        yield loss.item(), norm.item(), kinks.stake(norm.item())
 
 
 def torch_optimizer(net: torch.nn.Module, o: config.Optim) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """The referee's referee for finetuning T5: one process, transformers' own class, tokenizer, loss and beam search."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,20 @@ from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 from common import config, optim
 from common.corpus import epoch_key, permute
 from recipes.t5 import finetune
-from tests.plain_t5 import torch_optimizer
+from tests.plain_t5 import Kinks, Step, torch_optimizer
 
 
 def losses(config_path: Path, overrides: list[str], pairs: list[tuple[str, str]]) -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) of each step: the whole global batch at once, padded to its longest."""
+    """(loss, gradient norm before clipping) of each step."""
+    return [(loss, norm) for loss, norm, _ in steps(config_path, overrides, pairs)]
+
+
+def steps(config_path: Path, overrides: list[str], pairs: list[tuple[str, str]]) -> Iterator[Step]:
+    """Each step of the whole global batch at once, padded to its longest."""
     cfg = config.load(config_path, overrides, finetune.Config)
     net, tokenizer = loaded(cfg.init.from_, cfg.model.dropout)
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
-    optimizer = torch_optimizer(net.train(), o)
-    made, size = [], cfg.train.global_batch
+    optimizer, kinks, size = torch_optimizer(net.train(), o), Kinks(net), cfg.train.global_batch
     for step in range(1, cfg.train.steps + 1):
         numbers = np.arange((step - 1) * size, step * size)
         epoch, place = np.divmod(numbers, len(pairs))
@@ -34,8 +39,7 @@ def losses(config_path: Path, overrides: list[str], pairs: list[tuple[str, str]]
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        yield loss.item(), norm.item(), kinks.stake(norm.item())
 
 
 def loaded(folder: str, dropout: float = 0.0) -> tuple[T5ForConditionalGeneration, AutoTokenizer]:

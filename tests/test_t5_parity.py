@@ -2,14 +2,18 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from test_resume import HOMES as ALL_HOMES
 
+from common import config
+from recipes.t5 import task
 from tests import plain_t5
 
 ARCHS = ("tiny", "tiny_v1_1")
@@ -62,35 +66,47 @@ def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def told(drive, t5_settings, tmp_path_factory) -> tuple[Path, str]:
+def settings(t5_settings) -> dict[str, list[str]]:
+    """{config, variant, or config + " home": overrides}, each with a seed that keeps clear of T5 1.0's ReLUs (plain_t5.py)."""
+
+    def clear(arch: str, more: list[str]) -> list[str]:
+        steps = partial(plain_t5.steps, ROOT / f"recipes/t5/configs/{arch}.yaml")
+        return plain_t5.clear_of_kinks(steps, [*t5_settings, *more])
+
+    made = {arch: clear(arch, []) for arch in ARCHS} | {kind: clear(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
+    moved = [f"train.steps={EACH * len(HOMES)}", f"optim.decay_steps={EACH * len(HOMES)}", "train.keep=100"]
+    return made | {f"{arch} home": clear(arch, moved) for arch in ARCHS}
+
+
+@pytest.fixture(scope="module")
+def told(drive, settings, t5_settings, tmp_path_factory) -> tuple[Path, str]:
     """(folder of all runs of this module, what they printed)"""
     out = tmp_path_factory.mktemp("t5")
     cases = [
-        run(stack, arch, out / "fp32" / arch / name, t5_settings + overrides)
+        run(stack, arch, out / "fp32" / arch / name, settings[arch] + overrides)
         for arch in ARCHS
         for name, (stack, overrides) in TWO_RANKS.items()
     ]
-    for kind, (arch, more, names) in VARIANTS.items():
-        cases += [run(TWO_RANKS[n][0], arch, out / kind / n, t5_settings + TWO_RANKS[n][1] + more) for n in names]
+    for kind, (arch, _, names) in VARIANTS.items():
+        cases += [run(TWO_RANKS[n][0], arch, out / kind / n, settings[kind] + TWO_RANKS[n][1]) for n in names]
     for name in BF16_LAYOUTS:
         stack, overrides = TWO_RANKS[name]
-        cases += [run(stack, a, out / "bf16" / a / name, [*t5_settings, "train.dtype=bf16", *overrides]) for a in ARCHS]
+        cases += [run(stack, a, out / "bf16" / a / name, [*settings[a], "train.dtype=bf16", *overrides]) for a in ARCHS]
     for name in RESUMED:
         stack, overrides = TWO_RANKS[name]
         shared = [*t5_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
         cases.append(run(stack, "tiny_v1_1", out / "whole" / name, [*shared, "train.steps=12"]))
         cases += [run(stack, "tiny_v1_1", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
-    total = EACH * len(HOMES)
     for arch in ARCHS:
-        moved = [*t5_settings, f"optim.decay_steps={total}", "train.keep=100"]
-        cases.append(run("baseline", arch, out / "home" / arch, [*moved, f"train.steps={total}"]))
+        moved = settings[f"{arch} home"]
+        cases.append(run("baseline", arch, out / "home" / arch, moved))
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
             for number, (stack, overrides) in enumerate(HOMES, 1)
         ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
     cases += [
-        run(stack, arch, out / "fp32" / arch / name, t5_settings + overrides)
+        run(stack, arch, out / "fp32" / arch / name, settings[arch] + overrides)
         for arch in ARCHS
         for name, (stack, overrides) in AUTOTP.items()
     ]
@@ -98,13 +114,24 @@ def told(drive, t5_settings, tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(t5_settings) -> dict[str, list[tuple[float, float]]]:
+def reference(settings) -> dict[str, list[tuple[float, float]]]:
     """{config or variant: [(loss, norm) of each step]} of the plain loop."""
+    archs = {arch: arch for arch in ARCHS} | {kind: arch for kind, (arch, _, _) in VARIANTS.items()}
+    return {kind: plain_t5.losses(ROOT / f"recipes/t5/configs/{a}.yaml", settings[kind]) for kind, a in archs.items()}
 
-    def plain(arch: str, more: list[str]) -> list[tuple[float, float]]:
-        return plain_t5.losses(ROOT / f"recipes/t5/configs/{arch}.yaml", t5_settings + more)
 
-    return {a: plain(a, []) for a in ARCHS} | {kind: plain(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
+def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
+    """A unit whose weights are 0 has an input of 0, and a gradient behind it."""
+    for arch, found in (("tiny", True), ("tiny_v1_1", False)):  # a GELU has a derivative everywhere
+        cfg = config.load(ROOT / f"recipes/t5/configs/{arch}.yaml", [*t5_settings, "model.vocab_size=64"], task.Config)
+        net = plain_t5.net_of(cfg.model)
+        kinks, ids = plain_t5.Kinks(net), torch.arange(8)[None]  # (B, T)
+        net(input_ids=ids, labels=ids).loss.backward()
+        assert kinks.stake(1.0) == 0
+        with torch.no_grad():
+            next(p for name, p in net.named_parameters() if ".DenseReluDense.wi" in name)[5] = 0
+        net(input_ids=ids, labels=ids).loss.backward()
+        assert (kinks.stake(1.0) > 0) == found
 
 
 @pytest.mark.parametrize("arch", ARCHS)
