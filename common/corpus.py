@@ -304,8 +304,7 @@ class Corpus:
         for suffix, expected in self.manifest.get("fingerprint", {}).items():
             if fingerprint(f"{self.prefix}.{suffix}") != expected:
                 raise BadInput(
-                    f"{self.prefix}.{suffix} is not the file that {self.prefix}.json describes; "
-                    "build or copy all three again"
+                    f"{self.prefix}.{suffix} is not the file that {self.prefix}.json describes; build or copy all three again"
                 )
         if vocab_size is not None and self.max_token_id >= vocab_size:
             raise BadInput(
@@ -326,15 +325,19 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     prefix = str(prefix)
     Path(prefix + ".json").unlink(missing_ok=True)
     corpus = Corpus(prefix)
-    manifest = {
-        "tokens": corpus.tokens,
-        "documents": corpus.documents,
-        **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
-        "dtype": corpus.dtype.name,
-        "max_token_id": corpus.max_token_id,
-        "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
-        "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
-    } | _FACTS | facts
+    manifest = (
+        {
+            "tokens": corpus.tokens,
+            "documents": corpus.documents,
+            **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
+            "dtype": corpus.dtype.name,
+            "max_token_id": corpus.max_token_id,
+            "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
+            "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
+        }
+        | _FACTS
+        | facts
+    )
     write_json(prefix + ".json", manifest)
     return manifest
 

@@ -1,8 +1,8 @@
 """What finetuning adds to a run: the best checkpoint, early stopping, predictions on the whole dev set, eval.json.
 
-    OUT/best/step_N/   the state after the evaluation with the best metric; OUT/hf is made of it
-    OUT/predictions/   its predictions, in the formats of the benchmarks
-    OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
+OUT/best/step_N/   the state after the evaluation with the best metric; OUT/hf is made of it
+OUT/predictions/   its predictions, in the formats of the benchmarks
+OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
 """
 
 import json

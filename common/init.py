@@ -36,7 +36,10 @@ def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
 
 
 def from_hf(
-    folder: str | Path, stored_names: Callable[[str], Sequence[str]], heads: tuple[str, ...] = (), anew: Source | None = None,
+    folder: str | Path,
+    stored_names: Callable[[str], Sequence[str]],
+    heads: tuple[str, ...] = (),
+    anew: Source | None = None,
     fresh: tuple[str, ...] = (),
 ) -> Source:
     """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.

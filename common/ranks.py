@@ -111,9 +111,7 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
         raise BadInput(f"train.dtype=bf16: {name} has no bf16 arithmetic; use train.dtype=fp32")
 
 
-def totals(
-    numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu"
-) -> list[int]:
+def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu") -> list[int]:
     """The sums over the ranks of `group` (default: all) of numbers that each knows for itself."""
     import torch
     import torch.distributed as dist

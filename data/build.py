@@ -512,9 +512,7 @@ def _encode(
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    opt: Options, partial: Path, source: Source, tokenizer: tokenizers.Tokenizer, state: dict[str, Any]
-) -> None:
+def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.Tokenizer, state: dict[str, Any]) -> None:
     """Everything of OUT in .partial, whole: corpora, their manifests, the tokenizer, manifest.json."""
     empty = [name for name, counts in state["writers"].items() if not counts["documents"]]
     if empty:
@@ -545,12 +543,16 @@ def _finish(
         told = {"sentences": counts["sequences"]} if _cut(opt) else {}
         splits[name] = write_manifest(partial / name, facts | told)
     counted = ["tokens", "documents", *(["sentences"] if _cut(opt) else [])]
-    manifest = {
-        "corpus": opt.corpus,
-        **{key: sum(split[key] for split in splits.values()) for key in counted},
-        "bytes_of_text": state["bytes"],
-        "splits": {name: {key: m[key] for key in (*counted, "sha256")} for name, m in splits.items()},
-    } | facts | {"source_names": names, "request": state["request"]}
+    manifest = (
+        {
+            "corpus": opt.corpus,
+            **{key: sum(split[key] for split in splits.values()) for key in counted},
+            "bytes_of_text": state["bytes"],
+            "splits": {name: {key: m[key] for key in (*counted, "sha256")} for name, m in splits.items()},
+        }
+        | facts
+        | {"source_names": names, "request": state["request"]}
+    )
     write_json(partial / "manifest.json", manifest)
 
 

@@ -101,9 +101,7 @@ def sources(given: Sequence[str] | None) -> list[Source]:
 
 
 def main() -> None:
-    p = build.parser(
-        __doc__, valid_share=0.005, tokenizer="bert-base-uncased", tokenizer_type="wordpiece", sentences=True
-    )
+    p = build.parser(__doc__, valid_share=0.005, tokenizer="bert-base-uncased", tokenizer_type="wordpiece", sentences=True)
     p.add_argument("--source", metavar="PATH", nargs="+", help="text files, folders of them or of data sets instead")
     told = "skip documents of fewer words (default: %(default)s)"
     p.add_argument("--min-words", metavar="N", type=int, default=32, help=told)

@@ -190,9 +190,7 @@ def aligned(rows: list[Row]) -> list[str]:
     made = []
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row[:4], widths[:4], strict=True)]
-        made.append(
-            "  ".join([*cells, row.ours.rjust(widths[4]), row.published]) + (f"  {row.reason}" if row.reason else "")
-        )
+        made.append("  ".join([*cells, row.ours.rjust(widths[4]), row.published]) + (f"  {row.reason}" if row.reason else ""))
     return made
 
 

@@ -246,9 +246,7 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
 # ---- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def losses_of(
-    model: Model, tokens: np.ndarray, windows: list[language.Window], bound: int | None = None
-) -> np.ndarray:
+def losses_of(model: Model, tokens: np.ndarray, windows: list[language.Window], bound: int | None = None) -> np.ndarray:
     """Of the first `limit` windows the summed losses in nats, one or (bound) two each, as window_losses has them."""
     if len(tokens) < 2:
         raise BadInput(f"the text has {len(tokens)} token: nothing to predict")

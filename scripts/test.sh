@@ -35,5 +35,6 @@ cd -- "$root"
 export PATH=$root/.venv/bin:$PATH
 
 ruff check .
+ruff format --check .
 find . -name '*.sh' -not -path './.venv/*' -not -path './out/*' -print0 | xargs -0 shellcheck .ci/run
 pytest -c pyproject.toml --rootdir=. -q -m "not slow and not gpu and not slurm" --durations 40 "${arguments[@]}"

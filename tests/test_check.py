@@ -37,9 +37,7 @@ def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, f
     optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
     out.mkdir(parents=True)
     config.write_yaml(cfg.model_copy(update={"model": cfg.model.resolve(cfg, 65), "optim": optim}), out / "config.yaml")
-    (out / "run.json").write_text(
-        json.dumps({"config": named.stem, "family": "gpt", "stack": stack, "commit": "0123abcd"})
-    )
+    (out / "run.json").write_text(json.dumps({"config": named.stem, "family": "gpt", "stack": stack, "commit": "0123abcd"}))
     lines = []
     for step in range(1, steps + 1):
         lines.append(trained(step, 4.17 - 2.3 * step / steps))
@@ -51,9 +49,7 @@ def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, f
 
 def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, "-m", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -70,10 +66,7 @@ def one(run: Path) -> check.Row:
 def test_a_run_that_reaches_its_number_passes(good: Path) -> None:
     done = command("scripts.check", str(good))
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.split()
-        == "pass shakespeare_char_cpu megatron val_loss 1.8857 1.88 +- 0.03 (nanoGPT README)".split()
-    )
+    assert done.stdout.split() == "pass shakespeare_char_cpu megatron val_loss 1.8857 1.88 +- 0.03 (nanoGPT README)".split()
 
 
 @pytest.mark.parametrize("loss", [1.92, 1.84, float("nan")])
@@ -213,9 +206,7 @@ def test_plan() -> None:
     done = command("scripts.plan", "recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "64", "--gpu", "A100")
     assert done.returncode == 0, done.stderr
     assert "1,315,819,520" in done.stdout and "1,048,576" in done.stdout and "312 TFLOP/s" in done.stdout
-    rows = [
-        line for line in done.stdout.splitlines() if line.lstrip("* ").startswith(("baseline", "deepspeed", "megatron"))
-    ]
+    rows = [line for line in done.stdout.splitlines() if line.lstrip("* ").startswith(("baseline", "deepspeed", "megatron"))]
     assert sum(row.startswith("*") for row in rows) == 3 and len(rows) > 8
     assert max(len(line) for line in done.stdout.splitlines()) < 160
 

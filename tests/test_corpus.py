@@ -331,7 +331,6 @@ def test_the_order_of_a_seed_never_changes():
     assert key.tolist() == GOLDEN_KEYS
 
 
-
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 

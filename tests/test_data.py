@@ -126,7 +126,7 @@ def test_a_document_stays_in_its_split(speeches, tmp_path):
     first = [split(text, text.encode()) for text in speeches]
     assert [split(text, text.encode()) for text in reversed(speeches)] == first[::-1]
     wider = build.by_hash({"valid": 0.3, "test": 0.2}, seed=1)
-    moved = [wider(text, text.encode())[0][0] for (name, text), in first if name == "valid"]
+    moved = [wider(text, text.encode())[0][0] for ((name, text),) in first if name == "valid"]
     assert set(moved) == {"valid"}  # a larger share keeps what was there
     other = build.by_hash({"valid": 0.2, "test": 0.2}, seed=2)
     assert [other(text, text.encode()) for text in speeches] != first

@@ -65,7 +65,7 @@ DETOKENIZED = {
     "one , two ; three : four . Five ! six ? end": "one, two; three: four. Five! six? end",
     "both . , and": "both., and",
     "( in brackets ) [ square ] { curly }": "(in brackets) [square] {curly}",
-    'said " so " and \' in \'': "said \"so\" and 'in'",
+    "said \" so \" and ' in '": "said \"so\" and 'in'",
     " = = = Third = = = \n": " === Third ===\n",
     "at 5 ° C": "at 5°C",
     "line \n next": "line\nnext",
@@ -241,5 +241,3 @@ def test_generate_streams_the_same_text_from_the_run_and_its_export(run: Path):
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.split("\n", 1)[1])
     assert told[0] == told[1] and told[0].startswith("def ") and len(told[0]) > 6
-
-

@@ -165,9 +165,7 @@ def runs(drive, configs, tmp_path_factory) -> Path:
     return out
 
 
-def documents(
-    folders, data, kind: str, arch: str, pack: bool = True, split: str = "train"
-) -> list[list[plain.Document]]:
+def documents(folders, data, kind: str, arch: str, pack: bool = True, split: str = "train") -> list[list[plain.Document]]:
     """The documents of each sample of train, by transformers' tokenizer and template."""
     words = AutoTokenizer.from_pretrained(folders[arch])
     lines = map(json.loads, (data / kind / f"{split}.jsonl").read_text().splitlines())

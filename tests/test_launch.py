@@ -159,9 +159,7 @@ def test_port_in_use_takes_another_on_one_node_and_is_refused_on_several(capsys:
 
 
 @pytest.mark.parametrize(("words", "code"), [(("finish",), 0), (("code", 2), 2), (("code", 3), 3)])
-def test_exit_code_of_the_ranks_passes_through_and_nothing_buries_their_words(
-    words: tuple, code: int, tmp_path: Path
-) -> None:
+def test_exit_code_of_the_ranks_passes_through_and_nothing_buries_their_words(words: tuple, code: int, tmp_path: Path) -> None:
     before = set(Path("/tmp").glob("torchelastic_*")) | set(Path("/tmp").glob("twinstack_*"))
     process = start_standin(tmp_path, *words)
     _, told = process.communicate()

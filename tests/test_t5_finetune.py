@@ -519,7 +519,7 @@ def test_lines_that_are_no_pairs(content, told, tmp_path: Path):
 
 
 REFUSED = [
-    ("task.name=mutli30k", 'task.name="mutli30k": should be \'multi30k-en-de\', \'multi30k-de-en\', \'wmt14-en-de\''),
+    ("task.name=mutli30k", "task.name=\"mutli30k\": should be 'multi30k-en-de', 'multi30k-de-en', 'wmt14-en-de'"),
     ("task.data=nowhere", "nowhere: no such folder; give one with the files of multi30k-en-de, or leave it out for the hub"),
     ("task.source=fr", "has no train examples of multi30k-en-de: train.fr and train.de"),
     ("task.beams=0", "task.beams=0: should be greater than 0"),

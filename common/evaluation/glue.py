@@ -34,8 +34,13 @@ TASKS = {
     "mrpc": Task(("sentence1", "sentence2"), ("0", "1"), ("f1", "accuracy"), ("MRPC",)),
     "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman"), ("STS-B",)),
     "qqp": Task(("question1", "question2"), ("0", "1"), ("f1", "accuracy"), ("QQP",)),
-    "mnli": Task(("premise", "hypothesis"), NLI, ("accuracy", "accuracy_mismatched"), ("MNLI-m", "MNLI-mm"),
-                 ("validation_matched", "validation_mismatched")),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        NLI,
+        ("accuracy", "accuracy_mismatched"),
+        ("MNLI-m", "MNLI-mm"),
+        ("validation_matched", "validation_mismatched"),
+    ),
     "qnli": Task(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",), ("QNLI",)),
     "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",), ("RTE",)),
     "wnli": Task(("sentence1", "sentence2"), ("0", "1"), ("accuracy",), ("WNLI",)),
@@ -156,9 +161,7 @@ def _form(name: str, folder: Path, split: str) -> Form:
     raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
 
 
-def _rows(
-    path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None
-) -> list[tuple[str, list[str]]]:
+def _rows(path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None) -> list[tuple[str, list[str]]]:
     """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text. A line that
     lacks columns is refused, or left out and entered in `short`: GLUE's own QQP has some (TFDS leaves them out too)."""
     try:

@@ -6,6 +6,7 @@ from common.errors import BadInput
 
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # our names of them, and theirs
 
+
 def rows(name: str, repository: str, config: str | None, split: str) -> Any:
     """A split as `datasets` has it. name: of the task, for the message of the BadInput where it cannot be had."""
     import datasets

@@ -53,8 +53,6 @@ def overlapping(tokens: int, length: int, step: int) -> list[Window]:
     return windows
 
 
-
-
 # ---- WikiText ---------------------------------------------------------------------------------------------------------
 
 # What Megatron's wikitext_detokenizer undoes, in its order, which matters (two marks share the space between them). The result

@@ -149,9 +149,7 @@ class Samples(Order):
         ids = corpus.flat[starts[first] : starts[end]].astype(np.int64)
         return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
 
-    def _two(
-        self, corpus: Corpus, first: int, end: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, int]:
+    def _two(self, corpus: Corpus, first: int, end: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
         """Segment A, segment B, label. As many sentences of the chunk as reach the length, cut in two at a random one."""
         starts, target = corpus.starts, self._length(rng)
         enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))

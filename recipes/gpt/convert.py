@@ -1,7 +1,7 @@
 """Hugging Face <-> Megatron: which parameter is which. The table serves the training state, exports and imports alike.
 
-    python -m recipes.gpt.convert to-hf RUN HF_DIR      the last checkpoint of a run of any stack, in Hugging Face form
-    python -m recipes.gpt.convert from-hf HF_DIR OUT    a run's starting point from a Hugging Face folder, for any stack
+python -m recipes.gpt.convert to-hf RUN HF_DIR      the last checkpoint of a run of any stack, in Hugging Face form
+python -m recipes.gpt.convert from-hf HF_DIR OUT    a run's starting point from a Hugging Face folder, for any stack
 """
 
 import re

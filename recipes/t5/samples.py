@@ -37,6 +37,7 @@ def lengths_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int
 
 def raw_tokens(seq_len: int, noise_share: float, mean_span: float) -> int:
     """The most raw tokens whose input fits `seq_len` (T5's random_spans_helper): 512 takes 568."""
+
     def fits(raw: int) -> bool:
         return lengths_of(raw, noise_share, mean_span)[0] <= seq_len
 
