@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -346,6 +347,23 @@ def test_a_run_that_gets_worse_ends_early_and_stays_ended(runs):
     best = min(found, key=found.get)
     assert max(losses(runs / "patient")) == max(found) == best + 2 < 20
     assert json.loads((runs / "patient/hf/twinstack.json").read_text())["step"] == best
+
+
+def test_sigterm_saves_and_the_same_command_continues(configs, tmp_path):
+    out = tmp_path / "out"
+    command = ["bash", str(ROOT / "recipes/gpt/megatron/finetune.sh"), str(configs["sft", "tiny"]), str(out)]
+    env = os.environ | {"NPROC": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "megatron.tp=2", "train.steps=1000000"], env=env)
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses(out)) > 2):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    done = losses(out)
+    assert (out / f"step_{len(done)}").is_dir() and not (out / "eval.json").exists()
+
+    subprocess.run([*command, "megatron.tp=2", f"train.steps={len(done) + 2}"], env=env, check=True)
+    assert {step: losses(out)[step] for step in done} == done and max(losses(out)) == len(done) + 2
+    assert (out / "hf/twinstack.json").exists() and (out / "eval.json").exists()
 
 
 def test_a_run_moves_from_stack_to_stack(runs, reference):
