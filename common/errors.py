@@ -1,7 +1,8 @@
 """How bad input is told: one clear line a problem, exit code 2, nothing started.
 
 Exit codes of every command: 0 done, 2 bad input, 3 the loss became NaN or infinite, 143 (SIGTERM) or 130 (SIGINT) stopped
-with the state saved; anything else is a fault and shows its traceback.
+with the state saved; anything else is a fault and shows its traceback. A bare `torchrun -m` gives 1 for all but 0; the launch
+scripts give the code itself.
 """
 
 import sys

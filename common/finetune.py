@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from common import batches, export, lora
 from common import ranks as processes
@@ -82,6 +83,8 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
     if stored is None:
         if SHAPES <= given.keys():
             return values  # told by common/run.py with all else
+        if folder.name == "hf" and (folder.parent / "run.json").is_file():
+            raise BadInput(f"init.from={start}: the run has no export yet; finish it by its own command")
         wanted = "give a Hugging Face folder, a name on the hub (OWNER/NAME), or OUT of a finished run"
         raise BadInput(f"init.from={start}: no config.json there that can be read; {wanted}")
     if stored.get("model_type") not in types:
@@ -90,6 +93,9 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
         known = model_of(stored)
     except KeyError as error:
         raise BadInput(f"init.from={start}: its config.json does not say {error}; get the folder again") from None
+    except ValidationError as error:
+        told = "; ".join(f"{e['loc'][-1]}={e['input']!r} ({e['msg'].lower()})" for e in error.errors()[:3])
+        raise BadInput(f"init.from={start}: its config.json has {told}; get the folder again") from None
     shapes = known.model_dump(exclude=own)
     return values | {"model": shapes | given, "init": begin | {"from": str(folder)}}
 

@@ -7,10 +7,11 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -252,6 +253,12 @@ def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
     held: dict[str, tuple[int, ...]] = {}
     problems += whole_weights(folder, name, held)
+    for stack, count in _depths(held).items():
+        wanted = getattr(cfg.model, "decoder_layers", cfg.model.layers) if "decoder" in stack else cfg.model.layers
+        if count != wanted:
+            problems.append(
+                f"{name}: its weights hold {count} layers ({stack}0 on), its config.json says {wanted}; get it again"
+            )
     if hasattr(task, "head_problems"):  # of finetuning
         problems += [f"{name}: {told}" for told in task.head_problems(cfg.model, held)]
         notes += [f"{name}: {told}" for told in task.head_notes(cfg.model, held) if not problems]
@@ -282,16 +289,27 @@ def whole_weights(folder: Path, name: str, held: dict[str, tuple[int, ...]]) -> 
             end = max((t["data_offsets"][1] for t in header.values()), default=0)
             if path.stat().st_size != 8 + size + end:
                 problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, RecursionError):
             problems.append(f"{name}: {path.name} is not a safetensors file; get it again")
     return problems
+
+
+_LAYER = re.compile(r"((?:.*?\.)?(?:h|layer|layers|block)\.)(\d+)\.")
+
+
+def _depths(held: Iterable[str]) -> dict[str, int]:
+    """{beginning of the names of a stack of layers, such as encoder.layer.: layers} of the tensors with these names."""
+    made: dict[str, int] = {}
+    for match in filter(None, map(_LAYER.match, held)):
+        made[match[1]] = max(made.get(match[1], 0), int(match[2]) + 1)
+    return made
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None if it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -60,6 +60,18 @@ _METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "a
 def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
     """The type ids are stored in, by Megatron's rule: 2 bytes while `size` (number of ids) < 65,500, else 4."""
     return np.uint16 if size < 65_500 else np.int32
+
+
+def encoded(encode_batch: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
+    """What a tokenizer of the Rust library gives for texts, nothing added. BadInput for a text with half of a character, which
+    JSON can spell (\\ud83d alone) and UTF-8 cannot."""
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except TypeError:
+        half = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
+        if half is None:
+            raise
+        raise BadInput(f"{ascii(half[:60])}: holds half of a surrogate pair, which is no character; mend the text") from None
 
 
 class Tokenizer:
@@ -115,11 +127,11 @@ class Tokenizer:
         """Ids of each text, nothing added; the texts are shared among the processor's cores."""
         if self.kind == "char":
             return [self._encode_chars(text).tolist() for text in texts]
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in encoded(self._encoder.encode_batch_fast, texts)]
 
     def encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Of each text its ids, and where in it each begins and ends, in characters; nothing added."""
-        found = self._encoder.encode_batch(texts, add_special_tokens=False)
+        found = encoded(self._encoder.encode_batch, texts)
         return [(encoding.ids, encoding.offsets) for encoding in found]
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +141,7 @@ class Tokenizer:
             arrays = [self._encode_chars(text) for text in texts]
             lengths = np.array([len(array) for array in arrays], dtype=np.int64)
             return np.concatenate([*arrays, np.empty(0, np.int32)]).astype(dtype), lengths
-        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = encoded(self._encoder.encode_batch_fast, texts)
         lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         return np.fromiter(ids, dtype, int(lengths.sum())), lengths

@@ -1,4 +1,5 @@
-"""Evaluate a language model by the published protocols, with plain transformers: HF_DIR... or RUN... on TASKs.
+"""Evaluate a language model by the published protocols, with plain transformers: a Hugging Face folder or a run, on one
+task or several.
 
     python -m scripts.evaluate MODEL TASK... [--data DIR_OR_FILE] [--batch N] [--dtype fp32|bf16] [--limit N] [--out DIR]
     torchrun --nproc-per-node 8 -m scripts.evaluate MODEL TASK...      shared among 8 processes: the same values
@@ -31,6 +32,7 @@ import numpy as np
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, text
+from common.pretrained import architecture_of, load
 from common.ranks import Ranks
 from common.run import read_object, whole_weights
 from recipes.bert import evaluate as heads
@@ -59,6 +61,7 @@ TASKS = {
 
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+MOST_TOKENS = 32_768
 KNOWN = [*TASKS, *text.PAIRS, *kinds.KIND_OF]
 
 
@@ -142,11 +145,10 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     problems = [f"{name}: no such task; there is {', '.join(KNOWN)}" for name in args.tasks if name not in KNOWN]
     numbers = (("batch", args.batch, 1), ("seq-len", args.seq_len, 2), ("limit", args.limit, 1), ("beams", args.beams, 1),
                ("length-penalty", args.length_penalty, 0), ("tokens", args.tokens, 1))  # fmt: skip
-    problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and v < least]
-    config = read_object(folder / "config.json")
-    if config is None:
-        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
-    architecture = (config.get("architectures") or [""])[0]
+    problems += [f"--{name} {v}: must be {least} or more" for name, v, least in numbers if v is not None and not v >= least]
+    if args.length_penalty == math.inf or args.tokens > MOST_TOKENS:
+        problems.append(f"--length-penalty must be finite, --tokens {MOST_TOKENS:,} or less")
+    architecture, config = architecture_of(folder), read_object(folder / "config.json")
     classes = ((TASKS, ("ForCausalLM", "LMHeadModel"), "causal language models"),
                (text.PAIRS, "ForConditionalGeneration", "encoder-decoder models"))  # fmt: skip
     what = f"{folder}: is {architecture or 'of no class'}"
@@ -158,6 +160,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
     problems += [f"{what}, and {name} is {told}" for name in wrong]
     positions = positions_of(config)
+    if heads.tasks_of(architecture) and args.seq_len and args.seq_len < heads.LEAST:
+        problems.append(f"--seq-len {args.seq_len}: must be {heads.LEAST} or more")
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -171,7 +175,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
 
 
 def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[str]) -> Any:
@@ -221,26 +226,19 @@ def from_hub(name: str, task: Task) -> str | list[str]:
 def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     import torch
     import transformers
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    transformers.utils.logging.disable_progress_bar()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     processes.check_dtype(args.dtype, ranks.device)
-    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
-    architecture = read_object(folder / "config.json")["architectures"][0]
+    architecture = architecture_of(folder)
     of = AutoModelForSeq2SeqLM if architecture.endswith("ForConditionalGeneration") else AutoModelForCausalLM
     if args.tasks[0] in kinds.KIND_OF and of is AutoModelForCausalLM:
         of = getattr(transformers, architecture.replace("ForMultipleChoice", "ForSequenceClassification"))
     more = {"num_labels": 1} if args.tasks[0] == "race" else {}  # one output an answer, whose texts are sequences of a batch
-    try:
-        net = of.from_pretrained(folder, dtype=dtype, **more).to(ranks.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    net, tokenizer = load(of, folder, dtype=dtype, **more)
     positions = positions_of(net.config.to_dict()) or 1024
     length = args.seq_len or min(1024, positions)
-    return Model(net, tokenizer, length, args.batch, args.limit, ranks, args)
+    return Model(net.to(ranks.device), tokenizer, length, args.batch, args.limit, ranks, args)
 
 
 # ---- the tasks -------------------------------------------------------------------------------------------------------
@@ -284,11 +282,12 @@ def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:
     losses = losses_of(model, tokens, every, bound=model.length - 1).reshape(-1, 2)  # (windows, within it and in the next)
     windows = every[: len(losses)]
     targets = sum(min(w.length, model.length - 1) for w in windows)
-    told = f"windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}"
+    file = f"{model.how.data.name}, " if model.how.data and model.how.data.is_file() else ""
+    told = f"{file}windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}"
     rows = [{"metric": "token_perplexity", "value": language.perplexity(math.fsum(losses[:, 0]), targets), "n": targets,
              "protocol": f"token-perplexity, {told}"}]  # fmt: skip
     if len(windows) == len(every):  # else the bytes of what was scored are not known
-        size, told = len(text.encode()), f"windows of {model.length}, every token but the first"
+        size, told = len(text.encode()), f"{file}windows of {model.length}, every token but the first"
         bits = math.fsum(losses.flat) / math.log(2) / size
         rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {told}"})
     return rows
@@ -307,7 +306,9 @@ def of_last_words(model: Model, texts: list[str], out: Path | None) -> list[Resu
         passages = [passage(model, text, strict=name == "lambada-strict") for text in texts]
         long = next((n for n, (c, w) in enumerate(passages, 1) if len(c) + len(w) > model.length), None)
         if long:
-            raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; give --seq-len")
+            room = positions_of(model.net.config.to_dict())
+            told = "give --seq-len" if not room or model.length < room else f"the model has {room} positions, --limit is left"
+            raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; {told}")
         batches = [passages[i : i + model.batch] for i in range(0, len(passages), model.batch)]
         right = language.shared_out(batches, score, model.ranks, progress(name, len(passages), model))
         rows.append({"metric": "accuracy" if name == "lambada-strict" else "last_token_accuracy", "value": right.mean().item(),
@@ -345,7 +346,9 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
             (out / "predictions" / name).mkdir(exist_ok=True)
             (out / "predictions" / name / file).write_text(content, encoding="utf-8")
     notes = "".join(f"; {note}" for note in found.notes)
-    told = f"{split_of(name, how)}, {search}{limited(len(inputs), whole, 'inputs')}{notes}"
+    given = f", prefix {how.prefix!r}" if how.prefix is not None else ""
+    given += f", inputs of {how.seq_len} tokens" if how.seq_len else ""
+    told = f"{split_of(name, how)}, {search}{given}{limited(len(inputs), whole, 'inputs')}{notes}"
     scores = text.scores(name, written, found._replace(references=references, labels=labels))
     return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
 
@@ -387,14 +390,16 @@ def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
 
 def held(path: Path) -> list[Result]:
     """What eval.json holds already; BadInput where results could not be added to it."""
+    there = next(folder for folder in path.parents if folder.exists())
+    predictions = path.parent / "predictions"
+    for place, what in ((there, "is no folder that can be written to"), (predictions, "is in the way, not a folder")):
+        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
+            raise BadInput(f"{place}: {what}; give --out DIR")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError("not writable")
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}; give --out DIR") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         kept = None
     if not isinstance(kept, list) or not all(isinstance(row, dict) and row.keys() >= KEYS for row in kept):
         raise BadInput(f"{path}: is not a list of results; move it away, or give --out DIR")
@@ -408,6 +413,7 @@ def write(path: Path, kept: list[Result], results: list[Result]) -> None:
     """Add to what eval.json holds; a result of the same task, metric and protocol is replaced."""
     new = {(r["task"], r["metric"], r["protocol"]) for r in results}
     kept = [r for r in kept if (r["task"], r["metric"], r["protocol"]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 

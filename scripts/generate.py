@@ -10,13 +10,11 @@ as a model finetuned on conversations (sft) has learnt it.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from common.errors import BadInput, exit_cleanly
+from common.pretrained import architecture_of, load
 
 
 def main() -> None:
@@ -39,10 +37,13 @@ def main() -> None:
         for given, folder in zip(args.folders, folders, strict=True)
         if not (Path(folder) / "config.json").is_file()
     ]
-    ranges = (("tokens", args.tokens, 1), ("temperature", args.temperature, 0), ("top-k", args.top_k, 1))
-    for name, value, least in ranges:
-        if value < least:
-            problems.append(f"--{name} {value}: must be {least} or more")
+    ranges = (("tokens", args.tokens, 1, 2**31), ("temperature", args.temperature, 0, 1000), ("top-k", args.top_k, 1, 2**31),
+              ("seed", args.seed, 0, 2**63 - 1))  # fmt: skip
+    problems += [
+        f"--{name} {value}: must be from {least} to {most:,}"
+        for name, value, least, most in ranges
+        if not least <= value <= most
+    ]
     if args.chat and not args.prompt:
         problems.append("--chat: there is no question; give --prompt TEXT")
     if problems:
@@ -72,14 +73,6 @@ def main() -> None:
             go_on(folder, args.prompt, args.chat, args.tokens, args.temperature, args.top_k, args.seed)
 
 
-def architecture_of(folder: str) -> str:
-    """The first class that config.json names, such as T5ForConditionalGeneration; '' where it names none."""
-    try:
-        return (json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [""])[0]
-    except ValueError as error:
-        raise BadInput(f"{folder}: its config.json is not JSON: {error}") from None
-
-
 LIKELIEST = 5
 
 
@@ -88,13 +81,8 @@ def fill(folder: str, prompt: str) -> str:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForPreTraining.from_pretrained(folder).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    pair_head = ("bert.pooler.", "cls.seq_relationship.")  # of pretraining: says nothing of a [MASK]
+    model, tokenizer = load(transformers.AutoModelForPreTraining, folder, may_lack=pair_head)
     given = tokenizer(prompt, return_tensors="pt")
     length, positions = given["input_ids"].shape[1], model.config.max_position_embeddings
     if length > positions:
@@ -123,13 +111,7 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    model, tokenizer = load(transformers.AutoModelForSeq2SeqLM, folder)
     given = tokenizer(prompt, return_tensors="pt")
     print(prompt, end="\n  ")
     torch.manual_seed(seed)
@@ -143,15 +125,8 @@ def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float,
     """Print the prompt and what the model adds to it, as it comes; of a conversation the answer alone."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"{folder}: {str(error).splitlines()[0]}") from None
+    model, tokenizer = load(transformers.AutoModelForCausalLM, folder)
     if chat:
         if not tokenizer.chat_template:
             raise BadInput(f"{folder}: its tokenizer has no chat template; leave out --chat")

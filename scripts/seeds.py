@@ -28,21 +28,27 @@ def main() -> int:
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("out", metavar="OUT", type=Path)
     p.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the config")
-    p.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[1, 2, 3], help="default: 1 2 3")
+    p.add_argument("--seeds", nargs="+", metavar="N", default=["1", "2", "3"], help="default: 1 2 3")
     p.add_argument("--dry-run", action="store_true", help="check the first run; start nothing")
     args = p.parse_intermixed_args()
-    problems = [] if args.script.is_file() else [f"{args.script}: no such script; give recipes/FAMILY/STACK/finetune.sh"]
-    problems += [f"--seeds {seed}: is given twice" for seed in set(args.seeds) if args.seeds.count(seed) > 1]
-    problems += [f"{word}: the seeds are given by --seeds" for word in args.overrides if word.startswith("train.seed=")]
+    words = [word for word in args.seeds if "=" not in word]
+    overrides = args.overrides + [word for word in args.seeds if "=" in word]  # that stand behind the seeds
+    is_script = args.script.is_file() and args.script.name == "finetune.sh"
+    problems = [] if is_script else [f"{args.script}: no such script; give recipes/FAMILY/STACK/finetune.sh"]
+    problems += [f"--seeds {word}: must be a whole number from 0" for word in words if not word.isdecimal()]
+    problems += [f"--seeds {word}: is given twice" for word in dict.fromkeys(words) if words.count(word) > 1]
+    problems += [] if words else ["--seeds: give one or more"]
+    problems += [f"{word}: the seeds are given by --seeds" for word in overrides if word.startswith("train.seed=")]
     if problems:
         raise BadInput(problems)
-    for seed in args.seeds:
+    seeds = [int(word) for word in words]
+    for seed in seeds:
         run = args.out / f"seed_{seed}"
-        words = [args.config, str(run), *args.overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
+        words = [args.config, str(run), *overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
         code = run_to_its_end(["bash", str(args.script), *words])
         if code or args.dry_run:
             return code
-    rows = summary({seed: args.out / f"seed_{seed}" for seed in args.seeds})
+    rows = summary({seed: args.out / f"seed_{seed}" for seed in seeds})
     write_json(args.out / "seeds.json", rows)
     print(table(rows))
     print(f"results   {args.out / 'seeds.json'}")

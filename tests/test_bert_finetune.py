@@ -4,6 +4,7 @@ checkpoint, its predictions and metrics are what the export gives; resume; what 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -313,6 +314,10 @@ REFUSED = [
     ("init.form=folder", "init.form: unknown key; did you mean 'from'?"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
     ("data.valid=test", "data.valid=test: the best checkpoint is chosen on dev"),
+    ("data.valid=val", "data.valid=\"val\": should be 'dev' or 'test'"),
+    ("data.valid=null", "data.valid=null: should be 'dev' or 'test'"),
+    ("data.train=dev", "data.train=\"dev\": should be 'train'"),
+    ("data.seq_len=7", "data.seq_len=7: should be greater than or equal to 8"),
     ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
     ("task={name: ner, data: recipes}", "task.tags: is missing; give the tags of ner"),
 ]
@@ -395,7 +400,7 @@ def test_a_head_writes_no_text(runs):
 @pytest.mark.parametrize("code", [143, 0], ids=["stopped", "done"])
 def test_a_signal_to_many_seeds_is_the_runs(code: int, tmp_path: Path):
     """It is passed on, and waited for; a stand-in for the launch script takes a second to save. No other seed begins."""
-    script = tmp_path / "recipe.sh"
+    script = tmp_path / "finetune.sh"
     saves = f'trap "sleep 1; echo saved > $2/saved; exit {code}" TERM; mkdir -p $2; touch $2/begun; while :; do sleep 0.1; done'
     script.write_text(saves)
     command = [sys.executable, "-m", "scripts.seeds", str(script), "config", str(tmp_path / "out")]
@@ -411,15 +416,34 @@ def test_seeds_have_a_median(configs, tmp_path: Path):
     script = str(ROOT / "recipes/bert/baseline/finetune.sh")
     command = [sys.executable, "-m", "scripts.seeds", script, str(configs["rte"]), str(tmp_path / "out"), "train.steps=4"]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--seeds", "7", "8"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*command[:-1], "--seeds", "7", "8", command[-1]], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [row] = json.loads((tmp_path / "out/seeds.json").read_text())
     values = [json.loads((tmp_path / f"out/seed_{n}/eval.json").read_text())[0]["value"] for n in (7, 8)]
     assert list(row["values"].values()) == values and row["median"] == sum(values) / 2
     assert (row["least"], row["greatest"]) == (min(values), max(values)) and "accuracy" in done.stdout
-    for more, told in ((["--seeds", "7", "7"], "is given twice"), (["train.seed=3"], "the seeds are given by --seeds")):
+    for more, told in (
+        (["--seeds", "7", "7"], "is given twice"),
+        (["train.seed=3"], "the seeds are given by --seeds"),
+        (["--seeds", "1", "-1"], "--seeds -1: must be a whole number from 0"),
+        (["--seeds", "1", "x"], "--seeds x: must be a whole number"),
+    ):
         done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and told in done.stderr
+
+
+def test_weights_of_another_depth_are_refused(folders, configs, tmp_path: Path):
+    """Layers that the weights lack, or that config.json leaves out, are not begun at random and not dropped."""
+    shutil.copytree(folders["tiny_postln"], tmp_path / "folder")
+    stored = json.loads((tmp_path / "folder/config.json").read_text())
+    script = str(ROOT / "recipes/bert/baseline/finetune.sh")
+    command = ["bash", script, str(configs["rte"]), str(tmp_path / "out"), "--dry-run", f"init.from={tmp_path / 'folder'}"]
+    for layers in (stored["num_hidden_layers"] - 1, stored["num_hidden_layers"] + 1):
+        (tmp_path / "folder/config.json").write_text(json.dumps(stored | {"num_hidden_layers": layers}))
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NPROC": "1"}, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert f"its weights hold {stored['num_hidden_layers']} layers" in done.stderr
+        assert f"its config.json says {layers}; get it again" in done.stderr
 
 
 def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):

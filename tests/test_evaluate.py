@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,37 @@ def test_folders_that_are_no_language_model(run: Path, tmp_path: Path):
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({"family": "gpt"}))
     assert "python -m recipes.gpt.convert to-hf" in evaluate(unfinished, "lambada", code=2)
+
+
+def test_weights_that_are_not_the_models_are_refused(run: Path, data: Path, tmp_path: Path):
+    """transformers begins what is lacking at random, drops what is too much, and says nothing that is heard."""
+    folder = tmp_path / "hf"
+    shutil.copytree(run / "hf", folder)
+    stored = json.loads((folder / "config.json").read_text())
+    text = [folder, "text", "--data", data / "wiki.test.raw", "--limit", 1]
+    for change, told in (
+        ({"n_layer": stored["n_layer"] + 1}, f"lack transformer.h.{stored['n_layer']}.attn.c_attn.bias and 11 more"),
+        ({"n_layer": stored["n_layer"] - 1}, f"hold transformer.h.{stored['n_layer'] - 1}.attn.c_attn.weight and 10 more"),
+        ({"n_positions": 8}, "its transformer.wpe.weight is (64, 64), by its config.json (8, 64)"),
+    ):
+        (folder / "config.json").write_text(json.dumps(stored | change))
+        assert told in evaluate(*text, "--out", tmp_path / "out", code=2) and not (tmp_path / "out").exists()
+    command = [sys.executable, "-m", "scripts.generate", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    for change, told in (({"architectures": 5}, "is of no class"), ({"n_layer": "x"}, "n_layer")):
+        (folder / "config.json").write_text(json.dumps(stored | change))
+        assert told in (found := evaluate(*text, code=2)) and "Traceback" not in found
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "its config.json cannot be read" in evaluate(*text, code=2)
+
+
+def test_where_results_cannot_go(run: Path, data: Path, tmp_path: Path):
+    (tmp_path / "a/eval.json").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/predictions").touch()
+    for out, told in (("a", "Is a directory"), ("b", "is in the way, not a folder"), ("b/predictions/c", "is no folder")):
+        assert told in evaluate(run, "lambada", "--data", data, "--out", tmp_path / out, code=2)
 
 
 def test_generate_streams_the_same_text_from_the_run_and_its_export(run: Path):

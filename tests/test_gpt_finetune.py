@@ -577,6 +577,8 @@ DAMAGED = {
     "content": ('{"messages": [{"role": "assistant", "content": null}]}',
                 "train.jsonl:2: message 0 (assistant) has content null; it must be a text"),
     "no_answer": ('{"messages": [{"role": "user", "content": "a"}]}', "train.jsonl:2: has no assistant message"),
+    "nested": ("[" * 100_000, "train.jsonl:2: is not JSON"),
+    "half": ('{"prompt": "a", "response": "\\ud83d"}', "holds half of a surrogate pair, which is no character"),
     "none": ('{"messages": []}', "train.jsonl:2: `messages` must be a list of messages"),
 }  # fmt: skip
 

@@ -179,6 +179,8 @@ BAD = [
     (lambda d: squad.read("squad2", (d / "x.json"), "train"), "is not JSON in SQuAD's format"),
     (lambda d: squad.read("squad", (d / "y.json"), "train"), "has no 'paragraphs'"),
     (lambda d: squad.read("squad", (d / "z.json"), "train"), "z.json: is not JSON in SQuAD's format"),
+    (lambda d: squad.read("squad", (d / "far.json"), "train"), "far.json: is not JSON in SQuAD's format"),
+    (lambda d: squad.read("squad", (d / "dev-v1.1.json"), "dev"), "several questions have the id 'same'; give each its own"),
     (lambda d: race.read(d / "null", "train"), "is not an article with its questions, options and answers (not all are texts)"),
     (lambda d: race.read(d, "train"), "does not hold train/middle and train/high, which race is read from"),
     (lambda d: race.read(d / "race", "train"), "answer 'E' of 4 options; RACE has one of A B C D"),
@@ -197,6 +199,12 @@ def test_files_that_are_no_tasks(read, told: str, tmp_path: Path):
     (tmp_path / "null/train/high").mkdir(parents=True)
     (tmp_path / "null/train/high/1.txt").write_text(json.dumps(item | {"options": [["a", "b", "c", None]]}))
     squad_file(tmp_path, [paragraph("x", "x", 0, "1") | {"context": None}]).rename(tmp_path / "z.json")
+    far = json.dumps({"data": [{"paragraphs": [paragraph("x", "x", 0, "1")]}]}).replace(
+        '"answer_start": 0', '"answer_start": 1e999'
+    )
+    (tmp_path / "far.json").write_text(far)
+    (tmp_path / "twice").mkdir()
+    squad_file(tmp_path / "twice", [paragraph("x", "x", 0, "same")] * 2).rename(tmp_path / "dev-v1.1.json")
     (tmp_path / "ner").mkdir()
     (tmp_path / "ner/train.txt").write_text("word O\nalone\n")
     with pytest.raises(BadInput, match=re.escape(told)):

@@ -359,6 +359,8 @@ def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):
     found = text.read("cnn_dm", tmp_path, "dev", source="document", target="summary")
     assert (found.inputs, found.targets) == (['summarize: a, "b"\nc'], ["d"])
     assert text.read("xsum", tmp_path, "dev").inputs == found.inputs
+    (tmp_path / "dev.csv").write_text("document,summary\na\u2028b,c\x85d\n", encoding="utf-8")  # no ends of lines in CSV
+    assert text.read("xsum", tmp_path, "dev").targets == ["c\x85d"]
 
 
 def test_the_hubs_columns_are_read(monkeypatch):
@@ -508,6 +510,7 @@ JSON_LINES = [
     ("a_list", "[1]\n", "train.jsonl:1: holds no object, but list"),
     ("blank", '{"input": " ", "target": "b"}\n', "train.jsonl:1: input is blank"),
     ("empty", "\n", "train.jsonl: holds no example"),
+    ("a_number", '{"input": 5, "target": "b"}\n', "what stands under 'input' is no text, but int"),
 ]
 
 
@@ -523,7 +526,7 @@ REFUSED = [
     ("task.data=nowhere", "nowhere: no such folder; give one with the files of multi30k-en-de, or leave it out for the hub"),
     ("task.source=fr", "has no train examples of multi30k-en-de: train.fr and train.de"),
     ("task.beams=0", "task.beams=0: should be greater than 0"),
-    ("data.valid=half", "no such split as 'half'; there is train, dev, test"),
+    ("data.valid=test", "data.valid=\"test\": should be 'dev'"),
     ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
     ("model.layers=4", "has num_layers=3, the model gives 4"),
     ("init.from=scratch", "data.tokenizer: is missing, and init.from=scratch has none to take"),

@@ -175,7 +175,7 @@ def _rows(path: Path, columns: Sequence[str] | Sequence[int], short: list[str] |
     if isinstance(columns[0], str):
         missing = [column for column in columns if column not in lines[0]]
         if missing:
-            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0])}")
+            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0])[:200]}")
         columns, first = [lines[0].index(column) for column in columns], 1
     found = []
     for number, line in enumerate(lines[first:], first + 1):

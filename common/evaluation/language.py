@@ -96,7 +96,8 @@ def lambada(path: Path) -> list[str]:
         texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not texts or not all(len(text.split()) > 1 for text in texts):  # something to read, and a word to predict
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        "".join(texts).encode()  # half of a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         told = "not JSON lines with a `text` of two words or more each"
         raise BadInput(f"{path}: {told}; give OpenAI's lambada_test.jsonl") from None
     return texts

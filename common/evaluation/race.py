@@ -66,7 +66,7 @@ def _from_files(folder: Path, split: str) -> list[tuple[str, str, dict]]:
         for path in sorted((folder / split / level).glob("*.txt")):
             try:
                 made.append((str(path), level, json.loads(path.read_text(encoding="utf-8"))))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadInput(f"{path}: is not JSON") from None
     return made
 

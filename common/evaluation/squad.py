@@ -73,6 +73,9 @@ def read(name: str, data: Path | None, split: str) -> Questions:
             unanswered += name == "squad" and not answers
             if good or (answers and split == "dev") or (not answers and name == "squad2"):
                 found.append(Question(key, text, number, [answer for answer, _ in answers], good[0] if good else None))
+    twice = next((key for key, count in Counter(q.id for q in found).items() if count > 1), None)
+    if twice is not None and split == "dev":  # answers are told by the id
+        raise BadInput(f"{where}: several questions have the id {twice!r}; give each its own")
     if lost:
         notes.append(f"{split}: {lost:,} answers do not stand in their context where the file says; not trained on")
     if unanswered:
@@ -110,7 +113,7 @@ def _paragraphs(path: Path, raw: bytes) -> list[Paragraph]:
     try:
         articles = json.loads(raw)["data"]
         return [(_text(p["context"]), [_asked(q) for q in p["qas"]]) for article in articles for p in article["paragraphs"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else "is not JSON in SQuAD's format"
         raise BadInput(f"{path}: {what}; give a file as {FILES['squad']['dev']} is") from None
 

@@ -35,7 +35,7 @@ def _from_files(folder: Path, split: str) -> tuple[list[list[str]], list[list[st
     if path is None:
         raise BadInput(f"task.data={folder}: does not hold {' or '.join(FILES[split])}, which ner is read from")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and the like
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
     words: list[list[str]] = [[]]

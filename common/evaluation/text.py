@@ -6,6 +6,7 @@ arXiv:1804.08771), whose signature is the protocol; ROUGE by Google's rouge_scor
 
 import csv
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -163,7 +164,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # articles are longer than its default
     try:
-        for number, row in enumerate(csv.DictReader(_decoded(path).splitlines(keepends=True), strict=True), 1):
+        for number, row in enumerate(csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True), 1):
             yield f"{path}, row {number}", row
     except csv.Error as error:
         raise BadInput(f"{path}: is not CSV: {error}") from None
@@ -175,6 +176,8 @@ def _texts(where: str, row: Any, task: Task) -> tuple[str, str]:
     for option, key in (("source", task.source), ("target", task.target)):
         if not isinstance(row.get(key), str):
             has = ", ".join(map(str, row)) or "nothing"
+            if key in row:
+                raise BadInput(f"{where}: what stands under {key!r} is no text, but {type(row[key]).__name__}")
             raise BadInput(f"{where}: no text under {key!r}; it has {has}: give task.{option}=KEY")
         if not row[key].strip():
             raise BadInput(f"{where}: {key} is blank; each must hold a text")

@@ -15,6 +15,7 @@ from common.run import read_object, whole_weights
 from . import finetune, kinds
 
 PUBLIC_DEV_ALONE = ("squad", "squad2")
+LEAST = 8  # tokens of an example
 SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
 
 
@@ -26,13 +27,13 @@ def tasks_of(architecture: str) -> list[str]:
 def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> finetune.Config:
     """The config of the run where `given` is one of this task, else one of the task's defaults."""
     known = config.read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
-    own = known.get("task", {}).get("name") == name
+    own = isinstance(known.get("task"), dict) and known["task"].get("name") == name
     stored = read_object(folder / "config.json") or {}
     task = dict(known["task"]) if own else {"name": name}
     if name == "ner" and not own:
         task["tags"] = [label for _, label in sorted((stored.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     positions = stored.get("max_position_embeddings") or 512
-    length = seq_len or (known["data"]["seq_len"] if own else min(positions, SEQ_LEN.get(name, 128)))
+    length = seq_len or (known["data"]["seq_len"] if own and "data" in known else min(positions, SEQ_LEN.get(name, 128)))
     cfg = finetune.Config.model_validate(
         {
             "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),

@@ -70,9 +70,9 @@ class Model(task.Model):
 
 
 class Data(config.Data):
-    train: str = "train"  # splits of the task
-    valid: NonEmpty | None = "dev"
-    seq_len: Positive = 128  # longer examples are cut, the longer of two texts first
+    train: Literal["train"] = "train"  # splits of the task
+    valid: Literal["dev", "test"] = "dev"
+    seq_len: Annotated[int, Field(ge=8)] = 128  # longer examples are cut, the longer of two texts first
 
 
 class Task(Section):

@@ -18,7 +18,7 @@ import numpy as np
 from common import batches, examples
 from common.errors import BadInput, Missing
 from common.evaluation import hub
-from common.tokenizer import Tokenizer
+from common.tokenizer import Tokenizer, encoded
 
 Chat = list[dict[str, str]]  # messages, each with role and content
 ROLES = ("system", "user", "assistant")
@@ -128,7 +128,7 @@ def _rows(data: str, place: Path, name: str) -> Iterator[tuple[str, Any]]:
             at = f"{path}:{number}"
             try:
                 yield at, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{at}: is not JSON ({error}); one object a line, none broken over lines") from None
 
 
@@ -247,7 +247,7 @@ class Template:
     def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each conversation its ids (n,) int32, and which are the assistant's (n,) bool: those with a character of it."""
         made = [self.answers(chat, at) for chat, at in zip(chats, where, strict=True)]
-        encodings = self.backend.encode_batch([text for text, _ in made], add_special_tokens=False)
+        encodings = encoded(self.backend.encode_batch, [text for text, _ in made])
         found = []
         for (_, bounds), encoding in zip(made, encodings, strict=True):
             begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T

@@ -55,8 +55,8 @@ class Model(task.Model):
 
 
 class Data(config.Data):
-    train: str = "train"  # splits of the task
-    valid: NonEmpty = "dev"
+    train: Literal["train"] = "train"  # splits of the task
+    valid: Literal["dev"] = "dev"  # the best checkpoint is chosen on it
     seq_len: Positive = 512  # longer inputs are cut, and so are ...
     target_len: Positive = 128  # ... longer targets; what is written has at most so many tokens too
 

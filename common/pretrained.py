@@ -1,0 +1,56 @@
+"""Loading with plain transformers what it must not load in part: it fills what weights lack with random numbers, and says so
+only where it logs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from common.errors import BadInput
+from common.run import read_object
+
+_LAYER = re.compile(r".*?\.\d+\.")
+
+
+def architecture_of(folder: str | Path) -> str:
+    """The first class that config.json names, such as T5ForConditionalGeneration; '' where it names none. BadInput where it
+    cannot be read."""
+    config = read_object(Path(folder) / "config.json")
+    if config is None:
+        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
+
+def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any) -> tuple[Any, Any]:
+    """The model of a folder, by `of.from_pretrained`, and its tokenizer.
+
+    BadInput for what cannot be loaded, for weights that lack a tensor of the model (but for names that begin with `may_lack`),
+    have one of another shape, or hold layers that config.json leaves out.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
+    try:
+        net, found = of.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise BadInput(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
+    lacking = sorted(name for name in found["missing_keys"] if not name.startswith(may_lack or ("\0",)))
+    ours = {match[0] for name in net.state_dict() if (match := _LAYER.match(name))}
+    left_out = sorted(
+        name for name in found["unexpected_keys"] if (match := _LAYER.match(name)) and not any(match[0] in x for x in ours)
+    )
+    problems = [f"its weights lack {_few(lacking)}"] if lacking else []
+    problems += [f"its weights hold {_few(left_out)}, for which its config.json has no layer"] if left_out else []
+    for name, theirs, wanted in found["mismatched_keys"]:
+        problems.append(f"its {name} is {tuple(theirs)}, by its config.json {tuple(wanted)}")
+    if problems:
+        raise BadInput([f"{folder}: {told}; get the folder again" for told in problems[:3]])
+    return net.eval(), tokenizer
+
+
+def _few(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
