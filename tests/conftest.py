@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A suite that a shell started with `&` ignores SIGINT, and so would every process that it starts
+# A suite begun with `&` or nohup ignores SIGINT or SIGHUP, and so would every process that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

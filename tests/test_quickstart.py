@@ -236,7 +236,7 @@ def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:
         ("heldout", [run], "no export there"),
         ("heldout", [run, "--samples", "none"], "--samples none: must be"),
         ("generate", [run], "no config.json there"),
-        ("generate", [run, "--tokens", "0"], "--tokens 0: must be 1 or more"),
+        ("generate", [run, "--tokens", "0"], "--tokens 0: must be from 1 to"),
     ):
         done = module(name, *arguments)
         assert done.returncode == 2 and told in done.stderr, (name, done.stderr)
