@@ -114,11 +114,14 @@ def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: d
     import yaml
 
     losses = _losses(source.path.parent / "metrics.jsonl", source.step)
+    trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported
     rows = {
-        **task.card(cfg.model), "trained with": f"{source.meta['stack']} to step {source.step:,}",
+        **task.card(cfg.model),
+        "trained with": f"{source.meta['stack']} to step {source.step:,}" if trained else None,
         "training loss": losses.get("loss"), "validation loss": losses.get("valid_loss"),
-        "data": f"{cfg.data.train} (content {str((facts.get('data') or {}).get('train'))[:16]})",
-        "tokenizer": str(facts.get("tokenizer"))[:16], "commit": facts.get("commit"), "config": facts.get("config"),
+        "data": f"{cfg.data.train} (content {str((facts.get('data') or {}).get('train'))[:16]})" if trained else None,
+        "tokenizer": str(facts.get("tokenizer"))[:16] if trained else None,
+        "commit": facts.get("commit"), "config": facts.get("config"),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     config = yaml.safe_dump(cfg.dump(), sort_keys=False, width=120)

@@ -4,22 +4,40 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common import checkpoint, config, export, init, ranks, state
+from common import tokenizer as tokenizers
 from common.errors import BadInput
 from common.run import read_object, task_module, whole_weights
 
 SEED = 1234  # of heads that a folder lacks
+TOKENIZER = "step_0/tokenizer"  # in OUT of from-hf: goes with the imported weights; a run that goes on has its corpus's
+
+
+class Imported(NamedTuple):
+    """What the export asks of a config, for weights that no run has trained."""
+
+    model: Any
+
+    def dump(self) -> dict[str, Any]:
+        return {"model": self.model.model_dump(by_alias=True)}
 
 
 def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
-    """The last whole checkpoint of a run as a Hugging Face folder."""
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh")
+    """The last whole checkpoint of a run, or what from_hf wrote, as a Hugging Face folder."""
+    is_import = not (run / "config.yaml").is_file() and (run / "step_0/state.json").is_file()
+    if not is_import and not (run / "config.yaml").is_file():
+        raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh or of from-hf")
     _check_new(folder)
+    if is_import:
+        cfg = Imported(_imported_model(run, task))
+        facts = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
+        export.write(checkpoint.latest(run), cfg, task, folder, run / TOKENIZER, facts)
+        print(f"{folder}: the weights that from-hf put into {run}")
+        return
     task = task_module(task.FAMILY, config.read_yaml(run / "config.yaml"))  # of finetuning too
     cfg = config.load(run / "config.yaml", [], task.Config)
     last = checkpoint.latest(run)
@@ -30,6 +48,20 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
         raise BadInput(f"{run}: its run.json is not there or cannot be read; the same pretrain.sh command again writes it")
     export.write(last, cfg, task, folder, run / "tokenizer", facts)
     print(f"{folder}: step {last.step:,} of {run}")
+
+
+def _imported_model(run: Path, task: ModuleType) -> Any:
+    """The `model` section that from_hf wrote."""
+    path = run / "model.yaml"
+    if not path.is_file():
+        raise BadInput(f"{run}: holds step_0 but no model.yaml; repeat from-hf into a new OUT")
+    try:
+        return task.Model.model_validate(config.read_yaml(path).get("model"))
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, e["loc"])) or "model" for e in error.errors()[:3])
+        raise BadInput(
+            f"{path}: is not the model section that from-hf writes ({keys}); repeat from-hf into a new OUT"
+        ) from None
 
 
 def _check_new(folder: Path) -> None:
@@ -74,7 +106,8 @@ def model_in(folder: Path, task: ModuleType) -> Any:
 
 
 def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
-    """OUT/step_0 with the weights of a Hugging Face folder, and OUT/model.yaml, the `model` section to train it with.
+    """OUT/step_0 with the weights and the tokenizer of a Hugging Face folder, and OUT/model.yaml, the `model` section to train
+    it with.
 
     `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
     """
@@ -91,6 +124,7 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     ranks.start()
     science = {f"model.{key}": value for key, value in model.model_dump().items()}
     checkpoint.save(out, entries(), {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
+    tokenizers.copy_files(folder, out / TOKENIZER)
     config.write_section(out / "model.yaml", "model", model)
     print(f"{out}: step_0 and model.yaml, from {folder}")
 
@@ -100,7 +134,7 @@ def main(task: ModuleType) -> None:
     name = f"python -m recipes.{task.FAMILY}.convert"
     parser = argparse.ArgumentParser(prog=name, description="Hugging Face folders from runs, and runs from them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("to-hf", help="the last checkpoint of a run of any stack, in Hugging Face form")
+    there = commands.add_parser("to-hf", help="the last checkpoint of a run, or what from-hf wrote, in Hugging Face form")
     there.add_argument("run", type=Path, metavar="RUN")
     there.add_argument("folder", type=Path, metavar="HF_DIR")
     back = commands.add_parser("from-hf", help="a run's starting point from a Hugging Face folder, for any stack")

@@ -325,7 +325,9 @@ def exit_code(agent: int, told: int, stop: Stop) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    module, *rest = sys.argv[1:] if argv is None else argv
+    module, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if module.count(".") < 2:
+        raise BadInput("the launch scripts start this; type bash recipes/FAMILY/STACK/pretrain.sh --help")
     recipe, stack, kind = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
     if {"-h", "--help"} & set(rest):
         script = module.replace(".", "/") + ".sh"

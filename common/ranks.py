@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
@@ -156,6 +157,10 @@ def must_be_finite(what: str, value: float, step: int, samples: range, when: str
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Entry point of a rank: `main(argv)`, then leave the group and exit with the code that the launcher passes on."""
     quiet()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        script = Path(sys.argv[0]).with_suffix(".sh")
+        print(f"usage: bash {script} CONFIG OUT [section.key=value ...] (--help says the rest); it starts this on every rank")
+        sys.exit(0)
     global _signal
     _signal = 0
     code = 0

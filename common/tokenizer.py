@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -276,6 +277,18 @@ def _scores(model: dict[str, Any]) -> list[tuple[str, float]]:
     """Pieces of a unigram model and their scores, in float32 as SentencePiece has them: the last digits of what is read
     from a tokenizer.json depend on how often it was read and written, and they would decide between equal ways to cut."""
     return [(piece, float(np.float32(score))) for piece, score in model["vocab"]]
+
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "vocab.txt", "spiece.model")  # fmt: skip
+
+
+def copy_files(folder: Path, to: Path) -> None:
+    """Copy a folder's tokenizer as it is; nothing where it has none."""
+    for name in FILES:
+        if (folder / name).is_file():
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, to / name)
 
 
 def load(name_or_dir: str | Path) -> Tokenizer:

@@ -44,6 +44,12 @@ PYTHON
 }
 
 extra=${1:-}
+case $extra in
+  -h | --help)
+    sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
 case $extra in "" | test | dev) ;; *) fail "no extra named $extra; there is test and dev" ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv

@@ -16,6 +16,11 @@
 # The signal comes that many seconds before the limit: it must cover a step and a save.
 set -uo pipefail
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  grep '^##\?SBATCH' "${BASH_SOURCE[0]}"
+  exit 0
+fi
 if [[ $# -eq 0 || -z ${SLURM_JOB_ID:-} ]]; then
   echo "error: type: sbatch [--nodes=N] scripts/slurm.sh recipes/FAMILY/STACK/pretrain.sh CONFIG OUT [section.key=value ...]" >&2
   exit 2

@@ -61,7 +61,10 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
         assert (ROOT / words[script]).is_file()
         env["NPROC"] = next(word.partition("=")[2] for word in words if word.startswith("--gpus-per-node="))
         words = ["bash", *words[script + 1 :]]
-    if words[0] == "python":
+    if words[:2] == ["python", "-c"]:  # prints the folder of an installed package
+        done = run([sys.executable, *words[1:]], env)
+        assert done.returncode == 0 and Path(done.stdout.strip()).is_dir(), done.stderr
+    elif words[0] == "python":
         assert words[1] == "-m", line.name
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line.name
         done = run([sys.executable, "-m", words[2], "--help"], {})
@@ -81,7 +84,7 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
             done = run(command, env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in env else {}))
             assert done.returncode == 0, done.stderr
             assert "torchrun" in done.stdout
-        elif script != "scripts/setup.sh":  # the only one without options
+        else:
             done = run(["bash", script, "--help"], {})
             assert done.returncode == 0, done.stderr
             assert all(word in done.stdout for word in words if word.startswith("--")), done.stdout

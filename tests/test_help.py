@@ -1,0 +1,45 @@
+"""`--help` of every command explains it, starts nothing and shows no traceback."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SHELL = [*sorted(ROOT.glob("scripts/*.sh")), *sorted(ROOT.glob("recipes/*/*/*.sh"))]
+COMMANDS = sorted(
+    path
+    for folder in ("data", "scripts", "recipes")
+    for path in ROOT.glob(f"{folder}/**/*.py")
+    if "__name__ == " in (text := path.read_text(encoding="utf-8")) and "processes.run(main)" not in text
+)
+HELP = """\
+import contextlib, io, runpy, sys
+for module in sys.argv[1:]:
+    sys.argv, told = [module, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    print(f"==== {module}", told.getvalue(), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shell_script(script: Path, tmp_path: Path):
+    done = subprocess.run(["bash", str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert script.name in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_python_commands(tmp_path: Path):
+    """All in one process: each imports what it needs."""
+    names = [str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".") for path in COMMANDS]
+    assert {"data.text", "data.pairs", "scripts.evaluate", "recipes.t5.convert"} <= set(names)
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", HELP, *names]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = dict(re.findall(r"^==== (\S+)\n(.*?)(?=^====|\Z)", done.stdout, re.M | re.S))
+    assert list(told) == names
+    assert [name for name, text in told.items() if not text.startswith("usage: ") or len(text.splitlines()) < 6] == []
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,79 @@
+"""from-hf and to-hf one after the other give the folder back, in every family: weights, shapes and tokenizer."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from common import config, tokenizer
+from common.errors import BadInput
+from common.interchange import to_hf
+
+CONFIGS = [
+    ("gpt", "tiny"),
+    ("gpt", "tiny_llama"),
+    ("bert", "tiny"),
+    ("bert", "tiny_postln"),
+    ("t5", "tiny"),
+    ("t5", "tiny_v1_1"),
+]
+THERE_AND_BACK = """\
+import sys
+from importlib import import_module
+from pathlib import Path
+from common import interchange
+out = Path(sys.argv[1])
+for name in sys.argv[2:]:
+    task = import_module(f"recipes.{name.partition('_')[0]}.task")
+    interchange.from_hf(out / name, out / f"{name}_run", task)
+    interchange.to_hf(out / f"{name}_run", out / f"{name}_back", task)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(corpus: Path, sentences: Path, spans: Path, tmp_path_factory) -> Path:
+    """Folders FAMILY_CONFIG of random weights, and FAMILY_CONFIG_back."""
+    out, corpora = tmp_path_factory.mktemp("folders"), {"gpt": corpus, "bert": sentences, "t5": spans}
+    for family, name in CONFIGS:
+        task = import_module(f"recipes.{family}.task")
+        cfg = config.load(ROOT / f"recipes/{family}/configs/{name}.yaml", ["model.vocab_size=768"], task.Config)
+        torch.manual_seed(3)
+        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(out / f"{family}_{name}")
+        tokenizer.load(corpora[family] / "tokenizer").save(out / f"{family}_{name}")
+    command = [sys.executable, "-c", THERE_AND_BACK, str(out), *(f"{family}_{name}" for family, name in CONFIGS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize(("family", "name"), CONFIGS)
+def test_an_imported_folder_comes_back_bit_for_bit(folders: Path, family: str, name: str):
+    given, back = folders / f"{family}_{name}", folders / f"{family}_{name}_back"
+    before, after = load_file(given / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    model_of = import_module(f"recipes.{family}.task").model_of
+    shapes = [model_of(json.loads((folder / "config.json").read_text())) for folder in (given, back)]
+    assert shapes[0] == shapes[1]
+    text = "the value of a list is returned"
+    ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (given, back)]
+    assert ids[0] == ids[1] and len(ids[0]) > 3
+    card = (back / "README.md").read_text()
+    assert "trained with" not in card and "None" not in card
+
+
+def test_an_import_without_its_model_section_is_refused(folders: Path, tmp_path: Path):
+    run, task = folders / "gpt_tiny_run", import_module("recipes.gpt.task")
+    kept = (run / "model.yaml").read_text()
+    for text, told in ((None, "holds step_0 but no model.yaml"), ("model: {layers: x}\n", "is not the model section that")):
+        (run / "model.yaml").unlink() if text is None else (run / "model.yaml").write_text(text)
+        with pytest.raises(BadInput, match=told):
+            to_hf(run, tmp_path / "hf", task)
+    (run / "model.yaml").write_text(kept)
+    assert not (tmp_path / "hf").exists()
