@@ -85,10 +85,3 @@ def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
     model.tie_weights()  # named_parameters() names a shared weight once
-
-
-def differences(theirs: dict[str, object], ours: dict[str, object]) -> list[str]:
-    """'n_layer=12, the model gives 4': where a folder's config.json contradicts what we would build (a tuple: one of)."""
-    given = {**(theirs.get("rope_parameters") or {}), **{k: v for k, v in theirs.items() if v is not None}}
-    allowed = {k: v if isinstance(v, tuple) else (v,) for k, v in ours.items() if k in given}
-    return [f"{k}={given[k]!r}, the model gives {' or '.join(map(repr, v))}" for k, v in allowed.items() if given[k] not in v]

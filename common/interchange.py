@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, export, init, ranks, state
+from common import checkpoint, config, export, hf_folder, init, ranks, state
 from common import tokenizer as tokenizers
 from common.errors import BadInput
-from common.run import read_object, task_module, whole_weights
+from common.run import read_object, task_module
 
 SEED = 1234  # of heads that a folder lacks
 TOKENIZER = "step_0/tokenizer"  # in OUT of from-hf: goes with the imported weights; a run that goes on has its corpus's
@@ -71,40 +71,6 @@ def _check_new(folder: Path) -> None:
         raise BadInput(f"{folder}: is not empty; give a new folder")
 
 
-def model_in(folder: Path, task: ModuleType) -> Any:
-    """The `model` section of a Hugging Face folder, all of whose weights are there; BadInput says what is wrong with it."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: no config.json there; give a Hugging Face folder")
-    theirs = read_object(folder / "config.json")
-    if theirs is None:
-        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
-    if theirs.get("model_type") not in task.MODEL_TYPES:
-        known = " and ".join(task.MODEL_TYPES)
-        raise BadInput(f"{folder}: is a {theirs.get('model_type')!r} model; this family knows {known}")
-    try:
-        model = task.model_of(theirs)
-    except KeyError as error:
-        raise BadInput(f"{folder}: its config.json has no {error.args[0]}; get the folder again") from None
-    except ValidationError as error:
-        told = [f"{'.'.join(map(str, e['loc']))}={e.get('input')!r}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise BadInput([f"{folder}: its config.json gives {line}" for line in told]) from None
-    problems = [f"has {difference}" for difference in init.differences(theirs, task.hf_shapes(model))]
-    problems = [*model.problems(), *problems]
-    held: dict[str, tuple[int, ...]] = {}
-    unreadable = whole_weights(folder, str(folder), held)
-    if problems or unreadable:
-        raise BadInput([*(f"{folder}: {p}" for p in problems), *unreadable])
-    for name, shape in task.hf_parameters(model).items():
-        found = next((held[known] for known in task.stored_names(name) if known in held), None)
-        if found is None and not name.startswith(task.heads(model)):
-            problems.append(f"{folder}: holds no {name}; it is a model of another architecture")
-        elif found not in (None, shape):
-            problems.append(f"{folder}: {name} is {found}, its config.json says {shape}")
-    if problems:
-        raise BadInput(problems)
-    return model
-
-
 def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     """OUT/step_0 with the weights and the tokenizer of a Hugging Face folder, and OUT/model.yaml, the `model` section to train
     it with.
@@ -112,7 +78,7 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
     """
     _check_new(out)
-    model = model_in(folder, task)
+    model = hf_folder.model_in(folder, task)
     anew = init.scratch(SEED, lambda name: task.initial(model, name))
     source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
 

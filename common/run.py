@@ -7,11 +7,9 @@ import contextlib
 import importlib
 import json
 import os
-import re
-import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, init
+from common import checkpoint, config
 from common.config import Config, Layout
 from common.corpus import write_json
 from common.errors import BadInput, Missing
@@ -110,7 +108,7 @@ def prepare(
         problems += _vocabulary(cfg, train, valid, known)
     elif dry_run and not data_problems:  # else the tokenizer is unknown for what is told already
         problems += [*missing, *_vocabulary(cfg, train, valid, known)]
-    problems += _init(cfg, task, notes)
+    problems += _begins_from(cfg, task, notes)
 
     layout = None
     for number, view in enumerate(config.views(whole)):
@@ -234,75 +232,13 @@ def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known
     return problems
 
 
-def _init(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
-    """Is init.from a Hugging Face folder of this architecture (its config.json says so), with whole weights? Adds to `notes`
-    which heads it lacks, and which of a finetuned model is trained on."""
+def _begins_from(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
+    """What is wrong with the Hugging Face folder init.from; adds to `notes`."""
     if cfg.init.from_ == "scratch":
         return []
-    folder = find(cfg.init.from_)
-    name = f"init.from={cfg.init.from_}"
-    if not (folder / "config.json").is_file():
-        return [f"{name}: no config.json there; give `scratch` or a Hugging Face folder"]
-    theirs = read_object(folder / "config.json")
-    if theirs is None:
-        return [f"{name}: its config.json cannot be read; get the folder again"]
-    wanted = task.hf_type(cfg.model)
-    if theirs.get("model_type") != wanted:
-        ours = f"the config's model.arch is {cfg.model.arch!r}"
-        return [f"{name}: is a {theirs.get('model_type')!r} model, {ours} ({wanted!r} in its config.json)"]
-    problems = [f"{name}: has {difference}" for difference in init.differences(theirs, task.hf_shapes(cfg.model))]
-    held: dict[str, tuple[int, ...]] = {}
-    problems += whole_weights(folder, name, held)
-    for stack, count in _depths(held).items():
-        wanted = getattr(cfg.model, "decoder_layers", cfg.model.layers) if "decoder" in stack else cfg.model.layers
-        if count != wanted:
-            problems.append(
-                f"{name}: its weights hold {count} layers ({stack}0 on), its config.json says {wanted}; get it again"
-            )
-    if hasattr(task, "head_problems"):  # of finetuning
-        problems += [f"{name}: {told}" for told in task.head_problems(cfg.model, held)]
-        notes += [f"{name}: {told}" for told in task.head_notes(cfg.model, held) if not problems]
-    for head in task.heads(cfg.model):
-        if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
-            notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")
-    return problems
+    from common import hf_folder
 
-
-def whole_weights(folder: Path, name: str, held: dict[str, tuple[int, ...]]) -> list[str]:
-    """Are there safetensors, each as long as its header says? Adds the names and shapes of their tensors to `held`. Pickles
-    (.bin) are never read: they can run code."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and any(folder.glob("*.bin")):
-        return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
-    if not files:
-        return [f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed"]
-    index = (read_object(folder / "model.safetensors.index.json") or {}).get("weight_map")
-    named = set(index.values()) if isinstance(index, dict) else set()
-    problems = [f"{name}: {file} is missing" for file in sorted(named - {path.name for path in files})]
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            held.update({key: tuple(tensor["shape"]) for key, tensor in header.items()})
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-            if path.stat().st_size != 8 + size + end:
-                problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, RecursionError):
-            problems.append(f"{name}: {path.name} is not a safetensors file; get it again")
-    return problems
-
-
-_LAYER = re.compile(r"((?:.*?\.)?(?:h|layer|layers|block)\.)(\d+)\.")
-
-
-def _depths(held: Iterable[str]) -> dict[str, int]:
-    """{beginning of the names of a stack of layers, such as encoder.layer.: layers} of the tensors with these names."""
-    made: dict[str, int] = {}
-    for match in filter(None, map(_LAYER.match, held)):
-        made[match[1]] = max(made.get(match[1], 0), int(match[2]) + 1)
-    return made
+    return hf_folder.check(find(cfg.init.from_), f"init.from={cfg.init.from_}", cfg, task, notes)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

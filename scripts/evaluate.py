@@ -32,9 +32,10 @@ import numpy as np
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, text
+from common.hf_folder import whole_weights
 from common.pretrained import architecture_of, load
 from common.ranks import Ranks
-from common.run import read_object, whole_weights
+from common.run import read_object
 from recipes.bert import evaluate as heads
 from recipes.bert import kinds
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from common import config
 from common.errors import BadInput
+from common.hf_folder import whole_weights
 from common.ranks import Ranks
-from common.run import read_object, whole_weights
+from common.run import read_object
 
 from . import finetune, kinds
 
