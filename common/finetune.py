@@ -8,7 +8,7 @@ OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -161,8 +161,11 @@ class Predictions:
         return float(values[0] / values[1]), found
 
 
-def write_results(run: Run, selection: Selection, values: dict[str, float], n: int, files: dict[str, str]) -> None:
-    """Rank 0, of the best evaluation so far: eval.json, and files {name: text} in OUT/predictions."""
+def write_results(
+    run: Run, selection: Selection, values: dict[str, float], n: int, files: dict[str, str], counts: Mapping[str, int] = {}
+) -> None:
+    """Rank 0, of the best evaluation so far: eval.json, and files {name: text} in OUT/predictions. n: what the values are of;
+    counts: in its place, for metrics that are of a part."""
     folder = run.out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -171,7 +174,10 @@ def write_results(run: Run, selection: Selection, values: dict[str, float], n: i
     part = "" if used == size else f", the first {used:,} of {size:,} {getattr(run.valid, 'unit', 'examples')}"
     notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
-    rows = [{"task": run.cfg.task.name, "metric": name, "value": v, "n": n, "protocol": how} for name, v in values.items()]
+    rows = [
+        {"task": run.cfg.task.name, "metric": name, "value": value, "n": counts.get(name, n), "protocol": how}
+        for name, value in values.items()
+    ]
     write_json(run.out / "eval.json", rows)
 
 

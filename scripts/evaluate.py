@@ -161,8 +161,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
     problems += [f"{what}, and {name} is {told}" for name in wrong]
     positions = positions_of(config)
-    if heads.tasks_of(architecture) and args.seq_len and args.seq_len < heads.LEAST:
-        problems.append(f"--seq-len {args.seq_len}: must be {heads.LEAST} or more")
+    if heads.tasks_of(architecture) and args.seq_len and args.seq_len < kinds.LEAST:
+        problems.append(f"--seq-len {args.seq_len}: must be {kinds.LEAST} or more")
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
     if not any((folder / name).is_file() for name in TOKENIZERS):

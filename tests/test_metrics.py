@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import string
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +23,91 @@ def phrases(seed: int, count: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(count)]
 
 
+def official(name: str, questions: list[squad.Question], said: dict[str, str], odds: dict[str, float] | None = None) -> dict:
+    """What evaluate-v1.1.py and evaluate-v2.0.py print for these predictions (and --na-prob-file), written here from their
+    rules: the first counts every answer; the second drops those without words, and takes '' where none is left."""
+
+    def tokens(text: str) -> list[str]:
+        text = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return [word for word in re.split(r"\s+", re.sub(r"\b(?:a|an|the)\b", " ", text)) if word]
+
+    def f1_score(ours: list[str], theirs: list[str]) -> float:
+        if name == "squad2" and not (ours and theirs):
+            return float(ours == theirs)
+        same = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+        return 2 * same / (len(ours) + len(theirs)) if same else 0.0
+
+    raw = {}
+    for q in questions:
+        golds = [tokens(answer) for answer in q.answers]
+        golds = golds if name == "squad" else [gold for gold in golds if gold] or [[]]
+        ours = tokens(said[q.id])
+        raw[q.id] = (max(f1_score(ours, gold) for gold in golds), float(any(ours == gold for gold in golds)))
+    f1, exact = (100 * sum(column) / len(raw) for column in zip(*raw.values(), strict=True))
+    made = {"f1": f1, "exact_match": exact}
+    for place, metric in enumerate(("f1", "exact") if odds else ()):
+        ladder = [sum(not q.answers for q in questions)]  # how many are right, as one after the other is answered
+        for q in sorted(questions, key=lambda q: odds[q.id]):
+            ladder.append(ladder[-1] + (raw[q.id][place] if q.answers else -bool(said[q.id])))
+        made[f"best_{metric}"] = 100 * max(ladder) / len(questions)
+    return made
+
+
+@pytest.mark.parametrize("name", ["squad", "squad2"])
+def test_each_squad_is_scored_by_its_own_script(name: str):
+    """Answers and predictions that are an article or a mark, or nothing, among others."""
+    draw = random.Random(name)
+    texts = ["A", "the", '"The A,"', "B\u2013", "cat", "the cat", "AHL", "\u2013 - .", ".", "cat mat", "a cat. Mat"]
+    for _ in range(100):
+        ask = [squad.Question(str(i), "", 0, draw.choices(texts, k=draw.randint(1, 3)), None) for i in range(10)]
+        said = {q.id: draw.choice([*texts, *[""] * (name == "squad2")]) for q in ask}
+        if name == "squad2":
+            ask += [squad.Question(str(i), "", 0, [], None) for i in range(10, 14)]
+            said |= {str(i): draw.choice(["", "the", "cat"]) for i in range(10, 14)}
+        found = squad.metrics(name, ask, said)
+        assert {key: found[key] for key in ("f1", "exact_match")} == pytest.approx(official(name, ask, said))
+    assert squad.scores("squad", "the", ["A"]) == (1, 0) and squad.scores("squad2", "the", ["A"]) == (1, 1)
+    assert squad.scores("squad", "the", ["A", "AHL"]) == (1, 0) and squad.scores("squad2", "the", ["A", "AHL"]) == (0, 0)
+
+
+def test_answers_of_new_wiki_that_are_articles(source: Path):
+    """Two of its questions have such an answer: 'A' counts in 1.1, with an F1 of 0."""
+    found = squad.read("squad", source / "squad", "train"), squad.read("squad", source / "squad", "dev")
+    ask = [q for part in found for q in part.questions if not all(map(squad.normalized, q.answers))]
+    assert len(ask) == 2
+    said = {q.id: next(a for a in q.answers if not squad.normalized(a)) for q in ask}
+    assert squad.metrics("squad", ask, said) == official("squad", ask, said) == {"f1": 0, "exact_match": 100}
+
+
 def test_squad_is_torchmetrics():
     """200 predictions, each against three answers."""
     from torchmetrics.functional.text import squad as reference
 
     said, known = phrases(0, 200), [phrases(i, 3) for i in range(1, 201)]
     known[::7] = [[*three[:2], said[i]] for i, three in zip(range(0, 200, 7), known[::7], strict=True)]  # some are right
-    known = [three for three in known if all(squad.normalized(a) for a in three)]  # 1.1 has no empty answers
+    known = [three for three in known if all(squad.normalized(a) for a in three)]  # its rule for others is 2.0's
     said = said[: len(known)]
     theirs = reference(
         [{"prediction_text": text, "id": str(i)} for i, text in enumerate(said)],
         [{"answers": {"text": three, "answer_start": [0] * 3}, "id": str(i)} for i, three in enumerate(known)],
     )
     questions = [squad.Question(str(i), "", 0, three, None) for i, three in enumerate(known)]
-    ours = squad.metrics(questions, {str(i): text for i, text in enumerate(said)})
+    ours = squad.metrics("squad", questions, {str(i): text for i, text in enumerate(said)})
     assert 0 < ours["exact_match"] < ours["f1"] < 100
     assert ours == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-4)
 
 
 def test_squad_2_knows_no_answer():
     ask = [squad.Question("a", "", 0, ["cat"], None), squad.Question("b", "", 0, [], None)]
-    assert squad.metrics(ask, {"a": "", "b": ""}) == {
+    assert squad.metrics("squad2", ask, {"a": "", "b": ""}) == {
         "f1": 50, "exact_match": 50, "has_answer_f1": 0, "has_answer_exact": 0, "no_answer_f1": 100, "no_answer_exact": 100,
     }  # fmt: skip
-    assert squad.metrics(ask, {"a": "the cat", "b": "cat"})["f1"] == 50
+    assert squad.metrics("squad2", ask, {"a": "the cat", "b": "cat"})["f1"] == 50
+    assert squad.counts(ask + ask[1:]) == {"has_answer_f1": 1, "has_answer_exact": 1, "no_answer_f1": 2, "no_answer_exact": 2}
+
+
+def at(threshold: float, ask: list[squad.Question], texts: dict[str, str], odds: dict[str, float]) -> dict[str, float]:
+    return squad.metrics("squad2", ask, {k: "" if odds[k] > threshold else texts[k] for k in texts})
 
 
 def test_the_best_threshold_is_that_of_a_search():
@@ -54,10 +116,12 @@ def test_the_best_threshold_is_that_of_a_search():
         ask = [squad.Question(str(i), "", 0, draw.choice([["cat"], ["mat cat"], []]), None) for i in range(12)]
         texts = {q.id: draw.choice(["cat", "mat", "cat mat"]) for q in ask}
         odds = {q.id: draw.uniform(-5, 5) for q in ask}
-        tried = [squad.metrics(ask, {k: "" if odds[k] > t else texts[k] for k in texts})["f1"] for t in [-9, *odds.values()]]
-        threshold, best = squad.best_threshold(ask, texts, odds)
-        assert best == pytest.approx(max(tried))
-        assert squad.metrics(ask, {k: "" if odds[k] > threshold else texts[k] for k in texts})["f1"] == pytest.approx(best)
+
+        tried = [at(threshold, ask, texts, odds) for threshold in [-9, *odds.values()]]
+        found, script = squad.best_thresholds(ask, texts, odds), official("squad2", ask, texts, odds)
+        for best, metric in (("best_f1", "f1"), ("best_exact", "exact_match")):
+            assert found[best] == pytest.approx(max(values[metric] for values in tried)) == pytest.approx(script[best])
+            assert at(found[f"{best}_threshold"], ask, texts, odds)[metric] == pytest.approx(found[best])
 
 
 def test_entities_are_counted_whole():
@@ -70,6 +134,20 @@ def test_entities_are_counted_whole():
 def test_race_has_two_levels():
     found = race.metrics(np.array([0, 1, 2, 3]), np.array([0, 1, 0, 0]), np.array([False, False, False, True]))
     assert found == {"accuracy": 0.5, "accuracy_middle": pytest.approx(2 / 3), "accuracy_high": 0.0}
+    assert race.counts(np.array([False, False, False, True])) == {"accuracy_middle": 3, "accuracy_high": 1}
+
+
+def test_words_end_at_spaces_and_tabs_alone(tmp_path: Path):
+    """A no-break space, U+3000 and a byte order mark within the file are parts of words."""
+    words = ["\u00a0", "10\u00a0000", "\u3000", "\ufeff", "a\u2028b", "\x85"]
+    text = (
+        "-DOCSTART- -X- O O\r\n\r\n"
+        + "".join(f"{word} NN\tB-NP {'OX'[i % 2]}\r\n" for i, word in enumerate(words))
+        + " \r\nend O"
+    )
+    (tmp_path / "train.txt").write_bytes(text.encode("utf-8-sig"))
+    found = tagging.read(tmp_path, "train")
+    assert found.words == [words, ["end"]] and found.tags == [["O", "X"] * 3, ["O"]]
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------------
@@ -119,6 +197,11 @@ def test_answers_are_found_again(source: Path, tmp_path: Path):
             said[i] = (len(dev.asked[w.question]) + 2, len(dev.asked[w.question]) + 2, -1.0, 0.0)
     scores = dev.metrics(np.array(said))
     assert scores["exact_match"] == 100 and scores["f1"] == 100
+
+
+def test_windows_want_room():
+    with pytest.raises(ValueError, match="room for 0 tokens"):
+        kinds.parts(5, 0, 128)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

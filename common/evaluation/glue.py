@@ -229,10 +229,18 @@ def metrics(name: str, predictions: np.ndarray, labels: np.ndarray, sizes: Seque
     """GLUE's of the task, from 0 to 1 (-1 to 1 for correlations). predictions, labels: (N,) classes or scores; sizes: of the
     dev sets that they are (MNLI has two, whose accuracies are told apart)."""
     if name == "mnli":
-        first = min(sizes[0] if sizes else len(labels), len(labels))
+        first = counts(name, len(labels), sizes)["accuracy"]
         parts = {"accuracy": slice(first), "accuracy_mismatched": slice(first, None)}
         return {m: float(METRICS["accuracy"](labels[p], predictions[p])) for m, p in parts.items() if len(labels[p])}
     return {metric: float(METRICS[metric](labels, predictions)) for metric in TASKS[name].metrics}
+
+
+def counts(name: str, n: int, sizes: Sequence[int] = ()) -> dict[str, int]:
+    """{metric: examples that it is of}, of those that are of a part of the first n: MNLI's."""
+    if name != "mnli":
+        return {}
+    first = min(sizes[0] if sizes else n, n)
+    return {"accuracy": first, "accuracy_mismatched": n - first}
 
 
 def files(name: str, predictions: np.ndarray, sizes: Sequence[int]) -> dict[str, str]:

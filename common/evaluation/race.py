@@ -80,6 +80,11 @@ def _from_hub(split: str) -> list[tuple[str, str, dict]]:
     return made
 
 
+def counts(high: np.ndarray) -> dict[str, int]:
+    """{metric: questions that it is a mean of}, of those that `metrics` gives of a part of them."""
+    return {"accuracy_middle": int((~high).sum()), "accuracy_high": int(high.sum())}
+
+
 def metrics(predictions: np.ndarray, labels: np.ndarray, high: np.ndarray) -> dict[str, float]:
     """predictions, labels, high (N,) -> accuracy, and that of either kind of school."""
     right = predictions == labels

@@ -156,10 +156,8 @@ def exact(prediction: str, answer: str) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Of the words in common. Where either has none, as `exact` (2.0's script; 1.1 has no such answers)."""
+    """Of the words in common; 0 where there are none."""
     ours, theirs = normalized(prediction).split(), normalized(answer).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
     common = sum((Counter(ours) & Counter(theirs)).values())
     if not common:
         return 0.0
@@ -167,15 +165,23 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1): the best over the answers. None, or only such as are articles and marks: the answer is ''."""
-    known = [a for a in answers if normalized(a)] or [""]
-    return max(exact(prediction, a) for a in known), max(f1(prediction, a) for a in known)
+def scores(name: str, prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1) of 'squad' or 'squad2': the best over the answers, as the version's own script has them.
+
+    The scripts differ on answers that are articles and marks alone. To evaluate-v1.1.py each is an answer, without words: its
+    F1 is 0. evaluate-v2.0.py drops them; where no other is left, the right answer is '', and F1 is the exact match.
+    """
+    if name == "squad2":
+        answers = [a for a in answers if normalized(a)]
+        if not answers:
+            right = exact(prediction, "")
+            return right, right
+    return max(exact(prediction, a) for a in answers), max(f1(prediction, a) for a in answers)
 
 
-def metrics(questions: Iterable[Question], predictions: dict[str, str]) -> dict[str, float]:
+def metrics(name: str, questions: Iterable[Question], predictions: dict[str, str]) -> dict[str, float]:
     """{question id: text} -> f1 and exact_match, in percent; where some questions have no answer, also of either kind."""
-    found = [(bool(q.answers), *scores(predictions[q.id], q.answers)) for q in questions]
+    found = [(bool(q.answers), *scores(name, predictions[q.id], q.answers)) for q in questions]
     table = np.array(found, float)
     made = {"f1": 100 * float(table[:, 2].mean()), "exact_match": 100 * float(table[:, 1].mean())}
     has = table[:, 0] > 0
@@ -186,16 +192,28 @@ def metrics(questions: Iterable[Question], predictions: dict[str, str]) -> dict[
     return made
 
 
-def best_threshold(questions: Sequence[Question], texts: dict[str, str], null_odds: dict[str, float]) -> tuple[float, float]:
-    """(threshold, F1 in percent): 'no answer' is said above it, so that F1 is the highest (2.0's --na-prob-file analysis).
+def counts(questions: Sequence[Question]) -> dict[str, int]:
+    """{metric: questions that it is a mean of}, of those that `metrics` gives of a part of them."""
+    has = sum(bool(q.answers) for q in questions)
+    kinds = (("has_answer", has), ("no_answer", len(questions) - has))
+    return {f"{kind}_{metric}": n for kind, n in kinds for metric in ("f1", "exact")}
+
+
+def best_thresholds(questions: Sequence[Question], texts: dict[str, str], null_odds: dict[str, float]) -> dict[str, float]:
+    """best_f1 and best_exact, in percent, and the threshold of each: 'no answer' is said above it (evaluate-v2.0.py,
+    find_best_thresh). Where to say it always is best, that script gives 0.0; here the threshold is below all odds.
 
     texts: the best answers that are not empty. null_odds: score of no answer less the best answer's.
     """
+    raw = {q.id: scores("squad2", texts[q.id], q.answers) for q in questions}
     ordered = sorted(questions, key=lambda q: null_odds[q.id])
-    total = sum(not q.answers for q in ordered)  # all are said to have none
-    best, threshold = float(total), min(0.0, null_odds[ordered[0].id] - 1)
-    for q in ordered:  # one after the other is answered
-        total += scores(texts[q.id], q.answers)[1] if q.answers else -1.0 if texts[q.id] else 0.0
-        if total > best:
-            best, threshold = total, null_odds[q.id]
-    return threshold, 100 * best / len(ordered)
+    made = {}
+    for metric, place in (("f1", 1), ("exact", 0)):
+        total = float(sum(not q.answers for q in ordered))  # all are said to have none
+        best, threshold = total, min(0.0, null_odds[ordered[0].id] - 1)
+        for q in ordered:  # one after the other is answered
+            total += raw[q.id][place] if q.answers else -1.0 if texts[q.id] else 0.0
+            if total > best:
+                best, threshold = total, null_odds[q.id]
+        made |= {f"best_{metric}": 100 * best / len(ordered), f"best_{metric}_threshold": threshold}
+    return made

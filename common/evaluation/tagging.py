@@ -6,6 +6,7 @@ Read from a folder with train.txt, valid.txt (or dev.txt) and test.txt, or from 
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,14 +36,14 @@ def _from_files(folder: Path, split: str) -> tuple[list[list[str]], list[list[st
     if path is None:
         raise BadInput(f"task.data={folder}: does not hold {' or '.join(FILES[split])}, which ner is read from")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and the like
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not at U+2028 and the like
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     for number, line in enumerate(lines, 1):
-        columns = line.split()
-        if not columns or columns[0] == "-DOCSTART-":
+        columns = re.split("[ \t]+", line.strip(" \t\r"))  # a no-break space, U+3000 and the like are parts of words
+        if columns == [""] or columns[0] == "-DOCSTART-":
             if words[-1]:
                 words.append([])
                 tags.append([])

@@ -269,7 +269,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
     """SQuAD's F1 and exact match, the best over the references."""
-    rows = [squad.scores(prediction, known) for prediction, known in zip(predictions, references, strict=True)]
+    rows = [squad.scores("squad", prediction, known) for prediction, known in zip(predictions, references, strict=True)]
     exact, f1 = (100 * float(np.mean(column)) for column in zip(*rows, strict=True))
     return [("f1", f1, "squad-v1.1"), ("exact_match", exact, "squad-v1.1")]
 

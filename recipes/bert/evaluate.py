@@ -16,7 +16,6 @@ from common.run import read_object
 from . import finetune, kinds
 
 PUBLIC_DEV_ALONE = ("squad", "squad2")
-LEAST = 8  # tokens of an example
 SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
 
 
@@ -41,6 +40,11 @@ def settings(given: Path, folder: Path, name: str, data: Path | None, seq_len: i
             "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
         }
     )  # fmt: skip
+    least = kinds.least_seq_len(cfg.task)
+    if length < least:
+        beside = f"a context beside a question of {cfg.task.question_len} tokens (task.question_len)"
+        has = f"; the model has {positions} positions: finetune it with shorter questions" if positions < least else ""
+        raise BadInput(f"--seq-len {length}: leaves no room for {beside}; give --seq-len {least} or more{has}")
     model = cfg.model.resolve(cfg, None)
     head, held = model.does.parameter, {}
     whole_weights(folder, str(folder), held)
@@ -104,5 +108,8 @@ def scores(cfg: finetune.Config, examples: kinds.Kind, predictions: np.ndarray) 
     part = "" if n == whole else f", the first {n:,} of {whole:,} {examples.unit}"
     notes = "".join(f"; {note}" for note in examples.notes)
     how = f"{cfg.task.name} {cfg.data.valid}{part}, {cfg.data.seq_len} tokens{notes}"
-    values = examples.metrics(predictions)
-    return [{"metric": name, "value": value, "n": examples.scored(n), "protocol": how} for name, value in values.items()]
+    counts = examples.counts(n)
+    return [
+        {"metric": name, "value": value, "n": counts.get(name, examples.scored(n)), "protocol": how}
+        for name, value in examples.metrics(predictions).items()
+    ]

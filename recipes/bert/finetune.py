@@ -48,10 +48,11 @@ class Model(task.Model):
             )
         if len(set(cfg.task.tags)) < len(cfg.task.tags):
             yield f"task.tags={config.written(cfg.task.tags)}: a tag is given twice"
-        if cfg.task.name in ("squad", "squad2") and cfg.data.seq_len < cfg.task.question_len + 8:
+        least = kinds.least_seq_len(cfg.task)
+        if cfg.data.seq_len < least:
             yield (
                 f"data.seq_len={cfg.data.seq_len} leaves no room for a context beside "
-                f"task.question_len={cfg.task.question_len}; give data.seq_len={cfg.task.question_len + 8} or more"
+                f"task.question_len={cfg.task.question_len}; give data.seq_len={least} or more"
             )
 
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
@@ -245,5 +246,7 @@ def judge(run: Run, selection: finetune.Selection, log: Log, step: int, found: f
     log.valid(step, loss, len(predictions), **values)
     best = selection.enter(step, values[selection.metric])
     if best and log.first:
-        finetune.write_results(run, selection, values, run.valid.scored(len(predictions)), run.valid.files(predictions))
+        n = len(predictions)
+        files, counts = run.valid.files(predictions), run.valid.counts(n)
+        finetune.write_results(run, selection, values, run.valid.scored(n), files, counts)
     return best

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from . import finetune
 
+LEAST = 8  # tokens of a sequence
 ROUND = 8  # a micro batch is padded to its longest sequence, rounded up to a multiple of this
 SUBSET_SEED = 1234
 
@@ -120,6 +121,10 @@ class Kind(examples.Examples):
         """How many answers the scores of the first n examples are of."""
         return n
 
+    def counts(self, n: int) -> dict[str, int]:
+        """{metric: answers it is of}, for those of the first n examples that are of a part of these answers."""
+        return {}
+
     def files(self, predictions: np.ndarray) -> dict[str, str]:
         """The same -> {name: text} of prediction files in the benchmark's format."""
         raise NotImplementedError
@@ -148,6 +153,12 @@ def cut(texts: Sequence[list[int]], seq_len: int) -> list[list[int]]:
     return [texts[0][:a], texts[1][:b]]
 
 
+def note_cut(reader: Reader, notes: list[str], what: str, count: int, of: int) -> None:
+    """Add to `notes` that so many of a split are cut."""
+    if count:
+        notes.append(f"{reader.split}: {count:,} of {of:,} {what} are cut to data.seq_len={reader.cfg.data.seq_len}")
+
+
 def largest_id(*texts: Sequence[Sequence[int]]) -> int:
     return max((max(ids, default=0) for column in texts for ids in column), default=0)
 
@@ -165,7 +176,10 @@ class Text(Kind):
         keep = kept(reader, len(found.labels), notes)
         ids = [reader.tokenizer.encode_batch([column[i] for i in keep.tolist()]) for column in found.texts]
         pieces = [cut(row, reader.cfg.data.seq_len) for row in zip(*ids, strict=True)]
-        self = cls(reader, found.hash, largest_id(*ids), np.array([sum(map(len, p)) for p in pieces]), notes)
+        lengths = np.array([sum(map(len, p)) for p in pieces])
+        whole = [sum(map(len, row)) for row in zip(*ids, strict=True)]
+        note_cut(reader, notes, "examples", int((lengths < whole).sum()), len(keep))
+        self = cls(reader, found.hash, largest_id(*ids), lengths, notes)
         self.pieces, self.labels, self.sizes, self.name = pieces, found.labels[keep], found.sizes, reader.cfg.task.name
         return self
 
@@ -192,6 +206,9 @@ class Text(Kind):
 
     def metrics(self, predictions: np.ndarray) -> dict[str, float]:
         return glue.metrics(self.name, predictions[:, 0], self.labels[: len(predictions)], self.sizes)
+
+    def counts(self, n: int) -> dict[str, int]:
+        return glue.counts(self.name, n, self.sizes)
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
         return glue.files(self.name, predictions[:, 0], self.sizes)
@@ -223,6 +240,11 @@ class Choice(Kind):
             for i in keep.tolist()
         ]
         lengths = np.array([max(len(a) + len(b) for a, b in four) for four in pieces])
+        cuts = sum(
+            any(len(b) < len(asked[cls.sequences * i + c]) for c, (_, b) in enumerate(four))
+            for i, four in zip(keep.tolist(), pieces, strict=True)
+        )
+        note_cut(reader, notes, "questions lose the end of an answer: they", cuts, len(keep))
         self = cls(reader, found.hash, largest_id(articles, asked), lengths, notes)
         self.pieces, self.labels, self.high = pieces, found.labels[keep], found.high[keep]
         return self
@@ -245,6 +267,9 @@ class Choice(Kind):
     def metrics(self, predictions: np.ndarray) -> dict[str, float]:
         n = len(predictions)
         return race.metrics(predictions[:, 0].astype(int), self.labels[:n], self.high[:n])
+
+    def counts(self, n: int) -> dict[str, int]:
+        return race.counts(self.high[:n])
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
         lines = [f"{i}\t{'ABCD'[int(answer)]}" for i, answer in enumerate(predictions[:, 0])]
@@ -270,19 +295,25 @@ class Token(Kind):
         notes: list[str] = []
         keep = kept(reader, len(found.words), notes)
         room = reader.cfg.data.seq_len - 2
-        pieces, labels, lost = [], [], 0
+        pieces, firsts, labels, lost = [], [], [], 0
         for i in keep.tolist():
             words = reader.tokenizer.encode_batch(found.words[i])
-            starts = np.cumsum([0, *map(len, words)])[:-1].tolist()
-            firsts = {s: number[t] for s, w, t in zip(starts, words, found.tags[i], strict=True) if w and s < room}
-            lost += len(words) - len(firsts)
+            lengths = np.array([*map(len, words)])
+            starts = np.cumsum(lengths) - lengths
+            seen = (lengths > 0) & (starts < room)
+            lost += int((~seen).sum())
             pieces.append([[piece for word in words for piece in word][:room]])
-            labels.append(firsts)
+            firsts.append(np.where(seen, starts + 1, 0))  # behind [CLS]
+            labels.append(np.array([number[tag] for tag in found.tags[i]]))
+        names = list(reader.cfg.task.tags)
+        outside = "O" if "O" in names else names[0]
         if lost:
-            notes.append(f"{reader.split}: {lost:,} words lie beyond data.seq_len or have no piece: not trained on, told O")
+            how = f"not trained on, predicted as {outside}"
+            notes.append(f"{reader.split}: {lost:,} words lie beyond data.seq_len or have no piece: {how}")
         largest = largest_id([ids for [ids] in pieces])
         self = cls(reader, found.hash, largest, np.array([len(ids) for [ids] in pieces]), notes)
-        self.pieces, self.labels, self.names = pieces, labels, list(reader.cfg.task.tags)
+        # of each word the place of its first piece, 0 where none is seen, and its tag: two arrays a sentence
+        self.pieces, self.firsts, self.labels, self.names, self.outside = pieces, firsts, labels, names, outside
         self.words, self.tags = [found.words[i] for i in keep.tolist()], [found.tags[i] for i in keep.tolist()]
         return self
 
@@ -296,8 +327,9 @@ class Token(Kind):
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
         labels, counted = np.zeros_like(made["tokens"]), np.zeros(made["tokens"].shape, bool)
         for row, i in enumerate(places.tolist()):
-            at = np.array([*self.labels[i]], int) + 1  # behind [CLS]
-            labels[row, at], counted[row, at] = list(self.labels[i].values()), True
+            seen = self.firsts[i] > 0
+            at = self.firsts[i][seen]
+            labels[row, at], counted[row, at] = self.labels[i][seen], True
         return made | self.of_examples(places) | {"labels": labels, "loss_mask": counted}
 
     @staticmethod
@@ -313,13 +345,11 @@ class Token(Kind):
         return logits.argmax(-1)
 
     def _tags(self, predictions: np.ndarray) -> list[list[str]]:
-        """Of each word; O where it lies beyond the last position."""
-        outside = "O" if "O" in self.names else self.names[0]
-        made = []
-        for words, firsts, row in zip(self.words, self.labels, predictions, strict=False):
-            tags = [self.names[int(row[place + 1])] for place in firsts]
-            made.append(tags + [outside] * (len(words) - len(tags)))
-        return made
+        """Of each word; O where it lies beyond the last position or has no piece."""
+        return [
+            [self.names[int(row[place])] if place else self.outside for place in firsts.tolist()]
+            for firsts, row in zip(self.firsts, predictions, strict=False)
+        ]
 
     def metrics(self, predictions: np.ndarray) -> dict[str, float]:
         return tagging.metrics(self._tags(predictions), self.tags[: len(predictions)])
@@ -359,13 +389,23 @@ class Span(Kind):
         notes = list(found.notes)
         questions = [found.questions[i] for i in kept(reader, len(found.questions), notes).tolist()]
         contexts = reader.tokenizer.encode_with_offsets(found.contexts)
-        asked = [ids[: cfg.task.question_len] for ids in reader.tokenizer.encode_batch([q.text for q in questions])]
+        whole = reader.tokenizer.encode_batch([q.text for q in questions])
+        asked = [ids[: cfg.task.question_len] for ids in whole]
+        cuts = sum(len(ids) > cfg.task.question_len for ids in whole)
+        if cuts:
+            notes.append(
+                f"{reader.split}: {cuts:,} of {len(whole):,} questions are cut to task.question_len={cfg.task.question_len}"
+            )
         windows = []
         for i, (question, ids) in enumerate(zip(questions, asked, strict=True)):
             tokens, offsets = contexts[question.context]
             room = cfg.data.seq_len - len(ids) - 3
             answer = answer_tokens(offsets, question.span)
             windows += [windowed(i, len(ids) + 2, part, answer) for part in parts(len(tokens), room, cfg.task.stride)]
+        held = {w.question for w in windows if w.label != (0, 0)}
+        lost = sum(question.span is not None and i not in held for i, question in enumerate(questions))
+        if lost and reader.split == "train":
+            notes.append(f"train: the answers of {lost:,} questions lie whole in no window: trained on as if there were none")
         lengths = np.array([len(asked[w.question]) + w.end - w.start for w in windows])
         largest = largest_id(asked, [tokens for tokens, _ in contexts])
         self = cls(reader, found.hash, largest, lengths, notes)
@@ -441,6 +481,9 @@ class Span(Kind):
     def scored(self, n: int) -> int:
         return len({w.question for w in self.windows[:n]})
 
+    def counts(self, n: int) -> dict[str, int]:
+        return squad.counts([self.questions[i] for i in sorted({w.question for w in self.windows[:n]})])
+
     def answered(self, predictions: np.ndarray) -> dict[str, str]:
         """With '' where 2.0's threshold says that there is no answer."""
         texts, odds = self.answers(predictions)
@@ -451,17 +494,19 @@ class Span(Kind):
     def metrics(self, predictions: np.ndarray) -> dict[str, float]:
         said = self.answered(predictions)
         questions = [q for q in self.questions if q.id in said]
-        made = squad.metrics(questions, said)
+        made = squad.metrics(self.task.name, questions, said)
         if self.task.name == "squad2":
-            threshold, best = squad.best_threshold(questions, *self.answers(predictions))
-            made |= {"best_f1": best, "best_f1_threshold": threshold}
+            made |= squad.best_thresholds(questions, *self.answers(predictions))
         return made
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
+        """predictions.json, as both official scripts take it. Of 2.0 also best_answers.json, where no question is said to have
+        none, and null_odds.json: evaluate-v2.0.py gives best_f1 and best_exact of them (--na-prob-file null_odds.json)."""
         texts, odds = self.answers(predictions)
         made = {"predictions.json": json.dumps(self.answered(predictions), indent=1, ensure_ascii=False)}
         if self.task.name == "squad2":
-            made |= {"null_odds.json": json.dumps(odds, indent=1)}
+            made["best_answers.json"] = json.dumps(texts, indent=1, ensure_ascii=False)
+            made["null_odds.json"] = json.dumps(odds, indent=1)
         return made
 
 
@@ -478,7 +523,9 @@ def answer_tokens(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | No
 
 def parts(tokens: int, room: int, stride: int) -> list[tuple[int, int, tuple[int, int]]]:
     """(start, end, own) of windows of at most `room` tokens, `stride` apart. Of the windows that hold a token, that one owns it
-    in which the smaller of its distances to the ends is the greatest, the first of equal ones."""
+    in which the smaller of its distances to the ends is the greatest, the first of equal ones. ValueError without room."""
+    if room < 1:
+        raise ValueError(f"room for {room} tokens of a context")
     spans, start = [], 0
     while True:
         spans.append((start, min(tokens, start + room)))
@@ -519,6 +566,11 @@ def labels(task: finetune.Task) -> list[str]:
     if task.name in glue.TASKS:
         return list(glue.TASKS[task.name].labels) or ["score"]
     return {"span": ["begin", "end"], "choice": ["answer"], "token": task.tags}[KIND_OF[task.name]]
+
+
+def least_seq_len(task: finetune.Task) -> int:
+    """Tokens of a sequence: of a span those of the longest question, and a few of its context."""
+    return task.question_len + LEAST if KIND_OF[task.name] == "span" else LEAST
 
 
 def selected_by(task: finetune.Task) -> str:
