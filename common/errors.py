@@ -5,6 +5,7 @@ with the state saved; anything else is a fault and shows its traceback. A bare `
 scripts give the code itself.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -37,6 +38,11 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # what was given as a path can be none: bad input, wherever it is looked at first
+            raise
+        print(f"error: {str(error.filename)[:100]}...: {error.strerror}; give a path whose parts are shorter", file=sys.stderr)
+        code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = EXIT_SIGINT
     sys.exit(code)

@@ -107,6 +107,15 @@ class Tokenizer:
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else self.backend.token_to_id(token)
 
+    @cached_property
+    def unk_id(self) -> int | None:
+        """The id of what the vocabulary cannot write; None where it can write everything."""
+        model = self._spec["model"]
+        if self.kind == "unigram":
+            return model["unk_id"]
+        found = self.backend.token_to_id(model.get("unk_token") or "")
+        return None if found == self.eod_id else found  # GPT-2's copies name one; its bytes write everything
+
     def continues(self) -> np.ndarray:
         """Which ids are pieces that continue a word (WordPiece's ##ing): (size,) bool."""
         out = np.zeros(self.size, dtype=bool)

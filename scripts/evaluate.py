@@ -36,6 +36,7 @@ from common.hf_folder import whole_weights
 from common.pretrained import architecture_of, load
 from common.ranks import Ranks
 from common.run import read_object
+from common.texts import read_text
 from recipes.bert import evaluate as heads
 from recipes.bert import kinds
 
@@ -196,24 +197,21 @@ def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[st
     if name == "text":
         if given is None or not given.is_file():
             raise BadInput(f"text: give the file to evaluate on: --data FILE{f' ({given} is a folder)' if given else ''}")
-        return read_text(given)
+        return text_of(given)
     if given is None:
         return from_hub(name, task)
     path = next((p for p in (given / task.folder / task.file, given / task.file) if p.is_file()), None)
     if path is None:
         raise BadInput(f"--data {given}: holds no {task.folder}/{task.file} and no {task.file}, which {name} reads")
-    return language.lambada(path) if name == "lambada" else read_text(path)
+    return language.lambada(path) if name == "lambada" else text_of(path)
 
 
 def split_of(name: str, args: argparse.Namespace) -> str:
     return args.split or ("test" if name in text.PAIRS else "dev")
 
 
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
+def text_of(path: Path) -> str:
+    text = read_text(path)
     if not text.strip():
         raise BadInput(f"{path}: is empty")
     return text
@@ -346,11 +344,12 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
         for file, content in text.files(name, written, found).items() if len(inputs) == whole else ():
             (out / "predictions" / name).mkdir(exist_ok=True)
             (out / "predictions" / name / file).write_text(content, encoding="utf-8")
-    notes = "".join(f"; {note}" for note in found.notes)
+    unknown = text.unknown(model.tokenizer, found.targets[: model.limit], split_of(name, how))
+    notes = "".join(f"; {note}" for note in (*found.notes, *unknown))
     given = f", prefix {how.prefix!r}" if how.prefix is not None else ""
     given += f", inputs of {how.seq_len} tokens" if how.seq_len else ""
     told = f"{split_of(name, how)}, {search}{given}{limited(len(inputs), whole, 'inputs')}{notes}"
-    scores = text.scores(name, written, found._replace(references=references, labels=labels))
+    scores = text.scores(name, written, found._replace(references=references, labels=labels), model.tokenizer)
     return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
 
 

@@ -205,6 +205,7 @@ REFUSED = [
     (["lambada", "--data", "none"], "--data none: no such file or folder"),
     (["text", "--data", "README.md", "--seq-len", "4096"], "--seq-len 4096: the model has 64 positions; give at most 64"),
     (["text", "--data", "README.md", "--batch", "0"], "--batch 0: must be 1 or more"),
+    (["text", "--data", "x" * 300], f"{'x' * 100}...: File name too long; give a path whose parts are shorter"),
 ]
 
 

@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import config, lora, tokenizer
 from common.errors import BadInput
+from common.evaluation import language
 from recipes.gpt import finetune, samples, task
+from scripts import evaluate
 from tests import plain_gpt_finetune as plain
 
 ARCHS = ("tiny", "tiny_llama")
@@ -551,6 +553,25 @@ def test_a_dataset_of_the_hub(configs, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", no_network)
     with pytest.raises(BadInput, match="task.data=someone/chats: no such folder, and not to be had from the hub: no route"):
         stream(configs, "sft", "tiny", ["task.data=someone/chats"])
+
+
+def test_a_byte_order_mark_is_no_text(configs, data, tmp_path):
+    """Of conversations, texts and JSON lines, and of what evaluation reads."""
+    texts = {"lm/train.txt": "A text behind a byte order mark.\r\n" * 40, "lm/valid.txt": "A text\n" * 9}
+    texts |= {f"sft/{name}.jsonl": (data / f"sft/{name}.jsonl").read_text() for name in ("train", "valid")}
+    made = {}
+    for encoding in ("utf-8", "utf-8-sig"):
+        for name, text in texts.items():
+            path = tmp_path / encoding / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode(encoding))
+        for kind in ("sft", "lm"):
+            made[encoding, kind] = stream(configs, kind, "tiny", [f"task.data={tmp_path / encoding / kind}"])
+    for kind in ("sft", "lm"):
+        assert made["utf-8", kind].content_hash == made["utf-8-sig", kind].content_hash
+    assert evaluate.text_of(tmp_path / "utf-8-sig/lm/train.txt") == texts["lm/train.txt"]
+    (tmp_path / "lambada.jsonl").write_text('{"text": "two words"}\n', encoding="utf-8-sig")
+    assert language.lambada(tmp_path / "lambada.jsonl") == ["two words"]
 
 
 def test_what_is_cut_or_left_out_is_told(configs, tmp_path):

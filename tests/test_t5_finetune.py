@@ -391,7 +391,91 @@ def test_multi30k_is_as_large_as_published(source: Path):
     assert found.inputs[0].startswith("translate German to English: Ein Mann") and found.targets[0].startswith("A man")
 
 
+def test_a_list_of_targets_is_one_example_to_score_and_several_to_learn(tmp_path):
+    rows = [{"input": "a", "target": ["b", "c"]}, {"input": "a", "target": "d"}, {"input": "e", "target": ["f"]}]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = text.read("pairs", tmp_path, "dev")
+    assert (found.inputs, found.targets) == (["a", "a", "e"], ["b", "d", "f"])
+    assert found.references == [["b", "c"], ["d"], ["f"]]  # equal inputs stay examples of their own
+    learnt = text.each_reference(found)
+    assert list(zip(learnt.inputs, learnt.targets, strict=True)) == [("a", "b"), ("a", "c"), ("a", "d"), ("e", "f")]
+    assert learnt.notes == ("1 of 3 inputs have several targets: 4 examples",)
+    for bad, told in (([], "is no text, but list"), (["b", 5], "is no text, but list"), (["b", " "], "target is blank")):
+        (tmp_path / "dev.jsonl").write_text(json.dumps({"input": "a", "target": bad}))
+        with pytest.raises(BadInput, match=told):
+            text.read("pairs", tmp_path, "dev")
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+class Writes:
+    """In place of a model: writes the ids it was given."""
+
+    def __init__(self, ids: list[list[int]]):
+        self.rows = iter(ids)
+
+    def generate(self, input_ids: torch.Tensor, **_) -> torch.Tensor:
+        rows = [next(self.rows) for _ in input_ids]
+        return torch.tensor([[0, *row, *[0] * (max(map(len, rows)) - len(row))] for row in rows])
+
+
+def test_who_writes_the_targets_ids_has_an_exact_match(source: Path, configs, tmp_path: Path):
+    """Two blanks become one, and T5 cannot write `<`: both in the targets, the latter counted."""
+    from transformers import AutoTokenizer
+
+    from common.ranks import Ranks
+
+    rows = [{"input": f"list col{i}", "target": f"SELECT  col{i} FROM table WHERE col{i} {'<' if i % 4 else 'is'} {i}"}
+            for i in range(40)]  # fmt: skip
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
+    words, found = AutoTokenizer.from_pretrained(source / "tokenizers/t5"), text.read("pairs", tmp_path, "dev")
+    order = sorted(range(40), key=lambda i: len(words(found.inputs[i])["input_ids"]))
+    net = Writes([words(found.targets[i])["input_ids"] for i in order])
+    search, ranks = text.Search(1, 0.6, 64, 8), Ranks(0, 1, torch.device("cpu"))
+    written = text.write(net, words, found.inputs, None, search, ranks, lambda number: None)
+    scores = {name: value for name, value, _ in text.scores("pairs", written, found, words)}
+    assert scores["exact_match"] == 100.0 and scores["bleu"] < 100
+    wrong = ["SELECT col0", *written[1:]]
+    assert dict((name, value) for name, value, _ in text.scores("pairs", wrong, found, words))["exact_match"] == 97.5
+    note = "30 of 40 targets of dev hold what the vocabulary cannot write (<unk>)"
+    assert text.unknown(words, found.targets, "dev") == (note,)
+    more = ["task.name=pairs", f"task.data={tmp_path}", f"data.tokenizer={source}/tokenizers/t5", "task.split=dev"]
+    cfg = config.load(configs["multi30k-en-de"], more, finetune.Config)
+    notes = finetune.stream(cfg, "dev", shuffle=False).notes
+    assert note in notes and not any("inputs of dev hold" in told for told in notes)
+
+
+def test_several_references():
+    """BLEU as Papineni et al. have it: counts clipped by the largest of any reference, the length of the nearest; of ROUGE the
+    best reference; a prediction that is one of them has all points by every score."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    predictions, first = some_pairs(60)
+    _, second = some_pairs(120)
+    known = [[a, b] if i % 3 else [a] for i, (a, b) in enumerate(zip(first, second[60:], strict=True))]
+    cut, hits, totals, ours, theirs = Tokenizer13a(), [0] * 4, [0] * 4, 0, 0
+    for prediction, texts in zip(predictions, known, strict=True):
+        p, many = cut(prediction).split(), [cut(t).split() for t in texts]
+        for n in range(1, 5):
+            most = Counter()
+            for r in many:
+                most |= grams(r, n)
+            hits[n - 1] += (grams(p, n) & most).total()
+            totals[n - 1] += grams(p, n).total()
+        ours, theirs = ours + len(p), theirs + min(map(len, many), key=lambda size, p=p: (abs(size - len(p)), size))
+    expected = 100 * min(1, math.exp(1 - theirs / ours)) * math.exp(np.mean(np.log(np.divide(hits, totals))))
+    (_, found, told), _ = text.bleu(predictions, known)
+    assert abs(found - expected) < 1e-9 and "nrefs:var" in told
+    assert abs(found - text.bleu(predictions, [[t] for t in first])[0][1]) > 1e-3
+
+    best = [max(text.rouge([p], [[t]])[2][1] for t in texts) for p, texts in zip(predictions, known, strict=True)]
+    assert abs(text.rouge(predictions, known)[2][1] - np.mean(best)) < 1e-9
+    either = [[b, a] for a, b in zip(second[::-1], second, strict=True)]
+    for score in (text.bleu, text.chrf, text.exact_match):
+        assert all(value == pytest.approx(100) for _, value, _ in score(second, either))
 
 
 def some_pairs(number: int) -> tuple[list[str], list[str]]:

@@ -15,7 +15,6 @@ lambada-strict       the last word, all of its tokens, predicted greedily from t
 lambada-last-token   the last token of the text alone: easier, and not comparable to the above.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from common.errors import BadInput
 from common.loss import cross_entropy
 from common.ranks import Ranks
+from common.texts import json_lines
 
 WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
 OVERLAP = 32  # tokens that Megatron's window moves by
@@ -93,11 +93,11 @@ def words_of(text: str) -> int:
 def lambada(path: Path) -> list[str]:
     """The passages of a .jsonl with a `text` each."""
     try:
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        texts = [row["text"] for _, row in json_lines(path)]
         if not texts or not all(len(text.split()) > 1 for text in texts):  # something to read, and a word to predict
             raise ValueError
         "".join(texts).encode()  # half of a surrogate pair is no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (BadInput, ValueError, KeyError, TypeError, AttributeError):
         told = "not JSON lines with a `text` of two words or more each"
         raise BadInput(f"{path}: {told}; give OpenAI's lambada_test.jsonl") from None
     return texts

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from common.corpus import fingerprint
 from common.errors import BadInput
 from common.evaluation import glue, hub, squad
 from common.ranks import Ranks
+from common.texts import json_lines, read_text
 
 DEV = ("val", "valid", "validation", "dev")
 
@@ -67,7 +69,8 @@ NAMES = (*PAIRS, *WORDS, "squad")
 
 
 class Examples(NamedTuple):
-    """inputs, targets (N,) texts; references: what a prediction is compared with, one text or more each; labels: GLUE's."""
+    """inputs, targets (N,) texts; references: what a prediction is compared with, one text or more each, of which the target is
+    the first; labels: GLUE's."""
 
     inputs: list[str]
     targets: list[str]
@@ -99,26 +102,39 @@ def read(
     task = PAIRS[name]._replace(**{k: v for k, v in (("source", source), ("target", target)) if v})
     start = task.prefix if prefix is None else prefix
     inputs, targets, found = _from_hub(name, task, split) if folder is None else _from_files(name, task, folder, split)
-    return Examples([start + text for text in inputs], targets, [[text] for text in targets], found)
+    return Examples([start + text for text in inputs], [known[0] for known in targets], targets, found)
 
 
-def _from_files(name: str, task: Task, folder: Path, split: str) -> tuple[list[str], list[str], str]:
-    """Inputs, targets and a hash, of the first name that is there."""
+def each_reference(examples: Examples) -> Examples:
+    """With an example for every reference: what is learnt of those that have several."""
+    pairs = [(given, text) for given, known in zip(examples.inputs, examples.references, strict=True) for text in known]
+    several = sum(len(known) > 1 for known in examples.references)
+    note = f"{several:,} of {len(examples.inputs):,} inputs have several targets: {len(pairs):,} examples"
+    inputs, targets = map(list, zip(*pairs, strict=True))
+    notes = (*examples.notes, note) if several else examples.notes
+    return examples._replace(inputs=inputs, targets=targets, references=[[text] for text in targets], notes=notes)
+
+
+Sides = tuple[list[str], list[list[str]], str]  # inputs, targets (one or more each), a hash of both
+
+
+def _from_files(name: str, task: Task, folder: Path, split: str) -> Sides:
+    """Of the first name that is there."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
     for stem in task.names(split):
         two = [folder / f"{stem}.{task.source}", folder / f"{stem}.{task.target}"]
         if all(path.is_file() for path in two):
             inputs, targets = _lines(*two)
-            return inputs, targets, _hash(name, split, [fingerprint(path) for path in two])
-        for suffix, rows_of in ((".jsonl", _json_rows), (".csv", _csv_rows)):
+            return inputs, [[text] for text in targets], _hash(name, split, [fingerprint(path) for path in two])
+        for suffix, rows_of in ((".jsonl", json_lines), (".csv", _csv_rows)):
             path = folder / (stem + suffix)
             if path.is_file():
                 rows = [_texts(where, row, task) for where, row in rows_of(path)]
                 if not rows:
                     raise BadInput(f"{path}: holds no example")
-                columns = [list(column) for column in zip(*rows, strict=True)]
-                return columns[0], columns[1], _hash(name, split, [fingerprint(path), task.source, task.target])
+                inputs, targets = map(list, zip(*rows, strict=True))
+                return inputs, targets, _hash(name, split, [fingerprint(path), task.source, task.target])
     stem, *others = task.names(split)
     wanted = f"{stem}.{task.source} and {stem}.{task.target}, {stem}.jsonl or {stem}.csv"
     instead = f" (or {', '.join(others)} in place of {stem})" if others else ""
@@ -129,16 +145,9 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
-
-
 def _lines(*paths: Path) -> list[list[str]]:
     """The lines of files whose lines belong together."""
-    found = [_decoded(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
+    found = [read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
     counts = [len(lines) for lines in found]
     if len(set(counts)) > 1:
         told = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
@@ -152,45 +161,40 @@ def _lines(*paths: Path) -> list[list[str]]:
     return found
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError):
-                raise BadInput(f"{path}:{number}: is not JSON; each line must be an object") from None
-
-
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # articles are longer than its default
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True), 1):
+        for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True), 1):
             yield f"{path}, row {number}", row
     except csv.Error as error:
         raise BadInput(f"{path}: is not CSV: {error}") from None
 
 
-def _texts(where: str, row: Any, task: Task) -> tuple[str, str]:
+def _texts(where: str, row: Any, task: Task) -> tuple[str, list[str]]:
+    """Input and targets of a row. Under `target` may stand a list: texts that are right alike."""
     if not isinstance(row, dict):
         raise BadInput(f"{where}: holds no object, but {type(row).__name__}")
     for option, key in (("source", task.source), ("target", task.target)):
-        if not isinstance(row.get(key), str):
+        texts = row.get(key)
+        several = option == "target" and isinstance(texts, list) and texts
+        if not all(isinstance(text, str) for text in (texts if several else [texts])):
             has = ", ".join(map(str, row)) or "nothing"
             if key in row:
                 raise BadInput(f"{where}: what stands under {key!r} is no text, but {type(row[key]).__name__}")
             raise BadInput(f"{where}: no text under {key!r}; it has {has}: give task.{option}=KEY")
-        if not row[key].strip():
+        if not all(text.strip() for text in (texts if several else [texts])):
             raise BadInput(f"{where}: {key} is blank; each must hold a text")
-    return row[task.source], row[task.target]
+    target = row[task.target]
+    return row[task.source], target if isinstance(target, list) else [target]
 
 
-def _from_hub(name: str, task: Task, split: str) -> tuple[list[str], list[str], str]:
+def _from_hub(name: str, task: Task, split: str) -> Sides:
     if task.hub is None:
         raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
     rows = hub.rows(name, *task.hub, hub.SPLITS[split])
     pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
-    return inputs, targets, _hash(name, split, inputs, targets)
+    return inputs, [[text] for text in targets], _hash(name, split, inputs, targets)
 
 
 def _glue(name: str, folder: Path | None, split: str) -> Examples:
@@ -222,14 +226,19 @@ def _squad(folder: Path | None, split: str) -> Examples:
 Score = tuple[str, float, str]  # metric, value, how it was worked out
 
 
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """As sacrebleu takes them: all first references, all second ones, ...; None where an example has no more."""
+    return [list(texts) for texts in zip_longest(*references)]
+
+
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    """sacrebleu's default, and with the tokenizer `intl`, which T5's paper reports. References: one each."""
+    """sacrebleu's default, and with the tokenizer `intl`, which T5's paper reports."""
     from sacrebleu.metrics import BLEU
 
     made = []
     for name, tokenizer in (("bleu", "13a"), ("bleu_intl", "intl")):
         metric = BLEU(tokenize=tokenizer)
-        found = metric.corpus_score(list(predictions), [[first for first, *_ in references]])
+        found = metric.corpus_score(list(predictions), _streams(references))
         made.append((name, found.score, f"sacrebleu {metric.get_signature()}"))
     return made
 
@@ -238,7 +247,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
-    found = metric.corpus_score(list(predictions), [[first for first, *_ in references]])
+    found = metric.corpus_score(list(predictions), _streams(references))
     return [("chrf", found.score, f"sacrebleu {metric.get_signature()}")]
 
 
@@ -246,14 +255,14 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    """Mean F in percent, with Porter's stemmer. rougeLsum goes by sentences, whose ends are ' . ', as CNN/DM has them and T5's
-    code finds them."""
+    """Mean F in percent, with Porter's stemmer; of several references the best. rougeLsum goes by sentences, whose ends are
+    ' . ', as CNN/DM has them and T5's code finds them."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     rows = [
-        scorer.score(_sentences(first), _sentences(prediction))
-        for prediction, (first, *_) in zip(predictions, references, strict=True)
+        scorer.score_multi([_sentences(text) for text in known], _sentences(prediction))
+        for prediction, known in zip(predictions, references, strict=True)
     ]
     return [(name, 100 * float(np.mean([row[name].fmeasure for row in rows])), "rouge_score, stemmed") for name in ROUGE]
 
@@ -263,8 +272,12 @@ def _sentences(text: str) -> str:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    right = [prediction.strip() in map(str.strip, known) for prediction, known in zip(predictions, references, strict=True)]
-    return [("exact_match", 100 * float(np.mean(right)), "the very text of a reference")]
+    right = [_words(prediction) in map(_words, known) for prediction, known in zip(predictions, references, strict=True)]
+    return [("exact_match", 100 * float(np.mean(right)), "the text of a reference, as the vocabulary writes it, blanks as one")]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
@@ -297,14 +310,30 @@ def _number(text: str) -> float:
     return value if np.isfinite(value) else -1.0
 
 
-def scores(name: str, predictions: Sequence[str], examples: Examples) -> list[Score]:
-    """All of a task's. GLUE's are from 0 to 1, the others percentages, as each is published."""
+def scores(name: str, predictions: Sequence[str], examples: Examples, tokenizer: Any = None) -> list[Score]:
+    """All of a task's. GLUE's are from 0 to 1, the others percentages, as each is published.
+
+    tokenizer: of the model. An exact match is asked for as its vocabulary can write it; `unknown` counts what that leaves out.
+    """
     if examples.labels is not None:
         found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels, examples.sizes)
         unknown = sum(text.strip() not in WORDS[name] for text in predictions) if WORDS[name] else 0
         return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in found.items()]
     kinds = PAIRS[name].scores if name in PAIRS else ("answers",)
-    return [score for kind in kinds for score in SCORES[kind](predictions, examples.references)]
+    written = {kind: examples.references for kind in kinds}
+    if tokenizer and "exact_match" in kinds:
+        written["exact_match"] = [_decoded(tokenizer, tokenizer(known)["input_ids"]) for known in examples.references]
+    return [score for kind in kinds for score in SCORES[kind](predictions, written[kind])]
+
+
+def unknown(tokenizer: Any, targets: Sequence[str], split: str) -> tuple[str, ...]:
+    """A note where targets hold what the vocabulary of a tokenizer of transformers cannot write."""
+    count = sum(tokenizer.unk_token_id in ids for ids in tokenizer(list(targets), verbose=False)["input_ids"])
+    return (unknown_note(count, len(targets), f"targets of {split}"),) if count else ()
+
+
+def unknown_note(count: int, whole: int, what: str) -> str:
+    return f"{count:,} of {whole:,} {what} hold what the vocabulary cannot write (<unk>)"
 
 
 def files(name: str, predictions: Sequence[str], examples: Examples) -> dict[str, str]:
@@ -357,5 +386,9 @@ def write(
         written[batches[number], : made.shape[1]] = made - pad  # (B, begin and tokens)
     if ranks.world > 1:
         dist.all_reduce(written)  # each row and zeros: exact
-    texts = tokenizer.batch_decode((written + pad).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [" ".join(text.split()) for text in texts]
+    return _decoded(tokenizer, (written + pad).tolist())
+
+
+def _decoded(tokenizer: Any, ids: list[list[int]]) -> list[str]:
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [_words(text) for text in texts]

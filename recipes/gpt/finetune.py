@@ -144,6 +144,10 @@ def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
         cut = [int(min(length, d.seq_len + 1)) for length in lengths]
         pieces = [[(int(bounds[i]), int(bounds[i]) + cut[i]) for i in group] for group in groups]
     what = f"conversations, {counted.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
+    places = np.flatnonzero(counted & (ids == tokenizer.unk_id)) if tokenizer.unk_id is not None else []
+    unknown = len(np.unique(np.searchsorted(bounds, places, side="right")))
+    if unknown:
+        notes = [*notes, f"{unknown:,} of {len(lengths):,} hold targets that the vocabulary cannot write (<unk>)"]
     notes = [f"{name}: {note}" for note in [*notes, f"{len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]]
     if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
         notes.append("the tokenizer has no chat template: the default of recipes/gpt/samples.py is used")

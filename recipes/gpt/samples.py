@@ -18,6 +18,7 @@ import numpy as np
 from common import batches, examples
 from common.errors import BadInput, Missing
 from common.evaluation import hub
+from common.texts import json_lines, read_text
 from common.tokenizer import Tokenizer, encoded
 
 Chat = list[dict[str, str]]  # messages, each with role and content
@@ -115,21 +116,12 @@ def _rows(data: str, place: Path, name: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{data} {name}, row {number}", dict(row)) for number, row in enumerate(rows))
         return
     path = place / name
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}; give UTF-8 text") from None
-    if path.suffix != ".jsonl":
-        if text.strip():
-            yield str(path), text
+    if path.suffix == ".jsonl":
+        yield from json_lines(path)
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            at = f"{path}:{number}"
-            try:
-                yield at, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{at}: is not JSON ({error}); one object a line, none broken over lines") from None
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    if text.strip():
+        yield str(path), text
 
 
 def _text(row: Any, at: str) -> str:

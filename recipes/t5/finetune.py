@@ -148,7 +148,7 @@ def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
     tokenizer = tokenizers.load(folder)
     if tokenizer.eod_id is None:
         raise BadInput(f"{given}: its tokenizer has no end of sequence; T5 takes a SentencePiece tokenizer with </s>")
-    found = read(cfg, split)
+    found = text.each_reference(read(cfg, split)) if cfg.task.name in text.PAIRS else read(cfg, split)
     if not shuffle:
         read(cfg, cfg.task.split)  # what is wrong with it is told before anything starts
     keep, notes = range(len(found.inputs)), list(found.notes)
@@ -160,10 +160,13 @@ def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
         keep = np.sort(chosen).tolist()
     sources, targets = (encoded(tokenizer, [texts[i] for i in keep]) for texts in (found.inputs, found.targets))
     limits = (("inputs", "seq_len", sources), ("targets", "target_len", targets))
-    for what, key, (_, starts) in limits:
+    for what, key, (flat, starts) in limits:
         most = getattr(cfg.data, key)
         cut = int((np.diff(starts) >= most).sum())
         notes += [f"{cut:,} {what} of {split} are cut to data.{key}={most}"] if cut else []
+        places = np.flatnonzero(flat == tokenizer.unk_id) if tokenizer.unk_id is not None else []
+        count = len(np.unique(np.searchsorted(starts, places, side="right")))
+        notes += [text.unknown_note(count, len(keep), f"{what} of {split}")] if count else []
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
     source = examples.Source(f"{cfg.task.name} {split}", found.hash, folder, tokenizer, largest)
     # a multiple of tp too, among whose ranks sequence parallelism shares the positions
@@ -217,10 +220,11 @@ def score(run: Run, ranks: Ranks) -> None:
         files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, found)
         for file, content in files.items():
             (run.out / "predictions" / file).write_text(content, encoding="utf-8")
-        notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
+        told = [*data_notes(run.train, run.valid), *text.unknown(tokenizer, found.targets, t.split)]
+        notes = "".join(f"; {note}" for note in dict.fromkeys(told))
         rows = [
             {"task": t.name, "metric": name, "value": value, "n": len(written), "protocol": f"{how}; {worked_out}{notes}"}
-            for name, value, worked_out in text.scores(t.name, written, found)
+            for name, value, worked_out in text.scores(t.name, written, found, tokenizer)
         ]
         write_json(run.out / "eval.json", rows)
         print("\n".join(f"{t.split:<9} {row['metric']} {row['value']:.4f}  {row['protocol']}" for row in rows), flush=True)
