@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from common.errors import BadInput
+from common.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("baseline", "deepspeed", "megatron")
@@ -107,8 +108,10 @@ class Init(Section):
 
 
 class Expect(Section):
+    """A published score. Its key is TASK_METRIC and its unit that of common/evaluation/metrics.py."""
+
     value: float
-    tolerance: Annotated[float, Field(ge=0)]
+    tolerance: Annotated[float, Field(ge=0)]  # how far from it is still the same result, in the same unit
     source: str
 
 
@@ -336,6 +339,8 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
+    for name, expect in cfg.expect.items():
+        yield from metrics.problems(name, expect.value)
 
 
 def _phase_problems(cfg: Config) -> Iterator[str]:

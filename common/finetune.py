@@ -21,6 +21,7 @@ from common import ranks as processes
 from common.config import Section
 from common.corpus import write_json
 from common.errors import BadInput
+from common.evaluation import metrics
 from common.ranks import Ranks
 from common.run import Run, data_notes, find, read_object
 
@@ -174,10 +175,7 @@ def write_results(
     part = "" if used == size else f", the first {used:,} of {size:,} {getattr(run.valid, 'unit', 'examples')}"
     notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
-    rows = [
-        {"task": run.cfg.task.name, "metric": name, "value": value, "n": counts.get(name, n), "protocol": how}
-        for name, value in values.items()
-    ]
+    rows = [metrics.row(run.cfg.task.name, name, value, counts.get(name, n), how) for name, value in values.items()]
     write_json(run.out / "eval.json", rows)
 
 

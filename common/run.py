@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -119,7 +120,7 @@ def prepare(
             where = f"{config_path}: phases[{number - 1}]" if number else config_path
             problems += [line for p in error.problems if not any(p in told for told in problems) for line in [f"{where}: {p}"]]
 
-    facts = _facts(config_path, stack, task, train, valid, known)
+    facts = _facts(config_path, stack, task, train, valid, known) | {"init": _start_of(cfg)}
     resume = None
     if recorded:
         problems += _same_run(whole, recorded, facts, out_path)
@@ -252,9 +253,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | None:
     """The config of the run that OUT holds, None if it holds none; problems if OUT cannot be used."""
-    unusable = _unusable(out)
-    if unusable:
-        problems.append(f"{out}: {unusable}; choose another OUT")
+    reason = unusable(out)
+    if reason:
+        problems.append(f"{out}: {reason}; choose another OUT")
         return None
     if (out / "config.yaml").is_file():
         try:
@@ -271,7 +272,7 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
     return None
 
 
-def _unusable(out: Path) -> str | None:
+def unusable(out: Path) -> str | None:
     """Why nothing can be written into OUT, None if it can be. Leaves no trace."""
     try:
         if not os.path.lexists(out):
@@ -338,6 +339,12 @@ def _facts(
     }  # fmt: skip
 
 
+def _start_of(cfg: Config) -> dict[str, Any] | None:
+    """The run and step whose export init.from is: {"id", "step"}; None for any other beginning."""
+    known = None if cfg.init.from_ == "scratch" else read_object(find(cfg.init.from_) / "twinstack.json")
+    return {"id": known["id"], "step": known.get("step")} if known and "id" in known else None
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -365,7 +372,11 @@ def begin(run: Run) -> None:
         config.write_yaml(run.whole, run.out / "config.yaml")
         if run.tokenizer is not None:
             tokenizers.load(run.tokenizer).save(run.out / "tokenizer")
-        before = (read_object(run.out / "run.json") or {}).get("stacks", [])
+        recorded = read_object(run.out / "run.json") or {}
+        run.facts["id"] = recorded.get("id") or uuid.uuid4().hex  # for life: the export and what begins from it name the run
+        if recorded:
+            run.facts["init"] = recorded.get("init")  # where it began, whatever init.from holds since
+        before = recorded.get("stacks", [])
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
         write_json(run.out / "run.json", run.facts | {"stacks": stacks})
     except OSError as error:

@@ -1,119 +1,237 @@
-"""Did a run reach its published number? One line a row, worked out anew from the run's own logs and never stored.
+"""Did a run reach its published numbers? The verdicts are computed from the run's own logs each time and never stored.
 
-python -m scripts.check RUN...     each RUN an OUT folder of pretrain.sh
-python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, every stack:
-                                   recipes/FAMILY/results/NAME/STACK/{config.yaml,run.json,metrics.jsonl}
+python -m scripts.check RUN...     OUT folders: of pretrain.sh, and of the finetune.sh runs that begin from them (an OUT of
+                                   scripts.seeds stands for the runs of all its seeds)
+python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, on every stack, from
+                                   recipes/FAMILY/results/NAME/STACK/{config.yaml,run.json,metrics.jsonl,eval.json}
 
-A row is: pass|fail|not-run CONFIG STACK METRIC ours published. Metrics: val_loss (the validation after the last step),
-best_val_loss (the lowest validation of the run), parameters, and TASK_METRIC from eval.json, a list of
-{"task", "metric", "value"}. A run is evidence for a config only if it finished, with the config's own science and
-steps, and without `extra`. Exit 0 if no row fails, 1 if one does, 2 on bad input.
+`expect` holds TASK_METRIC: {value, tolerance, source}. The names and their units are in common/evaluation/metrics.py. A score
+is looked up in three places: val_loss (the validation after the last step), best_val_loss (the lowest) and parameters in the
+run itself; any other in the run's eval.json, which scripts/evaluate.py writes; else in the eval.json of the finished
+finetuning on that task whose run.json names this run and its last step as its beginning. Averages are computed, and only
+from all of their parts. With --all finetunings are searched for anywhere under recipes/FAMILY/results.
+
+pass       |ours - published| <= tolerance. Two-sided: a score that is better by more than the tolerance is not a
+           reproduction either.
+           Of n >= 2 seeds the mean must be shown to be within the tolerance, by the one-sided z-test of modded-nanogpt's
+           records with sigma, the standard deviation of the seeds: from the nearer bound, published +- tolerance,
+           distance * sqrt(n) >= 3 sigma. The inequality is printed.
+fail       outside; of several seeds -distance * sqrt(n) >= 3 sigma.
+undecided  several seeds show neither: run more seeds.
+not-run    no evidence, and why. A run is evidence if it is finished, has the config's science and steps, and no `extra`;
+           a score, if it was measured on the whole published set.
+
+Exit 0 if no row fails, 1 if one does, 2 on bad input.
 """
 
 import argparse
 import json
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from common import config
-from common.config import STACKS, Config
+from common.config import STACKS, Config, Expect
 from common.errors import BadInput, exit_cleanly
+from common.evaluation import metrics
 from common.run import task_module
 
 ROOT = Path(__file__).resolve().parent.parent
+SIGMAS = 3.0
+WIDTH = 80
+VERDICTS = ("pass", "fail", "undecided", "not-run")
 
 
 class Row(NamedTuple):
-    verdict: str  # pass, fail or not-run
     config: str
-    stack: str
     metric: str
-    ours: str
     published: str
-    reason: str  # of a not-run
+    stack: str
+    verdict: str  # of VERDICTS
+    ours: str = "-"
+    reason: str = ""  # of a not-run; else the seeds' inequality, the protocol
 
 
 class NotEvidence(Exception):
     """Why a run says nothing about the published number."""
 
 
+class Finetuned(NamedTuple):
+    """A run of finetune.sh."""
+
+    out: Path
+    cfg: Config
+    start: dict[str, Any]  # {"id", "step"} of the run that it begins from; empty for any other beginning
+
+
+class Evidence(NamedTuple):
+    """A finished run, and the finetunings that begin from its last step."""
+
+    run: Path
+    cfg: Config
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    finetuned: list[Finetuned]
+
+
+class Claim(NamedTuple):
+    """What a config expects."""
+
+    path: Path
+    family: str
+    expect: dict[str, Expect]
+
+
+class Scores(NamedTuple):
+    values: dict[int, float]  # by seed
+    how: str = ""  # the protocol
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--all", action="store_true", help="every config with `expect`, from recipes/*/results")
     args = parser.parse_args()
     if args.all == bool(args.runs):
         raise BadInput("give RUN folders, or --all")
-    rows = all_rows(ROOT) if args.all else [row for run in args.runs for row in run_rows(Path(run))]
-    for line in aligned(rows):
-        print(line)
+    rows = all_rows(ROOT) if args.all else run_rows([Path(run) for run in args.runs])
+    print(table(rows))
     return 1 if any(row.verdict == "fail" for row in rows) else 0
+
+
+# ---- which runs ------------------------------------------------------------------------------------------------------
 
 
 def all_rows(root: Path) -> list[Row]:
     rows = []
-    for path in sorted((root / "recipes").glob("*/configs/*.yaml")):
-        family, values = path.parts[-3], config.read_yaml(path)
-        if not values.get("expect"):
-            continue
-        named = config.load(path, [], task_module(family, values).Config)
-        for stack in STACKS:
-            run = root / "recipes" / family / "results" / path.stem / stack
-            if run.is_dir():
-                rows += judge(run, named, path.stem, stack, family)
-            else:
-                rows += missing(named, path.stem, stack, "no run")
+    for family in sorted(path.name for path in (root / "recipes").iterdir() if (path / "configs").is_dir()):
+        results = root / "recipes" / family / "results"
+        finetuned = [run for facts in sorted(results.rglob("run.json")) for run in finetuning(facts.parent)]
+        for path in sorted((root / "recipes" / family / "configs").glob("*.yaml")):
+            claim = claim_of(path, family)
+            for stack in STACKS if claim.expect else ():
+                run = results / path.stem / stack
+                rows += judge(run, claim, stack, finetuned) if run.is_dir() else not_run(claim, stack, "no run")
     return rows
 
 
-def run_rows(run: Path) -> list[Row]:
-    """The rows of one OUT, against the config that its run.json names."""
+def run_rows(given: Sequence[Path]) -> list[Row]:
+    """The rows of OUT folders, each against the config that its run.json names."""
+    outs = [out for run in given for out in seeds_of(run)]
+    finetuned = {out: run for out in outs for run in finetuning(out)}
+    ids = {facts_of(out).get("id") for out in outs} - {None}
+    rows, problems = [], []
+    for out in outs:
+        facts = facts_of(out)
+        path = ROOT / "recipes" / facts["family"] / "configs" / f"{Path(facts['config']).stem}.yaml"
+        claim = claim_of(path, facts["family"]) if path.is_file() else Claim(path, facts["family"], {})
+        rows += judge(out, claim, facts["stack"], list(finetuned.values()))
+        start = finetuned[out].start if out in finetuned else {}
+        if not claim.expect and start.get("id") not in ids:
+            problems.append(f"{out}: nothing to check: {why_idle(claim, finetuned.get(out))}")
+    if problems:
+        raise BadInput(problems)
+    return rows
+
+
+def why_idle(claim: Claim, run: Finetuned | None) -> str:
+    """Of a run that has no row and gives none to another."""
+    why = f"{claim.path} has no `expect`"
+    if not claim.path.is_file():
+        why = f"recipes/{claim.family}/configs has no {claim.path.name} to compare it with"
+    if run is None:
+        return why
+    start = f"init.from={run.cfg.init.from_}"
+    return f"{why}; give the run that it begins from too ({start})" if run.start else f"{why}, and {start} is no run's export"
+
+
+def claim_of(path: Path, family: str) -> Claim:
+    """The config's `expect`, checked; nothing else of the config is read, and nothing fetched (finetuning's init.from)."""
+    expect, problems = {}, []
+    for name, values in (config.read_yaml(path).get("expect") or {}).items():
+        try:
+            expect[name] = Expect.model_validate(values)
+            problems += metrics.problems(name, expect[name].value)
+        except ValidationError as error:
+            problems += [f"expect.{name}.{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+    if problems:
+        raise BadInput([f"{path}: {problem}" for problem in problems])
+    return Claim(path, family, expect)
+
+
+def named_config(claim: Claim, run: Path, schema: type[Config]) -> Config:
+    """The config that a run is measured by. One of finetuning takes the model's shapes from init.from, and its beginning is
+    free: both are the run's."""
+    words, given, recorded = [], config.read_yaml(claim.path), config.read_yaml(run / "config.yaml")
+    if "task" in given:
+        own = given.get("model") or {}
+        words = [f"model.{key}={config.written(value)}" for key, value in recorded["model"].items() if key not in own]
+        words.append(f"init.from={config.written(recorded['init']['from'])}")
+    return config.load(claim.path, words, schema)
+
+
+def seeds_of(run: Path) -> list[Path]:
+    """The runs that an OUT of scripts/seeds.py holds; any other folder is one run itself."""
+    if not (run / "seeds.json").is_file():
+        return [run]
+    return sorted(path.parent for path in run.glob("seed_*/run.json"))
+
+
+def finetuning(out: Path) -> list[Finetuned]:
+    """The run in this folder if it is one of finetuning, else nothing."""
+    facts, values = facts_of(out), config.read_yaml(out / "config.yaml")
+    if "task" not in values:
+        return []
+    # Its own `expect` says nothing here, and may have names of an earlier version
+    cfg = config.load(out / "config.yaml", ["expect={}"], task_module(facts["family"], values).Config)
+    return [Finetuned(out, cfg, facts.get("init") or {})]
+
+
+def facts_of(run: Path) -> dict[str, Any]:
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not {"config", "family"} <= facts.keys():
         raise BadInput(f"{run / 'run.json'}: must hold config, family and stack (one of {', '.join(STACKS)})")
-    name, family, stack = Path(facts["config"]).stem, facts["family"], facts["stack"]
-    made = task_module(family, config.read_yaml(run / "config.yaml")).Config
-    path = ROOT / "recipes" / family / "configs" / f"{name}.yaml"
-    ours = config.load(run / "config.yaml", [], made)
-    if not path.is_file():
-        return missing(ours, name, stack, f"recipes/{family}/configs has no {name}.yaml to compare the run with")
-    named = config.load(path, [], made)
-    if not named.expect:
-        raise BadInput(f"{path}: has no `expect`, so there is nothing to check {run} against")
-    return judge(run, named, name, stack, family)
+    return facts
 
 
-def judge(run: Path, named: Config, name: str, stack: str, family: str) -> list[Row]:
-    """The rows of `run` against the config `named`."""
-    facts, ours = read_json(run / "run.json"), config.load(run / "config.yaml", [], type(named))
+# ---- what a run says -------------------------------------------------------------------------------------------------
+
+
+def judge(run: Path, claim: Claim, stack: str, finetuned: Sequence[Finetuned] = ()) -> list[Row]:
+    """The rows of `run` against a config."""
+    if not claim.expect:
+        return []
+    facts, name = facts_of(run), claim.path.stem
+    schema = task_module(claim.family, config.read_yaml(run / "config.yaml")).Config
+    ours = config.load(run / "config.yaml", ["expect={}"], schema)  # of its own, which may have names of an earlier version
     try:
-        same_experiment(ours, named, stack)
         if (Path(facts["config"]).stem, facts["stack"]) != (name, stack):
             raise NotEvidence(f"its run.json says {facts['config']} on {facts['stack']}")
-        lines = read_lines(run / "metrics.jsonl")
-        done = max((line["step"] for line in lines if "loss" in line), default=0)
-        if done < named.last_step:
-            raise NotEvidence(f"stopped at step {done} of {named.last_step}")
+        same_experiment(ours, named_config(claim, run, schema), stack)
+        lines = finished(run, ours)
     except NotEvidence as reason:
-        return missing(named, name, stack, str(reason))
+        return not_run(claim, stack, str(reason))
+    begun = {"id": facts.get("id"), "step": ours.last_step}
+    evidence = Evidence(run, ours, lines, [other for other in finetuned if other.start == begun])
     rows = []
-    for metric, expect in named.expect.items():
+    for metric, expect in claim.expect.items():
         try:
-            value = measured(metric, run, ours, lines)
+            found = scores_of(metric, evidence)
+            rows.append(Row(*heading(claim, metric), stack, *verdict(metric, expect, found)))
         except NotEvidence as reason:
-            rows.append(Row("not-run", name, stack, metric, "-", published(expect), str(reason)))
-            continue
-        # Two-sided: what is better than published by more than the tolerance is not a reproduction either. NaN fails.
-        verdict = "pass" if abs(value - expect.value) <= expect.tolerance else "fail"
-        shown = f"{value:,.0f}" if metric == "parameters" else f"{value:.4f}"
-        rows.append(Row(verdict, name, stack, metric, shown, published(expect), ""))
+            rows.append(Row(*heading(claim, metric), stack, "not-run", reason=str(reason)))
     return rows
 
 
 def same_experiment(ours: Config, named: Config, stack: str) -> None:
     """NotEvidence if the run is not what the config says."""
-    if getattr(getattr(ours, stack), "extra", None):
-        raise NotEvidence(f"{stack}.extra was used")
+    no_extra(ours, stack)
     theirs, mine = resolved(named), resolved(ours)
     # A default that only the tokenizer knows (model.vocab_size) is the run's own.
     differing = [key for key in theirs if theirs[key] is not None and theirs[key] != mine.get(key)]
@@ -121,6 +239,11 @@ def same_experiment(ours: Config, named: Config, stack: str) -> None:
         key = differing[0]
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise NotEvidence(f"another experiment: {key} is {mine.get(key)!r}, the config says {theirs[key]!r}{more}")
+
+
+def no_extra(cfg: Config, stack: str) -> None:
+    if getattr(getattr(cfg, stack), "extra", None):
+        raise NotEvidence(f"{stack}.extra was used")
 
 
 def resolved(cfg: Config) -> dict[str, Any]:
@@ -132,38 +255,167 @@ def resolved(cfg: Config) -> dict[str, Any]:
     return values | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
 
 
-def measured(metric: str, run: Path, ours: Config, lines: list[dict[str, Any]]) -> float:
-    if metric == "parameters":
-        return ours.model.resolve(ours, None).parameters()
-    if metric in ("val_loss", "best_val_loss"):
-        losses = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
-        if ours.last_step not in losses:
-            raise NotEvidence(f"no validation at step {ours.last_step}")
-        return losses[ours.last_step] if metric == "val_loss" else min(losses.values())
+def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; NotEvidence where it is not finished."""
+    lines = read_lines(run / "metrics.jsonl")
+    done = max((line["step"] for line in lines if "loss" in line), default=0)
+    if done < cfg.last_step and not stopped_early(cfg, lines):
+        raise NotEvidence(f"stopped at step {done} of {cfg.last_step}")
+    return lines
+
+
+def stopped_early(cfg: Config, lines: Sequence[dict[str, Any]]) -> bool:
+    """Did a finetuning end by task.patience? As common/finetune.py decides it."""
+    task = getattr(cfg, "task", None)
+    if task is None or not task.patience:
+        return False
+    first, unit = next(iter(metrics.TASKS[task.name].items()))
+    key, sign = f"valid_{first}", unit.better
+    if not any(key in line for line in lines):
+        key, sign = "valid_loss", -1
+    values = {line["step"]: sign * line[key] for line in lines if key in line}
+    best = max(values, key=lambda step: (values[step], -step), default=0)
+    return sum(step > best for step in values) >= task.patience
+
+
+def scores_of(name: str, evidence: Evidence) -> Scores:
+    """The scores TASK_METRIC of a run, by seed. NotEvidence where there is none to go by."""
+    run, cfg = evidence.run, evidence.cfg
+    if name == "parameters":
+        return Scores({cfg.train.seed: cfg.model.resolve(cfg, None).parameters()})
+    if name in ("val_loss", "best_val_loss"):
+        losses = {line["step"]: line["valid_loss"] for line in evidence.lines if "valid_loss" in line}
+        if cfg.last_step not in losses:
+            raise NotEvidence(f"no validation at step {cfg.last_step}")
+        return Scores({cfg.train.seed: losses[cfg.last_step] if name == "val_loss" else min(losses.values())})
+    if name in metrics.MISSING:
+        raise NotEvidence(no_evaluator(name))
+    if name in metrics.AVERAGES:
+        return average(name, evidence)
+    own = evaluated(name, run)
+    if own:
+        return Scores({cfg.train.seed: own[0]}, own[1])
+    task, _ = metrics.NAMES[name]
+    runs = [other for other in evidence.finetuned if other.cfg.task.name == task]
+    if not runs:
+        raise NotEvidence(f"no score: neither its eval.json nor a finetuning on {task} from its last step has one")
+    return of_seeds(name, runs)
+
+
+def of_seeds(name: str, runs: Sequence[Finetuned]) -> Scores:
+    """The score of finetunings that differ in their seeds alone."""
+    values: dict[int, float] = {}
+    how, first = "", resolved(runs[0].cfg)
+    for out, cfg, _ in runs:
+        science = resolved(cfg)
+        apart = [key for key in first if key not in ("train.seed", "init.from") and science.get(key) != first[key]]
+        if apart:
+            raise NotEvidence(f"{runs[0].out} and {out} are two experiments: {apart[0]} differs; give one of them")
+        if cfg.train.seed in values:
+            raise NotEvidence(f"several finetunings have train.seed={cfg.train.seed}; give one of them")
+        try:
+            no_extra(cfg, facts_of(out)["stack"])
+            finished(out, cfg)
+            found = evaluated(name, out)
+        except NotEvidence as reason:
+            raise NotEvidence(f"{out}: {reason}") from None
+        if found is None:
+            raise NotEvidence(f"{out / 'eval.json'}: does not have it")
+        values[cfg.train.seed], how = found
+    return Scores(dict(sorted(values.items())), how)
+
+
+def average(name: str, evidence: Evidence) -> Scores:
+    """The mean of the parts, seed by seed where all parts have the same seeds, else of the parts' means. NotEvidence where a
+    part is missing."""
+    parts, missing = {}, []
+    for part in metrics.AVERAGES[name]:
+        try:
+            parts[part] = scores_of(part, evidence).values
+        except NotEvidence as reason:
+            missing.append(f"{part} ({reason})")
+    if missing:
+        more = f", and {len(missing) - 1} more parts" if len(missing) > 1 else ""
+        raise NotEvidence(f"of its {len(metrics.AVERAGES[name])} parts it lacks {missing[0]}{more}")
+    how = f"the mean of {', '.join(parts)}"
+    if len({tuple(values) for values in parts.values()}) == 1:
+        seeds = next(iter(parts.values()))
+        return Scores({seed: statistics.fmean(values[seed] for values in parts.values()) for seed in seeds}, how)
+    return Scores({evidence.cfg.train.seed: statistics.fmean(statistics.fmean(v.values()) for v in parts.values())}, how)
+
+
+def evaluated(name: str, run: Path) -> tuple[float, str] | None:
+    """The score in a run's eval.json that was written last, and its protocol; None where there is none. NotEvidence if all
+    are of another set than the published one."""
     path = run / "eval.json"
     found = read_json(path) if path.is_file() else []
     try:
-        values = [float(entry["value"]) for entry in found if f"{entry['task']}_{entry['metric']}" == metric]
+        rows = [(float(row["value"]), int(row["n"]), str(row["protocol"]))
+                for row in found if (row["task"], row["metric"]) == metrics.NAMES[name]]  # fmt: skip
     except (TypeError, KeyError, ValueError):
-        raise BadInput(f'{path}: must be a list of {{"task", "metric", "value"}}') from None
-    if not values:
-        raise NotEvidence("not evaluated: eval.json does not have it")
-    return values[-1]
+        raise BadInput(f'{path}: must be a list of {{"task", "metric", "value", "n", "protocol"}}') from None
+    whole = [(value, protocol) for value, n, protocol in rows if not metrics.not_comparable(name, n, protocol)]
+    if rows and not whole:
+        raise NotEvidence(f"not measured on the published set: {metrics.not_comparable(name, *rows[-1][1:])}")
+    return whole[-1] if whole else None
 
 
-def missing(named: Config, name: str, stack: str, reason: str) -> list[Row]:
-    return [Row("not-run", name, stack, metric, "-", published(e), reason) for metric, e in named.expect.items()]
+# ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def published(expect: config.Expect) -> str:
-    return f"{expect.value:.12g} +- {expect.tolerance:g} ({expect.source})"
+def verdict(name: str, expect: Expect, found: Scores) -> tuple[str, str, str]:
+    """Verdict, our value and what there is to say of it."""
+    values, tolerance = list(found.values.values()), expect.tolerance
+    ours = statistics.fmean(values)
+    shown = f"{ours:,.0f}" if name == "parameters" else f"{ours:.4f}"
+    if not all(map(math.isfinite, values)):
+        return "fail", shown, found.how
+    gap = ours - expect.value
+    notes = [found.how] if found.how else []
+    if len(values) == 1:
+        made = "pass" if abs(gap) <= tolerance else "fail"
+    else:
+        bound = expect.value + math.copysign(tolerance, gap)  # the nearer one
+        sigma, root = statistics.stdev(values), math.sqrt(len(values))
+        margin = (tolerance - abs(gap)) * root
+        made = "pass" if margin >= SIGMAS * sigma else "fail" if -margin >= SIGMAS * sigma else "undecided"
+        high, low = (bound, ours) if gap > 0 else (ours, bound)
+        sign = ">=" if made == "pass" else "<"
+        notes.insert(0, f"mean of seeds {' '.join(map(str, found.values))}: ({high:.4f} - {low:.4f}) * sqrt({len(values)}) = "
+                        f"{margin:.4f} {sign} {SIGMAS:g} sigma = {SIGMAS:g} * {sigma:.4f} = {SIGMAS * sigma:.4f}")  # fmt: skip
+        if made == "undecided":
+            notes.append("run more seeds")
+    if made == "fail" and gap * metrics.unit_of(name).better > 0:
+        notes.append("better than published by more than the tolerance: is it the same experiment?")
+    return made, shown, "; ".join(notes)
+
+
+def not_run(claim: Claim, stack: str, reason: str) -> list[Row]:
+    return [
+        Row(*heading(claim, name), stack, "not-run", reason=no_evaluator(name) if name in metrics.MISSING else reason)
+        for name in claim.expect
+    ]
+
+
+def no_evaluator(name: str) -> str:
+    return f"no evaluator here: {metrics.MISSING[name]}"
+
+
+def heading(claim: Claim, name: str) -> tuple[str, str, str]:
+    """Config, metric and what is published."""
+    expect = claim.expect[name]
+    said = f"{expect.value:.12g} +- {expect.tolerance:g} {metrics.unit_of(name).name} ({expect.source})"
+    return f"{claim.family}/{claim.path.stem}", name, said
+
+
+# ---- files and the table ---------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path}: not there; a RUN is an OUT folder of pretrain.sh") from None
+        raise BadInput(f"{path}: not there; a RUN is an OUT folder of pretrain.sh or finetune.sh") from None
     except ValueError as error:
         raise BadInput(f"{path}: not JSON: {error}") from None
 
@@ -185,13 +437,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def aligned(rows: list[Row]) -> list[str]:
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
-    made = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row[:4], widths[:4], strict=True)]
-        made.append("  ".join([*cells, row.ours.rjust(widths[4]), row.published]) + (f"  {row.reason}" if row.reason else ""))
-    return made
+def table(rows: Sequence[Row]) -> str:
+    """Each config; below it each published number; below that a line a verdict, with the stacks of which it is the same."""
+    lines, config_above = [], None
+    headings = {row[:3]: [other for other in rows if other[:3] == row[:3]] for row in rows}
+    for (name, metric, published), found in headings.items():
+        lines += [name] if name != config_above else []
+        config_above = name
+        lines += wrapped(f"  {metric}  {published}", 4)
+        said: dict[tuple[str, str, str], list[str]] = {}
+        for row in found:
+            said.setdefault((row.verdict, row.ours, row.reason), []).append(row.stack)
+        for (decided, ours, reason), stacks in said.items():
+            lines += wrapped(f"    {decided:<9}  {ours:>8}  {', '.join(stacks)}  {reason}".rstrip(), 25)
+    counts = {decided: sum(row.verdict == decided for row in rows) for decided in VERDICTS}
+    return "\n".join([*lines, ", ".join(f"{count} {decided}" for decided, count in counts.items() if count)])
+
+
+def wrapped(line: str, indent: int) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from common import checkpoint, config
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.log import count
-from common.run import task_module
+from common.run import task_module, unusable
 from scripts import heldout, plan, plot
 from scripts.check import read_json, read_lines
 
@@ -50,12 +50,13 @@ def main() -> None:
         prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png (default: none)")
+    parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png, made where it is not there")
     parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")
     args = parser.parse_args()
     out = Path(args.out) if args.out else None
-    if out and not out.is_dir():
-        raise BadInput(f"--out {out}: no such folder")
+    problem = out and unusable(out)
+    if problem:
+        raise BadInput(f"--out {out}: {problem}; give another folder")
     named = plot.labels(args.runs)
     if len(named) < 2:
         raise BadInput("give at least two different runs to compare")
@@ -70,6 +71,7 @@ def main() -> None:
     rows, notes = [row(run, runs[0]) for run in runs], footnotes(runs)
     show(rows, notes)
     if out:
+        out.mkdir(parents=True, exist_ok=True)
         plot.draw({name: plot.curves(path) for name, path in named.items()}, out / "curves.png")
         (out / "table.md").write_text(markdown(rows, notes), encoding="utf-8")
         print(f"{out / 'table.md'}  {out / 'curves.png'}")

@@ -31,7 +31,7 @@ import numpy as np
 
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
-from common.evaluation import hub, language, text
+from common.evaluation import hub, language, metrics, text
 from common.hf_folder import whole_weights
 from common.pretrained import architecture_of, load
 from common.ranks import Ranks
@@ -117,7 +117,7 @@ def main() -> None:
         found = score(model, texts[name], out if ranks.rank == 0 else None)
         if args.dtype != "fp32":
             found = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in found]
-        results += [{"task": name, **row} for row in found]
+        results += [metrics.row(name, **row) for row in found]
         if ranks.rank == 0:
             for row in found:
                 print(f"{name:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} {row['protocol']}", flush=True)

@@ -3,8 +3,9 @@
     python -m scripts.seeds recipes/bert/megatron/finetune.sh CONFIG OUT --seeds 1 2 3 [a.b=c ...]
 
 Runs the launch script once a seed into OUT/seed_N, one after the other, each resumed where it was stopped; a finished one is
-not run again. OUT/seeds.json holds, of each metric of eval.json, the values by seed, median, least and greatest. A run that
-stops or fails ends all with its exit code; the same command goes on.
+not run again. OUT/seeds.json holds, of each metric of eval.json, the values by seed, median, least, greatest, mean and standard
+deviation (sigma: of the sample, null for one seed). A run that stops or fails ends all with its exit code; the same command
+goes on.
 """
 
 import argparse
@@ -86,15 +87,18 @@ def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
             found.setdefault((row["task"], row["metric"]), {}).setdefault(seed, row["value"])
     return [
         {"task": task, "metric": metric, "median": statistics.median(values.values()), "least": min(values.values()),
-         "greatest": max(values.values()), "values": values}
+         "greatest": max(values.values()), "mean": statistics.fmean(values.values()),
+         "sigma": statistics.stdev(values.values()) if len(values) > 1 else None, "values": values}
         for (task, metric), values in found.items()
     ]  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ("median", "least", "greatest")
-    lines = [f"{'task':<10} {'metric':<22}" + "".join(f" {name:>9}" for name in columns)]
-    lines += [f"{r['task']:<10} {r['metric']:<22}" + "".join(f" {r[name]:>9.4f}" for name in columns) for r in rows]
+    columns = ("median", "least", "greatest", "mean", "sigma")
+    lines = [f"{'task':<8} {'metric':<22}" + "".join(f" {name:>8}" for name in columns)]
+    for row in rows:
+        numbers = ("-" if row[name] is None else f"{row[name]:.4f}" for name in columns)
+        lines.append(f"{row['task']:<8} {row['metric']:<22}" + "".join(f" {number:>8}" for number in numbers))
     return "\n".join(lines)
 
 

@@ -1,22 +1,28 @@
 """scripts.check, plan and plot: on logs as the recipes write them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import emitters
 import pytest
-import yaml
+from conftest import case
 
 from common import config
 from common.errors import BadInput
-from recipes.gpt.task import Config
-from scripts import check, plot
+from common.evaluation import metrics
+from common.run import task_module
+from scripts import check, evaluate, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "recipes/gpt/configs/shakespeare_char_cpu.yaml"
 GPU = ROOT / "recipes/gpt/configs/shakespeare_char_gpu.yaml"
+BERT = ROOT / "recipes/bert/configs/bert_base.yaml"
 
 
 def trained(step: int, loss: float) -> str:
@@ -33,18 +39,44 @@ def trained(step: int, loss: float) -> str:
 
 def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, float], steps: int, stack: str) -> Path:
     """An OUT: config.yaml resolved as a run records it, run.json, metrics.jsonl with training lines up to `steps`."""
-    cfg = config.load(named, overrides, Config)
-    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
+    family = named.parent.parent.name
+    cfg = config.load(named, overrides, task_module(family, config.read_yaml(named)).Config)
+    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
     out.mkdir(parents=True)
     config.write_yaml(cfg.model_copy(update={"model": cfg.model.resolve(cfg, 65), "optim": optim}), out / "config.yaml")
-    (out / "run.json").write_text(json.dumps({"config": named.stem, "family": "gpt", "stack": stack, "commit": "0123abcd"}))
+    facts = {"config": named.stem, "family": family, "stack": stack, "commit": "0123abcd", "id": str(out), "init": None}
+    (out / "run.json").write_text(json.dumps(facts))
     lines = []
-    for step in range(1, steps + 1):
+    for step in [*range(1, min(steps, 3000)), steps]:
         lines.append(trained(step, 4.17 - 2.3 * step / steps))
         if step in losses:
             lines.append(json.dumps({"step": step, "valid_loss": losses[step], "valid_tokens": 111488}))
     (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return out
+
+
+def finetuned(out: Path, run: Path, name: str, seed: int = 1234, **more: Any) -> Path:
+    """An OUT of finetune.sh that begins from the last step of `run`, and ended."""
+    recorded = config.read_yaml(run / "config.yaml")
+    family = json.loads((run / "run.json").read_text())["family"]
+    named = ROOT / f"recipes/{family}/configs/finetune_{name}.yaml"
+    values = config.read_yaml(named)
+    shapes = {k: v for k, v in recorded["model"].items() if k not in {"pair_head", "dropout", "init_std"}}
+    words = [f"model.{key}={config.written(value)}" for key, value in shapes.items()]
+    words += [f"train.seed={seed}", "init.from=no/longer/there", *more.pop("overrides", [])]
+    run_folder(out, named, words, {}, values["train"]["steps"], "deepspeed")
+    steps = recorded["phases"][-1]["train.steps"] if recorded.get("phases") else recorded["train"]["steps"]
+    start = {"id": json.loads((run / "run.json").read_text())["id"], "step": steps}
+    facts = json.loads((out / "run.json").read_text()) | {"init": start} | more
+    (out / "run.json").write_text(json.dumps(facts))
+    return out
+
+
+def evaluated(out: Path, task: str, scores: dict[str, float], n: int, protocol: str = "dev") -> None:
+    path = out / "eval.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows += [{"task": task, "metric": m, "value": v, "n": n, "protocol": protocol} for m, v in scores.items()]
+    path.write_text(json.dumps(rows))
 
 
 def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -58,7 +90,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def one(run: Path) -> check.Row:
-    rows = check.run_rows(run)
+    rows = check.run_rows([run])
     assert len(rows) == 1
     return rows[0]
 
@@ -66,7 +98,12 @@ def one(run: Path) -> check.Row:
 def test_a_run_that_reaches_its_number_passes(good: Path) -> None:
     done = command("scripts.check", str(good))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == "pass shakespeare_char_cpu megatron val_loss 1.8857 1.88 +- 0.03 (nanoGPT README)".split()
+    assert done.stdout.splitlines() == [
+        "gpt/shakespeare_char_cpu",
+        "  val_loss  1.88 +- 0.03 nats (nanoGPT README)",
+        "    pass         1.8857  megatron",
+        "1 pass",
+    ]
 
 
 @pytest.mark.parametrize("loss", [1.92, 1.84, float("nan")])
@@ -74,7 +111,8 @@ def test_a_run_that_does_not_fails(tmp_path: Path, loss: float) -> None:
     run = run_folder(tmp_path / "run", CPU, [], {2000: loss}, 2000, "baseline")
     assert one(run).verdict == "fail"
     done = command("scripts.check", str(run))
-    assert done.returncode == 1 and done.stdout.startswith("fail")
+    assert done.returncode == 1 and "\n    fail " in done.stdout
+    assert ("better than published" in done.stdout) == (loss == 1.84)
 
 
 NOT_EVIDENCE = [
@@ -119,27 +157,295 @@ def test_best_val_loss_is_the_lowest(tmp_path: Path) -> None:
     assert (row.verdict, row.metric, row.ours) == ("pass", "best_val_loss", "1.4733")
 
 
-def test_other_metrics_come_from_eval_json(tmp_path: Path) -> None:
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def verdicts(rows: list[check.Row]) -> list[tuple[str, str, str]]:
+    return [(row.metric, row.verdict, row.ours) for row in rows]
+
+
+def test_scores_come_from_eval_json(tmp_path: Path) -> None:
+    """Of Megatron-LM's 355M (arXiv:1909.08053, table 3): 19.31 and 45.18 %."""
     named = ROOT / "recipes/gpt/configs/megatron_355m.yaml"
-    cfg = config.load(named, [], Config)
-    run = run_folder(tmp_path / "run", named, [], {}, 1, "megatron")
-    steps = cfg.train.steps
-    (run / "metrics.jsonl").write_text(trained(steps, 2.9) + "\n")
-    assert [row.verdict for row in check.run_rows(run)] == ["not-run", "not-run"]
-    (run / "eval.json").write_text(json.dumps([{"task": "wikitext103", "metric": "ppl", "value": 19.37}]))
-    rows = check.run_rows(run)
-    assert [(r.metric, r.verdict, r.ours) for r in rows] == [
-        ("wikitext103_ppl", "pass", "19.3700"),
-        ("lambada_accuracy", "not-run", "-"),
+    run = run_folder(tmp_path / "run", named, [], {}, 300_000, "megatron")
+    assert [row.verdict for row in check.run_rows([run])] == ["not-run", "not-run"]
+    evaluated(run, "wikitext103", {"word_perplexity": 19.37}, 245_565, "megatron-wikitext, windows of 1024")
+    evaluated(run, "lambada", {"accuracy": 0.4518}, 100, "lambada-strict, the first 100 of 5,153 passages")
+    evaluated(run, "lambada", {"accuracy": 0.4518}, 5_000, "lambada-strict")
+    rows = check.run_rows([run])
+    assert verdicts(rows) == [("wikitext103_word_perplexity", "pass", "19.3700"), ("lambada_accuracy", "not-run", "-")]
+    assert rows[0].reason == "megatron-wikitext, windows of 1024"
+    assert rows[1].reason == "not measured on the published set: n is 5,000, the published set has 5,153"
+    evaluated(run, "lambada", {"accuracy": 0.4518, "last_token_accuracy": 0.6}, 5_153, "lambada-strict")
+    evaluated(run, "lambada", {"accuracy": 0.9}, 3, "lambada-strict, the first 3 of 5,153 passages")
+    assert verdicts(check.run_rows([run]))[1] == ("lambada_accuracy", "pass", "0.4518")
+    evaluated(run, "lambada", {"accuracy": 45.18}, 5_153, "in percent")
+    assert verdicts(check.run_rows([run]))[1][1] == "fail"
+    for text in ('{"wikitext103": 19.37}', '[{"task": "lambada", "metric": "accuracy", "value": 0.45}]', "[3]"):
+        (run / "eval.json").write_text(text)
+        with pytest.raises(BadInput, match="eval.json: must be a list of"):
+            check.run_rows([run])
+
+
+def test_a_score_of_another_set_is_none() -> None:
+    """Protocols as finetuning and scripts/evaluate.py write them, and sizes as GLUE has them."""
+    for protocol in (
+        "mrpc dev, the first 16 of 408, step 20, the best by f1",
+        "squad dev, the first 1,000 of 10,570 windows, 384 tokens",
+        "mrpc dev, step 57, the best by f1; glue/MRPC has no dev set: 408 examples of train are it, drawn by seed 1234",
+        "squad dev, step 229; new_wiki_v1.0.json: 158 of its 1,581 paragraphs are dev, drawn by seed 1234",
+        "megatron-wikitext, T 100; not the published test file, whose T_o is 245,566",
+    ):
+        assert metrics.not_comparable("mrpc_f1", 408, protocol), protocol
+    assert metrics.not_comparable("mrpc_f1", 408, "mrpc dev, step 57; 100 of 3,668 examples of train, drawn by seed 1") is None
+    assert metrics.not_comparable("mnli_accuracy_mismatched", 9_832, "mnli dev") is None
+    assert metrics.not_comparable("mnli_accuracy", 9_832, "mnli dev") == "n is 9,832, the published set has 9,815"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A finished bert_base, whose config expects MNLI 84.4 % and SQuAD F1 88.5 (arXiv:1810.04805)."""
+    return run_folder(tmp_path / "bert_base", BERT, [], {}, 1_000_000, "megatron")
+
+
+def test_finetunings_are_found_by_the_run_that_they_begin_from(bert: Path, tmp_path: Path) -> None:
+    other = run_folder(tmp_path / "other", BERT, [], {}, 1_000_000, "megatron")
+    mnli, squad = finetuned(tmp_path / "mnli", bert, "mnli"), finetuned(tmp_path / "squad", bert, "squad")
+    evaluated(mnli, "mnli", {"accuracy": 0.842}, 9_815)
+    evaluated(squad, "squad", {"f1": 88.7, "exact_match": 81.0}, 10_570)
+    found = [("mnli_accuracy", "pass", "0.8420"), ("squad_f1", "pass", "88.7000")]
+    assert verdicts(check.run_rows([bert, mnli, squad])) == found
+    assert verdicts(check.run_rows([squad, bert])) == [("mnli_accuracy", "not-run", "-"), found[1]]
+    rows = check.run_rows([other, bert, mnli])  # the other run has none
+    assert [row.verdict for row in rows] == ["not-run", "not-run", "pass", "not-run"]
+    assert "nor a finetuning on mnli from its last step" in rows[0].reason
+    early = finetuned(tmp_path / "early", bert, "mnli", init={"id": str(bert), "step": 500_000})
+    evaluated(early, "mnli", {"accuracy": 0.844}, 9_815)
+    assert [row.verdict for row in check.run_rows([bert, early])] == ["not-run", "not-run"]
+    with pytest.raises(BadInput, match="mnli: nothing to check: .* give the run that it begins from too"):
+        check.run_rows([mnli])
+    with pytest.raises(BadInput, match="no/longer/there is no run's export"):
+        check.run_rows([bert, finetuned(tmp_path / "hub", bert, "mnli", init=None)])
+
+
+def test_a_finetuning_is_evidence_as_a_run_is(bert: Path, tmp_path: Path) -> None:
+    def reason(name: str, score: bool = True, **more: Any) -> str:
+        run = finetuned(tmp_path / name, bert, "mnli", **more)
+        if score:
+            evaluated(run, "mnli", {"accuracy": 0.844}, 9_815)
+        (run / "metrics.jsonl").write_text(lines)
+        row = check.run_rows([bert, run])[0]
+        assert row.verdict in ("pass", "not-run")
+        return row.reason
+
+    steps = config.read_yaml(ROOT / "recipes/bert/configs/finetune_mnli.yaml")["train"]["steps"]
+    lines = trained(steps, 0.4)
+    assert reason("whole") == "dev"
+    assert "deepspeed.extra was used" in reason("extra", overrides=["deepspeed.extra={a: 1}"])
+    assert "eval.json: does not have it" in reason("unscored", score=False)
+    lines = trained(100, 0.4)
+    assert f"stopped at step 100 of {steps}" in reason("stopped")
+    values = [0.7, 0.8, 0.79, 0.8, 0.78]
+    lines = "\n".join(json.dumps({"step": 20 * i, "loss": 1.0, "valid_loss": 1 / i, "valid_accuracy": v})
+                      for i, v in enumerate(values, 1))  # fmt: skip
+    assert "stopped at step 100" in reason("patient", overrides=["task.patience=4"])
+    assert reason("stopped early", overrides=["task.patience=3"]) == "dev"
+
+
+def test_two_settings_are_not_two_seeds(bert: Path, tmp_path: Path) -> None:
+    runs = [finetuned(tmp_path / f"lr{i}", bert, "mnli", i, overrides=[f"optim.lr={i}e-5"]) for i in (1, 2)]
+    runs.append(finetuned(tmp_path / "again", bert, "mnli", 2, overrides=["optim.lr=2e-5"]))
+    for run in runs:
+        evaluated(run, "mnli", {"accuracy": 0.844}, 9_815)
+    assert "are two experiments: optim.lr differs" in check.run_rows([bert, *runs[:2]])[0].reason
+    assert "several finetunings have train.seed=2" in check.run_rows([bert, *runs[1:]])[0].reason
+
+
+SEEDS = [  # three seeds, of which sigma is 0.1, against 88.5 +- 0.5: 3 sigma are 0.3
+    ([88.2, 88.3, 88.4], "pass", "(88.3000 - 88.0000) * sqrt(3) = 0.5196 >= 3 sigma = 3 * 0.1000 = 0.3000"),
+    ([88.7, 88.8, 88.9], "pass", "(89.0000 - 88.8000) * sqrt(3) = 0.3464 >= 3 sigma"),
+    ([88.0, 88.1, 88.2], "undecided", "(88.1000 - 88.0000) * sqrt(3) = 0.1732 < 3 sigma = 3 * 0.1000 = 0.3000; dev; run more"),
+    ([87.7, 87.8, 87.9], "fail", "(87.8000 - 88.0000) * sqrt(3) = -0.3464 < 3 sigma"),
+    ([89.1, 89.2, 89.3], "fail", "better than published by more than the tolerance"),
+    ([88.5, 88.5, math.nan], "fail", ""),
+]
+
+
+@pytest.mark.parametrize("scores, verdict, told", SEEDS)
+def test_of_seeds_the_mean_must_be_shown(scores: list[float], verdict: str, told: str, bert: Path, tmp_path: Path) -> None:
+    for seed, score in enumerate(scores, 1):
+        evaluated(finetuned(tmp_path / f"seeds/seed_{seed}", bert, "squad", seed), "squad", {"f1": score}, 10_570)
+    (tmp_path / "seeds/seeds.json").write_text("[]")
+    row = check.run_rows([bert, tmp_path / "seeds"])[1]
+    assert row.verdict == verdict and told in row.reason, row
+    assert math.isnan(sum(scores)) or row.reason.startswith("mean of seeds 1 2 3: (")
+
+
+# arXiv:1910.10683, table 16, "baseline average": GLUE is 83.28
+GLUE = {
+    "cola": {"matthews": 0.5384}, "sst2": {"accuracy": 0.9268}, "mrpc": {"f1": 0.9207, "accuracy": 0.8892},
+    "stsb": {"pearson": 0.8802, "spearman": 0.8794}, "qqp": {"f1": 0.8867, "accuracy": 0.9156},
+    "mnli": {"accuracy": 0.8424, "accuracy_mismatched": 0.8457}, "qnli": {"accuracy": 0.9048}, "rte": {"accuracy": 0.7628},
+}  # fmt: skip
+SIZES = {  # of GLUE's, SQuAD's and LAMBADA's sets, and the words of WikiText-103's test file less one
+    "cola": 1043, "sst2": 872, "mrpc": 408, "stsb": 1500, "qqp": 40430, "qnli": 5463, "rte": 277, "squad": 10570,
+    "squad2": 11873, "lambada": 5153, "wikitext103": 245565, "mnli": 9815, "mnli_accuracy_mismatched": 9832,
+}  # fmt: skip
+
+
+def scored(out: Path, task: str, scores: dict[str, float]) -> None:
+    for metric, value in scores.items():
+        evaluated(out, task, {metric: value}, SIZES.get(f"{task}_{metric}") or SIZES[task])
+
+
+def test_averages_are_computed_from_all_their_parts(tmp_path: Path) -> None:
+    t5 = run_folder(tmp_path / "t5", ROOT / "recipes/t5/configs/t5_base.yaml", [], {}, 524_288, "baseline")
+    runs = []
+    for task, scores in GLUE.items():
+        runs.append(finetuned(tmp_path / task, t5, f"glue_{task}"))
+        scored(runs[-1], task, scores)
+    row = check.run_rows([t5, *runs])[0]
+    assert (row.metric, row.verdict, row.ours) == ("glue_average", "pass", "0.8328")
+    row = check.run_rows([t5, *runs[:-1]])[0]
+    assert row.verdict == "not-run" and row.reason.startswith("of its 8 parts it lacks rte_accuracy (no score")
+    row = check.run_rows([t5, *runs[3:]])[0]
+    assert "it lacks cola_matthews" in row.reason and row.reason.endswith("and 2 more parts")
+    for task, scores in GLUE.items():  # a second seed of all but one is no second average, of all it is
+        if task == "rte":
+            assert "seeds" not in check.run_rows([t5, *runs])[0].reason
+        runs.append(finetuned(tmp_path / f"{task}_2", t5, f"glue_{task}", seed=2))
+        scored(runs[-1], task, {metric: value + 0.002 for metric, value in scores.items()})
+    row = check.run_rows([t5, *runs])[0]
+    assert row.ours == "0.8338" and row.reason.startswith("mean of seeds 2 1234: (0.8338 - 0.8299) * sqrt(2) =")
+
+
+# ---- one vocabulary --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    return emitters.of_evaluators(tmp_path_factory.mktemp("emitters"))
+
+
+def test_the_table_has_what_evaluators_write_and_no_more(emitted: dict[str, dict[str, float]]) -> None:
+    assert evaluate.EVALUATE["text"] == evaluate.EVALUATE["wikitext2-raw"]
+    emitted = emitted | {"text": emitted["wikitext2-raw"]}
+    assert set(evaluate.KNOWN) <= set(emitted)
+    named = {task: set(scores) - {"best_exact", "best_exact_threshold"} for task, scores in metrics.TASKS.items()}
+    assert {task: set(scores) for task, scores in emitted.items()} == named
+    assert len(metrics.NAMES) == sum(map(len, metrics.TASKS.values()))  # no two spell alike
+    assert not metrics.NAMES.keys() & (metrics.RUN.keys() | metrics.AVERAGES.keys() | metrics.MISSING.keys())
+
+
+def test_a_perfect_score_is_the_most_of_its_unit(emitted: dict[str, dict[str, float]]) -> None:
+    """1 of a fraction, 100 of a percentage, no loss: what was evaluated were the labels themselves."""
+    most = {"fraction": 1, "correlation": 1, "percent": 100, "nats": 0, "perplexity": 1}
+    for task, scores in emitted.items():
+        for metric, value in scores.items():
+            unit = metrics.TASKS[task][metric]
+            if task.startswith(("wikitext", "lambada")):  # of an untrained model
+                assert unit.least <= value <= unit.most
+            elif unit != metrics.LOGITS:
+                assert value == pytest.approx(most[unit.name], abs=1e-6), (task, metric)
+
+
+def parts_of(name: str) -> Iterator[str]:
+    for part in metrics.AVERAGES.get(name, ()):
+        yield from parts_of(part)
+    if name not in metrics.AVERAGES:
+        yield name
+
+
+def expecting() -> list[Path]:
+    return [path for path in sorted((ROOT / "recipes").glob("*/configs/*.yaml")) if config.read_yaml(path).get("expect")]
+
+
+@pytest.mark.parametrize("named", expecting(), ids=lambda path: path.stem)
+def test_a_perfect_eval_json_passes(named: Path, emitted: dict[str, dict[str, float]], tmp_path: Path) -> None:
+    """What is published, written into eval.json by the names of the evaluators: every row passes that one can measure."""
+    expect = config.read_yaml(named)["expect"]
+    cfg = config.load(named, [], task_module(named.parent.parent.name, {}).Config)
+    losses = {}
+    for name in {"val_loss", "best_val_loss"} & expect.keys():
+        losses[cfg.last_step] = expect[name]["value"]
+    run = run_folder(tmp_path / "run", named, [], losses, cfg.last_step, "deepspeed")
+    runs: dict[str, Path] = {}
+    for name, values in expect.items():
+        for part in parts_of(name):
+            for task, scores in emitted.items():
+                metric = part.removeprefix(f"{task}_")
+                if metric not in scores or part == metric:
+                    continue
+                if named.parent.parent.name != "gpt" and task not in runs:
+                    config_name = task if named.parent.parent.name == "bert" or task == "squad" else f"glue_{task}"
+                    runs[task] = finetuned(tmp_path / task, run, config_name)
+                scored(runs.get(task, run), task, {metric: values["value"]})
+    rows = check.run_rows([run, *runs.values()])
+    assert [row.metric for row in rows] == list(expect)
+    for row in rows:
+        if row.metric in ("hellaswag_acc_norm", "superglue_average", "zeroshot19_accuracy"):
+            assert row.verdict == "not-run" and row.reason.startswith("no evaluator here: "), row
+        else:
+            assert row.verdict == "pass", row
+
+
+BAD_EXPECT = [
+    ("mnli_acc", 0.844, "no evaluator writes such a score; did you mean 'mnli_accuracy'?"),
+    ("wikitext103_ppl", 19.31, "expect.wikitext103_ppl: no evaluator writes such a score"),
+    ("x", 1.0, "give TASK_METRIC, for example squad_f1 or val_loss; all names: common/evaluation/metrics.py"),
+    ("mnli_accuracy", 84.4, "expect.mnli_accuracy.value=84.4: is a fraction, from 0 to 1; give 0.844"),
+    ("squad_f1", 0.885, "expect.squad_f1.value=0.885: is in percent, from 0 to 100; give 88.5"),
+    ("squad_f1", 885.0, "expect.squad_f1.value=885: is outside its unit (percent, from 0 to 100)"),
+    ("wikitext103_word_perplexity", 0.5, "is outside its unit (perplexity, 1 or more)"),
+]
+
+
+@pytest.mark.parametrize("name, value, told", BAD_EXPECT)
+def test_an_expectation_that_nothing_can_meet_is_refused(name: str, value: float, told: str, tmp_path: Path) -> None:
+    """When the config is loaded: by pretrain.sh, and by check of configs that no run needs."""
+    schema = task_module("gpt", {}).Config
+    words = f"{{value: {value}, tolerance: 0.1, source: me}}"
+    with pytest.raises(BadInput) as refused:
+        config.load(CPU, [f"expect.{name}={words}"], schema)
+    assert len(refused.value.problems) == 1 and told in refused.value.problems[0]
+    folder = tmp_path / "recipes/gpt/configs"
+    folder.mkdir(parents=True)
+    (folder / "c.yaml").write_text(CPU.read_text().replace("expect:", f"expect:\n  {name}: {words}"))
+    with pytest.raises(BadInput) as refused:
+        check.all_rows(tmp_path)
+    assert len(refused.value.problems) == 1 and told in refused.value.problems[0]
+
+
+def test_runs_name_where_they_begin(drive, bert_settings, sentences: Path, tmp_path: Path) -> None:
+    """Two steps of BERT, then two of RTE from its OUT: real runs, and check finds the one by the other."""
+    emitters.write_dev("rte", tmp_path / "data")
+    (tmp_path / "data/train.tsv").write_text((tmp_path / "data/dev.tsv").read_text())
+    shape = ["model.positions=64", "data.seq_len=64", "train.steps=2", "train.global_batch=2", "optim.warmup_steps=0"]
+    first = case("baseline", "tiny", tmp_path / "bert", [*bert_settings, *shape], family="bert")
+    words = [
+        f"init.from={tmp_path}/bert",
+        f"task.data={tmp_path}/data",
+        "data.seq_len=32",
+        "train.steps=2",
+        "train.eval_every=2",
     ]
-    (run / "eval.json").write_text('{"wikitext103": 19.37}')
-    with pytest.raises(BadInput, match="eval.json"):
-        check.run_rows(run)
+    words += ["optim.warmup_steps=0", "train.global_batch=2", "baseline.micro_batch=1"]
+    second = case("baseline", "finetune_rte", tmp_path / "rte", words, family="bert")
+    drive([first, second | {"module": "recipes.bert.baseline.finetune"}, first], 1)
+    pretrained, tuned = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("bert", "rte"))
+    export = json.loads((tmp_path / "bert/hf/twinstack.json").read_text())
+    assert pretrained["id"] == export["id"] != tuned["id"] and len(tuned["id"]) == 32
+    assert tuned["init"] == {"id": pretrained["id"], "step": 2} and pretrained["init"] is None
+    [run] = check.finetuning(tmp_path / "rte")
+    assert run.start == tuned["init"] and check.finetuning(tmp_path / "bert") == []
+    evidence = check.Evidence(tmp_path / "bert", run.cfg, [], [run])
+    with pytest.raises(check.NotEvidence, match="n is 8, the published set has 277"):
+        check.scores_of("rte_accuracy", evidence)
 
 
 def test_parameters(good: Path) -> None:
-    ours = config.load(good / "config.yaml", [], Config)
-    assert check.measured("parameters", good, ours, []) == 809_856
+    ours = config.load(good / "config.yaml", [], task_module("gpt", {}).Config)
+    assert check.scores_of("parameters", check.Evidence(good, ours, [], [])).values == {1337: 809_856}
 
 
 def test_all_covers_every_expect_and_stack(tmp_path: Path) -> None:
@@ -159,14 +465,29 @@ def test_all_covers_every_expect_and_stack(tmp_path: Path) -> None:
     assert [r.reason for r in rows] == ["no run", "", "its run.json says shakespeare_char_cpu on deepspeed"]
 
 
+def test_all_finds_finetunings_wherever_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "recipes/bert/configs"
+    folder.mkdir(parents=True)
+    (folder / BERT.name).write_text(BERT.read_text())
+    results = tmp_path / "recipes/bert/results"
+    run = run_folder(results / "bert_base/megatron", BERT, [], {}, 1_000_000, "megatron")
+    for seed in (1, 2):
+        tuned = finetuned(results / f"anywhere/mnli/seed_{seed}", run, "mnli", seed)
+        evaluated(tuned, "mnli", {"accuracy": 0.844 + seed / 10_000}, 9_815)
+    rows = {(row.metric, row.stack): row for row in check.all_rows(tmp_path)}
+    assert len(rows) == 6 and rows["mnli_accuracy", "megatron"].verdict == "pass"
+    assert sum(row.verdict == "not-run" for row in rows.values()) == 5
+
+
 def test_all_of_this_tree() -> None:
     done = command("scripts.check", "--all")
-    rows = [line.split()[:4] for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
-    expected = 0
-    for path in (ROOT / "recipes").glob("*/configs/*.yaml"):
-        expected += 3 * len(yaml.safe_load(path.read_text()).get("expect") or {})
-    assert len(rows) == expected and {row[0] for row in rows} <= {"pass", "not-run"}
+    assert max(map(len, lines)) <= 80
+    expected = sum(3 * len(config.read_yaml(path)["expect"]) for path in expecting())
+    assert lines[-1] == f"3 pass, {expected - 3} not-run"
+    assert lines.count("    pass         1.8970  baseline, deepspeed, megatron") == 1
+    assert {line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "} >= {"pass", "not-run"}
 
 
 def broken(good: Path, name: str, text: str | None) -> Path:
@@ -181,7 +502,7 @@ BAD = [
     ("run.json", None, "run.json: not there"),
     ("run.json", "{", "run.json: not JSON"),
     ("run.json", '{"config": "x"}', "must hold config, family and stack"),
-    ("run.json", '{"config": "tiny", "family": "nosuch", "stack": "megatron"}', "no recipe 'nosuch'"),
+    ("run.json", '{"config": "tiny", "family": "nosuch", "stack": "megatron"}', "configs has no tiny.yaml to compare it with"),
     ("run.json", '{"config": "tiny", "family": "gpt", "stack": "megatron"}', "has no `expect`"),
     ("config.yaml", "model: [", "config.yaml: not YAML"),
     ("metrics.jsonl", None, "metrics.jsonl: not there"),

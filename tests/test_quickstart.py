@@ -207,12 +207,13 @@ def made(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, valid:
 def test_compare_tells_differences_and_speed(tmp_path: Path) -> None:
     one = made(tmp_path / "one", "baseline", [4.0, 3.0, 2.0])
     two = made(tmp_path / "two", "deepspeed", [4.0, 3.5, 2.0], lr=2e-3)
-    done = module("compare", one, two, "--no-export", "--out", tmp_path)
+    out = tmp_path / "made/by_it"
+    done = module("compare", one, two, "--no-export", "--out", out)
     assert done.returncode == 0, done.stderr
-    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    table = (out / "table.md").read_text(encoding="utf-8")
     assert "| two | deepspeed zero=1 | 3 | 5.0e-01 at step 2 | 2.50000 | - | 1.0k | 1.00 | 1.00 GiB |" in table
     assert "Another experiment: two differs from one in optim.lr." in table
-    assert "5.0e-01 at step 2" in done.stdout and (tmp_path / "curves.png").is_file()
+    assert "5.0e-01 at step 2" in done.stdout and (out / "curves.png").is_file()
 
 
 def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
@@ -222,12 +223,15 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         "at least two different runs": [one, one],
         "missing: not there": [one, tmp_path / "missing"],
         "metrics.jsonl: holds no step yet": [one, empty],
-        "nowhere: no such folder": [one, one, "--out", tmp_path / "nowhere"],
+        "run.json/table: .*run.json is a file; give another folder": [one, one, "--out", one / "run.json/table"],
+        "config.yaml: is a file": [one, one, "--out", one / "config.yaml"],
     }
     for told, arguments in cases.items():
         done = module("compare", *arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: "), (arguments, done.stderr)
         assert re.search(told.replace("missing: ", "missing/run.json: "), done.stderr), done.stderr
+    done = module("compare", one, empty, "--out", tmp_path / "nowhere")
+    assert done.returncode == 2 and not (tmp_path / "nowhere").exists()
 
 
 def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from common import batches, config, examples, finetune
 from common.config import NonEmpty, Positive, Section, Share
 from common.corpus import write_json
 from common.errors import BadInput
-from common.evaluation import text
+from common.evaluation import metrics, text
 from common.ranks import Ranks
 from common.run import Run, data_notes
 
@@ -223,7 +223,7 @@ def score(run: Run, ranks: Ranks) -> None:
         told = [*data_notes(run.train, run.valid), *text.unknown(tokenizer, found.targets, t.split)]
         notes = "".join(f"; {note}" for note in dict.fromkeys(told))
         rows = [
-            {"task": t.name, "metric": name, "value": value, "n": len(written), "protocol": f"{how}; {worked_out}{notes}"}
+            metrics.row(t.name, name, value, len(written), f"{how}; {worked_out}{notes}")
             for name, value, worked_out in text.scores(t.name, written, found, tokenizer)
         ]
         write_json(run.out / "eval.json", rows)

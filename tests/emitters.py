@@ -1,0 +1,149 @@
+"""What the evaluators of this repository write of perfect predictions: {task: {metric: value}}, by running each of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from common import tokenizer as tokenizers
+from common.evaluation import glue, squad, text
+from recipes.bert import finetune, kinds
+from recipes.gpt import finetune as of_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
+TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
+Scores = dict[str, dict[str, float]]
+
+
+def of_evaluators(folder: Path) -> Scores:
+    found = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts(folder / "texts")
+    for name in kinds.KIND_OF:
+        scores = of_head(name, folder / "bert")
+        assert found.get(name, scores).keys() == scores.keys(), name  # of a head and in words: the same names
+        found[name] = scores
+    return found
+
+
+def of_language_models(folder: Path) -> Scores:
+    """The command itself on an untrained GPT-2; its values are not perfect."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (folder / "data").mkdir(parents=True)
+    for file in ("wiki.test.tokens", "wiki.test.raw"):
+        (folder / "data" / file).write_text(" \n ".join(TEXTS), encoding="utf-8")
+    lines = "\n".join(json.dumps({"text": line}) for line in TEXTS)
+    (folder / "data/lambada_test.jsonl").write_text(lines, encoding="utf-8")
+    words = tokenizers.train_bpe(TEXTS, 300)
+    words.save(folder / "hf")
+    shapes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 128, "vocab_size": words.size}
+    shapes |= {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
+    GPT2LMHeadModel(GPT2Config(**shapes)).save_pretrained(folder / "hf")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    tasks = ("wikitext103", "wikitext2", "wikitext2-raw", "lambada")
+    where = ["--data", str(folder / "data"), "--out", str(folder)]
+    command = [sys.executable, "-m", "scripts.evaluate", str(folder / "hf"), *tasks, *where]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: Scores = {}
+    for row in json.loads((folder / "eval.json").read_text(encoding="utf-8")):
+        found.setdefault(row["task"], {})[row["metric"]] = row["value"]
+    return found
+
+
+def of_encoder_decoders() -> Scores:
+    """Of the targets themselves."""
+    found = {}
+    for name in (*text.PAIRS, "squad"):
+        examples = text.Examples(TEXTS, TEXTS, [[target] for target in TEXTS], "")
+        found[name] = {metric: value for metric, value, _ in text.scores(name, TEXTS, examples)}
+    for name in text.WORDS:
+        labels = labels_of(name)
+        said = [text.WORDS[name][int(y)] if text.WORDS[name] else str(y) for y in labels]
+        examples = text.Examples(said, said, [[word] for word in said], "", labels, (4, 4))
+        found[name] = {metric: value for metric, value, _ in text.scores(name, said, examples)}
+    return found
+
+
+def labels_of(name: str) -> np.ndarray:
+    known = glue.TASKS[name].labels
+    return np.arange(8) % len(known) if known else np.arange(8, dtype=np.float32) % 5
+
+
+def of_finetuned_texts(folder: Path) -> Scores:
+    """recipes/gpt/finetune.py after an evaluation without loss."""
+    found = {}
+    for name in ("lm", "sft"):
+        cfg = SimpleNamespace(task=SimpleNamespace(name=name), train=SimpleNamespace(eval_samples=None))
+        run = SimpleNamespace(out=folder / name, cfg=cfg, train=TEXTS, valid=TEXTS)
+        selection = SimpleNamespace(enter=lambda step, loss: True, best=1, metric="loss")
+        log = SimpleNamespace(valid=lambda *values, **more: None, first=True)
+        of_texts.is_best(run, selection, log, 1, 0.0, len(TEXTS))
+        rows = json.loads((folder / name / "eval.json").read_text(encoding="utf-8"))
+        found[name] = {row["metric"]: row["value"] for row in rows}
+    return found
+
+
+def of_head(name: str, folder: Path) -> dict[str, float]:
+    """A dev set of a few examples through recipes/bert, its labels as predictions."""
+    words = folder / "tokenizer"
+    if not words.is_dir():
+        tokenizers.train_wordpiece(TEXTS, 120).save(words)
+    data = folder / name
+    write_dev(name, data)
+    values: dict[str, Any] = {
+        "model": {"arch": "bert", "layers": 1, "hidden": 8, "heads": 1, "positions": 64, "vocab_size": 120},
+        "task": {"name": name, "data": str(data)} | ({"tags": ["O", "B-X", "I-X"]} if name == "ner" else {}),
+        "data": {"tokenizer": str(words), "seq_len": 64}, "optim": {"lr": 1.0}, "train": {"steps": 1, "global_batch": 1},
+    }  # fmt: skip
+    values["task"] |= {"question_len": 16} if name.startswith("squad") else {}
+    examples = finetune.stream(finetune.Config.model_validate(values), "dev", shuffle=False)
+    rows = examples.rows(np.arange(len(examples)))
+    labels = rows["labels"].reshape(len(examples), -1).astype(float)
+    if kinds.KIND_OF[name] == "span":  # its places, the score of the answer and of none
+        none = labels[:, 0] == 0  # [CLS]
+        first = rows["begins"].argmax(-1)[:, None]
+        said = np.where(none[:, None], first, labels)
+        labels = np.column_stack([said, np.where(none, -9.0, 9.0), np.where(none, 9.0, -9.0)])
+    return examples.metrics(labels)
+
+
+def write_dev(name: str, folder: Path) -> None:
+    """Files in the form that the task is read from; every label comes up, and of squad2 a question without an answer."""
+
+    def write(file: str, content: str) -> None:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content, encoding="utf-8")
+
+    if name in glue.TASKS:
+        form = glue.FORMS[name][0]
+        known = glue.TASKS[name].labels
+        header = list(form.columns) if isinstance(form.columns[0], str) else [""] * (max(form.columns) + 1)
+        places = [header.index(c) if isinstance(c, str) else c for c in form.columns]
+        for file in form.dev:
+            lines = ["\t".join(header)] if isinstance(form.columns[0], str) else []
+            for i, label in enumerate(labels_of(name)):
+                line = list(header)
+                for place, value in zip(places, [*TEXTS[i:], ""], strict=False):
+                    line[place] = value
+                line[places[-1]] = known[int(label)] if known else str(label)
+                lines.append("\t".join(line))
+            write(file, "\n".join(lines) + "\n")
+    elif name == "race":
+        for level in ("middle", "high"):
+            item = {"article": TEXTS[0], "questions": TEXTS[:2], "options": [TEXTS[:4]] * 2, "answers": ["A", "C"]}
+            write(f"dev/{level}/1.txt", json.dumps(item))
+    elif name == "ner":
+        write("valid.txt", "\n\n".join("the O\nvalue B-X\nof I-X\na O" for _ in range(3)) + "\n")
+    else:
+        answer = [{"text": "value", "answer_start": TEXTS[0].index("value")}]
+        asked = [{"id": "a", "question": TEXTS[1], "answers": answer}]
+        asked += [{"id": "b", "question": TEXTS[2], "answers": [], "is_impossible": True}] if name == "squad2" else []
+        content = json.dumps({"data": [{"paragraphs": [{"context": TEXTS[0], "qas": asked}]}]})
+        for file in squad.FILES[name].values():
+            write(file, content)
