@@ -350,7 +350,11 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
     given += f", inputs of {how.seq_len} tokens" if how.seq_len else ""
     told = f"{split_of(name, how)}, {search}{given}{limited(len(inputs), whole, 'inputs')}{notes}"
     scores = text.scores(name, written, found._replace(references=references, labels=labels), model.tokenizer)
-    return [{"metric": m, "value": v, "n": len(inputs), "protocol": f"{told}; {worked_out}"} for m, v, worked_out in scores]
+    n, counts = len(inputs), text.counts(name, len(inputs), found)
+    return [
+        {"metric": metric, "value": value, "n": counts.get(metric, n), "protocol": f"{told}; {worked_out}"}
+        for metric, value, worked_out in scores
+    ]
 
 
 def of_head(model: Model, task: tuple[Any, kinds.Kind], out: Path | None) -> list[Result]:

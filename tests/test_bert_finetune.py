@@ -422,6 +422,7 @@ def test_seeds_have_a_median(configs, tmp_path: Path):
     values = [json.loads((tmp_path / f"out/seed_{n}/eval.json").read_text())[0]["value"] for n in (7, 8)]
     assert list(row["values"].values()) == values and row["median"] == sum(values) / 2
     assert (row["least"], row["greatest"]) == (min(values), max(values)) and "accuracy" in done.stdout
+    assert row["mean"] == sum(values) / 2 and row["sigma"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     for more, told in (
         (["--seeds", "7", "7"], "is given twice"),
         (["train.seed=3"], "the seeds are given by --seeds"),

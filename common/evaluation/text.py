@@ -326,6 +326,11 @@ def scores(name: str, predictions: Sequence[str], examples: Examples, tokenizer:
     return [score for kind in kinds for score in SCORES[kind](predictions, written[kind])]
 
 
+def counts(name: str, n: int, examples: Examples) -> dict[str, int]:
+    """{metric: examples that it is of}, for those of the first n examples that are of a part of them: MNLI's."""
+    return glue.counts(name, n, examples.sizes)
+
+
 def unknown(tokenizer: Any, targets: Sequence[str], split: str) -> tuple[str, ...]:
     """A note where targets hold what the vocabulary of a tokenizer of transformers cannot write."""
     count = sum(tokenizer.unk_token_id in ids for ids in tokenizer(list(targets), verbose=False)["input_ids"])

@@ -222,8 +222,9 @@ def score(run: Run, ranks: Ranks) -> None:
             (run.out / "predictions" / file).write_text(content, encoding="utf-8")
         told = [*data_notes(run.train, run.valid), *text.unknown(tokenizer, found.targets, t.split)]
         notes = "".join(f"; {note}" for note in dict.fromkeys(told))
+        counts = text.counts(t.name, len(written), found)
         rows = [
-            metrics.row(t.name, name, value, len(written), f"{how}; {worked_out}{notes}")
+            metrics.row(t.name, name, value, counts.get(name, len(written)), f"{how}; {worked_out}{notes}")
             for name, value, worked_out in text.scores(t.name, written, found, tokenizer)
         ]
         write_json(run.out / "eval.json", rows)
