@@ -13,11 +13,14 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common import parameters
 from common.errors import BadInput
+from common.parameters import Shapes
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +56,15 @@ class Checkpoint(NamedTuple):
     def names(self) -> list[str]:
         return list(self.meta["files"])
 
+    def shapes(self) -> Shapes:
+        """Full shape by name, as state.json records them."""
+        return {name: file["shape"] for name, file in self.meta["files"].items()}
 
-def save(out: Path, entries: Iterator[Entry], meta: dict[str, Any], keep: int) -> Path:
+
+def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, Any], keep: int) -> Path:
     """Write one step; every rank calls this with the same sequence of names (the entries may hold collectives).
 
+    shapes: the parameters that are trained; BadInput, and nothing saved, unless all ranks together wrote each of them once.
     A process killed at any moment leaves the previous steps whole: what is not finished is named step_N.tmp.
     """
     import torch.distributed as dist
@@ -84,6 +92,11 @@ def save(out: Path, entries: Iterator[Entry], meta: dict[str, Any], keep: int) -
     faults = [f for _, f in gathered if f]
     if first and not faults:
         files = {name: info for part, _ in gathered for name, info in part.items()}
+        writers = Counter(name for part, _ in gathered for name in part)
+        faults = [f"{name} was written by {count} ranks" for name, count in writers.items() if count > 1]
+        faults += parameters.differences({name: info["shape"] for name, info in files.items()}, shapes)
+        faults = [f"{final}: {fault}; nothing was saved" for fault in faults]
+    if first and not faults:
         try:
             _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
         except OSError as error:

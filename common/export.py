@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import checkpoint
+from common import checkpoint, parameters
 from common.checkpoint import Checkpoint
 from common.config import Config
 from common.errors import BadInput
@@ -28,13 +28,19 @@ def to_hf(
     """
     import torch.distributed as dist
 
+    problems: list[Any] = [None]
     if ranks.rank == 0 and run.is_last_phase:
         last = checkpoint.latest(steps or run.out)
         folder = run.out / "hf"
-        if last and _exported_step(folder) != last.step:
-            write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.facts)
-            print(f"export    {folder}", flush=True)
-    dist.barrier()
+        try:
+            if last and _exported_step(folder) != last.step:
+                write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.facts)
+                print(f"export    {folder}", flush=True)
+        except BadInput as error:
+            problems = [error.problems]
+    dist.broadcast_object_list(problems)  # the others wait here
+    if problems[0]:
+        raise BadInput(problems[0])
 
 
 def _exported_step(folder: Path) -> int | None:
@@ -55,6 +61,7 @@ def write(
         _weights(source, tmp)
         task.hf_config(cfg.model).save_pretrained(tmp)
         _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp))
+        _prove(source, cfg, task, tmp)
         (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
         (tmp / "twinstack.json").write_text(json.dumps({"step": source.step, **facts}, indent=1), encoding="utf-8")
     except OSError as error:
@@ -62,6 +69,18 @@ def write(
         raise BadInput(f"{folder}: cannot write the export: {error.strerror or error}") from None
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
+
+
+def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path) -> None:
+    """BadInput unless the class that loads the export, built from the config.json written, has the parameters written."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        net = getattr(transformers, task.hf_class(cfg.model))(config)
+    loaded = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    parameters.prove(source.shapes(), loaded, str(source.path), f"{task.hf_class(cfg.model)}, which loads the export,")
 
 
 def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, export, hf_folder, init, ranks, state
+from common import checkpoint, config, export, hf_folder, init, parameters, ranks, state
 from common import tokenizer as tokenizers
 from common.errors import BadInput
 from common.run import read_object, task_module
@@ -82,14 +82,16 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     anew = init.scratch(SEED, lambda name: task.initial(model, name))
     source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
 
+    shapes = parameters.expected(model, task)
+
     def entries() -> Iterator[checkpoint.Entry]:
-        for name, shape in task.hf_parameters(model).items():
+        for name, shape in shapes.items():
             yield name, state.parts_of(source(name, shape), None, None)
 
     ranks.quiet()
     ranks.start()
     science = {f"model.{key}": value for key, value in model.model_dump().items()}
-    checkpoint.save(out, entries(), {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
+    checkpoint.save(out, entries(), shapes, {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
     tokenizers.copy_files(folder, out / TOKENIZER)
     config.write_section(out / "model.yaml", "model", model)
     print(f"{out}: step_0 and model.yaml, from {folder}")

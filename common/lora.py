@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from common import checkpoint, init, state
+from common import checkpoint, init, parameters, state
 from common.checkpoint import Checkpoint
 from common.config import Config, NonEmpty, Positive, Section, Share
+from common.parameters import Shapes
 from common.ranks import Ranks
 from common.run import Run
 
@@ -58,15 +59,41 @@ def add(net: "torch.nn.Module", cfg: Config, task: ModuleType) -> None:
         peft.inject_adapter_in_model(peft_config(cfg, task), net)
 
 
-def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> state.Values:
+def expected(cfg: Config, task: ModuleType) -> dict[str, tuple[int, ...]]:
+    """As parameters.expected, with the adapters, and the names that the model's own weights have beside them."""
+    import torch
+
+    shapes = parameters.expected(cfg.model, task)
+    if not of(cfg):
+        return shapes
+    with torch.device("meta"):
+        net = task.hf_model(cfg.model)
+        add(net, cfg, task)
+    adapted = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    own = {_own_name(name): shape for name, shape in adapted.items() if not is_adapter(name)}
+    parameters.prove(own, shapes, "the model with adapters")
+    return adapted
+
+
+def _own_name(name: str) -> str:
+    """The name that a weight of the model has without an adapter beside it."""
+    return name.replace(".base_layer.", ".")
+
+
+def trained(shapes: Shapes, cfg: Config) -> Shapes:
+    """The parameters that a checkpoint holds: the adapters alone where there are some."""
+    return {name: shape for name, shape in shapes.items() if is_adapter(name)} if of(cfg) else shapes
+
+
+def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> state.Values:
     """As state.values: adapters come from the checkpoint, else from the seed; the model's own weights never change."""
     if not of(cfg):
-        return state.values(cfg, task, resume)
-    base, kept = state.values(cfg, task, None), resume and state.values(cfg, task, resume)
+        return state.values(cfg, task, shapes, resume)
+    base, kept = state.values(cfg, task, shapes, None), resume and state.stored(resume, trained(shapes, cfg))
 
     def value(name: str, shape: Sequence[int]) -> state.Parts:
         if not is_adapter(name):
-            return base(name.replace(".base_layer.", "."), shape)
+            return base(_own_name(name), shape)
         return kept(name, shape) if kept else {"weight": initial(cfg.train.seed, name, shape)}
 
     return value
@@ -92,16 +119,20 @@ class Merged:
 
     def __init__(self, adapters: Checkpoint, cfg: Config, task: ModuleType):
         self.path, self.step, self.adapters = adapters.path, adapters.step, adapters
-        self.base, self.shapes = state.values(cfg, task, None), task.hf_parameters(cfg.model)
-        self.meta = adapters.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.shapes.items()}}
+        self.whole = parameters.expected(cfg.model, task)
+        self.base = state.values(cfg, task, self.whole, None)
+        self.meta = adapters.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.whole.items()}}
         self.scale, self.transposed = of(cfg).alpha / of(cfg).rank, task.weights_are_transposed(cfg.model)
 
     def names(self) -> list[str]:
-        return list(self.shapes)
+        return list(self.whole)
+
+    def shapes(self) -> Shapes:
+        return self.whole
 
     def read(self, name: str, parts: Any = None) -> dict[str, "torch.Tensor"]:
         """The weight alone."""
-        weight = self.base(name, self.shapes[name])["weight"]
+        weight = self.base(name, self.whole[name])["weight"]
         layer = name.removesuffix(".weight")
         if f"{layer}.lora_A.default.weight" in self.adapters.meta["files"]:
             a, b = (self.adapters.read(f"{layer}.lora_{which}.default.weight", ("weight",))["weight"] for which in "AB")

@@ -4,7 +4,9 @@ Checked with megatron-core 0.19.2. Its own distributed checkpoint cannot be read
 not load a distributed optimizer over torch's AdamW; the state here goes parameter by parameter instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,11 +36,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.overrides import TorchFunctionMode
 
-from common import state
+from common import parameters, state
 from common.checkpoint import PARTS, Entry
 from common.config import Config, Layout
+from common.errors import BadInput
+from common.parameters import Shapes
 from common.ranks import Ranks
-from common.rules import Rules
+from common.rules import Rule, Rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -337,25 +341,18 @@ def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
 
 
 def fill(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules, shapes: Mapping[str, Sequence[int]],
-    values: state.Values, step: int,
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules, shapes: Shapes, values: state.Values, step: int,
 ) -> None:  # fmt: skip
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
 
-    shapes: the full shape of each Hugging Face parameter.
+    shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together hold just these.
     """
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    _prove(model, rules, shapes)
     for name, parameter in global_names(model):
         rule = rules(name)
         theirs = [values(hf, shapes[hf]) for hf in rule.hf]
-        local = {}
-        for part in PARTS if step else PARTS[:1]:
-            whole = rule.from_hf(*[t[part] for t in theirs])
-            if rule.rows:
-                padded = -(-rule.rows // tp) * tp
-                whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - rule.rows))
-            sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
-            local[part] = split(whole, parameter.partition_dim, rule.blocks, tp, rank) if sharded else whole
+        parts = PARTS if step else PARTS[:1]
+        local = {part: _local(rule, parameter, [t[part] for t in theirs]) for part in parts}
         with torch.no_grad():
             parameter.copy_(local["weight"])
         for main, where in _mains(optimizer, parameter):
@@ -372,6 +369,60 @@ def fill(
         if step and not isinstance(one.optimizer, torch.optim.AdamW):
             for group in one.optimizer.param_groups:
                 group["step"] = step
+
+
+def _local(rule: Rule, parameter: torch.nn.Parameter, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """This rank's part of a Megatron parameter, from the whole Hugging Face tensors that make it up."""
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    whole = rule.from_hf(*theirs)
+    if rule.rows:
+        padded = -(-rule.rows // tp) * tp
+        whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - rule.rows))
+    sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
+    return split(whole, parameter.partition_dim, rule.blocks, tp, rank) if sharded else whole
+
+
+def _prove(model: DistributedDataParallel, rules: Rules, shapes: Shapes) -> None:
+    """BadInput, on every rank alike, unless each Megatron parameter has a rule and the shape that the rule gives it, and the
+    rules of all pipeline stages together name each parameter of the family once."""
+    names: list[str] = []
+    problems: dict[str, str] = {}  # by name without the number of the layer: one line speaks for all layers
+    for name, parameter in global_names(model):
+        kind = re.sub(r"layers\.\d+", "layers", name)
+        try:
+            rule = rules(name)
+        except KeyError:
+            problems.setdefault(kind, f"{name} of Megatron has no rule in convert.py, which would give its Hugging Face name")
+            continue
+        names += [] if _is_copy(name, parameter) else rule.hf
+        problem = _shape_problem(name, parameter, rule, shapes) if all(hf in shapes for hf in rule.hf) else None
+        if problem:
+            problems.setdefault(kind, problem)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, (names, problems), group=group)
+    named = Counter(name for stage, _ in gathered for name in stage)
+    problems = {kind: line for _, stage in reversed(gathered) for kind, line in stage.items()}
+    lines = list(problems.values())
+    lines += [f"the rules of convert.py name {hf} {n} times; each parameter stands once" for hf, n in named.items() if n > 1]
+    lines += parameters.differences({hf: shapes.get(hf, ()) for hf in named}, shapes)
+    if lines:
+        raise BadInput([f"the model on megatron: {line}" for line in lines])
+
+
+def _shape_problem(name: str, parameter: torch.nn.Parameter, rule: Rule, shapes: Shapes) -> str | None:
+    try:
+        made = tuple(_local(rule, parameter, [torch.empty(*shapes[hf], device="meta") for hf in rule.hf]).shape)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return f"{name} of Megatron: its rule in convert.py cannot make it from {', '.join(rule.hf)}: {error}"
+    if made == tuple(parameter.shape):
+        return None
+    return f"{name} of Megatron has shape {tuple(parameter.shape)}, its rule in convert.py makes {made}"
+
+
+def _is_copy(name: str, parameter: torch.nn.Parameter) -> bool:
+    """The last stage's copy of a tied embedding: the first stage's stands for both."""
+    return name == "output_layer.weight" and getattr(parameter, "shared_embedding", False)
 
 
 def _owner(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.optim.Optimizer:
@@ -406,8 +457,8 @@ def read(model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Ru
     turn = dp_group.rank() * tp + tp_group.rank()
     for number, (name, parameter) in enumerate(global_names(model)):
         rule = rules(name)
-        if rule is None or (name == "output_layer.weight" and getattr(parameter, "shared_embedding", False)):
-            continue  # the last stage's copy of a tied embedding
+        if _is_copy(name, parameter):
+            continue
         parts = _local_parts(optimizer, parameter, dp_group)
         if tp > 1 and getattr(parameter, "tensor_model_parallel", False):
             parts = {part: _gather(t, parameter.partition_dim, rule.blocks, tp_group) for part, t in parts.items()}

@@ -17,4 +17,4 @@ class Rule(NamedTuple):
     rows: int | None = None  # rows without the padding that makes a vocabulary divisible by tp
 
 
-Rules = Callable[[str], Rule | None]  # global Megatron name -> rule; None: a copy that another parameter already stands for
+Rules = Callable[[str], Rule]  # global Megatron name -> rule; KeyError for a name without one

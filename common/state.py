@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common import config, init
+from common import config, init, parameters
 from common.checkpoint import Checkpoint, Entry
 from common.config import Config
+from common.parameters import Shapes
 from common.ranks import Ranks
 from common.run import Run, find
 
@@ -21,10 +22,13 @@ Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -
 Named = Iterable[tuple[str, "torch.nn.Parameter"]]
 
 
-def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> Values:
-    """Where this run's parameters come from: its checkpoint, else the Hugging Face folder init.from, else the seed."""
+def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> Values:
+    """Where this run's parameters come from: its checkpoint, else the Hugging Face folder init.from, else the seed.
+
+    shapes: the family's list; BadInput for a checkpoint of other parameters.
+    """
     if resume:
-        return lambda name, shape: _of_shape(resume, name, shape)
+        return stored(resume, shapes)
     source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
     if cfg.init.from_ != "scratch":
         fresh = task.fresh(cfg.model) if hasattr(task, "fresh") else ()  # of finetuning
@@ -32,14 +36,16 @@ def values(cfg: Config, task: ModuleType, resume: Checkpoint | None) -> Values:
     return lambda name, shape: {"weight": source(name, shape)}
 
 
-def _of_shape(checkpoint: Checkpoint, name: str, shape: init.Shape) -> Parts:
-    from common.errors import BadInput
+def stored(checkpoint: Checkpoint, shapes: Shapes) -> Values:
+    """The parameters of a checkpoint; BadInput unless it holds just those of `shapes`."""
+    parameters.prove(checkpoint.shapes(), shapes, str(checkpoint.path))
 
-    parts = checkpoint.read(name)
-    if tuple(parts["weight"].shape) != tuple(shape):
-        given = tuple(parts["weight"].shape)
-        raise BadInput(f"{checkpoint.path}: {name} is {given} there and {tuple(shape)} in this model: another model's size")
-    return parts
+    def read(name: str, shape: init.Shape) -> Parts:
+        parts = checkpoint.read(name)
+        parameters.prove({name: parts["weight"].shape}, {name: shape}, str(checkpoint.path))
+        return parts
+
+    return read
 
 
 def meta(run: Run, step: int) -> dict[str, Any]:
@@ -49,6 +55,13 @@ def meta(run: Run, step: int) -> dict[str, Any]:
         "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.science(run.whole),
         "commit": run.facts["commit"],
     }  # fmt: skip
+
+
+def fill(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Shapes, values: Values, step: int) -> None:
+    """As fill_torch, for a model that every rank holds whole. BadInput unless it holds just the parameters of `shapes`."""
+    named = list(net.named_parameters())
+    parameters.prove({name: parameter.shape for name, parameter in named}, shapes, "the model on the baseline")
+    fill_torch(named, optimizer, values, step)
 
 
 def fill_torch(named: Named, optimizer: "torch.optim.Optimizer", values: Values, step: int) -> None:

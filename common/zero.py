@@ -4,7 +4,7 @@ DeepSpeed's own checkpoints cannot change stage or rank count in general (stage 
 universal form); ours go through the engine parameter by parameter: deepspeed/utils/tensor_fragment.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param
 from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
 
-from common import state
+from common import parameters, state
 from common.checkpoint import Entry
 from common.config import Config, Layout
+from common.parameters import Shapes
 from common.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Shapes = Mapping[str, Sequence[int]]  # full shape by Hugging Face name
 
 
 def start(ranks: Ranks) -> None:
@@ -86,13 +86,17 @@ def grad_norm(engine: Any, shapes: Shapes) -> float | None:
     return None if norm is None else float(norm)
 
 
-def fill(engine: Any, values: state.Values, shapes: Shapes, step: int) -> None:
+def fill(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
 
-    shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it.
+    shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it. BadInput unless
+    the engine's model holds just these.
     """
-    values = shards_of(values, shapes)
     stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
+    local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
+    whole = {name: _full_shape(shape, shapes.get(name, shape), engine.autotp_size()) for name, shape in local.items()}
+    parameters.prove(whole, shapes, "the model on deepspeed")
+    values = shards_of(values, shapes)
     if stage == 0:
         state.fill_torch(named, engine.optimizer, values, step)
         return
@@ -113,6 +117,12 @@ def fill(engine: Any, values: state.Values, shapes: Shapes, step: int) -> None:
             # clipping, would miss the other ranks' part (deepspeed/runtime/utils.py, is_model_parallel_parameter)
             parameter.tensor_model_parallel = True
         put(parameter, values(name, getattr(parameter, "ds_shape", parameter.shape)), bool(step))
+
+
+def _full_shape(shape: Sequence[int], full: Sequence[int], tp: int) -> Sequence[int]:
+    """The shape that a parameter has without AutoTP, which leaves each rank 1 / tp of one dimension."""
+    dim = split_dim(shape, full) if len(full) == len(shape) else None
+    return shape if dim is None else (*shape[:dim], shape[dim] * tp, *shape[dim + 1 :])
 
 
 def _link(inner: Any) -> None:

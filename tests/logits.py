@@ -32,7 +32,7 @@ def main(path: str) -> None:
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.hf_parameters(cfg.model)
-        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, None), 0)
+        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
         theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
         tokens = torch.from_numpy(job.train.rows(range(4))["tokens"])[:, :-1]  # (B, T)
         model.eval()

@@ -38,8 +38,9 @@ def main(path: str) -> None:
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
-        values = state.values(cfg, task, None)
-        mcore.fill(model, optimizer, convert.rules(cfg.model), task.hf_parameters(cfg.model), values, 0)
+        shapes = task.hf_parameters(cfg.model)
+        values = state.values(cfg, task, shapes, None)
+        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
         model.eval()
         batch = task.batch(job.train.rows(range(8)), "cpu")
         with torch.no_grad():

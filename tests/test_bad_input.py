@@ -752,7 +752,7 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     checkpoint_of(flipped)
     path = flipped / "step_2/transformer.ln_f.bias.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    size = row("size", "megatron", 2, r"code 2 .*transformer.ln_f.bias is \(3,\) there and \(64,\) in this model")
+    size = row("size", "megatron", 2, r"code 2 .*transformer.ln_f.bias has shape \(3,\); in task.hf_parameters it is \(64,\)")
     checkpoint_of(size, lambda name, weight: torch.ones(3) if name.endswith("ln_f.bias") else weight)
     for name, tensors, words in (
         ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds no transformer.wte.weight; it is a model of another"),

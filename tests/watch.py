@@ -24,8 +24,8 @@ def install() -> None:
         fill_torch(named, optimizer, values, step)
         _compare(state.read_torch(named, optimizer, ALONE), values, _all_equal(named, values))
 
-    def zero_door(engine, values, shapes, step):
-        fill_zero(engine, values, shapes, step)
+    def zero_door(engine, shapes, values, step):
+        fill_zero(engine, shapes, values, step)
         if engine.zero_optimization_stage():
             shards = zero.shards_of(values, shapes)
             _compare(zero.read(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, finetune, init, optim, run, state
+from common import batches, checkpoint, finetune, init, optim, parameters, run, state
 from common.log import Log
 
 from .. import finetune as task
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
+    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -66,11 +67,12 @@ def main(argv: list[str]) -> None:
         return task.judge(job, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, state.read_torch(net.named_parameters(), optimizer, ranks), state.meta(job, step), keep)
+        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(out, entries, shapes, state.meta(job, step), keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    state.fill(net, optimizer, shapes, state.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

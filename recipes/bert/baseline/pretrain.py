@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, export, init, optim, run, state
+from common import batches, checkpoint, export, init, optim, parameters, run, state
 from common.log import Log
 
 from .. import task
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
+    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -68,11 +69,11 @@ def main(argv: list[str]) -> None:
 
     def save(step: int) -> None:
         entries = state.read_torch(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(job.out, entries, state.meta(job, step), cfg.train.keep)
+        checkpoint.save(job.out, entries, shapes, state.meta(job, step), cfg.train.keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    state.fill_torch(net.named_parameters(), optimizer, state.values(cfg, task, job.resume), step)
+    state.fill(net, optimizer, shapes, state.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

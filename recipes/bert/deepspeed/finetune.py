@@ -14,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, finetune, optim, run, state, zero
+from common import batches, checkpoint, finetune, optim, parameters, run, state, zero
 from common.log import Log
 
 from .. import finetune as task
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
-    shapes = task.hf_parameters(cfg.model)
+    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -65,11 +65,11 @@ def main(argv: list[str]) -> None:
         return task.judge(job, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.read(engine, ranks, shapes), state.meta(job, step), keep)
+        checkpoint.save(out, zero.read(engine, ranks, shapes), shapes, state.meta(job, step), keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    zero.fill(engine, shapes, state.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

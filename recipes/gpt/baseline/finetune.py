@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
+    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -66,11 +67,12 @@ def main(argv: list[str]) -> None:
         return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, state.read_torch(net.named_parameters(), optimizer, ranks), state.meta(job, step), keep)
+        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(job, step), keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    state.fill_torch(net.named_parameters(), optimizer, lora.values(cfg, task, job.resume), step)
+    state.fill(net, optimizer, shapes, lora.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

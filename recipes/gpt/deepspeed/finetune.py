@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     # ---- model
     net = zero_model.build(cfg, ds_config)
     lora.add(net, cfg, task)
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in net.named_parameters()}  # full ones
+    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -65,11 +65,11 @@ def main(argv: list[str]) -> None:
         return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.read(engine, ranks, shapes), state.meta(job, step), keep)
+        checkpoint.save(out, zero.read(engine, ranks, shapes), lora.trained(shapes, cfg), state.meta(job, step), keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    zero.fill(engine, lora.values(cfg, task, job.resume), shapes, step)
+    zero.fill(engine, shapes, lora.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, export, optim, run, state, zero
+from common import batches, checkpoint, export, optim, parameters, run, state, zero
 from common.log import Log
 
 from .. import task
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
-    shapes = task.hf_parameters(cfg.model)
+    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
@@ -61,11 +61,11 @@ def main(argv: list[str]) -> None:
         engine.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, zero.read(engine, ranks, shapes), state.meta(job, step), cfg.train.keep)
+        checkpoint.save(job.out, zero.read(engine, ranks, shapes), shapes, state.meta(job, step), cfg.train.keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    zero.fill(engine, state.values(cfg, task, job.resume), shapes, step)
+    zero.fill(engine, shapes, state.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

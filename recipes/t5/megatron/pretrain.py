@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from common import batches, checkpoint, export, mcore, optim, run, state
+from common import batches, checkpoint, export, mcore, optim, parameters, run, state
 from common.log import Log
 
 from .. import convert, task
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
     rules = convert.rules(cfg.model)
+    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = mcore.optimizer_for(model, cfg, ranks)
@@ -85,11 +86,11 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, mcore.read(model, optimizer, rules), state.meta(job, step), cfg.train.keep)
+        checkpoint.save(job.out, mcore.read(model, optimizer, rules), shapes, state.meta(job, step), cfg.train.keep)
 
     # ---- resume
     step = job.resume.step if job.resume else 0
-    mcore.fill(model, optimizer, rules, task.hf_parameters(cfg.model), state.values(cfg, task, job.resume), step)
+    mcore.fill(model, optimizer, rules, shapes, state.values(cfg, task, shapes, job.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run.begin(job)

@@ -1,0 +1,59 @@
+"""Proof that a model, a checkpoint or an export has the parameters that the family lists: the same names, the same full shapes.
+
+A parameter that a stack does not build, or that nothing fills, changes the function without an error: the losses stay
+plausible. Each stack proves its set before the first step, over all pipeline stages and shards together.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from types import ModuleType
+from typing import Any
+
+from common.errors import BadInput
+
+Shapes = Mapping[str, Sequence[int]]  # full shape by Hugging Face name
+
+
+def expected(model: Any, task: ModuleType) -> dict[str, tuple[int, ...]]:
+    """The family's list for a resolved model, `task.hf_parameters`; BadInput if `model.parameters()`, which the log, the model
+    card and the memory estimate quote, counts otherwise."""
+    shapes = task.hf_parameters(model)
+    counted, listed = model.parameters(), sum(map(prod, shapes.values()))
+    if counted != listed:
+        raise BadInput(
+            f"Model.parameters of {task.__name__} counts {counted:,} parameters and task.hf_parameters lists {listed:,}; "
+            "correct the one that is wrong"
+        )
+    return shapes
+
+
+LIST = "task.hf_parameters"
+
+
+def prove(found: Shapes, shapes: Shapes, where: str, listed_by: str = LIST) -> None:
+    """BadInput unless `found` has the names and full shapes of the list `shapes`. where: what was looked at, for example
+    'out/run/step_20' or 'the model on megatron'."""
+    problems = differences(found, shapes, listed_by)
+    if problems:
+        raise BadInput([f"{where}: {problem}" for problem in problems])
+
+
+def differences(found: Shapes, shapes: Shapes, listed_by: str = LIST) -> list[str]:
+    """At most one line each for names that are missing, names that are unknown, and other shapes."""
+    problems = []
+    missing = [name for name in shapes if name not in found]
+    unknown = [name for name in found if name not in shapes]
+    reshaped = [name for name in found if name in shapes and tuple(found[name]) != tuple(shapes[name])]
+    if missing:
+        problems.append(f"{_some(missing)} is missing; {listed_by} has it")
+    if unknown:
+        problems.append(f"{_some(unknown)} is unknown; {listed_by} does not have it")
+    if reshaped:
+        name = reshaped[0]
+        problems.append(f"{_some(reshaped)} has shape {tuple(found[name])}; in {listed_by} it is {tuple(shapes[name])}")
+    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    """'model.norm.weight (and 7 more)'"""
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -1,0 +1,138 @@
+"""A parameter that one side has and the other lacks is refused before the first step, on save and on export."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import parameters
+from common.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A copied recipe whose task.py has gained norms on queries and keys (Qwen3's), as a user would begin.
+QWEN3 = """
+def hf_model(model: Model) -> PreTrainedModel:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**hf_config(model).to_dict()))
+
+
+def hf_parameters"""
+COUNTED = ("3 * h * f + 2 * h\n", "3 * h * f + 2 * h + 2 * h // self.heads\n")
+TIED_TWICE = ('_copy("model.norm.weight")', '_copy("model.layers.0.input_layernorm.weight")')
+TRANSPOSED = ('lambda i: _copy(*names(i, "mlp", "down_proj"))', 'lambda i: _transposed(*names(i, "mlp", "down_proj"))')
+NO_RULE = ('"self_attention.linear_proj.weight": lambda', '"self_attention.proj.weight": lambda')
+
+
+Replacements = tuple[tuple[str, str], ...]
+
+
+def changed_recipe(house: Path, name: str, task: Replacements = (), convert: Replacements = ()) -> None:
+    """recipes/NAME of the house: recipes/gpt with these replacements, each of which must apply."""
+    folder = house / "recipes" / name
+    shutil.copytree(ROOT / "recipes/gpt", folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for file, replacements in (("task.py", task), ("convert.py", convert)):
+        text = (folder / file).read_text()
+        for old, new in replacements:
+            assert old in text, old
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of the runs, and what tests/drive.py printed of them: two processes, every case in both."""
+    house = tmp_path_factory.mktemp("house")
+    for name in ("common", "tests"):
+        (house / name).symlink_to(ROOT / name)
+    model = ("def hf_parameters", QWEN3.lstrip("\n"))
+    changed_recipe(house, "uncounted", task=(model,))
+    changed_recipe(house, "norms", task=(model, COUNTED))
+    changed_recipe(house, "twice", convert=(TIED_TWICE,))
+    changed_recipe(house, "transposed", convert=(TRANSPOSED,))
+    changed_recipe(house, "no_rule", convert=(NO_RULE,))
+    settings = [f"data.train={corpus}/train", "data.valid=null", "model.arch=llama", "model.kv_heads=2", "train.steps=2"]
+    cases = []
+    for name, stack, *overrides in (
+        ("uncounted", "baseline"),
+        ("uncounted", "deepspeed"),
+        ("uncounted", "megatron"),
+        ("norms", "baseline"),
+        ("norms", "deepspeed", "deepspeed.zero_stage=3"),
+        ("norms", "megatron"),
+        ("norms", "megatron", "megatron.pp=2"),
+        ("norms", "megatron", "megatron.tp=2"),
+        ("twice", "megatron", "megatron.pp=2"),
+        ("transposed", "megatron", "megatron.tp=2"),
+        ("no_rule", "megatron"),
+    ):
+        out = house / "out" / "-".join([name, stack, *(o.replace("=", "_") for o in overrides)])
+        config = str(ROOT / "recipes/gpt/configs/tiny.yaml")
+        module = f"recipes.{name}.{stack}.pretrain"
+        cases.append({"module": module, "config": config, "out": str(out), "overrides": [*settings, *overrides], "expect": 2})
+    (house / "cases.json").write_text(json.dumps(cases))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(house), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*torchrun, "tests/drive.py", "cases.json"],
+        cwd=house,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return house / "out", done.stdout
+
+
+MISSING = r"model.layers.0.self_attn.q_norm.weight \(and 7 more\) is missing; task.hf_parameters has it"
+UNKNOWN = (
+    r"model.layers.0.self_attn.k_norm.weight \(and 7 more\) is unknown; LlamaForCausalLM, which loads the export, does not"
+)
+ON_MEGATRON = "the model on megatron: "
+REFUSED = {
+    "uncounted-baseline": r"Model.parameters of recipes.uncounted.task counts 311,872 .* task.hf_parameters lists 312,000",
+    "uncounted-deepspeed": "Model.parameters of recipes.uncounted.task counts",
+    "uncounted-megatron": "Model.parameters of recipes.uncounted.task counts",
+    "norms-megatron": ON_MEGATRON + MISSING,
+    "norms-megatron-megatron.pp_2": ON_MEGATRON + MISSING,
+    "norms-megatron-megatron.tp_2": ON_MEGATRON + MISSING,
+    "twice-megatron-megatron.pp_2": ON_MEGATRON + "the rules of convert.py name model.layers.0.input_layernorm.weight 2 times",
+    "transposed-megatron-megatron.tp_2": ON_MEGATRON
+    + r"decoder.layers.0.mlp.linear_fc2.weight of Megatron has shape \(64, 128\), its rule .* makes \(256, 32\)",
+    "no_rule-megatron": ON_MEGATRON + r"decoder.layers.0.self_attention.linear_proj.weight of Megatron has no rule",
+}
+
+
+@pytest.mark.parametrize("run", REFUSED)
+def test_other_parameters_are_refused_before_the_first_step(outcomes: tuple[Path, str], run: str) -> None:
+    folder, output = outcomes
+    assert re.search(rf"CASE {folder / run} code 2 [\d.]+ s {REFUSED[run]}", output), output[-6000:]
+    assert not (folder / run).exists()
+
+
+@pytest.mark.parametrize("run", ["norms-baseline", "norms-deepspeed-deepspeed.zero_stage_3"])
+def test_an_export_that_its_class_cannot_load_is_refused(outcomes: tuple[Path, str], run: str) -> None:
+    """The class trains on these stacks, and its checkpoint has the norms; the export would be read as a plain Llama."""
+    folder, output = outcomes
+    assert re.search(rf"CASE {folder / run} code 2 [\d.]+ s \S+step_2: {UNKNOWN}", output), output[-6000:]
+    assert (folder / run / "step_2" / "model.layers.0.self_attn.q_norm.weight.safetensors").is_file()
+    assert not (folder / run / "hf").exists()
+
+
+def test_every_difference_is_one_line() -> None:
+    listed = {"a": (2, 3), "b": (4,), "c": (5,)}
+    parameters.prove({"c": [5], "a": [2, 3], "b": (4,)}, listed, "here")
+    with pytest.raises(BadInput) as refused:
+        parameters.prove({"a": (3, 2), "d": (1,), "e": (1,)}, listed, "here")
+    assert refused.value.problems == [
+        "here: b (and 1 more) is missing; task.hf_parameters has it",
+        "here: d (and 1 more) is unknown; task.hf_parameters does not have it",
+        "here: a has shape (3, 2); in task.hf_parameters it is (2, 3)",
+    ]
