@@ -72,15 +72,22 @@ def write(
 
 
 def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path) -> None:
-    """BadInput unless the class that loads the export, built from the config.json written, has the parameters written."""
+    """BadInput unless the class that loads the export, built from the config.json written, has the tensors written and no
+    other: a tensor that it shares under several names (tied weights) may be stored under each of them."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         net = getattr(transformers, task.hf_class(cfg.model))(config)
-    loaded = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    parameters.prove(source.shapes(), loaded, str(source.path), f"{task.hf_class(cfg.model)}, which loads the export,")
+    names: dict[int, list[str]] = {}
+    tensors = net.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    stored = source.shapes()
+    loaded = [name for shared in names.values() for name in [n for n in shared if n in stored] or shared[:1]]
+    shapes = {name: tuple(tensors[name].shape) for name in loaded}
+    parameters.prove(stored, shapes, str(source.path), f"{task.hf_class(cfg.model)}, which loads the export,")
 
 
 def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
