@@ -27,6 +27,7 @@ Exit 0 if no row fails, 1 if one does, 2 on bad input.
 import argparse
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -297,7 +298,7 @@ def scores_of(name: str, evidence: Evidence) -> Scores:
         raise NotEvidence(no_evaluator(name))
     if name in metrics.AVERAGES:
         return average(name, evidence)
-    own = evaluated(name, run)
+    own = evaluated(name, run, None if hasattr(cfg, "task") else cfg.last_step)
     if own:
         return Scores({cfg.train.seed: own[0]}, own[1])
     task, _ = metrics.NAMES[name]
@@ -349,9 +350,9 @@ def average(name: str, evidence: Evidence) -> Scores:
     return Scores({evidence.cfg.train.seed: statistics.fmean(statistics.fmean(v.values()) for v in parts.values())}, how)
 
 
-def evaluated(name: str, run: Path) -> tuple[float, str] | None:
+def evaluated(name: str, run: Path, step: int | None = None) -> tuple[float, str] | None:
     """The score in a run's eval.json that was written last, and its protocol; None where there is none. NotEvidence if all
-    are of another set than the published one."""
+    are of another set than the published one, or of the export of another step."""
     path = run / "eval.json"
     found = read_json(path) if path.is_file() else []
     try:
@@ -362,7 +363,16 @@ def evaluated(name: str, run: Path) -> tuple[float, str] | None:
     whole = [(value, protocol) for value, n, protocol in rows if not metrics.not_comparable(name, n, protocol)]
     if rows and not whole:
         raise NotEvidence(f"not measured on the published set: {metrics.not_comparable(name, *rows[-1][1:])}")
-    return whole[-1] if whole else None
+    of_step = [(value, protocol) for value, protocol in whole if step is None or step_of(protocol) in (None, step)]
+    if whole and not of_step:
+        raise NotEvidence(f"measured at step {step_of(whole[-1][1])}, and the run has gone on to {step}: evaluate it again")
+    return of_step[-1] if of_step else None
+
+
+def step_of(protocol: str) -> int | None:
+    """Of the export that scripts/evaluate.py measured."""
+    found = re.search(r", step (\d+)(, bf16)?$", protocol)
+    return int(found[1]) if found else None
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------

@@ -110,11 +110,14 @@ def main() -> None:
     processes.quiet()
     ranks = processes.start()
     model = loaded(folder, args, ranks)
+    step = (read_object(folder / "twinstack.json") or {}).get("step")  # of an export
     results = []
     for name in args.tasks:
         begin = time.perf_counter()
         score = partial(of_inputs, name) if isinstance(texts[name], text.Examples) else EVALUATE[name]
         found = score(model, texts[name], out if ranks.rank == 0 else None)
+        if step is not None:
+            found = [row | {"protocol": f"{row['protocol']}, step {step}"} for row in found]
         if args.dtype != "fp32":
             found = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in found]
         results += [metrics.row(name, **row) for row in found]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emitters
@@ -17,6 +18,7 @@ from common import config
 from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.run import task_module
+from recipes.bert import kinds
 from scripts import check, evaluate, plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +181,11 @@ def test_scores_come_from_eval_json(tmp_path: Path) -> None:
     evaluated(run, "lambada", {"accuracy": 0.4518, "last_token_accuracy": 0.6}, 5_153, "lambada-strict")
     evaluated(run, "lambada", {"accuracy": 0.9}, 3, "lambada-strict, the first 3 of 5,153 passages")
     assert verdicts(check.run_rows([run]))[1] == ("lambada_accuracy", "pass", "0.4518")
+    (run / "eval.json").write_text("[]")
+    for step, verdict in ((100_000, "not-run"), (300_000, "pass"), (100_000, "pass")):
+        evaluated(run, "lambada", {"accuracy": 0.45 + step / 1e9}, 5_153, f"lambada-strict, step {step}, bf16")
+        row = check.run_rows([run])[1]
+        assert row.verdict == verdict and (row.ours == "0.4503" or "measured at step 100000" in row.reason)
     evaluated(run, "lambada", {"accuracy": 45.18}, 5_153, "in percent")
     assert verdicts(check.run_rows([run]))[1][1] == "fail"
     for content in ('{"wikitext103": 19.37}', '[{"task": "lambada", "metric": "accuracy", "value": 0.45}]', "[3]"):
@@ -340,6 +347,11 @@ def test_the_table_has_what_evaluators_write_and_no_more(emitted: dict[str, dict
     assert {task: set(scores) for task, scores in emitted.items()} == {t: set(scores) for t, scores in metrics.TASKS.items()}
     assert len(metrics.NAMES) == sum(map(len, metrics.TASKS.values()))  # no two spell alike
     assert not metrics.NAMES.keys() & (metrics.RUN.keys() | metrics.AVERAGES.keys() | metrics.MISSING.keys())
+
+
+@pytest.mark.parametrize("name", kinds.KIND_OF)
+def test_the_first_metric_of_a_task_decides(name: str) -> None:
+    assert next(iter(metrics.TASKS[name])) == kinds.selected_by(SimpleNamespace(name=name))
 
 
 def test_a_perfect_score_is_the_most_of_its_unit(emitted: dict[str, dict[str, float]]) -> None:

@@ -195,7 +195,7 @@ def test_a_part_says_so_and_stands_beside_the_whole(run: Path, data: Path, resul
     assert len(rows) == len(results) + 3  # bits per byte of a part is not known
     evaluate(run, "wikitext103", "--data", data, "--limit", 2, "--out", tmp_path / "part", "--batch", 4)
     assert [row["metric"] for row in json.loads((tmp_path / "part/eval.json").read_text())] == ["token_perplexity"]
-    assert any(row["protocol"] == "lambada-strict, the first 3 of 21 passages" and row["n"] == 3 for row in rows)
+    assert any(row["protocol"] == "lambada-strict, the first 3 of 21 passages, step 3" and row["n"] == 3 for row in rows)
 
 
 REFUSED = [
