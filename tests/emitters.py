@@ -134,6 +134,10 @@ def write_dev(name: str, folder: Path) -> None:
                 line[places[-1]] = known[int(label)] if known else str(label)
                 lines.append("\t".join(line))
             write(file, "\n".join(lines) + "\n")
+    elif name == "classify":
+        rows = "\n".join(json.dumps({"text": line, "label": "ab"[i % 2]}) for i, line in enumerate(TEXTS))
+        write("train.jsonl", rows)
+        write("dev.jsonl", rows)
     elif name == "race":
         for level in ("middle", "high"):
             item = {"article": TEXTS[0], "questions": TEXTS[:2], "options": [TEXTS[:4]] * 2, "answers": ["A", "C"]}
