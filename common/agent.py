@@ -1,15 +1,20 @@
-"""torchrun, told to leave signals to the launcher and to name failed ranks in one line each. For common/launch.py.
+"""torchrun, told to leave signals to the launcher and to record which ranks failed first. For common/launch.py.
 
 torchrun by itself sends its ranks SIGTERM and kills them 30 s later, and ends every failure with a page of its own
 below the error that matters. The arguments are torchrun's.
 """
 
+import json
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
+from common import heartbeat
 from common.launch import SIGNALS
+from common.watch import FIRST_FAILURES, GRACE
 
 
 def main(argv: list[str]) -> int:
@@ -27,14 +32,12 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
+    _record_first_failures()
     try:
         torchrun(argv)
     except ChildFailedError as error:
         # torchrun ends the other ranks by SIGTERM: they are not the cause
         failed = {r: f for r, f in error.failures.items() if f.exitcode != -signal.SIGTERM} or error.failures
-        if not _told(os.environ.get("TWINSTACK_EXIT_CODE")):
-            for rank, failure in sorted(failed.items()):
-                print(f"error: rank {rank} (process {failure.pid}) {_how(failure.exitcode)}", file=sys.stderr)
         code = min(failed.values(), key=lambda f: f.timestamp).exitcode
         return code if code > 0 else 128 - code
     except (DistError, RendezvousError) as error:
@@ -45,17 +48,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _told(path: str | None) -> bool:
-    """Have the ranks said themselves why they end?"""
-    return bool(path) and os.path.exists(path)
+def _record_first_failures() -> None:
+    """Before torchrun ends the other ranks of a failed one, write down which have failed by themselves; it then waits for
+    GRACE seconds and not for 30: a rank that waits for a lost one does not react to SIGTERM."""
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
+    close = SubprocessContext._close
 
-def _how(exitcode: int) -> str:
-    if exitcode >= 0:
-        return f"ended with exit code {exitcode}"
-    name = signal.Signals(-exitcode).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"was killed by {name}{hint}"
+    def recording(self: Any, death_sig: signal.Signals, timeout: int = GRACE) -> None:
+        path = Path(os.environ[heartbeat.SCRATCH]) / FIRST_FAILURES
+        if self._failures and not path.exists():
+            path.write_text(json.dumps([[rank, f.pid, f.exitcode] for rank, f in sorted(self._failures.items())]))
+        close(self, death_sig, GRACE)
+
+    SubprocessContext._close = recording
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import heartbeat
 from common.config import Layout
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank:
     together = layout.micro_batch * layout.dp
     arranged = arrange(stream, range(samples))
     for first in range(0, samples, together):
+        heartbeat.beat("evaluation")
         numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
         rows = stream.rows(arranged[np.minimum(numbers, samples - 1)])
         for name in [name for name in rows if name.endswith("_mask")]:  # which targets count: (B, ...) bool

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import parameters
+from common import heartbeat, parameters
 from common.errors import BadInput
 from common.parameters import Shapes
 
@@ -82,11 +82,13 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
             fault = _told(tmp, "be made", error)
     dist.barrier()
     for name, parts in entries:
+        heartbeat.beat("saving")
         if parts is not None and fault is None:
             try:
                 written[name] = _write(tmp / f"{name}.safetensors", parts)
             except OSError as error:  # told once all ranks are through the collectives
                 fault = _told(tmp / f"{name}.safetensors", "be written", error)
+    heartbeat.wait("save")
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (written, fault))
     faults = [f for _, f in gathered if f]
@@ -103,6 +105,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
             faults = [_told(final, "be finished", error)]
     told = [faults]
     dist.broadcast_object_list(told)
+    heartbeat.beat("saved")
     if told[0]:
         if first:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -99,6 +99,9 @@ class Train(Section):
     eval_samples: Positive | None = None  # validation samples used; default: all
     save_every: Count = 0  # steps; 0: only after the last one
     keep: Positive = 2  # checkpoints kept
+    # Seconds without progress of any rank (a micro batch, a parameter read or written) after which the launcher names the rank
+    # and ends the run; 0: never. Below the 10 minutes after which NCCL by default ends every rank and names none.
+    hang_seconds: Count = 540
 
 
 class Init(Section):
@@ -173,7 +176,7 @@ class Config(Section):
 
 # What a continued run may change without becoming another run. Paths under `data` are compared by content, not by name.
 FREE = {
-    "train": {"steps", "eval_every", "eval_samples", "save_every", "keep"},
+    "train": {"steps", "eval_every", "eval_samples", "save_every", "keep", "hang_seconds"},
     "data": {"train", "valid", "tokenizer"},
     "task": {"data", "patience", "split", "beams", "length_penalty", "write_batch", "answers", "answer_tokens"},
     "expect": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,

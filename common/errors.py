@@ -2,7 +2,8 @@
 
 Exit codes of every command: 0 done, 2 bad input, 3 the loss became NaN or infinite, 143 (SIGTERM) or 130 (SIGINT) stopped
 with the state saved; anything else is a fault and shows its traceback. A bare `torchrun -m` gives 1 for all but 0; the launch
-scripts give the code itself.
+scripts give the code itself, and two of their own: 4 no rank made progress for train.hang_seconds, 5 the connection to another
+node was lost. 128 + N: signal N killed a rank (137: SIGKILL).
 """
 
 import errno
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 3
+EXIT_HANG = 4
+EXIT_LOST = 5
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 

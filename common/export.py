@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import checkpoint, parameters
+from common import checkpoint, heartbeat, parameters
 from common.checkpoint import Checkpoint
 from common.config import Config
 from common.errors import BadInput
@@ -38,7 +38,9 @@ def to_hf(
                 print(f"export    {folder}", flush=True)
         except BadInput as error:
             problems = [error.problems]
+    heartbeat.wait("export")
     dist.broadcast_object_list(problems)  # the others wait here
+    heartbeat.beat("exported")
     if problems[0]:
         raise BadInput(problems[0])
 
@@ -106,7 +108,10 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
     index, total = {}, 0
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: source.read(name, ("weight",))["weight"].clone() for name in names}
+        tensors = {}
+        for name in names:
+            heartbeat.beat("export")
+            tensors[name] = source.read(name, ("weight",))["weight"].clone()
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
         total += sum(t.numel() * 4 for t in tensors.values())

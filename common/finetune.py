@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from common import batches, export, lora
+from common import batches, export, heartbeat, lora
 from common import ranks as processes
 from common.config import Section
 from common.corpus import write_json
@@ -186,6 +186,7 @@ def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
 
     def tell(done_batches: int) -> bool:
         nonlocal shown
+        heartbeat.beat("writing")
         now = time.monotonic()
         if ranks.rank == 0 and done_batches and now - shown >= 10:
             done, shown = done_batches * size, now

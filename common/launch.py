@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common import heartbeat
 from common.config import STACKS
-from common.errors import EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly
+from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly
+from common.watch import Failure, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
 DEFAULT_PORT = 29500
@@ -37,7 +39,8 @@ NPROC      processes on this node (default: its GPUs, else 1)
 NNODES NODE_RANK MASTER_ADDR MASTER_PORT
            several nodes: how many, which one this is (from 0), address and port of node 0; under srun they are known
 
-exit code: 0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved"""
+exit code: 0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved,
+           4 no progress for train.hang_seconds, 5 connection to another node lost, 128 + N: signal N killed a rank"""
 
 
 TASKS = {"pretrain": "task"}  # recipes/FAMILY/task.py; another script's module there has the script's name
@@ -230,6 +233,7 @@ def interface(address: str) -> str | None:
 def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
     """What the ranks need to know; what the user has set is kept."""
     made = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
+    made["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a node that ends fills the screens of the others with torch's warnings
     # On a CPU glibc gives a large tensor's memory back to the kernel and fetches it anew, page by page: a tenth of the time
     # of a small BERT's step. It keeps up to this much instead (man 3 mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
     made |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(4 << 30))
@@ -237,7 +241,7 @@ def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str,
         name = interface(local_address(on.master_addr))
         if name:
             made |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # =: this very name, no prefix
-    always = {"TWINSTACK_EXIT_CODE": str(scratch / "exit_code"), "PET_LOG_DIR": str(scratch)}
+    always = {heartbeat.SCRATCH: str(scratch), "TWINSTACK_EXIT_CODE": str(scratch / "exit_code"), "PET_LOG_DIR": str(scratch)}
     return made | dict(given) | always
 
 
@@ -298,20 +302,68 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 
 
-def run(arguments: Sequence[str], on: Nodes) -> int:
-    """torchrun with these arguments; returns the exit code of the launch."""
+def run(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0) -> int:
+    """torchrun with these arguments; returns the exit code of the launch.
+
+    hang_seconds: without progress for so long all is ended; 0: never. The details of a failure go to a file in OUT.
+    """
     with tempfile.TemporaryDirectory(prefix="twinstack_") as folder:
         scratch = Path(folder)
+        watch = Watch(scratch, on, out, hang_seconds)
         agent = subprocess.Popen(
             [sys.executable, "-m", "common.agent", *arguments],
-            env=environment(on, scratch, os.environ),
+            env=environment(on, scratch, os.environ) | {"TWINSTACK_HANG_SECONDS": str(hang_seconds)},
             start_new_session=True,  # Ctrl-C is for the launcher alone
             preexec_fn=_end_with_launcher,
         )
         stop = Stop(agent)
-        code = agent.wait()
-        told = scratch / "exit_code"
-        return exit_code(code, int(told.read_text() or 0) if told.exists() else 0, stop)
+        failure = None
+        while failure is None and (ended := _wait(agent, watch.tick)) is None:
+            failure = watch.look()
+        if failure:
+            code = failure.code
+        else:
+            told, *lines = _read(scratch / "exit_code").splitlines() or ["0"]
+            code = exit_code(ended, int(told), stop)
+            if code not in (0, int(told), 128 + stop.asked):  # else the ranks have said why
+                failure = watch.failed(ended)
+                code = failure.code if failure else code
+        for line in failure.lines if failure else ():
+            print(line, file=sys.stderr, flush=True)
+        if ended is None:
+            _kill(agent)
+        elif failure is None and code == EXIT_BAD_INPUT:  # perhaps of this node alone, where it is on the screen
+            failure = Failure(code, lines)
+        details = watch.close(failure, code)
+        if details:
+            print(details, file=sys.stderr, flush=True)
+        return code
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
+
+
+def _kill(agent: subprocess.Popen) -> None:
+    """torchrun and its ranks, stopped ones too."""
+    import psutil
+
+    try:
+        processes = psutil.Process(agent.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        processes = []
+    agent.kill()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    agent.wait()
+    psutil.wait_procs(processes, timeout=5)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def exit_code(agent: int, told: int, stop: Stop) -> int:
@@ -349,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    code = run(arguments, on)
+    code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
     while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
         before, job = job, prepare(command.config, command.out, command.overrides, stack, task, on.world)
         if Stop.ever:  # the phase before was over when it came
@@ -357,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + Stop.ever
         if job.cfg.train.steps == before.cfg.train.steps:
             raise BadInput(f"{job.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
-        code = run(arguments, on)
+        code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
     return code
 
 

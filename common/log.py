@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from common import flops
+from common import flops, heartbeat
 from common.ranks import Ranks
 from common.run import Run
 
@@ -21,7 +21,7 @@ class Log:
         self.first = ranks.rank == 0
         self.run, self.device = run, ranks.device
         self.start = self.step_start = time.perf_counter()
-        self.first_step = run.resume.step if run.resume else 0
+        self.first_step = self.current = run.resume.step if run.resume else 0
         self.flops_per_token = task.forward_backward_flops(run.cfg.model, run.cfg.data)["full"]
         self.gpu = _gpu_name(ranks)
         if not self.first:
@@ -31,6 +31,8 @@ class Log:
         print(header(run, self.gpu), flush=True)
 
     def begin_step(self) -> None:
+        self.current += 1
+        heartbeat.beat("data", self.current)
         self.step_start = time.perf_counter()
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:

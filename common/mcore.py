@@ -4,6 +4,7 @@ Checked with megatron-core 0.19.2. Its own distributed checkpoint cannot be read
 not load a distributed optimizer over torch's AdamW; the state here goes parameter by parameter instead.
 """
 
+import datetime
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.overrides import TorchFunctionMode
 
-from common import parameters, state
+from common import heartbeat, parameters, state
+from common import ranks as processes
 from common.checkpoint import PARTS, Entry
 from common.config import Config, Layout
 from common.errors import BadInput
@@ -113,15 +115,20 @@ def start(ranks: Ranks, layout: Layout) -> None:
         _use_cpu()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    minutes = processes.timeout() // datetime.timedelta(minutes=1)  # its groups do not take that of the default one
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, distributed_timeout_minutes=minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def seed_parallel(seed: int) -> None:
-    """After ranks.seed_micro_batch: the states that dropout inside tensor- and sequence-parallel regions draws from.
+def begin_micro_batch(seed: int) -> None:
+    """On each stage, of training with the seed of ranks.seed_micro_batch (0: of an evaluation): a heartbeat, and the states
+    that dropout inside tensor- and sequence-parallel regions draws from.
 
     These add the tp rank; both add the pipeline stage, so that two stages do not drop the same units.
     """
+    heartbeat.beat("forward and backward")
+    if not seed:
+        return
     stage = parallel_state.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed((seed + 100 * stage) % 2**62)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from common import heartbeat
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
 from common.init import hashed
 
@@ -38,7 +39,8 @@ class Stopped(Exception):
 
 
 def quiet() -> None:
-    """Silence what the libraries say on import; errors and our own lines remain."""
+    """Silence what the libraries say on import; errors and our own lines remain. In a rank of a launch: its first heartbeat."""
+    heartbeat.begin()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -62,11 +64,19 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        hour = datetime.timedelta(hours=1)  # the first step may compile for minutes on one rank while the others wait
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=hour, **alone)
+        heartbeat.wait("process group")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout(), **alone)
+        heartbeat.beat("preparation")
         if alone:  # DeepSpeed reads these even though the group is there
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def timeout() -> datetime.timedelta:
+    """Of a collective. An hour: one rank may compile or export while the others wait. Where the launcher watches for progress,
+    which tells that from a hang (train.hang_seconds), a day."""
+    watched = os.environ.get("TWINSTACK_HANG_SECONDS", "0") != "0"
+    return datetime.timedelta(days=1) if watched else datetime.timedelta(hours=1)
 
 
 def _remember(number: int, _frame: object) -> None:
@@ -98,6 +108,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> in
     """Set torch's generators for one micro batch: random units are a function of these four alone. Returns the seed."""
     import torch
 
+    heartbeat.beat(f"micro batch {micro_batch + 1}")
     value = hashed("dropout", seed, step, micro_batch, dp_rank)
     torch.manual_seed(value)
     return value
@@ -120,8 +131,11 @@ def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, dev
     if dist.get_world_size(group) == 1:
         return list(numbers)
     values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    heartbeat.wait("sum of counts")
     dist.all_reduce(values, group=group)
-    return values.tolist()
+    summed = values.tolist()
+    heartbeat.beat("forward and backward")
+    return summed
 
 
 def agree(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
@@ -135,9 +149,11 @@ def agree(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tu
 
     signals = [stop_asked() == signal.SIGTERM, stop_asked() == signal.SIGINT]
     both = torch.cat([shares.double(), torch.tensor(signals, dtype=torch.float64, device=ranks.device)])
+    heartbeat.wait("sum of the loss")
     if ranks.world > 1:
         dist.all_reduce(both)
     *values, terms, interrupts = both.tolist()
+    heartbeat.beat("update")
     number = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
     for value in values:
         must_be_finite("loss", value, step, samples, when=" before the update")
@@ -181,7 +197,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         if _recorded() != EXIT_BAD_INPUT:  # else another rank has said why, and its end broke a collective here
             raise
         code = EXIT_BAD_INPUT
-    first = bool(code) and _record(code)
+    first = bool(code) and _record(code, lines)
     if code != EXIT_BAD_INPUT:  # all ranks have agreed to stop, on every node
         first = os.environ.get("RANK", "0") == "0"
     if first and lines:  # bad input may be seen by one rank alone (its node lacks a file): the first speaks for all
@@ -190,19 +206,21 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
     if dist.is_initialized() and code != EXIT_BAD_INPUT:  # the others may wait in a collective: torchrun ends them
         dist.destroy_process_group()
+    heartbeat.beat(heartbeat.DONE)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds
 
 
-def _record(code: int) -> bool:
-    """Tell the launcher the ranks' own exit code (torchrun reports 1 for every failure): True where none has before."""
+def _record(code: int, lines: Sequence[str] = ()) -> bool:
+    """Tell the launcher the ranks' own exit code (torchrun reports 1 for every failure) and its reason: True where none has
+    before."""
     path = os.environ.get("TWINSTACK_EXIT_CODE")
     if not path:
         return True
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(str(code))
+            file.write("\n".join([str(code), *lines]))
     except FileExistsError:
         return False
     return True
@@ -212,6 +230,6 @@ def _recorded() -> int:
     """The exit code that a rank of this node has told the launcher, 0 if none has."""
     try:
         with open(os.environ.get("TWINSTACK_EXIT_CODE", ""), encoding="utf-8") as file:
-            return int(file.read() or 0)
+            return int(file.readline() or 0)
     except FileNotFoundError:
         return 0

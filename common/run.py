@@ -267,7 +267,7 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
             problems.append(f"{out / 'config.yaml'}: is not the config of such a run ({keys}); choose another OUT")
     elif (out / "step_0" / "state.json").is_file():  # of `python -m recipes.FAMILY.convert from-hf`
         return None
-    elif out.is_dir() and any(p.suffix != ".tmp" and p.name != "tensorboard" for p in out.iterdir()):
+    elif out.is_dir() and any(p.suffix != ".tmp" and p.name not in ("tensorboard", "logs") for p in out.iterdir()):
         problems.append(f"{out}: is not empty and holds no run (no config.yaml); choose another OUT")
     return None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common import config, init, parameters
+from common import config, heartbeat, init, parameters
 from common.checkpoint import Checkpoint, Entry
 from common.config import Config
 from common.parameters import Shapes
@@ -27,6 +27,16 @@ def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | N
 
     shapes: the family's list; BadInput for a checkpoint of other parameters.
     """
+    source = _source(cfg, task, shapes, resume)
+
+    def value(name: str, shape: init.Shape) -> Parts:
+        heartbeat.beat("reading parameters")
+        return source(name, shape)
+
+    return value
+
+
+def _source(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> Values:
     if resume:
         return stored(resume, shapes)
     source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))

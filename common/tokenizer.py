@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common import heartbeat
 from common.errors import BadInput
 
 if TYPE_CHECKING:  # the library is imported by the functions that need it: validating a config must not wait for it
@@ -66,8 +67,12 @@ def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
 def encoded(encode_batch: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
     """What a tokenizer of the Rust library gives for texts, nothing added. BadInput for a text with half of a character, which
     JSON can spell (\\ud83d alone) and UTF-8 cannot."""
+    made = []
     try:
-        return encode_batch(texts, add_special_tokens=False)
+        for first in range(0, len(texts), 4096):  # a corpus of long texts takes minutes
+            heartbeat.beat("tokenization")
+            made += encode_batch(texts[first : first + 4096], add_special_tokens=False)
+        return made
     except TypeError:
         half = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
         if half is None:

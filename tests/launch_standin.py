@@ -1,6 +1,7 @@
 """Ranks that need neither torch nor a model: what the launcher does is tested on them.
 
-It launches itself through common.launch: `python tests/launch_standin.py MODE FOLDER [SECONDS or CODE]`.
+It launches itself through common.launch: `python tests/launch_standin.py MODE FOLDER [SECONDS or CODE]`. HANG_SECONDS in the
+environment is train.hang_seconds, FOLDER/out the run's OUT.
 """
 
 import os
@@ -9,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import launch
+from common import heartbeat, launch
 from common.errors import EXIT_SIGTERM
 
 
 def rank(mode: str, folder: Path, value: int) -> int:
     launch._end_with_launcher()
+    heartbeat.begin()
     number = os.environ["RANK"]
     (folder / f"pid_{number}").write_text(str(os.getpid()))
     if mode == "finish":
@@ -24,11 +28,46 @@ def rank(mode: str, folder: Path, value: int) -> int:
         return _tell(value)
     if mode == "crash" and number == "1":
         raise RuntimeError("rank one is broken")
+    if mode == "steps":
+        return _steps(folder, int(number), value)
     if mode == "save":
         return _save_when_asked(folder, number, value)
     (folder / f"ready_{number}").touch()
     time.sleep(300)
     return 0
+
+
+def _steps(folder: Path, number: int, slow: int) -> int:
+    """Steps that each end when all ranks have made them. slow: after the fifth, rank 0 evaluates for so many seconds and more,
+    and the run ends; 0: it goes on."""
+    world = int(os.environ["WORLD_SIZE"])
+    signal.signal(signal.SIGTERM, lambda *_: None)  # it would be saved for, at the end of a step
+    for step in range(1, 6 if slow else 10**6):
+        heartbeat.beat("data", step)
+        time.sleep(0.02)
+        heartbeat.wait("sum of the loss")
+        _meet(folder, number, world, step)
+        (folder / f"ready_{number}").touch()
+    if number == 0:
+        for _ in range(2 * slow):
+            heartbeat.beat("evaluation")
+            time.sleep(0.5)
+    heartbeat.wait("barrier")
+    _meet(folder, number, world, 10**6)
+    heartbeat.beat(heartbeat.DONE)
+    return 0
+
+
+def _meet(folder: Path, number: int, world: int, step: int) -> None:
+    """A collective: wait until all ranks are there; as gloo does, raise if one has gone."""
+    (folder / f"at_{number}.tmp").write_text(str(step))
+    (folder / f"at_{number}.tmp").rename(folder / f"at_{number}")
+    for other in range(world):
+        place, process = folder / f"at_{other}", folder / f"pid_{other}"
+        while not place.exists() or int(place.read_text()) < step:
+            if process.exists() and not psutil.pid_exists(int(process.read_text() or os.getpid())):
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+            time.sleep(0.01)
 
 
 def _save_when_asked(folder: Path, number: str, seconds: int) -> int:
@@ -61,7 +100,8 @@ def main() -> int:
     if "RANK" in os.environ:
         return rank(mode, Path(folder), int(*value or [0]))
     on = launch.free_port(launch.nodes(os.environ))
-    return launch.run([*launch.torchrun(on), __file__, *sys.argv[1:]], on)
+    out, limit = Path(folder) / "out", int(os.environ.get("HANG_SECONDS", "0"))
+    return launch.run([*launch.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
 
 
 if __name__ == "__main__":

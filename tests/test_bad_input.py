@@ -76,7 +76,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Try:
     """attempt(*overrides, stack=, nproc=, config=, out=): the launcher up to the start of the ranks."""
     started: list[Sequence[str]] = []
-    monkeypatch.setattr(launch, "run", lambda arguments, on: started.append(arguments) or 0)
+    monkeypatch.setattr(launch, "run", lambda arguments, *_: started.append(arguments) or 0)
 
     def go(
         *overrides: str, stack: str = "baseline", nproc: int = 1, config: Any = "tiny.yaml", out: Any = "out",
@@ -160,6 +160,7 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a li
     ("train.steps=99999999999999999999", ["train.steps=99999999999999999999: should be less than 2147483648"]),
     ("train.eval_every=-1", ["train.eval_every=-1: should be greater than or equal to 0"]),
     ("train.keep=0", ["train.keep=0: should be greater than 0"]),
+    ("train.hang_seconds=-1", ["train.hang_seconds=-1: should be greater than or equal to 0"]),
     ("train.seed=-1", ["train.seed=-1: should be greater than or equal to 0"]),
     ("train.seed=9223372036854775808", ["train.seed=9223372036854775808: should be less than"]),
     ("train.dtype=fp16", ["train.dtype=\"fp16\": should be 'fp32' or 'bf16'"]),
@@ -591,7 +592,7 @@ def test_out_that_holds_another_run(overrides: str, told: list[str], place: Path
 FREE: list[tuple[str, str]] = [  # stack, overrides
     ("baseline", ""),
     ("baseline", "train.steps=9"),
-    ("baseline", "train.eval_every=1 train.save_every=3 train.keep=7 train.eval_samples=5"),
+    ("baseline", "train.eval_every=1 train.save_every=3 train.keep=7 train.eval_samples=5 train.hang_seconds=0"),
     ("baseline", "expect.val_loss={value: 1.0, tolerance: 0.1, source: me}"),
     ("baseline", "baseline.micro_batch=4 baseline.recompute=true"),
     ("baseline", "data.train=moved/train data.valid=moved/valid.bin"),

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from common import launch
+from common import heartbeat, launch, watch
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,18 +173,104 @@ def test_a_broken_rank_shows_its_traceback_and_one_line(tmp_path: Path) -> None:
     _, told = process.communicate()
     assert process.returncode == 1
     assert "RuntimeError: rank one is broken" in told
-    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 1\n$", told)
+    assert re.search(r"^error: rank 1 of node 0 \(.*, process \d+\) ended with exit code 1 at the start ", told, re.M)
     assert told.count("error: rank") == told.count("Traceback") == 1
+    assert "rank one is broken" in details(told)
 
 
-def test_a_killed_rank_ends_the_launch_soon(tmp_path: Path) -> None:
+def details(told: str) -> str:
+    """What the file that these last words name holds."""
+    return Path(re.search(r"^details: (.*)\n\Z", told, re.M)[1]).read_text()
+
+
+def stop(folder: Path, rank: int, number: int) -> float:
+    """Send a rank a signal once all have made a step; the time at which it was sent."""
+    wait_for_ready(folder)
+    time.sleep(0.3)
+    os.kill(int((folder / f"pid_{rank}").read_text()), number)
+    return time.monotonic()
+
+
+def test_a_killed_rank_is_the_first_line_and_ends_the_launch_soon(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "steps")
+    begin = stop(tmp_path, 1, signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 137 and time.monotonic() - begin < 15
+    first, second = told.splitlines()
+    where = rf"\({re.escape(socket.gethostname())}, process {(tmp_path / 'pid_1').read_text()}\)"
+    assert re.match(rf"error: rank 1 of node 0 {where} was killed by SIGKILL \(out of memory\?\) at step \d+ \(", first)
+    assert "Connection closed by peer" in details(told) and second.startswith("details: ")
+    assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
+
+
+def test_a_rank_that_takes_no_signal_does_not_delay_the_end(tmp_path: Path) -> None:
+    """torchrun by itself waits half a minute for ranks that it has sent SIGTERM."""
     process = start_standin(tmp_path, "hang")
     wait_for_ready(tmp_path)
-    os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGKILL)
-    _, told = process.communicate(timeout=20)
-    assert process.returncode == 137
-    assert "error: rank 1" in told and "SIGKILL" in told
+    os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGSTOP)
+    os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGSEGV)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 139
+    assert told.startswith("error: rank 1 of node 0 (") and "was killed by SIGSEGV" in told.splitlines()[0]
+    assert "Fatal Python error: Segmentation fault" in details(told)
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
+
+
+def test_a_stopped_rank_is_named_within_the_limit(tmp_path: Path) -> None:
+    process = start_standin(tmp_path, "steps", HANG_SECONDS=2)
+    begin = stop(tmp_path, 1, signal.SIGSTOP)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 4 and 1.5 < time.monotonic() - begin < 15
+    first, second, _ = told.splitlines()
+    assert re.match(r"error: rank 1 of node 0 \(.*, process \d+\) hangs: stopped by a signal, at step \d+ \(.* since 20", first)
+    assert "train.hang_seconds" in second and "nothing was saved" in second
+    assert re.search(r"rank 0: stacks\n.*\n.* in _meet", details(told))  # where the other one waits
+    assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
+
+
+def test_what_is_slow_and_makes_progress_goes_on(tmp_path: Path) -> None:
+    """One rank evaluates for longer than the limit while the other waits."""
+    process = start_standin(tmp_path, "steps", 5, HANG_SECONDS=3)
+    _, told = process.communicate(timeout=120)
+    assert (process.returncode, told) == (0, "")
+    assert not (tmp_path / "out").exists()
+
+
+def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", waits: bool = False) -> watch.Rank:
+    return watch.Rank(rank, rank // 2, f"h{rank // 2}", heartbeat.Record(100 + rank, step, beats, 0.0, phase), state, waits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [  # of four ranks, two on each node, the first two wait
+        ([row(2, 7, 3, "update"), row(3, 7, 4, "update", waits=True)], "rank 2 of node 1 (h1, process 102) hangs while others"),
+        ([row(2, 7, 3, "data", "disk-sleep"), row(3, 7, 4, "data")], "rank 2 of node 1 (h1, process 102) hangs in the file"),
+        ([row(2, 6, 9, "update"), row(3, 7, 1, "data")], "rank 2 of node 1 (h1, process 102) hangs while others"),
+        ([row(2, 7, 3, "data", waits=True), row(3, 7, 4, "data", waits=True)], "rank 2 of node 1 (h1, process 102) is behind"),
+        (
+            [row(2, 7, 3, "data", "stopped"), row(3, 7, 3, "data", "stopped")],
+            "ranks 2 to 3 of node 1 (h1), each of which hangs",
+        ),
+        ([row(2, 7, 3, "done"), row(3, 7, 4, "x", waits=True)], "ranks 0 to 1 of node 0 (h0), each of which stands at step 7"),
+    ],
+)
+def test_which_rank_keeps_the_others_waiting(rows: list[watch.Rank], told: str) -> None:
+    others = [row(rank, 7, 4, "waiting: sum of the loss", waits=True) for rank in (0, 1)]
+    assert watch._culprits(others + rows)[0].startswith(told)
+
+
+def test_a_stack_tells_whether_its_rank_waits(tmp_path: Path) -> None:
+    """As faulthandler writes them: the main thread last, its innermost call first."""
+    stack = """Thread 0x1 (most recent call first):
+  File "/usr/lib/python3.12/threading.py", line 359 in wait
+
+Current thread 0x2 (most recent call first):
+  File "{}", line 3028 in all_reduce
+  File "/recipes/gpt/baseline/pretrain.py", line 100 in main
+"""
+    assert watch._waits(stack.format("/site-packages/torch/distributed/distributed_c10d.py"))
+    assert not watch._waits(stack.format("/recipes/gpt/task.py"))
+    assert not watch._waits("")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -312,6 +398,37 @@ def test_sigterm_saves_and_the_same_command_continues(stack: str, config: Path, 
     assert [line["step"] for line in again] == list(range(1, len(lines) + 3))
 
 
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_rank_that_stops_is_named_and_the_same_command_continues(
+    stack: str, number: int, config: Path, tmp_path: Path
+) -> None:
+    """A hang or a loss, in a real run; what it had done after its checkpoint is done again, bit for bit."""
+    out = tmp_path / "out"
+    layout = {"baseline": [], "deepspeed": ["deepspeed.zero_stage=3"], "megatron": ["megatron.pp=2"]}[stack]
+    settings = [*layout, "train.save_every=40", "train.hang_seconds=6"]
+    env = env_with(NPROC=2, OMP_NUM_THREADS=1)
+    command = pretrain(stack, config, out, *settings, "train.steps=1000000")
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(training_lines(out)) > 50, "some steps", 180)
+    [victim] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    victim.send_signal(number)
+    begin = time.monotonic()
+    _, told = process.communicate(timeout=120)
+    how = "hangs: stopped by a signal," if number == signal.SIGSTOP else "was killed by SIGKILL"
+    assert re.match(rf"error: rank 1 of node 0 \(.*, process {victim.pid}\) {how}.* at step \d+ ", told), told
+    assert process.returncode == (4 if number == signal.SIGSTOP else 137) and time.monotonic() - begin < 40
+    assert "Traceback" not in told and len(told.splitlines()) <= 3
+    assert "Current thread" in details(told) or "exception" in details(told)  # of the other rank
+
+    lines = training_lines(out)
+    saved = max(int(p.name[5:]) for p in out.glob("step_*") if p.suffix != ".tmp")
+    assert 40 <= saved < len(lines)
+    subprocess.run(pretrain(stack, config, out, *settings, f"train.steps={len(lines)}"), env=env, check=True)
+    again = training_lines(out)
+    assert [(a["step"], a["loss"], a["grad_norm"]) for a in again] == [(b["step"], b["loss"], b["grad_norm"]) for b in lines]
+
+
 @pytest.fixture
 def two_nodes() -> Iterator[list[list[str]]]:
     """Two network namespaces joined by a cable: for each, how a command is run there. Addresses 10.77.0.1 and .2."""
@@ -341,9 +458,9 @@ def two_nodes() -> Iterator[list[list[str]]]:
             ip("netns", "del", name, check=False)
 
 
-def on_two_nodes(two_nodes: list[list[str]], command: list[str]) -> list[subprocess.Popen]:
+def on_two_nodes(two_nodes: list[list[str]], command: list[str], **env: object) -> list[subprocess.Popen]:
     # threads decide the last bit of a sum, and the two nodes share this machine's cores
-    cluster = {"NNODES": 2, "MASTER_ADDR": "10.77.0.1", "NPROC": 1, "OMP_NUM_THREADS": 1}
+    cluster = {"NNODES": 2, "MASTER_ADDR": "10.77.0.1", "NPROC": 1, "OMP_NUM_THREADS": 1} | env
     return [
         subprocess.Popen(node + command, env=env_with(NODE_RANK=rank, **cluster), stderr=subprocess.PIPE, text=True)
         for rank, node in enumerate(two_nodes)
@@ -370,6 +487,42 @@ def test_sigterm_on_one_of_two_nodes_saves_on_both(config: Path, two_nodes: list
     told = [p.communicate(timeout=60)[1] for p in processes]
     assert [p.returncode for p in processes] == [143, 143], told
     assert (out / f"step_{len(training_lines(out))}").is_dir()
+
+
+def standin_on_two_nodes(two_nodes: list[list[str]], folder: Path, **env: object) -> list[subprocess.Popen]:
+    return on_two_nodes(two_nodes, [sys.executable, str(STANDIN), "steps", str(folder)], **env)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (signal.SIGSTOP, 4, r"error: rank 1 of node 1 \(.*, process \d+\) hangs: stopped by a signal, at step \d+"),
+        (signal.SIGKILL, 137, r"error: rank 1 of node 1 \(.*, process \d+\) was killed by SIGKILL .* at step \d+"),
+    ],
+)
+def test_a_rank_of_another_node_is_named_on_both(
+    number: int, code: int, told: str, two_nodes: list[list[str]], tmp_path: Path
+) -> None:
+    processes = standin_on_two_nodes(two_nodes, tmp_path, HANG_SECONDS=2)
+    stop(tmp_path, 1, number)
+    said = [p.communicate(timeout=120)[1] for p in processes]
+    assert [p.returncode for p in processes] == [code, code], said
+    assert all(re.match(told, each) and "Traceback" not in each for each in said), said
+    shown = details(said[0])
+    assert re.search(r"^ +0 +0 ", shown, re.M)  # a table of the ranks
+
+
+def test_a_lost_node_is_named(two_nodes: list[list[str]], tmp_path: Path) -> None:
+    processes = standin_on_two_nodes(two_nodes, tmp_path, HANG_SECONDS=2)
+    wait_for_ready(tmp_path)
+    wait_for(lambda: "sum of the loss" in (tmp_path / "out/logs/nodes/node_1.json").read_text(), "the second node's record")
+    processes[1].kill()  # the launcher, with all that it started
+    _, told = processes[0].communicate(timeout=120)
+    processes[1].communicate()
+    assert processes[0].returncode == 5, told
+    lost = rf"error: node 1 \({re.escape(socket.gethostname())}, rank 1\) gives no sign of life since 20.*; last seen at step "
+    assert re.match(lost, told) and "Traceback" not in told
+    assert "Connection closed by peer" in details(told)
 
 
 def test_srun_alone_tells_two_nodes_where_they_are(two_nodes: list[list[str]], tmp_path: Path) -> None:

@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     def forward(micro_batches: Iterator[Micro], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, weights, rows = next(micro_batches)
-        if seed:
-            mcore.seed_parallel(seed)
+        mcore.begin_micro_batch(seed)
         batch = task.batch(rows, ranks.device)
         mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
         output = model(batch["tokens"], batch["token_types"], mask, batch["predicted"])

@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     def forward(micro_batches: Iterator[tuple[int, batches.Rows]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, rows = next(micro_batches)
-        if seed:
-            mcore.seed_parallel(seed)
+        mcore.begin_micro_batch(seed)
         batch = task.batch(rows, ranks.device)
         mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T, T), True: masked out
         places = batch.get("position_ids", positions[:, : batch["inputs"].size(1)])
