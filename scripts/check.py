@@ -143,9 +143,10 @@ def run_rows(given: Sequence[Path]) -> list[Row]:
 
 def why_idle(claim: Claim, run: Finetuned | None) -> str:
     """Of a run that has no row and gives none to another."""
-    why = f"{claim.path} has no `expect`"
+    folder = f"recipes/{claim.family}/configs"
+    why = f"{folder}/{claim.path.name} has no `expect`"
     if not claim.path.is_file():
-        why = f"recipes/{claim.family}/configs has no {claim.path.name} to compare it with"
+        why = f"{folder} has no {claim.path.name} to compare it with"
     if run is None:
         return why
     start = f"init.from={run.cfg.init.from_}"
