@@ -8,6 +8,7 @@ import numpy as np
 
 from common import heartbeat
 from common.config import Layout
+from common.errors import BadInput
 
 if TYPE_CHECKING:
     from common.run import Run, Samples
@@ -23,7 +24,25 @@ def of_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> 
     arranged = arrange(stream, numbers)
     for micro in range(layout.accumulate):
         start = (micro * layout.dp + dp_rank) * layout.micro_batch
-        yield stream.rows(arranged[start : start + layout.micro_batch])
+        yield rows_of(stream, arranged[start : start + layout.micro_batch])
+
+
+def rows_of(stream: "Samples", numbers: np.ndarray) -> Rows:
+    """`stream.rows`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor parallelism
+    Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
+    (Corpus.read); this is the last line, for examples of finetuning and special tokens too."""
+    rows = stream.rows(numbers)
+    for name in ("tokens", "inputs", "targets") if stream.vocab_size is not None else ():
+        if name in rows and rows[name].size:
+            ids = rows[name].view(np.uint64)  # int64: ids below 0 become large
+            if int(ids.max()) >= stream.vocab_size:
+                row, place = np.argwhere(ids.reshape(len(ids), -1) >= stream.vocab_size)[0]
+                raise BadInput(
+                    f"{stream.where(int(numbers[row]))} holds token id {int(rows[name].reshape(len(ids), -1)[row, place]):,}, "
+                    f"the model knows ids from 0 to {stream.vocab_size - 1:,}; tokenize with the model's tokenizer, or set "
+                    "model.vocab_size above it"
+                )
+    return rows
 
 
 def arrange(stream: "Samples", numbers: range) -> np.ndarray:
@@ -42,7 +61,7 @@ def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank:
     for first in range(0, samples, together):
         heartbeat.beat("evaluation")
         numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
-        rows = stream.rows(arranged[np.minimum(numbers, samples - 1)])
+        rows = rows_of(stream, arranged[np.minimum(numbers, samples - 1)])
         for name in [name for name in rows if name.endswith("_mask")]:  # which targets count: (B, ...) bool
             real = (numbers < samples).reshape(-1, *[1] * (rows[name].ndim - 1))
             rows[name] = rows[name] & real

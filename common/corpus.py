@@ -1,8 +1,9 @@
 """Tokenized corpora on disk, and the order in which training reads them.
 
 On disk a corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents), the format of
-Megatron's IndexedDataset, plus our PREFIX.json (the manifest: counts, checksums, tokenizer). Files by Megatron's own builder,
-without a manifest, are read as well.
+Megatron's IndexedDataset, plus our PREFIX.json (the manifest: counts, checksums, tokenizer) and PREFIX.crc32 (a checksum of
+each block of both files, verified when the block is first read). Files by Megatron's own builder, without a manifest, and
+corpora built before there were block checksums are read as well, with what they have.
 
 The order is a pure function (law 3 of the house): sample number i of a run is the same sample of the same corpus
 whoever asks, and there is no index to build, no state to save: the position in the data is the sample number.
@@ -13,11 +14,13 @@ Letters in shapes: B samples asked for, T `seq_len`.
 import hashlib
 import json
 import os
+import re
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,6 +32,13 @@ _DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16
 }  # fmt: skip
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+
+FILES = (".bin", ".idx", ".crc32", ".json")
+"""Endings of the files of a corpus."""
+
+BLOCK = 2**14
+"""Bytes of a file under one checksum. A sample reads one or two blocks, and the kernel reads as much ahead in any case; CRC-32
+of a block takes 13 us (zlib, 1.3 GB/s), and finds every change of up to 32 adjacent bits."""
 
 Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
 """A prefix, a list of prefixes, or a list of [weight, prefix]."""
@@ -158,7 +168,8 @@ class Writer:
             file.write(bytes(8) + bounds.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        Path(self.prefix + ".json").unlink(missing_ok=True)  # of an earlier corpus of this name
+        for suffix in (".json", ".crc32"):  # of an earlier corpus of this name
+            Path(self.prefix + suffix).unlink(missing_ok=True)
         os.replace(self.prefix + ".bin.part", self.prefix + ".bin")
         os.replace(self.prefix + ".idx.part", self.prefix + ".idx")
         os.unlink(self.prefix + ".lengths.part")
@@ -166,23 +177,24 @@ class Writer:
 
 
 class Corpus:
-    """A corpus, read through a memory map: opening it costs the same whatever its size.
+    """A corpus, read through a memory map. Opening it reads the index whole (10 million sequences: 0.3 s), and no ids.
 
-    documents, tokens: counts. flat: ids of all documents end to end, (tokens,). lengths: tokens of each sequence,
-    int32. bounds: (documents + 1,) number of the first sequence of each document; a document is one sequence, or where
-    sentences are kept (--sentences, BERT) one a sentence. manifest: content of PREFIX.json, {} without one.
+    documents, tokens: counts. lengths: tokens of each sequence, int32. bounds: (documents + 1,) number of the first sequence
+    of each document; a document is one sequence, or where sentences are kept (--sentences, BERT) one a sentence. manifest:
+    content of PREFIX.json, {} without one. flat: ids of all documents end to end, (tokens,), unchecked; `read` and `get`
+    check what they return.
 
-    BadInput, naming the file, when one is missing, truncated, or does not belong to the other.
+    BadInput, naming the file, when one is missing, truncated, damaged, or does not belong to the other.
     """
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
+        self.key = ""  # of the config that names this corpus, for messages: see `limit`
+        self.vocab_size: int | None = None  # of the model; None: ids are not compared with it
         self._require_files()
         bin_size = os.path.getsize(self.prefix + ".bin")  # bytes
         self._read_index()
-        self.tokens = 0
-        if len(self.lengths):
-            self.tokens = int(self._pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+        self.tokens = self._check_index(bin_size) // self.dtype.itemsize
         if bin_size != self.tokens * self.dtype.itemsize:
             raise BadInput(
                 f"{self.prefix}.bin has {bin_size:,} bytes, {self.prefix}.idx describes "
@@ -191,7 +203,12 @@ class Corpus:
         self.flat = np.empty(0, self.dtype)
         if self.tokens:  # as a plain array over the map: slicing it does not pass through memmap's Python code
             self.flat = np.asarray(np.memmap(self.prefix + ".bin", self.dtype, "r"))
-        self.manifest = self._read_manifest()
+        self.manifest = _read_manifest(self.prefix)
+        self._compare_counts()
+        self._checksums = self._read_checksums(bin_size)  # of each block of .bin, then of .idx; None where there are none
+        self._check_index_blocks(-(-bin_size // BLOCK))
+        self._per_block = BLOCK // self.dtype.itemsize  # ids
+        self._checked = np.zeros(-(-bin_size // BLOCK), bool)  # blocks of .bin, by this process
 
     def _require_files(self) -> None:
         missing = [suffix for suffix in (".bin", ".idx") if not os.path.isfile(self.prefix + suffix)]
@@ -221,37 +238,142 @@ class Corpus:
             raise BadInput(f"{path}: {size:,} bytes where its head announces {expected:,}; build or copy it again")
         self.dtype = np.dtype(_DTYPE_OF_CODE[code])
         # The three arrays do not lie at multiples of their item size; numpy reads them all the same.
-        raw = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._index = np.asarray(np.memmap(path, np.uint8, "r"))
         first, second = _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
-        self.lengths = raw[_HEADER.size : first].view("<i4")
-        self._pointers = raw[first:second].view("<i8")  # byte at which each sequence begins
-        self.bounds = raw[second : second + bounds * 8].view("<i8").astype(np.int64)  # aligned: it is searched
+        self.lengths = self._index[_HEADER.size : first].view("<i4")
+        self._pointers = self._index[first:second].view("<i8")  # byte at which each sequence begins
+        self.bounds = self._index[second : second + bounds * 8].view("<i8").astype(np.int64)  # aligned: it is searched
         self.documents = max(bounds - 1, 0)
-        if bounds and int(self.bounds[-1]) != sequences:
-            raise BadInput(f"{path}: {sequences:,} sequences, documents end at {self.bounds[-1]:,}; build it again")
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = Path(self.prefix + ".json")
+    def _check_index(self, bin_size: int, chunk: int = 2**20) -> int:
+        """Bytes of ids that the index describes. BadInput unless its sequences lie end to end and its documents in order."""
+        path, again = self.prefix + ".idx", "the file is damaged: build or copy it again"
+        end = 0  # of the sequences so far, in bytes
+        for first in range(0, len(self.lengths), chunk):
+            lengths = self.lengths[first : first + chunk].astype(np.int64)
+            if lengths.min() < 0:
+                number = first + int(np.argmax(lengths < 0))
+                raise BadInput(f"{path}: sequence {number:,} has a length of {self.lengths[number]:,}; {again}")
+            begins = end + (np.cumsum(lengths) - lengths) * self.dtype.itemsize
+            wrong = begins != self._pointers[first : first + chunk]
+            if wrong.any():
+                place = int(np.argmax(wrong))
+                raise BadInput(
+                    f"{path}: sequence {first + place:,} begins at byte {self._pointers[first + place]:,}, the one before it "
+                    f"ends at {begins[place]:,}; {again}"
+                )
+            end = int(begins[-1] + lengths[-1] * self.dtype.itemsize)
+            if end > bin_size:
+                break  # named by the comparison of sizes, and no sum overflows
+        sequences, bounds = len(self.lengths), self.bounds
+        if not len(bounds) or bounds[0] or (np.diff(bounds) < 0).any():
+            raise BadInput(f"{path}: its documents do not follow one another from sequence 0 on; {again}")
+        if bounds[-1] != sequences:
+            raise BadInput(f"{path}: {sequences:,} sequences, documents end at {bounds[-1]:,}; {again}")
+        if sequences <= self.documents and np.diff(bounds).max(initial=0) > 1:
+            raise BadInput(
+                f"{path}: {sequences:,} sequences for {self.documents:,} documents, and document "
+                f"{int(np.argmax(np.diff(bounds) > 1)):,} has several; {again}"
+            )
+        return end
+
+    def _compare_counts(self) -> None:
+        """The manifest describes these files: BadInput for other counts."""
+        found = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences, "dtype": self.dtype.name}
+        for name, value in found.items():
+            if self.manifest.get(name, value) != value:
+                raise BadInput(
+                    f"{self.prefix}.json describes another corpus: {name} is {self.manifest[name]} there, {value} in "
+                    f"{self.prefix}.idx; build or copy all files of the corpus again"
+                )
+
+    def _read_checksums(self, bin_size: int) -> np.ndarray | None:
+        known = self.manifest.get("blocks")
+        if known is None:  # built before there were checksums of blocks
+            return None
+        path, again = self.prefix + ".crc32", "build or copy all files of the corpus again"
+        if known["bytes"] != BLOCK:
+            raise BadInput(f"{path}: of blocks of {known['bytes']} bytes; this version knows {BLOCK}; {again}")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not _FACTS.keys() | {"sha256", "fingerprint", "max_token_id"} <= manifest.keys():
-                raise ValueError
-            return manifest
+            found = np.asarray(np.memmap(path, "<u4", "r"))
         except FileNotFoundError:
-            return {}
-        except (ValueError, AttributeError):
-            raise BadInput(f"{path}: not a manifest; build the corpus again or delete this file") from None
+            raise BadInput(f"{path}: is missing beside {self.prefix}.json; {again}") from None
+        except (OSError, ValueError) as error:  # ValueError: empty, or no whole number of checksums
+            raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {again}") from None
+        if len(found) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or _crc32(found) != known["crc32"]:
+            raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {again}")
+        return found
+
+    def _check_index_blocks(self, before: int) -> None:
+        """before: blocks of .bin, whose checksums come first."""
+        if self._checksums is not None:
+            for number, expected in enumerate(self._checksums[before:].tolist()):
+                if zlib.crc32(self._index[number * BLOCK : (number + 1) * BLOCK]) != expected:
+                    raise BadInput(self.damage("idx", number))
+
+    def damage(self, suffix: str, block: int) -> str:
+        """The line that says that a block of PREFIX.bin or .idx is not what was built."""
+        size = os.path.getsize(f"{self.prefix}.{suffix}")
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, size)
+        return (
+            f"{self._name}.{suffix}: block {block:,} (bytes {begin:,} to {end - 1:,}) does not have its checksum in "
+            f"{self.prefix}.crc32: the file has changed since it was built; copy it again, or build the corpus again"
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"{self.key}: {self.prefix}" if self.key else self.prefix
+
+    def limit(self, vocab_size: int | None, key: str) -> None:
+        """What the model's embedding holds: from here on `read` refuses ids outside it. key: of the config, for messages."""
+        self.vocab_size, self.key = vocab_size, key
+        self._checked[:] = False
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Ids `start` to `end` - 1 of all documents end to end, (end - start,): a view, in the stored type.
+
+        The first time that this process reads a block of the file, the block's checksum and its ids are checked: BadInput,
+        naming the block, or the document of an id that the model does not know. Safe to call from several threads.
+        """
+        if end > start:
+            first, last = int(start) // self._per_block, (int(end) - 1) // self._per_block
+            if not self._checked[first : last + 1].all():
+                for block in range(first, last + 1):
+                    self._check(block)
+        return self.flat[start:end]
+
+    def _check(self, block: int) -> None:
+        ids = self.flat[block * self._per_block : (block + 1) * self._per_block]
+        if self._checksums is not None and zlib.crc32(ids) != self._checksums[block]:
+            raise BadInput(self.damage("bin", block))
+        # read as unsigned, so that ids below 0 are large
+        if self.vocab_size is not None and int(ids.view(f"u{ids.itemsize}").max()) >= self.vocab_size:
+            unknown = (ids < 0) | (ids >= self.vocab_size)
+            self._refuse(block * self._per_block + int(np.argmax(unknown)))
+        self._checked[block] = True
+
+    def _refuse(self, place: int) -> NoReturn:
+        """place: in `flat`, of an id that the model does not know."""
+        sequence = int(np.searchsorted(self.starts, place, "right")) - 1
+        document = int(np.searchsorted(self.bounds, sequence, "right")) - 1
+        remedy = "tokenize the corpus with the model's tokenizer, or set model.vocab_size above it"
+        if self.flat[place] < 0:
+            remedy = "the file is damaged, or of another type than its index says: build or copy it again"
+        raise BadInput(
+            f"{self._name}: document {document:,} holds token id {int(self.flat[place]):,}, "
+            f"the model knows ids from 0 to {self.vocab_size - 1:,}; {remedy}"
+        )
 
     def _start(self, document: int) -> int:
         sequence = int(self.bounds[document])
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self.lengths) else self.tokens
 
     def get(self, document: int, limit: int | None = None) -> np.ndarray:
-        """Ids of a document, (tokens,), at most the first `limit`; a view, in the stored type."""
+        """Ids of a document, (tokens,), at most the first `limit`, checked as `read` does."""
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
         start, end = self._start(document), self._start(document + 1)
-        return self.flat[start : end if limit is None else min(end, start + limit)]
+        return self.read(start, end if limit is None else min(end, start + limit))
 
     @property
     def sentences(self) -> int:
@@ -284,10 +406,28 @@ class Corpus:
         relative = self.manifest.get("tokenizer")
         return None if relative is None else Path(self.prefix).parent / relative
 
+    def tokenizer_problems(self) -> list[str]:
+        """What is wrong with the folder of the tokenizer, where there is one: it must be the one the corpus was made with."""
+        folder = self.tokenizer_dir
+        if folder is None or not os.path.isdir(folder):
+            return []
+        from common import tokenizer
+
+        try:
+            found = tokenizer.load(folder).hash
+        except BadInput as error:
+            return error.problems
+        if found == self.tokenizer_hash:
+            return []
+        return [
+            f"{self.prefix} was made with tokenizer {str(self.tokenizer_hash)[:12]}, its folder {folder} holds {found[:12]}; "
+            "put the tokenizer back, build the corpus again, or give the one it was made with: data.tokenizer=DIR"
+        ]
+
     @cached_property
     def max_token_id(self) -> int:
-        """The largest id; from the manifest, else by reading the corpus once. -1 when empty."""
-        return self.manifest["max_token_id"] if self.manifest else _largest(self.flat)
+        """The largest id; from the manifest, else by reading the corpus once. -1 when empty. BadInput for ids below 0."""
+        return self.manifest["max_token_id"] if self.manifest else _largest(self)
 
     @cached_property
     def content_hash(self) -> str:
@@ -298,8 +438,8 @@ class Corpus:
     def verify(self, vocab_size: int | None = None) -> None:
         """Compare size and sampled blocks of both files with the manifest; check that every id is below `vocab_size`.
 
-        About a megabyte is read, so a changed byte may pass where `content_hash` of the files would not; files swapped,
-        cut or built anew are found. BadInput names the file.
+        About a megabyte is read: files swapped, cut or built again are found. A changed byte elsewhere is found when its block
+        is first read, or by `python -m data.verify`. BadInput names the file.
         """
         for suffix, expected in self.manifest.get("fingerprint", {}).items():
             if fingerprint(f"{self.prefix}.{suffix}") != expected:
@@ -317,13 +457,15 @@ _FACTS = {"eod_id": None, "tokenizer": None, "tokenizer_hash": None, "tokenizer_
 
 
 def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write PREFIX.json: what the files tell (counts, checksums, largest id) and `facts`; return all of it.
+    """Write PREFIX.crc32 (checksums of blocks) and PREFIX.json: what the files tell (counts, checksums, largest id) and
+    `facts`; return the content of PREFIX.json.
 
     facts: eod_id, tokenizer (its folder, relative to the manifest), tokenizer_hash, tokenizer_size, each None where
     unknown, and whatever else the builder knows (command, sources, what was skipped).
     """
     prefix = str(prefix)
-    Path(prefix + ".json").unlink(missing_ok=True)
+    for suffix in (".json", ".crc32"):
+        Path(prefix + suffix).unlink(missing_ok=True)
     corpus = Corpus(prefix)
     manifest = (
         {
@@ -331,13 +473,15 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
             "documents": corpus.documents,
             **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
             "dtype": corpus.dtype.name,
-            "max_token_id": corpus.max_token_id,
+            "max_token_id": _largest(corpus),
             "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
             "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
+            "blocks": {"bytes": BLOCK, "crc32": _write_checksums(prefix)},
         }
         | _FACTS
         | facts
     )
+    manifest["checksum"] = checksum(manifest)
     write_json(prefix + ".json", manifest)
     return manifest
 
@@ -368,8 +512,115 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _largest(ids: np.ndarray, chunk: int = 2**24) -> int:
-    return max((int(ids[start : start + chunk].max()) for start in range(0, len(ids), chunk)), default=-1)
+def _largest(corpus: Corpus, chunk: int = 2**24) -> int:
+    """The largest id, -1 when there is none. BadInput for one below 0."""
+    largest = -1
+    for start in range(0, corpus.tokens, chunk):
+        ids = corpus.flat[start : start + chunk]
+        if ids.min() < 0:
+            raise BadInput(f"{corpus.prefix}.bin: holds token id {ids.min()}; ids begin at 0: build the corpus again")
+        largest = max(largest, int(ids.max()))
+    return largest
+
+
+# ---- the manifest ---------------------------------------------------------------------------------------------------
+
+MANIFEST_BYTES = 2**24  # a manifest has a few thousand
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _are_digests(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bin", "idx"} and all(map(_is_digest, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+_REQUIRED = {
+    "eod_id": lambda value: value is None or _is_count(value),
+    "tokenizer": lambda value: value is None or _is_text(value),
+    "tokenizer_hash": lambda value: value is None or _is_text(value),
+    "tokenizer_size": lambda value: value is None or _is_count(value),
+    "max_token_id": lambda value: _is_count(value, -1),
+    "sha256": _are_digests,
+    "fingerprint": _are_digests,
+}
+_OPTIONAL = {
+    "tokens": _is_count,
+    "documents": _is_count,
+    "sentences": _is_count,
+    "dtype": _is_text,
+    "checksum": _is_digest,
+    "blocks": lambda value: (
+        isinstance(value, dict) and value.keys() == {"bytes", "crc32"} and all(map(_is_count, value.values()))
+    ),
+}
+
+
+def _read_manifest(prefix: str) -> dict[str, Any]:
+    """Content of PREFIX.json, {} where there is none. BadInput, naming the key, for what no builder writes."""
+    path = prefix + ".json"
+    remedy = "build or copy the corpus again; without this file it is read as one of Megatron's own tool, its tokenizer unknown"
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MANIFEST_BYTES + 1)
+        manifest = json.loads(raw) if len(raw) <= MANIFEST_BYTES else None
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"{path}: not a manifest (no JSON object); {remedy}") from None
+    if not isinstance(manifest, dict):
+        raise BadInput(f"{path}: not a manifest (no JSON object); {remedy}")
+    together = ("blocks", "checksum") if manifest.keys() & {"blocks", "checksum"} else ()  # else of an earlier version
+    missing = [name for name in (*_REQUIRED, *together) if name not in manifest]
+    wrong = [name for name, fits in (_REQUIRED | _OPTIONAL).items() if name in manifest and not fits(manifest[name])]
+    if missing or wrong:
+        told = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("not valid", wrong)) if names]
+        raise BadInput(f"{path}: not a manifest ({'; '.join(told)}); {remedy}")
+    if manifest["eod_id"] is not None and manifest["eod_id"] >= (manifest["tokenizer_size"] or 2**63):
+        raise BadInput(f"{path}: its eod_id {manifest['eod_id']} is none of its tokenizer_size ids; {remedy}")
+    if "checksum" in manifest and manifest["checksum"] != checksum(manifest):
+        raise BadInput(f"{path}: has changed since it was written (its checksum differs); {remedy}")
+    return manifest
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """sha256 (hex) of a manifest's content without the key `checksum`."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _crc32(checksums: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(checksums))
+
+
+def _write_checksums(prefix: str) -> int:
+    """Write PREFIX.crc32: CRC-32 of each block of .bin, then of .idx, uint32. Returns that of the file written."""
+    part = f"{prefix}.crc32.part"
+    found = np.array([value for suffix in ("bin", "idx") for value in block_checksums(f"{prefix}.{suffix}")], "<u4")
+    with open(part, "wb") as file:
+        file.write(found.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, f"{prefix}.crc32")
+    return _crc32(found)
+
+
+def block_checksums(path: str) -> Iterator[int]:
+    """CRC-32 of each block of a file."""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            yield zlib.crc32(block)
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -458,6 +709,7 @@ class Order:
     def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
         self.corpora = [Corpus(prefix) for prefix in prefixes]
+        self.vocab_size: int | None = None  # of the model, once `limit` says it
         self.seed, self.shuffle = seed, shuffle
         self._one_tokenizer()
         self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
@@ -492,6 +744,17 @@ class Order:
         weights = self.given_weights or [None] * len(self.corpora)
         parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def limit(self, vocab_size: int | None, key: str) -> None:
+        """`Corpus.limit` of each corpus."""
+        self.vocab_size = vocab_size
+        for corpus in self.corpora:
+            corpus.limit(vocab_size, key)
+
+    def where(self, number: int) -> str:
+        """Sample `number`, for messages."""
+        corpus, index = self.locate([number])
+        return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
 
     def verify(self, vocab_size: int | None = None) -> None:
         """`Corpus.verify` of each corpus."""
@@ -557,12 +820,20 @@ class Stream(Order):
 
     def _one_eod(self, given: int | None) -> int | None:
         known = [c for c in self.corpora if c.manifest]
-        eod_id = given if given is not None else known[0].eod_id if known else None
-        if eod_id is None and (self.eod_mask_loss or self.reset_attention):
+        eod_id = known[0].eod_id if known else given
+        if not (self.eod_mask_loss or self.reset_attention):
+            return eod_id
+        if eod_id is None:
+            remedy = "build the corpus with a tokenizer that has one (characters have none)"
+            if not known:
+                remedy = "give the tokenizer that it was made with, which has one: data.tokenizer=DIR"
             raise BadInput(
                 f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
-                "it: set both to false, or build the corpus with a tokenizer that has one (characters have none)"
+                f"it: set both to false, or {remedy}"
             )
+        for corpus in self.corpora:
+            if not corpus.manifest:
+                _must_end_in(corpus, eod_id)
         return eod_id
 
     def _samples_in(self, corpus: Corpus) -> int:
@@ -600,7 +871,7 @@ class Stream(Order):
     def _ids(self, corpus: Corpus, j: int) -> np.ndarray:
         if not self.pack:
             return corpus.get(j, self.seq_len + 1)
-        return corpus.flat[j * self.seq_len : (j + 1) * self.seq_len + 1]
+        return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
 
     def _segments(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, T+1) tokens, (B,) real lengths -> segment, position, each (B, T). Padding is one segment at most."""
@@ -609,6 +880,18 @@ class Stream(Order):
         begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (places[:-1] < lengths[:, None])
         start = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         return np.cumsum(begins, axis=1, dtype=np.int32), places - start
+
+
+def _must_end_in(corpus: Corpus, eod_id: int, documents: int = 100) -> None:
+    """BadInput unless the first documents end in this id (Megatron's tool writes it with --append-eod alone)."""
+    for number in range(min(documents, corpus.documents)):
+        ids = corpus.get(number)
+        if len(ids) and ids[-1] != eod_id:
+            raise BadInput(
+                f"{corpus.prefix}: document {number} ends in id {ids[-1]}, the tokenizer's end of document is {eod_id}; "
+                "tokenize with it (Megatron's tool: --append-eod), give the tokenizer that it was made with "
+                "(data.tokenizer=DIR), or set data.eod_mask_loss and data.reset_attention to false"
+            )
 
 
 def _read_blend(data: Blend) -> tuple[list[str], list[float] | None]:

@@ -30,6 +30,7 @@ class Examples:
     def __init__(self, source: Source, lengths: np.ndarray, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
         self.corpora, self.content_hash, self.lengths, self.size = [source], source.content_hash, lengths, len(lengths)
         self.seed, self.shuffle, self.notes = seed, shuffle, list(notes)
+        self.vocab_size: int | None = None  # of the model, once `limit` says it
 
     def __len__(self) -> int:
         return self.size
@@ -40,6 +41,14 @@ class Examples:
 
     def verify(self) -> None:
         """Read whole already."""
+
+    def limit(self, vocab_size: int | None, key: str) -> None:
+        """What the model's embedding holds: batches with other ids are refused (common/batches.py)."""
+        self.vocab_size = vocab_size
+
+    def where(self, number: int) -> str:
+        """Sample `number`, for messages."""
+        return f"{self.corpora[0].prefix}: example {int(self.locate([number])[0]):,}"
 
     def locate(self, numbers: np.ndarray | Sequence[int] | range) -> np.ndarray:
         """Sample numbers (B,) -> places of the examples (B,)."""

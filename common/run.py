@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from common import checkpoint, config
 from common.config import Config, Layout
-from common.corpus import write_json
+from common.corpus import Corpus, write_json
 from common.errors import BadInput, Missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +32,13 @@ class Samples(Protocol):
 
     corpora: list[Any]  # of type common.corpus.Corpus
     content_hash: str
+    vocab_size: int | None  # of the model, once `limit` says it: batches with other ids are refused
 
     def __len__(self) -> int: ...
 
     def verify(self) -> None: ...
+
+    def limit(self, vocab_size: int | None, key: str) -> None: ...
 
     def rows(self, numbers: Any) -> dict[str, Any]: ...
 
@@ -109,6 +112,9 @@ def prepare(
         problems += _vocabulary(cfg, train, valid, known)
     elif dry_run and not data_problems:  # else the tokenizer is unknown for what is told already
         problems += [*missing, *_vocabulary(cfg, train, valid, known)]
+    for key, stream in (("data.train", train), ("data.valid", valid)):
+        if stream is not None:
+            stream.limit(cfg.model.vocab_size, key)
     problems += _begins_from(cfg, task, notes)
 
     layout = None
@@ -142,11 +148,21 @@ def task_module(family: str, values: dict[str, Any]) -> ModuleType:
         raise BadInput(f"no recipe {family!r}: {error}") from None
 
 
+NAME_BYTES, PATH_BYTES = 255 - len(".crc32"), 4000  # of a file's name (NAME_MAX) and a path (PATH_MAX), endings included
+SHOWN = 60  # characters of a path that is too long
+
+
 def find(path: str) -> Path:
-    """A path of a config: as it stands from here, else from the repository's root."""
+    """A path of a config: as it stands from here, else from the repository's root. BadInput for one that is too long."""
+    longest = max(len(part.encode(errors="replace")) for part in path.split("/"))
+    if longest > NAME_BYTES or len(path) > PATH_BYTES:
+        what = f"a name in it has {longest:,} bytes; at most {NAME_BYTES}"
+        if longest <= NAME_BYTES:
+            what = f"has {len(path):,} bytes; at most {PATH_BYTES:,}"
+        raise BadInput(f"{path[:SHOWN]}...: {what}")
 
     def there(place: Path) -> bool:
-        return any(Path(f"{place}{suffix}").exists() for suffix in ("", ".bin", ".idx"))
+        return any(os.path.exists(f"{place}{suffix}") for suffix in ("", ".bin", ".idx"))  # False for a name too long
 
     return ROOT / path if there(ROOT / path) and not there(Path(path)) else Path(path)
 
@@ -165,17 +181,25 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
     made: list[Samples | None] = []
     problems: list[str] = []
     missing: list[str] = []
-    for spec, shuffle in ((cfg.data.train, True), (cfg.data.valid, False)):
+    for key, spec, shuffle in (("data.train", cfg.data.train, True), ("data.valid", cfg.data.valid, False)):
         try:
             stream = None if spec is None else task.stream(cfg, found(spec), shuffle)
             if stream is not None:
                 stream.verify()
             made.append(stream)
         except BadInput as error:
-            told = missing if isinstance(error, Missing) else problems
-            told += [p for p in error.problems if p not in told]
+            found_here = missing if isinstance(error, Missing) else problems
+            known = {line.removeprefix("data.train: ") for line in found_here}
+            found_here += [_with_key(p, key, spec) for p in error.problems if p not in known]
             made.append(None)
     return made[0], made[1], problems, missing
+
+
+def _with_key(problem: str, key: str, spec: str | list) -> str:
+    """A problem of a corpus, with the key of the config that names the corpus; others name theirs."""
+    names = [spec] if isinstance(spec, str) else [entry if isinstance(entry, str) else entry[1] for entry in spec]
+    is_of_it = not re.match(r"\w+\.\w+", problem) and any(name[:SHOWN] in problem for name in names)
+    return f"{key}: {problem}" if is_of_it else problem
 
 
 def first_prefix(spec: str | list) -> str:
@@ -209,11 +233,25 @@ def _tokenizer(
             problems += [p for p in error.problems if p not in problems]
     elif train is not None and train.corpora[0].manifest:
         first = train.corpora[0]
+        problems += [p for p in _replaced(train, valid) if p not in problems]
         folder, known = first.tokenizer_dir, {"hash": first.tokenizer_hash, "size": first.manifest["tokenizer_size"]}
     if len(set(hashes.values())) > 1:
         told = ", ".join(f"{name} has {value[:12]}" for name, value in hashes.items())
         problems.append(f"the tokenizers differ ({told}); tokenize the corpora with one tokenizer (--tokenizer DIR)")
     return folder, known
+
+
+def _replaced(train: Samples | None, valid: Samples | None) -> list[str]:
+    """Corpora whose tokenizer folder is not the one that they were made with."""
+    problems: list[str] = []
+    done: set[tuple[Path, str | None]] = set()
+    for key, stream in (("data.train", train), ("data.valid", valid)):
+        for corpus in stream.corpora if stream else ():
+            pair = corpus.tokenizer_dir, corpus.tokenizer_hash
+            if isinstance(corpus, Corpus) and pair not in done:
+                done.add(pair)
+                problems += [f"{key}: {problem}" for problem in corpus.tokenizer_problems()]
+    return problems
 
 
 def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known: dict[str, Any]) -> list[str]:
@@ -222,12 +260,12 @@ def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known
         return ["model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N"]
     problems = []
     for name, stream in (("train", train), ("valid", valid)):
-        largest = max((corpus.max_token_id for corpus in stream.corpora), default=0) if stream else 0
-        if largest >= size:
-            problems.append(
-                f"data.{name}: holds token id {largest} and model.vocab_size={size}; "
-                f"set model.vocab_size above it, or tokenize with a tokenizer of {size} ids"
-            )
+        for corpus in stream.corpora if stream else ():
+            if corpus.max_token_id >= size:
+                problems.append(
+                    f"data.{name}: {corpus.prefix} holds token id {corpus.max_token_id} and model.vocab_size={size}; "
+                    f"set model.vocab_size above it, or tokenize with a tokenizer of {size} ids"
+                )
     if (known.get("size") or 0) > size:
         problems.append(f"model.vocab_size={size} is below the tokenizer's {known['size']} ids")
     return problems

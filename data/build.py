@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from common import tokenizer as tokenizers
-from common.corpus import Corpus, Writer, write_json, write_manifest
+from common.corpus import FILES, Corpus, Writer, write_json, write_manifest
 from common.errors import BadInput
 from data import sentences
 from data.sources import BETWEEN, Document, Errors, Source
@@ -562,9 +562,9 @@ def _publish(out: Path, partial: Path) -> dict[str, Any]:
     (out / "manifest.json").unlink(missing_ok=True)
     for split in ("train", "valid", "test"):
         if split not in manifest["splits"]:
-            for suffix in (".bin", ".idx", ".json"):  # of a corpus that is being replaced
+            for suffix in FILES:  # of a corpus that is being replaced
                 (out / (split + suffix)).unlink(missing_ok=True)
-    moves = [f"{split}{suffix}" for split in manifest["splits"] for suffix in (".bin", ".idx", ".json")]
+    moves = [f"{split}{suffix}" for split in manifest["splits"] for suffix in FILES]
     for name in moves:
         if (partial / name).exists():  # else moved before an interruption
             os.replace(partial / name, out / name)

@@ -16,13 +16,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from common import corpus as corpora
 from common import tokenizer as tokenizers
 from common.corpus import Corpus
 from common.errors import BadInput
 from data import build, sentences, sources, wiki_books
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json", "manifest.json")
+FILES = (*(f"{split}{suffix}" for split in ("train", "valid") for suffix in corpora.FILES), "manifest.json")
 
 
 def run(module, *args, **kwargs):

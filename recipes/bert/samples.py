@@ -146,7 +146,7 @@ class Samples(Order):
         """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the room."""
         inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
         starts = corpus.starts
-        ids = corpus.flat[starts[first] : starts[end]].astype(np.int64)
+        ids = corpus.read(starts[first], starts[end]).astype(np.int64)
         return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
 
     def _two(self, corpus: Corpus, first: int, end: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
@@ -155,7 +155,7 @@ class Samples(Order):
         enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))
         end = min(max(enough, first + 2), end)
         cut = first + 1 + int(rng.random() * (end - first - 1))
-        a, b = corpus.flat[starts[first] : starts[cut]], corpus.flat[starts[cut] : starts[end]]
+        a, b = corpus.read(starts[first], starts[cut]), corpus.read(starts[cut], starts[end])
         changed = rng.random() < 0.5
         if changed and self.pair == "sop":  # ALBERT, arXiv:1909.11942, section 3.1
             a, b = b, a
@@ -174,7 +174,7 @@ class Samples(Order):
         last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # behind it too few are left
         start = begin + int(rng.random() * (max(last, 0) + 1))
         enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
-        return corpus.flat[starts[start] : starts[min(enough, end)]]
+        return corpus.read(starts[start], starts[min(enough, end)])
 
     # ---- which tokens are hidden
 

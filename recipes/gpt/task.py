@@ -128,7 +128,16 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> Stream:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     d = cfg.data
     masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
-    return Stream(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, **masks)
+    eod_id = _eod_id(d.tokenizer) if d.tokenizer and any(masks.values()) else None
+    return Stream(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
+
+
+def _eod_id(given: str) -> int | None:
+    """Of data.tokenizer: corpora of Megatron's own tool have no manifest that names theirs."""
+    from common import tokenizer
+    from common.run import find
+
+    return tokenizer.load(find(given) if find(given).is_dir() else given).eod_id
 
 
 def hf_config(model: Model) -> PreTrainedConfig:

@@ -121,9 +121,10 @@ class Samples(Order):
     def _sample(self, corpus: Corpus, j: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         if corpus.has_sentence_bounds:
             first, middle, end = corpus.starts[2 * j : 2 * j + 3]
-            source, target = corpus.flat[first:middle], corpus.flat[middle:end]
-            return self._ended(source[: self.seq_len - 1]), self._ended(target[: self.target_len - 1])
-        ids = corpus.flat[j * self.raw : (j + 1) * self.raw] if self.pack else corpus.get(j, self.raw)
+            source = corpus.read(first, min(middle, first + self.seq_len - 1))
+            target = corpus.read(middle, min(end, middle + self.target_len - 1))
+            return self._ended(source), self._ended(target)
+        ids = corpus.read(j * self.raw, (j + 1) * self.raw) if self.pack else corpus.get(j, self.raw)
         rng = np.random.Generator(np.random.Philox(key=hashed("t5", self.seed, number)))
         return self._spans(ids, rng) if self.kind == "span" else self._prefix(ids, rng)
 
