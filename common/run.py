@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 import uuid
@@ -198,7 +199,7 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
 def _with_key(problem: str, key: str, spec: str | list) -> str:
     """A problem of a corpus, with the key of the config that names the corpus; others name theirs."""
     names = [spec] if isinstance(spec, str) else [entry if isinstance(entry, str) else entry[1] for entry in spec]
-    is_of_it = not re.match(r"\w+\.\w+", problem) and any(name[:SHOWN] in problem for name in names)
+    is_of_it = not re.match(r"[a-z]+\.\w+[=:]", problem) and any(name[:SHOWN] in problem for name in names)
     return f"{key}: {problem}" if is_of_it else problem
 
 
