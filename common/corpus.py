@@ -304,6 +304,11 @@ class Corpus:
             raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {again}")
         return found
 
+    def checksums(self, suffix: str) -> np.ndarray | None:
+        """CRC-32 of each block of PREFIX.bin ('bin') or .idx ('idx'), uint32; None where the corpus has none."""
+        blocks = len(self._checked)
+        return None if self._checksums is None else self._checksums[:blocks] if suffix == "bin" else self._checksums[blocks:]
+
     def _check_index_blocks(self, before: int) -> None:
         """before: blocks of .bin, whose checksums come first."""
         if self._checksums is not None:
@@ -427,7 +432,7 @@ class Corpus:
     @cached_property
     def max_token_id(self) -> int:
         """The largest id; from the manifest, else by reading the corpus once. -1 when empty. BadInput for ids below 0."""
-        return self.manifest["max_token_id"] if self.manifest else _largest(self)
+        return self.manifest["max_token_id"] if self.manifest else largest_id(self)
 
     @cached_property
     def content_hash(self) -> str:
@@ -473,7 +478,7 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
             "documents": corpus.documents,
             **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
             "dtype": corpus.dtype.name,
-            "max_token_id": _largest(corpus),
+            "max_token_id": largest_id(corpus),
             "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
             "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
             "blocks": {"bytes": BLOCK, "crc32": _write_checksums(prefix)},
@@ -512,7 +517,7 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _largest(corpus: Corpus, chunk: int = 2**24) -> int:
+def largest_id(corpus: Corpus, chunk: int = 2**24) -> int:
     """The largest id, -1 when there is none. BadInput for one below 0."""
     largest = -1
     for start in range(0, corpus.tokens, chunk):

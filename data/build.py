@@ -35,7 +35,7 @@ from common import tokenizer as tokenizers
 from common.corpus import FILES, Corpus, Writer, write_json, write_manifest
 from common.errors import BadInput
 from data import sentences
-from data.sources import BETWEEN, Document, Errors, Source
+from data.sources import BETWEEN, JSON_MB, TEXT_MB, Document, Errors, Source
 
 PIECE_CHARS = 4_000  # a long document is encoded in pieces of this size, which keeps all cores busy and caches warm
 BATCH_CHARS = 2_000_000  # characters that one call of the tokenizer encodes
@@ -44,6 +44,8 @@ PART_BYTES = 64 * 2**20  # text between two savings of the state
 TRAINING_BYTES = 256 * 2**20  # a tokenizer is trained on this much text at most, the first of the train split
 TRAINING_BYTES_SENTENCEPIECE = 64 * 2**20  # its trainer takes 45 bytes of memory for one of text, others a few
 FEW_DOCUMENTS = 5  # fewer whole files than this expected in a split: cut files instead
+MOST_MB = 1e12
+MOST_WORKERS = 1024  # threads that the tokenizer starts
 FAMILIES = {"bpe": "BPE", "wordpiece": "WordPiece", "sentencepiece": "SentencePiece"}  # of a tokenizer trained here
 
 Cut = list[tuple[str, str]]  # (split, text) of each part a document is cut into
@@ -52,7 +54,8 @@ Splitter = Callable[[str, bytes], Cut]  # text, and the same as UTF-8
 
 @dataclass
 class Options:
-    """What to make, and how. All but `out`, `workers`, `on_error`, `force` and `command` decides the content."""
+    """What to make, and how. All but `out`, `workers`, `on_error`, `max_document_mb`, `force` and
+    `command` decides the content."""
 
     out: Path
     corpus: str  # name of the module
@@ -66,6 +69,7 @@ class Options:
     seed: int = 1234
     append_eod: bool = True
     max_mb: float | None = None  # at most so much text from each part of the source, 10^6 bytes
+    max_document_mb: float | None = None  # longer ones are errors; None: as data/sources.py has it
     on_error: str = "stop"
     workers: int | None = None  # processor cores; None: all
     force: bool = False
@@ -113,6 +117,8 @@ def parser(
         p.add_argument("--split-by", choices=("auto", "document", "tail"), default="auto", help=told)
         p.add_argument("--seed", metavar="N", type=int, default=1234, help="of the shares (default: %(default)s)")
     p.add_argument("--max-mb", metavar="MB", type=float, help="take only the first MB of text")
+    told = f"a longer document is an error (default: {TEXT_MB}, of a JSON line {JSON_MB})"
+    p.add_argument("--max-document-mb", metavar="MB", type=float, help=told)
     told = "at input that cannot be read; skip counts it (default: stop)"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=told)
     p.add_argument("--workers", metavar="N", type=int, help="processor cores to use (default: all)")
@@ -124,12 +130,14 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
     """Options from parsed arguments. BadInput for values out of range."""
     shares = {"valid": getattr(args, "valid_share", 0.0), "test": getattr(args, "test_share", 0.0)}
     problems = []
-    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+    if not (all(share >= 0 for share in shares.values()) and sum(shares.values()) < 1):  # nan is neither
         problems.append(f"--valid-share {shares['valid']} --test-share {shares['test']}: from 0 to below 1 together")
-    if args.workers is not None and args.workers < 1:
-        problems.append(f"--workers {args.workers}: at least 1")
-    if args.max_mb is not None and args.max_mb <= 0:
-        problems.append(f"--max-mb {args.max_mb}: above 0")
+    if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
+        problems.append(f"--workers {args.workers}: from 1 to {MOST_WORKERS:,}")
+    for name in ("max_mb", "max_document_mb"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < MOST_MB:
+            problems.append(f"--{name.replace('_', '-')} {value}: above 0, in 10^6 bytes")
     if not -(2**63) <= getattr(args, "seed", 0) < 2**63:
         problems.append(f"--seed {args.seed}: must fit 64 bits")
     if args.vocab_size is not None and args.vocab_size < 1:
@@ -153,6 +161,7 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
         seed=getattr(args, "seed", 0),
         append_eod=not sentences,
         max_mb=args.max_mb,
+        max_document_mb=args.max_document_mb,
         on_error=args.on_error,
         workers=args.workers,
         force=args.force,
@@ -231,18 +240,54 @@ def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
         if any(entry.name != ".partial" for entry in opt.out.iterdir()) and not (opt.out / ".partial").exists():
             raise BadInput(f"{opt.out}: is not empty and holds no corpus; choose another OUT, or give --force")
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        held = manifest["request"]
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: not a manifest of ours; choose another OUT, or give --force") from None
-    _same(held, request, f"{opt.out}: holds another corpus", "--force replaces it")
+    manifest = _read(path, _is_manifest, "not a manifest of a corpus; choose another OUT, or give --force")
+    _same(manifest["request"], request, f"{opt.out}: holds another corpus", "--force replaces it")
     for split in manifest["splits"]:
         try:
-            Corpus(opt.out / split).verify(manifest["tokenizer_size"])
+            corpus = Corpus(opt.out / split)
+            corpus.verify(manifest["tokenizer_size"])
+            if corpus.tokenizer_problems():
+                raise BadInput(corpus.tokenizer_problems())
         except BadInput as error:
             raise BadInput([f"{line}; here: the same command with --force" for line in error.problems]) from None
     return manifest
+
+
+def _read(path: Path, fits: Callable[[dict[str, Any]], bool], otherwise: str) -> dict[str, Any]:
+    """The object in a JSON file of the builder. BadInput, which ends in `otherwise`, where it is none, or does not fit."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and fits(values):
+            return values
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        pass
+    raise BadInput(f"{path}: {otherwise}") from None
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _is_manifest(values: dict[str, Any]) -> bool:
+    splits = values["splits"]
+    return (
+        isinstance(values["request"], dict)
+        and isinstance(splits, dict)
+        and splits.keys() <= {"train", "valid", "test"}
+        and all(_are_counts(split["tokens"], split["documents"], split.get("sentences", 0)) for split in splits.values())
+        and _are_counts(values["tokenizer_size"], values["bytes_of_text"], *values["skipped"].values())
+    )
+
+
+def _is_state(values: dict[str, Any]) -> bool:
+    return (
+        isinstance(values["request"], dict)
+        and isinstance(values["encoded"], bool)
+        and isinstance(values["cursor"], list)
+        and _are_counts(values["part"], values["bytes_in_part"], values["bytes"], *values["cursor"])
+        and _are_counts(*values["skipped"].values())
+        and all(_are_counts(*counts.values(), counts["documents"], counts["tokens"]) for counts in values["writers"].values())
+    )
 
 
 def _same(held: dict[str, Any], request: dict[str, Any], what: str, remedy: str) -> None:
@@ -260,8 +305,14 @@ def _short(value: Any) -> str:
 def _state(opt: Options, partial: Path, request: dict[str, Any]) -> dict[str, Any]:
     """How far an earlier try of this command came, or the state of a beginning."""
     path = partial / "progress.json"
+    state = None
     if path.is_file():
-        state = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            state = _read(path, _is_state, "not the state of an interrupted build; choose another OUT, or --force drops it")
+        except BadInput:
+            if not opt.force:
+                raise
+    if state is not None:
         if state["request"] == request:
             _say(f"{opt.out}: continues at {state['bytes'] / 1e6:,.1f} MB")
             return state
@@ -330,7 +381,7 @@ def _taken(
         except UnicodeEncodeError:
             errors.bad(document.where, "half of a surrogate pair")
             continue
-        if not raw.strip():
+        if not raw or raw.isspace():
             errors.bad(document.where, "empty text")
             continue
         if opt.max_mb is not None and used + len(raw) > opt.max_mb * 1e6 and used:
@@ -558,7 +609,8 @@ def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.T
 
 def _publish(out: Path, partial: Path) -> dict[str, Any]:
     """Move what .partial holds to OUT, manifest.json last: with it OUT is finished."""
-    manifest = json.loads((partial / "manifest.json").read_text(encoding="utf-8"))
+    remedy = f"delete {partial} and repeat the command"
+    manifest = _read(partial / "manifest.json", _is_manifest, f"not a manifest of a corpus; {remedy}")
     (out / "manifest.json").unlink(missing_ok=True)
     for split in ("train", "valid", "test"):
         if split not in manifest["splits"]:

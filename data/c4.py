@@ -1,6 +1,6 @@
 """C4, English (364,868,892 documents): T5's training text. Its own validation split becomes valid.
 
-Streamed from the hub, or from --source, a local folder of the dataset with both splits. --max-mb takes the first MB of
+Streamed from the hub, or from --source, local folders of the dataset with both splits. --max-mb takes the first MB of
 each split. T5 takes it with its own SentencePiece (--tokenizer t5), GPT with gpt2.
 
     python -m data.c4 corpora/c4 --tokenizer t5 --max-mb 1000
@@ -14,7 +14,7 @@ NAME = "allenai/c4"
 
 def main() -> None:
     p = build.parser(__doc__, valid_share=None)
-    p.add_argument("--source", metavar="DIR", help="a local folder of the dataset (column: text)")
+    p.add_argument("--source", metavar="PATH", nargs="+", help="local folders of the dataset (column: text) instead")
     args = p.parse_args()
     config = None if args.source else "en"
     hub.run(args, "c4", args.source or NAME, config, {"valid": "validation", "train": "train"})

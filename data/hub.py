@@ -6,8 +6,10 @@
 """
 
 import argparse
+import os
+from collections.abc import Sequence
 
-from common.errors import exit_cleanly
+from common.errors import BadInput, exit_cleanly
 from data import build
 from data.sources import Hub
 
@@ -15,19 +17,24 @@ from data.sources import Hub
 def run(
     args: argparse.Namespace,
     corpus: str,
-    name: str,
+    names: str | Sequence[str],
     config: str | None,
     splits: dict[str | None, str],
     text_key: str = "text",
 ) -> None:
-    """Build from a dataset. splits: our split (None: shares decide) -> theirs."""
+    """Build from a dataset. names: on the hub, or folders of --source. splits: our split (None: shares decide) -> theirs."""
+    for path in args.source or ():
+        if not os.path.isdir(path):
+            raise BadInput(f"--source {path}: no such folder; give a local folder of the dataset (text: python -m data.text)")
     opt = build.options(args, corpus)
-    build.build(opt, Hub(name, config, list(splits.items()), text_key))
+    build.build(opt, Hub(names, config, list(splits.items()), text_key, opt.max_document_mb))
 
 
 def main() -> None:
     p = build.parser(__doc__, valid_share=0.005)
-    p.add_argument("--name", "--source", dest="name", metavar="NAME_OR_DIR", required=True, help="of the dataset")
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("--name", metavar="NAME_OR_DIR", help="of the dataset, on the hub or in a local folder")
+    given.add_argument("--source", metavar="PATH", nargs="+", help="local folders of the dataset instead")
     p.add_argument("--config", metavar="NAME", help="of the dataset, where it has several")
     p.add_argument("--split", metavar="NAME", default="train", help="to take (default: %(default)s)")
     p.add_argument("--valid-split", metavar="NAME", help="take this split as valid, and no share of --split")
@@ -39,7 +46,7 @@ def main() -> None:
         args.valid_share = args.test_share = 0.0
         named = {"valid": args.valid_split, "test": args.test_split, "train": args.split}
         splits = {ours: theirs for ours, theirs in named.items() if theirs}
-    run(args, "hub", args.name, args.config, splits, args.text_key)
+    run(args, "hub", args.source or args.name, args.config, splits, args.text_key)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
     if args.split_by == "tail":
         raise BadInput("--split-by tail: a pair is not cut; leave it out, and whole pairs go to a split")
     opt = replace(build.options(args, "pairs"), pairs=True, append_eod=False)
-    build.build(opt, Pairs(args.source, args.input_key, args.target_key, args.prefix))
+    build.build(opt, Pairs(args.source, args.input_key, args.target_key, args.prefix, args.max_document_mb))
 
 
 if __name__ == "__main__":

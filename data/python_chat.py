@@ -11,11 +11,12 @@ CPython 3.12; the content follows the version of Python.
 import argparse
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import BadInput, exit_cleanly
 from data.python_docs import PythonDocs
+from data.sources import find_files
 
 WORDS = range(4, 41)  # of an answer
 VALID_EVERY = 20
@@ -41,13 +42,25 @@ def answers(name: str, source: str) -> Iterator[tuple[str, str]]:
         return
 
 
+def modules(sources: Sequence[str] | None) -> list[tuple[str, Path]]:
+    """(name, path) of the files of the standard library, or of the Python files in `sources`."""
+    if sources is None:
+        return PythonDocs().files
+    found = [pair for source in sources for pair in find_files(Path(source)) if pair[0].endswith(".py")]
+    if not found:
+        raise BadInput(f"--source {' '.join(sources)}: no Python file (.py) there")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.python_chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT")
-    out = Path(parser.parse_args().out)
-    public = [(name, path) for name, path in PythonDocs().files if not name.startswith("_") and "/_" not in name]
+    parser.add_argument("out", metavar="OUT", help="folder to fill")
+    parser.add_argument("--source", metavar="PATH", nargs="+", help="Python files or folders of them instead")
+    args = parser.parse_args()
+    out = Path(args.out)
+    public = [(name, path) for name, path in modules(args.source) if not name.startswith("_") and "/_" not in name]
     files = [(name, path) for name, path in public if name.endswith(".py")]
     found = [pair for name, path in files for pair in answers(name, path.read_text(encoding="utf-8", errors="replace"))]
     lines = [json.dumps({"prompt": f"What does {name} do?", "response": answer}) + "\n" for name, answer in found]

@@ -78,7 +78,8 @@ def main() -> None:
     p = build.parser(__doc__, valid_share=0.1, vocab_size=4096)
     p.add_argument("--source", metavar="PATH", nargs="+", help="text files or folders to take instead")
     args = p.parse_args()
-    build.build(build.options(args, "python_docs"), Files(args.source) if args.source else PythonDocs())
+    source = Files(args.source, max_document_mb=args.max_document_mb) if args.source else PythonDocs()
+    build.build(build.options(args, "python_docs"), source)
 
 
 if __name__ == "__main__":

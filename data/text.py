@@ -21,7 +21,7 @@ def main() -> None:
     told = "where documents of a text file are separated (default: none)"
     p.add_argument("--split-documents", choices=("none", "blank-line", "line"), default="none", help=told)
     args = p.parse_args()
-    build.build(build.options(args, "text"), Files(args.source, args.text_key, args.split_documents))
+    build.build(build.options(args, "text"), Files(args.source, args.text_key, args.split_documents, args.max_document_mb))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ Public domain; downloaded, or taken from --source (the file input.txt, or the fo
 """
 
 import hashlib
+import os
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import BadInput, exit_cleanly
@@ -24,11 +26,11 @@ def cut(text: str, raw: bytes) -> build.Cut:
     return [("train", text[:bound]), ("valid", text[bound:])]
 
 
-def find(source: str | None, download_to: Path) -> Path:
-    """The text: --source, or its input.txt, or downloaded once beside OUT."""
+def find(source: Sequence[str] | None, download_to: Path) -> list[Path]:
+    """The text: what --source names, or the input.txt in there, or downloaded once beside OUT."""
     if source is not None:
-        path = Path(source)
-        return path / "input.txt" if (path / "input.txt").is_file() else path
+        inside = [(Path(given), Path(given) / "input.txt") for given in source]
+        return [text if os.path.isfile(text) else given for given, text in inside]
     if not download_to.is_file():
         try:
             with urllib.request.urlopen(URL, timeout=30) as answer:
@@ -39,17 +41,18 @@ def find(source: str | None, download_to: Path) -> Path:
             raise BadInput(f"{URL}: what came is not the known text ({len(content):,} bytes); give --source FILE")
         download_to.parent.mkdir(parents=True, exist_ok=True)
         download_to.write_bytes(content)
-    return download_to
+    return [download_to]
 
 
 def main() -> None:
     p = build.parser(__doc__, valid_share=None, tokenizer="char")
-    p.add_argument("--source", metavar="PATH", help="input.txt, or its folder, instead of a download")
+    p.add_argument("--source", metavar="PATH", nargs="+", help="input.txt, or its folder, instead of a download")
     args = p.parse_args()
     opt = build.options(args, "tinyshakespeare")
     opt.shares = {"valid": 0.1}
     opt.append_eod = False
-    build.build(opt, Files([find(args.source, args.out.parent / "tinyshakespeare.txt")]), cut)
+    texts = find(args.source, args.out.parent / "tinyshakespeare.txt")
+    build.build(opt, Files(texts, max_document_mb=args.max_document_mb), cut)
 
 
 if __name__ == "__main__":

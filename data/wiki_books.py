@@ -90,14 +90,14 @@ def _is_dataset(folder: Path) -> bool:
     return folder.is_dir() and any(True for mark in marks for _ in folder.rglob(mark))
 
 
-def sources(given: Sequence[str] | None) -> list[Source]:
+def sources(given: Sequence[str] | None, max_document_mb: float | None = None) -> list[Source]:
     """Wikipedia and books of the hub, or what was given: each data set by itself, all files together."""
     if given is None:
-        return [Hub(name, config, [(None, "train")], column) for name, config, column in (WIKI, BOOKS)]
+        return [Hub(name, config, [(None, "train")], column, max_document_mb) for name, config, column in (WIKI, BOOKS)]
     sets = [path for path in given if _is_dataset(Path(path))]
     files = [path for path in given if path not in sets]
-    found: list[Source] = [Hub(path, None, [(None, "train")], ("text", "TEXT")) for path in sets]
-    return found + ([Files(files)] if files else [])
+    found: list[Source] = [Hub(path, None, [(None, "train")], ("text", "TEXT"), max_document_mb) for path in sets]
+    return found + ([Files(files, max_document_mb=max_document_mb)] if files else [])
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     args = p.parse_args()
     if args.min_words < 1:
         raise BadInput(f"--min-words {args.min_words}: at least 1")
-    build.build(build.options(args, "wiki_books"), WikiBooks(sources(args.source), args.min_words))
+    build.build(build.options(args, "wiki_books"), WikiBooks(sources(args.source, args.max_document_mb), args.min_words))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import __future__
 
+import contextlib
 import gzip
 import importlib
+import io
 import json
 import os
 import resource
@@ -20,7 +22,8 @@ from common import corpus as corpora
 from common import tokenizer as tokenizers
 from common.corpus import Corpus
 from common.errors import BadInput
-from data import build, sentences, sources, wiki_books
+from data import build, sentences, sources, verify, wiki_books
+from data.sources import Errors
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (*(f"{split}{suffix}" for split in ("train", "valid") for suffix in corpora.FILES), "manifest.json")
@@ -616,6 +619,192 @@ def test_bad_lines_stop_or_are_counted(speeches, words, tmp_path, monkeypatch):
         "empty file": 1, "empty text": 1, "half of a surrogate pair": 1,
         "no such text field": 3, "not JSON": 1, "not UTF-8": 1,
     }  # fmt: skip
+
+
+def packed(path, unit, times):
+    """A file that holds `unit` many times, packed as its suffix says."""
+    import zstandard
+
+    if path.suffix == ".gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            for _ in range(times):
+                file.write(unit)
+    elif path.suffix == ".zst":
+        with zstandard.open(path, "wb") as file:
+            for _ in range(times):
+                file.write(unit)
+    else:
+        path.write_bytes(unit * times)
+    return path
+
+
+def test_what_a_packed_file_expands_to_is_bounded(tmp_path):
+    """1 GB of one line in 31 KB; a process of its own, whose memory is measured."""
+    bomb = packed(tmp_path / "a.jsonl.zst", b"a" * 10**6, 1000)
+    (tmp_path / "b.txt.zst").symlink_to(bomb)
+    code = """
+import resource, sys
+from data.sources import Errors, Files
+from common.errors import BadInput
+for path in sys.argv[1:]:
+    try:
+        list(Files([path]).documents(0, [], Errors()))
+    except BadInput as error:
+        print(error)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_maxrss // 1024, round(used.ru_utime + used.ru_stime))
+"""
+    command = [sys.executable, "-c", code, str(bomb), str(tmp_path / "b.txt.zst")]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    megabytes, seconds = map(int, told[2].split())
+    assert bomb.stat().st_size < 50_000 and megabytes < 1000 and seconds < 10
+    assert "a.jsonl.zst:1: a document of over 32 MB (--max-document-mb N allows more" in told[0]
+    assert "b.txt.zst: a document of over 256 MB" in told[1]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_documents_up_to_the_bound_are_taken(tmp_path, suffix):
+    """max_document_mb counts the bytes of a document: 100 of them here."""
+
+    def read(name, unit, **how):
+        errors = Errors("skip")
+        files = sources.Files([packed(tmp_path / f"{name}{suffix}", unit, 1)], max_document_mb=1e-4, **how)
+        return [document.text for document in files.documents(0, [], errors)], dict(errors.counts)
+
+    def line(length):
+        return "x" * (length - 1) + "\n"
+
+    texts = [line(100), line(101), line(30), line(300), line(99), "x" * 101]
+    found = [line(100), line(30), line(99)]
+    assert read("a.txt", "".join(texts).encode(), split_documents="line") == (found, {"a document of over 0.0001 MB": 3})
+    blank = "".join(text + "\n" for text in [line(50) * 2, line(50) * 3, line(300), line(20)]).encode()
+    found = [line(50) * 2, line(20)]
+    assert read("b.txt", blank, split_documents="blank-line") == (found, {"a document of over 0.0001 MB": 2})
+    assert read("c.txt", b"x" * 100) == (["x" * 100], {}) and read("c.txt", b"x" * 101)[0] == []
+    texts = ["y" * 80, "y" * 300, "z"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert read("d.jsonl", lines) == ([texts[0], texts[2]], {"a document of over 0.0001 MB": 1})
+    with pytest.raises(BadInput, match=r"d\.jsonl.*:2: a document of over 0.0001 MB .*--on-error skip"):
+        list(sources.Files([tmp_path / f"d.jsonl{suffix}"], max_document_mb=1e-4).documents(0, [], Errors()))
+
+
+def test_json_that_is_deeply_nested_or_many_objects_is_one_line(tmp_path):
+    for unit, told in ((b"[", "not JSON"), (b'{"text":', "not JSON"), (b"9", "not JSON"), (b" ", "empty")):
+        path = packed(tmp_path / "a.jsonl", unit, 10**6)
+        if told == "empty":
+            assert list(sources.Files([path]).documents(0, [], Errors())) == []
+            continue
+        with pytest.raises(BadInput, match=f"a.jsonl:1: {told}") as error:
+            list(sources.Files([path]).documents(0, [], Errors()))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_damaged_records_of_the_builder_are_one_line(jsonl, words, tmp_path, monkeypatch):
+    out, args = tmp_path / "out", ("--source", jsonl, "--tokenizer", words)
+    make("text", monkeypatch, out, *args)
+    path = out / "manifest.json"
+    good = path.read_text()
+    values = json.loads(good)
+    keys = ("splits", "skipped", "bytes_of_text", "request")
+    nested = [values | {key: value} for key in keys for value in (None, 7.5, "x", [1])]
+    broken = [good[: len(good) // 2], "", "[]", "[" * 10**5, good.replace("1234", "Infinity"), "\0", *map(json.dumps, nested)]
+    for text in broken:
+        path.write_text(text)
+        with pytest.raises(BadInput, match=r"manifest\.json: not a manifest|holds another corpus") as error:
+            make("text", monkeypatch, out, *args)
+        assert "\n" not in str(error.value)
+    path.unlink()
+    (out / ".partial").mkdir()
+    for text in ("", "{}", '{"request": {}}', good):
+        (out / ".partial" / "progress.json").write_text(text)
+        with pytest.raises(BadInput, match=r"progress\.json: not the state of an interrupted build"):
+            make("text", monkeypatch, out, *args)
+    make("text", monkeypatch, out, *args, "--force")
+    Corpus(out / "train").verify()
+
+
+def test_verify_reads_everything(jsonl, words, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words)
+    capsys.readouterr()
+    verify.main([str(out), str(out / "valid")])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in told] == [str(out / name) for name in ("train", "valid", "valid")]
+    assert all("whole: sha256, checksums of blocks" in line for line in told)
+    good, rng = {name: (out / name).read_bytes() for name in FILES[:8]}, np.random.default_rng(0)
+    for number in range(24):
+        path = out / FILES[number % 8]
+        raw = bytearray(good[path.name])
+        raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(raw)
+        with pytest.raises(BadInput) as error:
+            verify.main([str(out)])
+        assert len(error.value.problems) == 1 and path.stem in str(error.value)
+        path.write_bytes(good[path.name])
+    path = out / "train.bin"
+    path.write_bytes(bytes(len(good["train.bin"])))
+    with pytest.raises(BadInput, match="blocks are damaged") as error:
+        verify.main([str(out)])
+    assert len(error.value.problems) == verify.SHOWN + 1
+    path.write_bytes(good["train.bin"])
+    tokenizers.train_bpe(["a b c"], 300).save(out / "tokenizer")
+    with pytest.raises(BadInput, match="was made with tokenizer"):
+        verify.main([str(out / "train")])
+    for suffix in (".json", ".crc32"):
+        (out / f"train{suffix}").unlink()
+    capsys.readouterr()
+    verify.main([str(out / "train")])
+    assert "no manifest" in capsys.readouterr().out
+    result = run("verify", out / "valid", tmp_path / "no")
+    assert result.returncode == 2 and result.stderr.count("\n") == 2 and "no corpus at" in result.stderr
+
+
+def test_every_module_takes_sources_alike(words, tmp_path, monkeypatch):
+    modules = [path.stem for path in (ROOT / "data").glob("*.py") if "def main" in path.read_text()]
+    corpus_modules = sorted(set(modules) - {"__main__", "verify"})
+    assert len(corpus_modules) == 9
+    for name in corpus_modules:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()) as told:
+            importlib.import_module(f"data.{name}").main()
+        assert end.value.code == 0 and "--source PATH [PATH ...]" in told.getvalue(), name
+    result = subprocess.run([sys.executable, "-m", "data"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and all(f"  {name} " in result.stdout for name in [*corpus_modules, "verify"])
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path, monkeypatch):
+    import datasets
+
+    for k in range(2):
+        (tmp_path / f"t{k}.txt").write_text(speeches[k])
+        parts = {"train": speeches[10 * k : 10 * k + 9], "validation": speeches[10 * k + 9 : 10 * k + 10]}
+        made = {split: datasets.Dataset.from_dict({"text": texts_}) for split, texts_ in parts.items()}
+        datasets.DatasetDict(made).save_to_disk(tmp_path / f"d{k}")
+    make("tinyshakespeare", monkeypatch, tmp_path / "s", "--source", tmp_path / "t0.txt", tmp_path / "t1.txt")
+    assert Corpus(tmp_path / "s" / "train").documents == 2
+    make("c4", monkeypatch, tmp_path / "c", "--source", tmp_path / "d0", tmp_path / "d1", "--tokenizer", words)
+    tokenizer = tokenizers.load(words)
+    assert texts(tmp_path / "c" / "train", tokenizer) == [*speeches[:9], *speeches[10:19]]
+    assert texts(tmp_path / "c" / "valid", tokenizer) == [speeches[9], speeches[19]]
+    (tmp_path / "m.py").write_text('def f():\n    """Returns what it is given, unchanged."""\n')
+    make("python_chat", monkeypatch, tmp_path / "q", "--source", tmp_path / "m.py")
+    assert "m.f" in "".join((tmp_path / "q" / name).read_text() for name in ("train.jsonl", "valid.jsonl"))
+    for name in ("c4", "openwebtext", "hub"):
+        with pytest.raises(BadInput, match="nowhere: no such folder"):
+            more = ("--vocab-size", 300) if name != "openwebtext" else ()
+            make(name, monkeypatch, tmp_path / "n", "--source", tmp_path / "d0", tmp_path / "nowhere", *more)
+
+
+def test_names_that_are_too_long_are_one_line(jsonl, words, tmp_path):
+    long = tmp_path / ("n" * 300)
+    for args in (
+        (tmp_path / "out", "--source", long, "--tokenizer", words),
+        (tmp_path / "out", "--source", jsonl, "--tokenizer", long),
+        (long, "--source", jsonl, "--tokenizer", words),
+    ):
+        assert "nnn" in complaint(run("text", *args))
 
 
 @pytest.mark.parametrize("how", ["none", "line"])
