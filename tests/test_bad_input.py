@@ -346,6 +346,22 @@ def _damaged_tokenizer(place: Path) -> None:
     (place / "words/tokenizer.json").write_text("{")
 
 
+def _replaced_tokenizer(place: Path) -> None:
+    from common import tokenizer
+
+    corpus(place / "corpus/train", tokenizer="tokenizer")
+    tokenizer.train_char("abc").save(place / "corpus/tokenizer")
+
+
+def _of_megatrons_tool(place: Path) -> None:
+    """Corpora without a manifest, whose documents do not end as the tokenizer in `words` has it."""
+    from common import tokenizer
+
+    tokenizer.train_bpe(["a b c"], 300).save(place / "words")
+    for name in ("train", "valid"):
+        corpus(place / "corpus" / name, manifest=False)
+
+
 CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, what is done, overrides, what is told
     ("missing", lambda p: None, "data.train=nothing", ["no corpus at "]),
     ("missing .bin", lambda p: (p / "corpus/train.bin").unlink(), "", ["train.bin is missing beside its other half"]),
@@ -360,10 +376,10 @@ CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, wh
     ("empty", lambda p: corpus(p / "corpus/train", tokens=0), "", ["corpus/train: 0 tokens, less than one sample"]),
     (
         "id beyond the vocabulary", lambda p: None, "model.vocab_size=100",
-        ["data.train: holds token id 127 and model.vocab_size=100", "data.valid: holds token id 127",
+        ["data.train: corpus/train holds token id 127 and model.vocab_size=100", "data.valid: corpus/valid holds token id 127",
          "model.vocab_size=100 is below the tokenizer's 128 ids"],
     ),
-    ("such an id, no manifest", _without_manifest(vocab=200), "", ["data.train: holds token id 199 and model.vocab_size=128"]),
+    ("such an id, no manifest", _without_manifest(vocab=200), "", ["data.train: corpus/train holds token id 199 and model"]),
     ("vocabulary unknown", _without_manifest(), "model.vocab_size=null", ["model.vocab_size: is missing, and no tokenizer"]),
     (
         "tokenizers differ", lambda p: corpus(p / "corpus/valid", tokenizer_hash="b" * 64), "",
@@ -376,6 +392,18 @@ CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, wh
     ("no tokenizer", lambda p: None, "data.tokenizer=./none", ["tokenizer ./none: no such folder"]),
     ("damaged tokenizer", _damaged_tokenizer, "data.tokenizer=words", ["words: tokenizer.json or tokenizer_config.json can"]),
     ("no end of document", lambda p: None, "data.reset_attention=true", ["train names no end of document id", "valid names"]),
+    ("keys", _cut("corpus/train.bin"), "data.valid=nothing", ["data.train: corpus/train.bin has", "data.valid: no corpus"]),
+    ("one corpus twice", _cut("corpus/train.bin"), "data.valid=corpus/train", ["data.train: corpus/train.bin has 7,992 bytes"]),
+    ("a name too long", lambda p: None, f"data.train=corpus/{'n' * 300}", [f"data.train: corpus/{'n' * 53}...: a name in it"]),
+    ("a path too long", lambda p: None, f"data.train={'n/' * 3000}", ["n/n/...: has 6,000 bytes; at most 4,000"]),
+    ("a long name elsewhere", lambda p: None, f"data.tokenizer={'n' * 300}", ["nnn...: a name in it has 300 bytes; at most"]),
+    ("replaced tokenizer", _replaced_tokenizer, "", ["data.train: corpus/train was made with tokenizer aaaaaaaaaaaa, its"]),
+    ("no end of document, no manifest", _of_megatrons_tool, "data.eod_mask_loss=true", [
+        "data.train: corpus/train names no end of document", "data.valid: corpus/valid names no",
+    ]),
+    ("documents of another end", _of_megatrons_tool, "data.eod_mask_loss=true data.tokenizer=words model.vocab_size=384", [
+        "data.train: corpus/train: document 0 ends in id", "data.valid: corpus/valid: document 0 ends in id",
+    ]),
     ("two at once", _cut("corpus/train.bin"), "data.valid=nothing", ["train.bin has 7,992 bytes", "no corpus at "]),
 ]  # fmt: skip
 
