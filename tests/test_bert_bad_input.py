@@ -10,7 +10,7 @@ from conftest import case, losses
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
 from common import tokenizer
-from common.corpus import Corpus, Writer, write_manifest
+from common.corpus import Corpus, Writer, checksum, write_manifest
 
 TEXT = """\
 model: {arch: bert, layers: 2, hidden: 32, heads: 2}
@@ -52,7 +52,8 @@ def without_mask(home: Path) -> None:
     made = tokenizer.load(home / "words/tokenizer")
     for name in ("train", "valid"):
         manifest = json.loads((home / f"words/{name}.json").read_text())
-        (home / f"words/{name}.json").write_text(json.dumps(manifest | {"tokenizer_hash": made.hash}))
+        manifest["tokenizer_hash"] = made.hash
+        (home / f"words/{name}.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
 
 
 CORPORA = [  # name, what is done, overrides, what is told: one entry a line

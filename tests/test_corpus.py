@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import case, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +27,7 @@ from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
+STACKS = ("baseline", "deepspeed", "megatron")
 
 
 @pytest.fixture(scope="module")
@@ -779,3 +783,51 @@ def test_opening_is_light():
     code = f"import sys, common.corpus, common.tokenizer; print([m for m in {slow} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == "[]"
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
+
+
+def unknown_ids(folder, copy):
+    """A copy of a corpus with ids that no model of it knows, under a manifest that says nothing of them."""
+    prefix = shutil.copytree(folder, copy) / "train"
+    ids = np.fromfile(f"{prefix}.bin", np.uint16)
+    ids[7::20] = 9_999
+    ids.tofile(f"{prefix}.bin")
+    values = without_checksums(prefix)
+    values["fingerprint"]["bin"] = corpora.fingerprint(f"{prefix}.bin")
+    Path(f"{prefix}.json").write_text(json.dumps(values))
+    return prefix
+
+
+def test_every_stack_stops_at_unknown_ids_and_flipped_bits(corpus, sentences, spans, drive, tmp_path):
+    """Exit 2 and one line. Unknown ids: Megatron, split in two, would mask them and train on. A flipped bit in the middle of a
+    run: the checkpoint before is as it was."""
+    unknown = []
+    for family, folder in (("gpt", corpus), ("bert", sentences), ("t5", spans)):
+        prefix = unknown_ids(folder, tmp_path / family)
+        valid = f"data.valid={tmp_path / family / 'valid'}"
+        for stack in STACKS:
+            settings_ = [f"data.train={prefix}", valid, "train.steps=2", "megatron.tp=2"]
+            unknown.append(case(stack, "tiny", tmp_path / "out" / family / stack, settings_, expect=2, family=family))
+    good = big(tmp_path / "good", blocks=300)
+    for suffix in corpora.FILES:
+        shutil.copy(good + suffix, tmp_path / f"bad{suffix}")
+    for block in unsampled(good):
+        flip(tmp_path / "bad.bin", 8 * (block * corpora.BLOCK + 5_000))
+    flipped = []
+    for stack in STACKS:
+        for name, steps, expect in (("good", 2, 0), ("bad", 4, 2)):
+            settings_ = [f"data.train={tmp_path / name}", "data.valid=null", f"train.steps={steps}", "optim.decay_steps=9"]
+            flipped.append(case(stack, "tiny", tmp_path / "out" / stack, settings_, expect))
+
+    lines = drive([*unknown, *flipped], 2).splitlines()
+    for each in unknown:
+        [line] = [line for line in lines if line.startswith(f"CASE {each['out']} ")]
+        assert re.search(r"data\.train: .*train: document \d+ holds token id 9,999, the model knows ids from 0 to", line), line
+        assert not list(Path(each["out"]).glob("step_*"))
+    for each in flipped[1::2]:
+        [line] = [line for line in lines if line.startswith(f"CASE {each['out']} code 2")]
+        assert re.search(r"data\.train: .*bad\.bin: block \d+ \(bytes [\d,]+ to [\d,]+\) does not", line), line
+        assert [path.name for path in Path(each["out"]).glob("step_*")] == ["step_2"]
+        assert losses(Path(each["out"])).keys() == {1, 2}

@@ -88,7 +88,7 @@ REFUSED = [  # name, what is done, overrides, what is told: one entry a line
     ("fp16", None, "train.dtype=fp16", ["train.dtype=\"fp16\": should be 'fp32' or 'bf16'"]),
     ("a key of BERT", None, "objective.pair=nsp", ["objective.pair: unknown key"]),
     ("a vocabulary below the tokenizer's", None, "model.vocab_size=128",
-     ["data.train: holds token id", "data.valid: holds token id",
+     ["data.train: spans/train holds token id", "data.valid: spans/valid holds token id",
       "model.vocab_size=128 is below the tokenizer's 700 ids"]),
     ("a folder of T5 1.0", lambda h: folder(h, feed_forward_proj="relu", tie_word_embeddings=True), "init.from=hf",
      ["init.from=hf: has feed_forward_proj='relu', the model gives 'gated-gelu'"]),
