@@ -652,7 +652,8 @@ for path in sys.argv[1:]:
     except BadInput as error:
         print(error)
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_maxrss // 1024, round(used.ru_utime + used.ru_stime))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss counts the parent's
+print(int(peak.split()[1]) // 1024, round(used.ru_utime + used.ru_stime))
 """
     command = [sys.executable, "-c", code, str(bomb), str(tmp_path / "b.txt.zst")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
