@@ -37,8 +37,9 @@ def check(folder: Path, name: str, cfg: Config, task: ModuleType, notes: list[st
                 f"{name}: its weights hold {count} layers ({stack}0 on), its config.json says {wanted}; get it again"
             )
     if hasattr(task, "head_problems"):  # of finetuning
-        problems += [f"{name}: {told}" for told in task.head_problems(cfg.model, held)]
-        notes += [f"{name}: {told}" for told in task.head_notes(cfg.model, held) if not problems]
+        problems += [f"{name}: {told}" for told in task.head_problems(cfg, held, theirs)]
+        if not problems:
+            notes += [f"{name}: {told}" for told in task.head_notes(cfg, held, theirs)]
     for head in task.heads(cfg.model):
         if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
             notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")

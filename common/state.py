@@ -43,6 +43,8 @@ def _source(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | 
     if cfg.init.from_ != "scratch":
         fresh = task.fresh(cfg.model) if hasattr(task, "fresh") else ()  # of finetuning
         source = init.from_hf(find(cfg.init.from_), task.stored_names, task.heads(cfg.model), source, fresh)
+        if hasattr(task, "ordered"):  # of finetuning: labels that the folder has in another order
+            source = task.ordered(cfg, find(cfg.init.from_), source)
     return lambda name, shape: {"weight": source(name, shape)}
 
 

@@ -13,8 +13,10 @@ An encoder-decoder model writes translations, summaries, and GLUE's and SQuAD's 
 cnn_dm, mrpc, squad, ...; their files: common/evaluation/text.py): --split, --prefix, --beams, --length-penalty and --tokens are
 for these.
 
-A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner (--data: the folder of the task), or
-with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions/test holds what is sent in.
+A BERT with a head answers the dev set of its task: GLUE's nine, squad, squad2, race, ner, classify (--data: the folder of the
+task), or with --split test its test set; of GLUE's, whose answers only its server has, OUT/predictions/test holds what is sent
+in. The outputs of the head are matched with the labels of the task by name (id2label of config.json); LABEL_0 and so on, which
+say nothing, are taken in the task's order, with a note.
 """
 
 import argparse
@@ -191,8 +193,7 @@ def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[st
     if name in kinds.KIND_OF and able != text.NAMES:
         if name in heads.PUBLIC_DEV_ALONE and args.split == "test":
             raise BadInput(f"{name}: its test set is not public; leave out --split test")
-        cfg = heads.settings(Path(args.model), folder, name, given, args.seq_len, args.split or "dev")
-        return cfg, heads.finetune.stream(cfg, cfg.data.valid, shuffle=False)
+        return heads.read(Path(args.model), folder, name, given, args.seq_len, args.split or "dev")
     if name in text.NAMES:
         inside = given / name.partition("-")[0] if given else None
         return text.read(name, inside if inside and inside.is_dir() else given, split_of(name, args), args.prefix)
@@ -360,15 +361,15 @@ def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -
     ]
 
 
-def of_head(model: Model, task: tuple[Any, kinds.Kind], out: Path | None) -> list[Result]:
-    cfg, examples = task
-    tell = progress("examples", min(model.limit or len(examples), len(examples)), model)
-    said = heads.predict(model.net, cfg, examples, model.batch, model.limit, model.ranks, tell)
-    files = heads.write_predictions(cfg, examples, said, out) if out else []
-    if heads.is_unanswered(cfg):
+def of_head(model: Model, task: heads.Task, out: Path | None) -> list[Result]:
+    size = len(task.examples)
+    tell = progress("examples", min(model.limit or size, size), model)
+    said = heads.predict(model.net, task, model.batch, model.limit, model.ranks, tell)
+    files = heads.write_predictions(task, said, out) if out else []
+    if heads.is_unanswered(task):
         print(*(f"written   {file}" for file in files), sep="\n")
         return []
-    return heads.scores(cfg, examples, said)
+    return heads.scores(task, said)
 
 
 def limited(done: int, whole: int, what: str) -> str:

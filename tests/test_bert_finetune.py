@@ -320,6 +320,8 @@ REFUSED = [
     ("data.seq_len=7", "data.seq_len=7: should be greater than or equal to 8"),
     ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
     ("task={name: ner, data: recipes}", "task.tags: is missing; give the tags of ner"),
+    ("task.labels=[a, b]", "task.labels: is for task.name=classify alone; leave it out"),
+    ("task={name: classify, labels: [a]}", "give task.data=DIR", 'task.labels=["a"]: give two or more'),
 ]
 
 
@@ -455,9 +457,16 @@ def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "its head classifier.weight is (1, 64), the task wants (2, 64); give model.new_head=true" in done.stderr
-    told = "classifier.* is trained on; give model.new_head=true to begin it from train.seed"
+    message = "classifier.* is trained on; give model.new_head=true to begin it from train.seed"
     done = subprocess.run([*command, "model.new_head=true"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and told not in done.stdout, done.stderr
-    command[-1] = f"init.from={runs[0] / 'rte/baseline'}"  # two classes too
+    assert done.returncode == 0 and message not in done.stdout, done.stderr
+    command[-1] = f"init.from={runs[0] / 'rte/baseline'}"  # two classes too, but others
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and told in done.stdout, done.stderr
+    assert done.returncode == 2 and "labels of its head are entailment, not_entailment, those of cola are 0, 1" in done.stderr
+    command[2] = str(configs["rte"])
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and message in done.stdout, done.stderr
+    command[-1] = f"init.from={runs[0] / 'race/baseline'}"  # one output, as of a score, but of another class
+    command[2] = str(configs["stsb"])
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "its head is of MegatronBertForMultipleChoice, the task wants one of" in done.stderr

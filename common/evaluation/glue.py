@@ -47,6 +47,13 @@ TASKS = {
 }
 
 
+# What the files number, in words, as the hub has them: other models' heads name their labels so
+WORDS = {
+    "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"), "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"), "wnli": ("not_entailment", "entailment"),
+}  # fmt: skip
+
+
 class Form(NamedTuple):
     """Tab-separated files. columns: names in the header, or numbers where there is none; the label last."""
 
@@ -113,7 +120,7 @@ def _test_from_files(name: str, folder: Path) -> Examples:
         wanted = " and ".join(path.name for path in paths)
         raise BadInput(f"{folder}: does not hold {wanted}, which GLUE's test set of {name} is read from")
     columns = TEST_COLUMNS.get(name, TASKS[name].hub_columns)
-    parts = [[row for _, row in _rows(path, columns)] for path in paths]
+    parts = [[row for _, row in tab_separated(path, columns)] for path in paths]
     rows = [row for part in parts for row in part]
     if not rows:
         raise BadInput(f"{paths[0]}: holds no example")
@@ -127,7 +134,7 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
     drawn = not form.dev
     files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
     short: list[str] | None = [] if name == "qqp" else None
-    parts = [_rows(path, form.columns, short) for path in files]
+    parts = [tab_separated(path, form.columns, short) for path in files]
     rows, sizes = [row for part in parts for row in part], [len(part) for part in parts]
     note, hashed = None, [fingerprint(path) for path in files]
     if short:
@@ -161,17 +168,13 @@ def _form(name: str, folder: Path, split: str) -> Form:
     raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
 
 
-def _rows(path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None) -> list[tuple[str, list[str]]]:
+def tab_separated(
+    path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None
+) -> list[tuple[str, list[str]]]:
     """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text. A line that
     lacks columns is refused, or left out and entered in `short`: GLUE's own QQP has some (TFDS leaves them out too)."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
-    lines = [line.removesuffix("\r").split("\t") if line else [] for line in text.split("\n")]
+    lines = [line.removesuffix("\r").split("\t") if line else [] for line in decoded(path).split("\n")]
     first = 0
-    if not text.strip():
-        raise BadInput(f"{path}: is empty")
     if isinstance(columns[0], str):
         missing = [column for column in columns if column not in lines[0]]
         if missing:
@@ -188,6 +191,17 @@ def _rows(path: Path, columns: Sequence[str] | Sequence[int], short: list[str] |
             continue
         found.append((f"{path}:{number}", [line[column].strip() for column in columns]))
     return found
+
+
+def decoded(path: Path) -> str:
+    """The text of a file, without its byte order mark. BadInput where it is blank or not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 (byte {error.start:,})") from None
+    if not text.strip():
+        raise BadInput(f"{path}: is empty")
+    return text
 
 
 def _labels(name: str, given: Sequence[str], where: Sequence[str]) -> np.ndarray:

@@ -59,6 +59,7 @@ TASKS: dict[str, dict[str, Unit]] = {
     },
     "race": {"accuracy": FRACTION, "accuracy_middle": FRACTION, "accuracy_high": FRACTION},
     "ner": {"f1": FRACTION, "precision": FRACTION, "recall": FRACTION},
+    "classify": {"accuracy": FRACTION, "macro_f1": FRACTION},
     "multi30k-en-de": _BLEU, "multi30k-de-en": _BLEU, "wmt14-en-de": _BLEU, "wmt14-de-en": _BLEU,
     "cnn_dm": _ROUGE, "xsum": _ROUGE,
     "pairs": {"exact_match": PERCENT} | _BLEU | _ROUGE,
@@ -95,6 +96,8 @@ SIZES = {
     "wikitext103_word_perplexity": 245_565, "lambada_accuracy": 5_153, "lambada_last_token_accuracy": 5_153,
     "cola": 1_043, "sst2": 872, "mrpc": 408, "stsb": 1_500, "qqp": 40_430, "mnli_accuracy": 9_815,
     "mnli_accuracy_mismatched": 9_832, "qnli": 5_463, "rte": 277, "wnli": 71, "squad": 10_570, "squad2": 11_873,
+    "squad2_has_answer_f1": 5_928, "squad2_has_answer_exact": 5_928, "squad2_no_answer_f1": 5_945,
+    "squad2_no_answer_exact": 5_945,
 }  # fmt: skip
 
 # What a protocol says of a score that is not of the whole published set.

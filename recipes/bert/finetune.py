@@ -1,4 +1,5 @@
-"""BERT with the head of a task: GLUE, SQuAD, RACE, tags of words (Devlin et al., arXiv:1810.04805, sections 4 and 5.3).
+"""BERT with the head of a task: GLUE, SQuAD, RACE, tags of words (Devlin et al., arXiv:1810.04805, sections 4 and 5.3), texts
+with labels of one's own.
 
 A task module as task.py is: what it leaves out it has from there; kinds.py has the kinds of tasks. Letters in shapes as there.
 """
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, finetune
+from common import batches, config, finetune, init
 from common.config import NonEmpty, Positive, Section, Share
 from common.errors import BadInput
+from common.evaluation import glue
+from common.hf_folder import whole_weights
+from common.run import read_object
 
 from . import kinds, samples, task
 from .task import FAMILY, MODEL_TYPES, decays, hf_type, stored_names  # noqa: F401 (what stays as it is)
@@ -46,8 +50,14 @@ class Model(task.Model):
                 "data.valid=test: the best checkpoint is chosen on dev; leave it out, and evaluate the finished run by "
                 f"python -m scripts.evaluate OUT {cfg.task.name} --split test"
             )
-        if len(set(cfg.task.tags)) < len(cfg.task.tags):
-            yield f"task.tags={config.written(cfg.task.tags)}: a tag is given twice"
+        for task_name, key in kinds.OWN_LABELS.items():
+            given = getattr(cfg.task, key)
+            if given and cfg.task.name != task_name:
+                yield f"task.{key}: is for task.name={task_name} alone; leave it out"
+            if len(set(given)) < len(given):
+                yield f"task.{key}={config.written(given)}: a name is given twice"
+        if len(cfg.task.labels) == 1:
+            yield f"task.labels={config.written(cfg.task.labels)}: give two or more, or leave it out to take those of train"
         least = kinds.least_seq_len(cfg.task)
         if cfg.data.seq_len < least:
             yield (
@@ -56,7 +66,11 @@ class Model(task.Model):
             )
 
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
-        update = {"labels": kinds.labels(cfg.task), "kind": kinds.KIND_OF[cfg.task.name]}
+        try:
+            labels = kinds.labels(cfg.task)
+        except BadInput:  # of train, which `stream` has reported
+            labels = []
+        update = {"labels": labels, "kind": kinds.KIND_OF[cfg.task.name]}
         return super().resolve(cfg, tokenizer_size).model_copy(update=update)
 
     @property
@@ -81,6 +95,7 @@ class Task(Section):
     data: NonEmpty | None = None  # folder of its files; default: the hub
     train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
+    labels: list[NonEmpty] = []  # classify: all of them; default: those of train, sorted
     tags: list[NonEmpty] = []  # ner: all of them
     stride: Positive = 128  # squad: tokens by which the window moves over a context
     question_len: Positive = 64  # squad: tokens of a question; more are cut
@@ -148,11 +163,12 @@ def hf_class(model: Model) -> str:
 
 def export_config(model: Model) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config."""
-    if model.kind == "text" and model.labels == ["score"]:
-        return {"problem_type": "regression"}
-    problem = {"problem_type": "single_label_classification"} if model.kind == "text" else {}
+    if not model.does.named:
+        return {}
     named = {"id2label": dict(enumerate(model.labels)), "label2id": {name: i for i, name in enumerate(model.labels)}}
-    return problem | (named if model.kind in ("text", "token") else {})
+    if not model.does.pooled:
+        return named
+    return named | {"problem_type": "regression" if len(model.labels) == 1 else "single_label_classification"}
 
 
 def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -181,20 +197,97 @@ def fresh(model: Model) -> tuple[str, ...]:
     return (f"{model.does.parameter}.",) if model.new_head else ()
 
 
-def head_problems(model: Model, held: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Of a folder to begin from whose tensors have these shapes."""
+def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
+    """Of a folder to begin from whose tensors have these shapes, and whose config.json holds `stored`."""
+    model = cfg.model
     name = f"{model.does.parameter}.weight"
-    if name in held and held[name] != (len(model.labels), model.hidden) and not model.new_head:
-        yield (
-            f"its head {name} is {held[name]}, the task wants {(len(model.labels), model.hidden)}; "
-            "give model.new_head=true to begin it from train.seed"
-        )
+    if name not in held or model.new_head or not model.labels:
+        return
+    instead = "give model.new_head=true to begin it from train.seed"
+    named = stored.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "no class"
+    if held[name] != (len(model.labels), model.hidden):
+        yield f"its head {name} is {held[name]}, the task wants {(len(model.labels), model.hidden)}; {instead}"
+    elif not architecture.endswith(model.does.export_class):
+        yield f"its head is of {architecture}, the task wants one of {hf_class(model)}; {instead}"
+    else:
+        try:
+            head_order(cfg, stored)
+        except BadInput as error:
+            yield f"{error}; or {instead}"
 
 
-def head_notes(model: Model, held: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Of the same folder: a head of the right shape may yet be another task's."""
+def head_notes(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
+    """Of the same folder, which has no problems."""
+    model = cfg.model
     if f"{model.does.parameter}.weight" in held and not model.new_head:
         yield f"its head {model.does.parameter}.* is trained on; give model.new_head=true to begin it from train.seed"
+        yield from unnamed(cfg, stored)
+
+
+def label_names(stored: dict[str, Any]) -> list[str] | None:
+    """id2label of a config.json, in the order of the outputs. None where it carries no names: where it is missing, or holds
+    transformers' defaults, LABEL_0 and so on. BadInput where it is damaged."""
+    given, back = stored.get("id2label"), stored.get("label2id")
+    if given is None:
+        return None
+    names = [given.get(str(i)) for i in range(len(given))] if isinstance(given, dict) else [None]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise BadInput("its id2label (config.json) does not give each output, from 0 on, a name of its own; correct it")
+    if isinstance(back, dict) and any(back.get(name, i) != i for i, name in enumerate(names)):
+        raise BadInput("its id2label and label2id (config.json) contradict each other; correct one")
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def head_order(cfg: Config, stored: dict[str, Any]) -> list[int] | None:
+    """Which output of the head in a folder, whose config.json holds `stored`, stands for each label of the task, by name:
+    in any case, and for the numbers in GLUE's files also their words (glue.WORDS).
+
+    None where the order is the task's, or is taken for it because the outputs have no names: the default names of
+    transformers, and heads of answers and spans. BadInput where the names are not the task's.
+    """
+    if not cfg.model.does.named:
+        return None
+    problem, wanted = stored.get("problem_type"), export_config(cfg.model).get("problem_type")
+    if None not in (problem, wanted) and problem != wanted:
+        raise BadInput(f"its problem_type (config.json) is {problem}, {cfg.task.name} is {wanted}")
+    names = label_names(stored)
+    if names is None:
+        return None
+    for labels in (cfg.model.labels, glue.WORDS.get(cfg.task.name, ())):
+        for form in (str, str.casefold):
+            wanted, given = [*map(form, labels)], [*map(form, names)]
+            if sorted(wanted) == sorted(given) and len(set(given)) == len(given):
+                order = [given.index(label) for label in wanted]
+                return None if order == sorted(order) else order
+    theirs, ours = ", ".join(names), ", ".join(cfg.model.labels)
+    raise BadInput(
+        f"the labels of its head are {theirs}, those of {cfg.task.name} are {ours}; correct id2label in its config.json"
+    )
+
+
+def unnamed(cfg: Config, stored: dict[str, Any]) -> list[str]:
+    """A note where the outputs of a folder's head have no names, and so are taken in the task's order."""
+    labels = cfg.model.labels
+    if not cfg.model.does.named or len(labels) == 1 or label_names(stored) is not None:
+        return []
+    return [f"the labels of its head have no names (id2label): taken for {', '.join(labels)}, in this order"]
+
+
+def ordered(cfg: Config, folder: Path, source: init.Source) -> init.Source:
+    """`source`, the parameters of a folder to begin from, with the outputs of its head in the order of the task's labels."""
+    head, held = f"{cfg.model.does.parameter}.", {}
+    whole_weights(folder, str(folder), held)
+    begins_anew = cfg.model.new_head or f"{head}weight" not in held
+    order = None if begins_anew else head_order(cfg, read_object(folder / "config.json") or {})
+    if order is None:
+        return source
+
+    def read(name: str, shape: init.Shape) -> torch.Tensor:
+        tensor = source(name, shape)
+        return tensor[order] if name.startswith(head) else tensor
+
+    return read
 
 
 def hf_shapes(model: Model) -> dict[str, Any]:

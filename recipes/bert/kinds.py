@@ -1,6 +1,7 @@
 """The kinds of tasks that BERT is finetuned on: how examples become rows, the loss of the head, what is predicted and scored.
 
 text     a class or a score of one text or two (GLUE): dropout and a linear layer on the pooled [CLS]
+labelled a class, with texts and labels of one's own: the same
 choice   one of several answers (RACE): the same with one output for each answer, whose texts are sequences of a batch
 token    a tag for each word (NER): dropout and a linear layer on each position
 span     a span of a text (SQuAD): a linear layer with two outputs on each position, its begin and its end
@@ -20,7 +21,8 @@ import numpy as np
 
 from common import batches, examples
 from common.errors import BadInput
-from common.evaluation import glue, race, squad, tagging
+from common.evaluation import glue, labelled, metrics, race, squad, tagging
+from common.run import find
 
 from .samples import Special
 
@@ -58,6 +60,7 @@ class Kind(examples.Examples):
     hf_class = "ForSequenceClassification"  # trained, behind Bert or MegatronBert
     export_class = hf_class  # what config.json of an export says
     parameter = "classifier"  # name of the linear layer in transformers
+    named = False  # do the outputs of the linear layer stand for labels, which id2label of an export names?
     pooled = True
     dropout = True
     sequences = 1  # C
@@ -169,9 +172,11 @@ def largest_id(*texts: Sequence[Sequence[int]]) -> int:
 class Text(Kind):
     """GLUE. Logits (B, L), or (B, 1) of a score."""
 
+    named = True
+
     @classmethod
     def open(cls, reader: Reader) -> Text:
-        found = glue.read(reader.cfg.task.name, reader.folder, reader.split)
+        found = cls.read(reader)
         notes = [found.note] if found.note else []
         keep = kept(reader, len(found.labels), notes)
         ids = [reader.tokenizer.encode_batch([column[i] for i in keep.tolist()]) for column in found.texts]
@@ -182,6 +187,10 @@ class Text(Kind):
         self = cls(reader, found.hash, largest_id(*ids), lengths, notes)
         self.pieces, self.labels, self.sizes, self.name = pieces, found.labels[keep], found.sizes, reader.cfg.task.name
         return self
+
+    @classmethod
+    def read(cls, reader: Reader) -> glue.Examples:
+        return glue.read(reader.cfg.task.name, reader.folder, reader.split)
 
     def rows(self, numbers: Any) -> batches.Rows:
         """As lay_out; labels (B,) int64, or float32 of scores; loss_mask (B,) bool."""
@@ -212,6 +221,27 @@ class Text(Kind):
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
         return glue.files(self.name, predictions[:, 0], self.sizes)
+
+
+class Labelled(Text):
+    """Texts or pairs of one's own, with the labels of task.labels. Logits (B, L)."""
+
+    @classmethod
+    def read(cls, reader: Reader) -> glue.Examples:
+        return labelled.read(reader.folder, reader.split, labels(reader.cfg.task))
+
+    @classmethod
+    def open(cls, reader: Reader) -> Labelled:
+        self = super().open(reader)
+        self.names = labels(reader.cfg.task)
+        return self
+
+    def metrics(self, predictions: np.ndarray) -> dict[str, float]:
+        return labelled.metrics(predictions[:, 0].astype(int), self.labels[: len(predictions)])
+
+    def files(self, predictions: np.ndarray) -> dict[str, str]:
+        lines = [f"{i}\t{self.names[int(label)]}" for i, label in enumerate(predictions[:, 0])]
+        return {"classify.tsv": "\n".join(["index\tprediction", *lines]) + "\n"}
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
@@ -283,6 +313,7 @@ class Token(Kind):
     """Tags of words; the first piece of a word speaks for it (Devlin et al., section 5.3). Logits (B, T, L)."""
 
     hf_class = export_class = "ForTokenClassification"
+    named = True
     pooled = False
 
     @classmethod
@@ -556,15 +587,21 @@ def windowed(question: int, first: int, part: tuple[int, int, tuple[int, int]], 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, type[Kind]] = {"text": Text, "choice": Choice, "token": Token, "span": Span}
-KIND_OF = {**dict.fromkeys(glue.TASKS, "text"), "squad": "span", "squad2": "span", "race": "choice", "ner": "token"}
-METRICS = {"squad": "f1", "squad2": "f1", "race": "accuracy", "ner": "f1"}  # of the others glue.TASKS says it
+KINDS: dict[str, type[Kind]] = {"text": Text, "labelled": Labelled, "choice": Choice, "token": Token, "span": Span}
+KIND_OF = {
+    **dict.fromkeys(glue.TASKS, "text"), "classify": "labelled", "squad": "span", "squad2": "span", "race": "choice",
+    "ner": "token",
+}  # fmt: skip
+OWN_LABELS = {"classify": "labels", "ner": "tags"}  # tasks whose labels a key of the config gives
 
 
 def labels(task: finetune.Task) -> list[str]:
-    """What the outputs of the linear layer stand for: classes, a score, an answer, the ends of a span."""
+    """What the outputs of the linear layer stand for: classes, a score, an answer, the ends of a span. BadInput where they are
+    the labels of a train split that cannot be read."""
     if task.name in glue.TASKS:
         return list(glue.TASKS[task.name].labels) or ["score"]
+    if task.name == "classify":
+        return task.labels or labelled.label_set(find(task.data) if task.data else None)
     return {"span": ["begin", "end"], "choice": ["answer"], "token": task.tags}[KIND_OF[task.name]]
 
 
@@ -575,4 +612,4 @@ def least_seq_len(task: finetune.Task) -> int:
 
 def selected_by(task: finetune.Task) -> str:
     """The metric that decides which checkpoint is the best."""
-    return METRICS.get(task.name) or glue.TASKS[task.name].metrics[0]
+    return next(iter(metrics.TASKS[task.name]))
