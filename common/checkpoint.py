@@ -11,6 +11,7 @@ all there is to keep of them.
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -18,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import heartbeat, parameters
-from common.errors import BadInput
+from common import heartbeat, integrity, parameters
+from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, BadInput
 from common.parameters import Shapes
 
 if TYPE_CHECKING:
@@ -33,25 +34,38 @@ class Checkpoint(NamedTuple):
     """A finished step_N on disk."""
 
     path: Path
-    meta: dict[str, Any]  # step, samples, seed, stack, layout, science, files: {name: {bytes, crc32, shape}}
+    meta: dict[str, Any]  # step, samples, seed, stack, layout, science, files: {name: {bytes, crc32, shape}}; crc32 of these
 
     @property
     def step(self) -> int:
         return self.meta["step"]
 
     def read(self, name: str, parts: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
-        """The parts of one parameter (default: all) as fp32 CPU tensors; BadInput if the bytes are not those written."""
+        """The parts of one parameter (default: all) as fp32 CPU tensors; BadInput if the bytes are not those written, or if
+        a value is NaN or infinite."""
         from safetensors.torch import load
 
         path = self.path / f"{name}.safetensors"
         known = self.meta["files"].get(name)
         if known is None:
             raise BadInput(f"{self.path}: holds no parameter {name}; it is a checkpoint of another model")
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadInput(
+                f"{path}: cannot be read ({error.strerror}); does another run write into {self.path.parent}?"
+            ) from None
         if zlib.crc32(data) != known["crc32"]:
             raise BadInput(f"{path}: its bytes have changed since it was written; remove {self.path} to use the one before")
         stored = load(data)
-        return {part: stored[part] for part in parts or stored}
+        read = {part: stored[part] for part in parts or stored}
+        for part, tensor in read.items():
+            if not integrity.is_finite(tensor):
+                raise BadInput(
+                    f"{path}: its {part} holds NaN or infinite values, the training had diverged by step {self.step}; remove "
+                    f"{self.path} to continue from the step before, or begin in another OUT with a lower optim.lr"
+                )
+        return read
 
     def names(self) -> list[str]:
         return list(self.meta["files"])
@@ -65,29 +79,35 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
     """Write one step; every rank calls this with the same sequence of names (the entries may hold collectives).
 
     shapes: the parameters that are trained; BadInput, and nothing saved, unless all ranks together wrote each of them once.
-    A process killed at any moment leaves the previous steps whole: what is not finished is named step_N.tmp.
+    A process killed at any moment leaves the previous steps whole: what is not finished is named step_N.tmp. NaN or infinity
+    in a parameter or its optimizer state ends the run (exit code 3), and nothing is saved.
     """
     import torch.distributed as dist
+
+    from common.ranks import Stopped
 
     final = out / f"step_{meta['step']}"
     tmp = out / f"step_{meta['step']}.tmp"
     first = dist.get_rank() == 0
     written: dict[str, Any] = {}
-    fault = None
+    fault: tuple[int, str] | None = None  # exit code, line
     if first:
         shutil.rmtree(tmp, ignore_errors=True)
         try:
             tmp.mkdir(parents=True)
         except OSError as error:
-            fault = _told(tmp, "be made", error)
+            fault = EXIT_BAD_INPUT, _told(tmp, "be made", error)
     dist.barrier()
     for name, parts in entries:
         heartbeat.beat("saving")
         if parts is not None and fault is None:
-            try:
-                written[name] = _write(tmp / f"{name}.safetensors", parts)
-            except OSError as error:  # told once all ranks are through the collectives
-                fault = _told(tmp / f"{name}.safetensors", "be written", error)
+            try:  # a fault is raised once all ranks are through the collectives
+                if all(map(integrity.is_finite, parts.values())):
+                    written[name] = _write(tmp / f"{name}.safetensors", parts)
+                else:
+                    fault = EXIT_NOT_FINITE, f"{name} is NaN or infinite after step {meta['step']}: stopped, nothing saved"
+            except OSError as error:
+                fault = EXIT_BAD_INPUT, _told(tmp / f"{name}.safetensors", "be written", error)
     heartbeat.wait("save")
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (written, fault))
@@ -95,21 +115,24 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
     if first and not faults:
         files = {name: info for part, _ in gathered for name, info in part.items()}
         writers = Counter(name for part, _ in gathered for name in part)
-        faults = [f"{name} was written by {count} ranks" for name, count in writers.items() if count > 1]
-        faults += parameters.differences({name: info["shape"] for name, info in files.items()}, shapes)
-        faults = [f"{final}: {fault}; nothing was saved" for fault in faults]
+        problems = [f"{name} was written by {count} ranks" for name, count in writers.items() if count > 1]
+        problems += parameters.differences({name: info["shape"] for name, info in files.items()}, shapes)
+        faults = [(EXIT_BAD_INPUT, f"{final}: {problem}; nothing was saved") for problem in problems]
     if first and not faults:
         try:
             _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
         except OSError as error:
-            faults = [_told(final, "be finished", error)]
-    told = [faults]
-    dist.broadcast_object_list(told)
+            faults = [(EXIT_BAD_INPUT, _told(final, "be finished", error))]
+    agreed = [faults]
+    dist.broadcast_object_list(agreed)
     heartbeat.beat("saved")
-    if told[0]:
+    if agreed[0]:
         if first:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise BadInput(told[0][0])
+        code, line = min(agreed[0])
+        if code == EXIT_NOT_FINITE:
+            raise Stopped(code, f"error: {line}; the last checkpoint is as it was")
+        raise BadInput(line)
     if first:
         _remove_old(out, meta["step"], keep)
     return final
@@ -140,11 +163,10 @@ def _write(path: Path, parts: "dict[str, torch.Tensor]") -> dict[str, Any]:
 
 def _finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
     with open(tmp / "state.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
+        json.dump(integrity.seal(meta), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)  # there only if it was damaged: latest() had passed it over
-    os.rename(tmp, final)
+    integrity.replace_folder(tmp, final)  # `final` is there only if it was damaged: latest() had passed it over
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
@@ -154,7 +176,7 @@ def _finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
 
 def finished(out: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [p for p in out.glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
+    found = [p for p in out.glob("step_*") if re.fullmatch(r"step_[0-9]+", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -175,19 +197,42 @@ def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
 
 def _open(path: Path) -> Checkpoint | str:
     """The checkpoint, or what is wrong with it."""
-    try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        sizes = {path / f"{name}.safetensors": int(known["bytes"]) for name, known in meta["files"].items()}
-        step = int(meta["step"])
-    except FileNotFoundError:
-        return f"{path / 'state.json'} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{path / 'state.json'} is not readable"
-    if path.name != f"step_{step}":
-        return f"{path / 'state.json'} is of step {step}"
-    for file, size in sizes.items():
-        if not file.is_file():
+    record = path / "state.json"
+    if not record.exists():
+        return f"{record} is missing"
+    meta = integrity.read_object(record)
+    if meta is None or not _is_meta(meta):
+        return f"{record} is not readable"
+    if not integrity.is_whole(meta):
+        return f"{record} has other contents than were written"
+    if path.name != f"step_{meta['step']}":
+        return f"{record} is of step {meta['step']}"
+    for name, known in meta["files"].items():
+        file = path / f"{name}.safetensors"
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
             return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} of {size} bytes"
+        except (OSError, ValueError):
+            return f"{file} is not readable"
+        if size != known["bytes"]:
+            return f"{file} has {size} of {known['bytes']} bytes"
     return Checkpoint(path, meta)
+
+
+def _is_meta(meta: dict[str, Any]) -> bool:
+    """Are the values of a state.json of the types that its readers take for granted?"""
+    files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
+    return (
+        integrity.is_count(meta.get("step"))
+        and isinstance(files, dict)
+        and all(isinstance(known, dict) for known in files.values())
+        and all(integrity.is_count(known.get(key)) for known in files.values() for key in ("bytes", "crc32"))
+        and all(isinstance(known.get("shape"), list) for known in files.values())
+        and all(integrity.is_count(size) for known in files.values() for size in known["shape"])
+        and not any(os.sep in name for name in files)
+        and isinstance(layout, dict)
+        and integrity.is_count(layout.get("world"))
+        and isinstance(meta.get("science", {}), dict)
+        and isinstance(meta.get("stack", ""), str)
+    )

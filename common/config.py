@@ -551,8 +551,12 @@ def science(cfg: Config) -> dict[str, Any]:
 def write_yaml(cfg: Config, path: str | Path) -> None:
     """Write a config; a reader sees the old file or the new one, never half of it."""
     part = Path(f"{path}.tmp")
-    part.write_text(yaml.safe_dump(cfg.dump(), sort_keys=False, width=120), encoding="utf-8")
+    part.write_text(as_yaml(cfg), encoding="utf-8")
     part.replace(path)
+
+
+def as_yaml(cfg: Config) -> str:
+    return yaml.safe_dump(cfg.dump(), sort_keys=False, width=120)
 
 
 def write_section(path: str | Path, name: str, section: Section) -> None:

@@ -16,6 +16,7 @@ EXIT_HANG = 4
 EXIT_LOST = 5
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # full, or not to be written to
 
 
 class BadInput(Exception):
@@ -42,9 +43,14 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # what was given as a path can be none: bad input, wherever it is looked at first
+        if error.errno == errno.ENAMETOOLONG:  # what was given as a path can be none: bad input, wherever it is looked at first
+            line = f"{str(error.filename)[:100]}...: {error.strerror}; give a path whose parts are shorter"
+        elif error.errno in DISK_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            line = f"{where}{error.strerror}; make room there, or choose another place, and try again"
+        else:
             raise
-        print(f"error: {str(error.filename)[:100]}...: {error.strerror}; give a path whose parts are shorter", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = EXIT_SIGINT

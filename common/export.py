@@ -2,20 +2,27 @@
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import checkpoint, heartbeat, parameters
+from common import checkpoint, heartbeat, integrity, log, parameters
 from common.checkpoint import Checkpoint
 from common.config import Config
 from common.errors import BadInput
 from common.ranks import Ranks
 from common.run import Run
 
+if TYPE_CHECKING:
+    import torch
+
 SHARD_BYTES = 4 * 2**30
+UNCHECKED = ("README.md", integrity.RECORD)  # a model card is there to be edited
 
 
 def to_hf(
@@ -30,10 +37,13 @@ def to_hf(
 
     problems: list[Any] = [None]
     if ranks.rank == 0 and run.is_last_phase:
-        last = checkpoint.latest(steps or run.out)
+        notes: list[str] = []
+        last = checkpoint.latest(steps or run.out, notes)
         folder = run.out / "hf"
         try:
-            if last and _exported_step(folder) != last.step:
+            if last and exported_step(folder) != last.step:
+                for note in notes:
+                    print(f"note: {note}", file=sys.stderr, flush=True)
                 write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.facts)
                 print(f"export    {folder}", flush=True)
         except BadInput as error:
@@ -45,32 +55,40 @@ def to_hf(
         raise BadInput(problems[0])
 
 
-def _exported_step(folder: Path) -> int | None:
-    try:
-        return json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
-        return None
+def exported_step(folder: Path) -> int | None:
+    """Of which step an export is, by its twinstack.json; None where there is none that can be read."""
+    values = integrity.read_object(folder / integrity.RECORD)
+    step = values.get("step") if values and integrity.is_whole(values) else None
+    return step if integrity.is_count(step) else None
 
 
 def write(
     source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path, facts: dict[str, Any]
 ) -> None:
-    """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole."""
+    """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json holds
+    what it was made of, and bytes and checksum of its files."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
     try:
-        _weights(source, tmp)
+        tmp.mkdir(parents=True)
+        weights = _weights(source, tmp)
         task.hf_config(cfg.model).save_pretrained(tmp)
         _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp))
         _prove(source, cfg, task, tmp)
         (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
-        (tmp / "twinstack.json").write_text(json.dumps({"step": source.step, **facts}, indent=1), encoding="utf-8")
+        others = {path.name for path in tmp.iterdir()} - weights.keys() - set(UNCHECKED)
+        files = weights | {name: integrity.checksum(tmp / name) for name in sorted(others)}
+        record = integrity.seal({"step": source.step, **facts, "files": files})
+        (tmp / integrity.RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        integrity.replace_folder(tmp, folder)
+    except BadInput:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise BadInput(f"{folder}: cannot write the export: {error.strerror or error}") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
+        raise BadInput(
+            f"{folder}: cannot write the export: {error.strerror or error}; make room there, and the same command goes on"
+        ) from None
 
 
 def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path) -> None:
@@ -92,32 +110,62 @@ def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder:
     parameters.prove(stored, shapes, str(source.path), f"{task.hf_class(cfg.model)}, which loads the export,")
 
 
-def _weights(source: checkpoint.Checkpoint, folder: Path) -> None:
-    """model-0000k-of-0000n.safetensors, at most SHARD_BYTES each, and their index; fp32 as the masters are."""
-    from safetensors.torch import save_file
-
+def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str, int]]:
+    """model-0000k-of-0000n.safetensors, at most SHARD_BYTES each, and their index; fp32 as the masters are. {file: checksum}"""
+    shapes = source.shapes()
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     size = 0
-    for name in source.names():
-        bytes_of = 4 * math.prod(source.meta["files"][name]["shape"])  # fp32
-        if size and size + bytes_of > SHARD_BYTES:
+    for name in shapes:
+        if size and size + sizes[name] > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += bytes_of
-    index, total = {}, 0
+        size += sizes[name]
+    index, written = {}, {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            heartbeat.beat("export")
-            tensors[name] = source.read(name, ("weight",))["weight"].clone()
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        tensors = {name: shapes[name] for name in names}
+        written[file] = write_tensors(folder / file, tensors, lambda name: source.read(name, ("weight",))["weight"])
         index |= dict.fromkeys(names, file)
-        total += sum(t.numel() * 4 for t in tensors.values())
     if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return written
+
+
+def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], "torch.Tensor"]) -> dict[str, int]:
+    """A safetensors file of fp32 tensors, byte for byte that of safetensors' save_file, which would hold all of them in memory
+    and leaves the checksum to a second reading. Returns {bytes, crc32}.
+
+    shapes: full shape by name. read: the tensor of a name, asked for one at a time. The format: https://github.com/huggingface/
+    safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(shapes):
+        begin, end = end, end + 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    size = crc32 = 0
+    with open(path, "wb") as file:
+
+        def put(data: Any) -> None:
+            nonlocal size, crc32
+            file.write(data)
+            size, crc32 = size + len(data), zlib.crc32(data, crc32)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            heartbeat.beat("export")
+            tensor = read(name)
+            if list(tensor.shape) != list(shapes[name]):
+                raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, state.json says {tuple(shapes[name])}")
+            put(memoryview(tensor.float().contiguous().view(-1).numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "crc32": crc32}
 
 
 def _tokenizer(tokenizer: Path, folder: Path) -> dict[str, int]:
@@ -165,9 +213,6 @@ def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: d
 def _losses(path: Path, step: int) -> dict[str, float]:
     """The last training and validation loss that the log holds up to `step`."""
     found: dict[str, float] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            if values["step"] <= step:
-                found |= {k: values[k] for k in ("loss", "valid_loss") if k in values}
+    for line in log.read(path, step):
+        found |= {k: line[k] for k in ("loss", "valid_loss") if k in line}
     return found

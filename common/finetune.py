@@ -5,7 +5,6 @@ OUT/predictions/   its predictions, in the formats of the benchmarks
 OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from common import batches, export, heartbeat, lora
+from common import batches, export, heartbeat, log, lora
 from common import ranks as processes
 from common.config import Section
 from common.corpus import write_json
@@ -41,11 +40,9 @@ class Selection:
         self.metric, self.sign = metric, -1 if metric == "loss" else 1
         self.patience = run.cfg.task.patience
         self.values: dict[int, float] = {}
-        log, last = run.out / "metrics.jsonl", run.resume.step if run.resume else 0
-        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() and last else ():
-            found = json.loads(line)
-            if found["step"] <= last and f"valid_{metric}" in found:
-                self.enter(found["step"], found[f"valid_{metric}"])
+        for line in log.read(run.out / "metrics.jsonl", run.resume.step) if run.resume else ():
+            if f"valid_{metric}" in line:
+                self.enter(line["step"], line[f"valid_{metric}"])
 
     def enter(self, step: int, value: float) -> bool:
         """An evaluation, alike on every rank; is it the best so far?"""

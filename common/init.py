@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import integrity
 from common.errors import BadInput
 
 if TYPE_CHECKING:
@@ -65,7 +66,13 @@ def from_hf(
             tensor = f.get_tensor(stored)
         if tuple(tensor.shape) != tuple(shape):
             raise BadInput(f"init.from={folder}: {name} is {tuple(tensor.shape)}, the config's model wants {tuple(shape)}")
-        return tensor.float()
+        tensor = tensor.float()
+        if not integrity.is_finite(tensor):
+            raise BadInput(
+                f"init.from={folder}: {stored} holds NaN or infinite values; the run that made it diverged, or the file is "
+                "damaged: get the folder again, or give another"
+            )
+        return tensor
 
     return read
 

@@ -1,6 +1,7 @@
 """The commands of recipes/*/convert.py: a run as a Hugging Face folder, and such a folder as the beginning of a run."""
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, export, hf_folder, init, parameters, ranks, state
+from common import checkpoint, config, export, hf_folder, init, integrity, lock, parameters, ranks, state
 from common import tokenizer as tokenizers
 from common.errors import BadInput
 from common.run import read_object, task_module
@@ -67,7 +68,7 @@ def _imported_model(run: Path, task: ModuleType) -> Any:
 def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; give a new folder")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != lock.NAME for path in folder.iterdir()):
         raise BadInput(f"{folder}: is not empty; give a new folder")
 
 
@@ -79,6 +80,9 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     """
     _check_new(out)
     model = hf_folder.model_in(folder, task)
+    changed = integrity.problems(folder, str(folder))
+    if changed:
+        raise BadInput(changed)
     anew = init.scratch(SEED, lambda name: task.initial(model, name))
     source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
 
@@ -91,9 +95,20 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     ranks.quiet()
     ranks.start()
     science = {f"model.{key}": value for key, value in model.model_dump().items()}
-    checkpoint.save(out, entries(), shapes, {"step": 0, "samples": 0, "stack": "huggingface", "science": science}, keep=1)
-    tokenizers.copy_files(folder, out / TOKENIZER)
-    config.write_section(out / "model.yaml", "model", model)
+    meta = {"step": 0, "samples": 0, "stack": "huggingface", "science": science}
+    with lock.held(out):
+        _check_new(out)
+        try:
+            tokenizers.copy_files(folder, out / TOKENIZER)
+            config.write_section(out / "model.yaml", "model", model)
+            checkpoint.save(out, entries(), shapes, meta, keep=1)  # last: an OUT with a checkpoint is whole
+        except BaseException:
+            for path in out.iterdir():  # OUT was empty
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != lock.NAME:
+                    path.unlink()
+            raise
     print(f"{out}: step_0 and model.yaml, from {folder}")
 
 

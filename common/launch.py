@@ -15,12 +15,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common import heartbeat
+from common import heartbeat, lock
 from common.config import STACKS
 from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly
 from common.watch import Failure, Watch
@@ -307,7 +306,7 @@ def run(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_secon
 
     hang_seconds: without progress for so long all is ended; 0: never. The details of a failure go to a file in OUT.
     """
-    with tempfile.TemporaryDirectory(prefix="twinstack_") as folder:
+    with lock.scratch_folder() as folder:
         scratch = Path(folder)
         watch = Watch(scratch, on, out, hang_seconds)
         agent = subprocess.Popen(
@@ -390,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)
 
-    from common.run import describe, prepare
+    from common.run import describe, finished, prepare, record_finished
 
     task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
     job = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
@@ -399,17 +398,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.dry_run:
         print(describe(job, task, ["torchrun", *arguments]))
         return 0
+    if (what := finished(job)) is not None:
+        print(what)
+        return 0
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
-    while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
-        before, job = job, prepare(command.config, command.out, command.overrides, stack, task, on.world)
-        if Stop.ever:  # the phase before was over when it came
-            print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
-            return 128 + Stop.ever
-        if job.cfg.train.steps == before.cfg.train.steps:
-            raise BadInput(f"{job.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
+    with lock.held(job.out) if on.node_rank == 0 else contextlib.nullcontext():
         code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
+        while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
+            before, job = job, prepare(command.config, command.out, command.overrides, stack, task, on.world)
+            if Stop.ever:  # the phase before was over when it came
+                print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
+                return 128 + Stop.ever
+            if job.cfg.train.steps == before.cfg.train.steps:
+                raise BadInput(f"{job.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
+            code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
+        if code == 0 and on.node_rank == 0:
+            record_finished(job)
     return code
 
 

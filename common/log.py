@@ -4,12 +4,15 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
 from common import flops, heartbeat
+from common.integrity import is_count
 from common.ranks import Ranks
 from common.run import Run
 
@@ -86,30 +89,68 @@ class Log:
 
 
 def _reopen(path: Path, step: int) -> TextIO:
-    """Append to metrics.jsonl after the lines of steps up to `step`, which stay byte for byte."""
-    keep = 0
+    """Append to metrics.jsonl after the lines of steps up to `step`, which stay byte for byte. Lines that are damaged are left
+    out, with a note: a disk may change a byte in the middle, and what a kill leaves is half a line at the end."""
+    end = place = damaged = 0  # where the last line to keep ends; damaged lines before it
+    spoiled: list[tuple[int, int]] = []  # those lines: where they begin and end
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n") or _step_of(line) > step:
-                    break
-                keep += len(line)
-        os.truncate(path, keep)
+                found = parsed(line)
+                if found is None:
+                    spoiled.append((place, place + len(line)))
+                elif found["step"] <= step:
+                    end, damaged = place + len(line), len(spoiled)
+                place += len(line)
+        os.truncate(path, end)
+        if damaged:
+            _cut_out(path, spoiled[:damaged])
+            print(
+                f"note: {path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out", file=sys.stderr, flush=True
+            )
     return open(path, "a", encoding="utf-8")
 
 
-def _step_of(line: bytes) -> float:
-    """Of a line of metrics.jsonl; infinite for one that is damaged, which ends what is kept."""
+def _cut_out(path: Path, spans: list[tuple[int, int]]) -> None:
+    """Rewrite a file without these spans of bytes; a reader sees the old file or the new one."""
+    content = path.read_bytes()
+    starts, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), len(content)]
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(b"".join(content[begin:end] for begin, end in zip(starts, ends, strict=True)))
+    part.replace(path)
+
+
+def parsed(line: bytes | str) -> dict[str, Any] | None:
+    """A whole line of metrics.jsonl: an object with a step, its losses numbers. None for any other, damaged or half written."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not is_count(values.get("step")) or line[-1:] not in (b"\n", "\n"):
+        return None
+    losses = [value for key, value in values.items() if key == "loss" or key.startswith("valid_")]
+    numbers = (isinstance(v, float) or (isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63) for v in losses)
+    return values if all(numbers) else None
+
+
+def read(path: Path, last_step: int) -> Iterator[dict[str, Any]]:
+    """The whole lines of metrics.jsonl up to `last_step`; none where there is no such file."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            yield from (values for line in file if (values := parsed(line)) and values["step"] <= last_step)
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _report_thread
     return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+
+
+def _report_thread(args: "threading.ExceptHookArgs") -> None:
+    """TensorBoard's thread keeps what it could not write (a full disk) and raises it at our next call: one report is enough."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def header(run: Run, gpu: str | None) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from common import checkpoint, init, parameters, state
+from common import checkpoint, init, integrity, parameters, state
 from common.checkpoint import Checkpoint
 from common.config import Config, NonEmpty, Positive, Section, Share
+from common.export import write_tensors
 from common.parameters import Shapes
 from common.ranks import Ranks
 from common.run import Run
@@ -150,17 +151,12 @@ def export(run: Run, task: ModuleType, ranks: Ranks, steps: Path) -> None:
     """OUT/adapter of the newest checkpoint in `steps`, by rank 0: what peft.PeftModel.from_pretrained loads."""
     if not of(run.cfg) or ranks.rank:
         return
-    from safetensors.torch import save_file
-
     source = checkpoint.latest(steps)
     tmp, folder = run.out / "adapter.tmp", run.out / "adapter"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     peft_config(run.cfg, task).save_pretrained(tmp)
-    tensors = {
-        f"base_model.model.{name.replace('.default.', '.')}": source.read(name, ("weight",))["weight"].clone()
-        for name in source.names()
-    }
-    save_file(tensors, str(tmp / "adapter_model.safetensors"), metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
+    names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}
+    shapes = {theirs: source.meta["files"][ours]["shape"] for theirs, ours in names.items()}
+    write_tensors(tmp / "adapter_model.safetensors", shapes, lambda theirs: source.read(names[theirs], ("weight",))["weight"])
+    integrity.replace_folder(tmp, folder)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from common import integrity
 from common.errors import BadInput
 from common.run import read_object
 
@@ -24,13 +25,17 @@ def architecture_of(folder: str | Path) -> str:
 def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any) -> tuple[Any, Any]:
     """The model of a folder, by `of.from_pretrained`, and its tokenizer.
 
-    BadInput for what cannot be loaded, for weights that lack a tensor of the model (but for names that begin with `may_lack`),
-    have one of another shape, or hold layers that config.json leaves out.
+    BadInput for what cannot be loaded, for files of an export that are not those written, for weights that lack a tensor of the
+    model (but for names that begin with `may_lack`), have one of another shape, hold layers that config.json leaves out, or are
+    NaN or infinite.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    changed = integrity.problems(Path(folder), str(folder)) if integrity.is_first_reader() else []
+    if changed:
+        raise BadInput(changed)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     try:
@@ -47,6 +52,8 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     problems += [f"its weights hold {_few(left_out)}, for which its config.json has no layer"] if left_out else []
     for name, theirs, wanted in found["mismatched_keys"]:
         problems.append(f"its {name} is {tuple(theirs)}, by its config.json {tuple(wanted)}")
+    spoiled = [name for name, value in net.named_parameters() if value.is_floating_point() and not integrity.is_finite(value)]
+    problems += [f"its {_few(spoiled)} holds NaN or infinite values"] if spoiled else []
     if problems:
         raise BadInput([f"{folder}: {told}; get the folder again" for told in problems[:3]])
     return net.eval(), tokenizer

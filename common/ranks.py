@@ -2,7 +2,6 @@
 
 import ctypes
 import datetime
-import errno
 import logging
 import math
 import os
@@ -13,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from common import heartbeat
-from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
+from common import heartbeat, lock
+from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
 from common.init import hashed
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except Stopped as stop:
         code, lines = stop.code, [str(stop)]
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
         where = error.filename or "writing into OUT"
         again = "the checkpoints are whole, and the same command continues"
@@ -207,6 +206,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     if dist.is_initialized() and code != EXIT_BAD_INPUT:  # the others may wait in a collective: torchrun ends them
         dist.destroy_process_group()
     heartbeat.beat(heartbeat.DONE)
+    lock.release()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds

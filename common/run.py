@@ -5,9 +5,9 @@ The launch script does it on the host, where the error is the last thing on the 
 
 import contextlib
 import importlib
-import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
-from common import checkpoint, config
+from common import checkpoint, config, integrity, lock
 from common.config import Config, Layout
 from common.corpus import Corpus, write_json
 from common.errors import BadInput, Missing
+from common.integrity import read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
@@ -135,6 +136,9 @@ def prepare(
         resume = checkpoint.latest(out_path, notes)
         if resume is not None:
             problems += _continues(whole, resume)
+    reads_folder = cfg.init.from_ != "scratch" and (resume is None or getattr(cfg, "lora", None))
+    if reads_folder and not problems and integrity.is_first_reader():
+        problems += integrity.problems(find(cfg.init.from_), f"init.from={cfg.init.from_}")
     if problems:
         raise BadInput(problems)
     return Run(cfg, whole, stack, out_path, layout, train, valid, folder, facts, resume, notes)
@@ -281,15 +285,6 @@ def _begins_from(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     return hf_folder.check(find(cfg.init.from_), f"init.from={cfg.init.from_}", cfg, task, notes)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if it cannot be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
 def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | None:
     """The config of the run that OUT holds, None if it holds none; problems if OUT cannot be used."""
     reason = unusable(out)
@@ -306,7 +301,9 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
             problems.append(f"{out / 'config.yaml'}: is not the config of such a run ({keys}); choose another OUT")
     elif (out / "step_0" / "state.json").is_file():  # of `python -m recipes.FAMILY.convert from-hf`
         return None
-    elif out.is_dir() and any(p.suffix != ".tmp" and p.name not in ("tensorboard", "logs") for p in out.iterdir()):
+    elif out.is_dir() and any(
+        p.suffix not in (".tmp", ".part") and p.name not in ("tensorboard", "logs", lock.NAME) for p in out.iterdir()
+    ):
         problems.append(f"{out}: is not empty and holds no run (no config.yaml); choose another OUT")
     return None
 
@@ -403,23 +400,80 @@ def _commit() -> str:
 
 
 def begin(run: Run) -> None:
-    """Rank 0, once nothing can refuse the run any more: record its config, tokenizer and facts in OUT."""
+    """Rank 0, once nothing can refuse the run any more: record its config, tokenizer and facts in OUT, each whole or not at
+    all, and remove what a killed run has left half written. BadInput where another run writes there."""
     from common import tokenizer as tokenizers
 
+    if "TWINSTACK_EXIT_CODE" not in os.environ:  # else the launcher holds it
+        lock.hold(run.out)
     try:
         run.out.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(run.out)
         config.write_yaml(run.whole, run.out / "config.yaml")
         if run.tokenizer is not None:
-            tokenizers.load(run.tokenizer).save(run.out / "tokenizer")
+            part = run.out / "tokenizer.tmp"
+            tokenizers.load(run.tokenizer).save(part)
+            integrity.replace_folder(part, run.out / "tokenizer")
         recorded = read_object(run.out / "run.json") or {}
-        run.facts["id"] = recorded.get("id") or uuid.uuid4().hex  # for life: the export and what begins from it name the run
+        known = recorded.get("id")
+        # for life: the export and what begins from it name the run
+        run.facts["id"] = known if isinstance(known, str) and known else uuid.uuid4().hex
         if recorded:
             run.facts["init"] = recorded.get("init")  # where it began, whatever init.from holds since
-        before = recorded.get("stacks", [])
+        before = recorded.get("stacks")
+        before = before if isinstance(before, list) else []
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
         write_json(run.out / "run.json", run.facts | {"stacks": stacks})
     except OSError as error:
         raise BadInput(f"{run.out}: {error.strerror}; choose another OUT") from None
+
+
+LEFTOVERS = (
+    *("step_*.tmp", "step_*.old.tmp", "hf.tmp", "hf.old.tmp", "adapter.tmp", "adapter.old.tmp"),
+    *("tokenizer.tmp", "tokenizer.old.tmp", "config.yaml.tmp", "run.json.part", "eval.json.part", "metrics.jsonl.part"),
+    *("best/step_*.tmp", "best/step_*.old.tmp"),
+)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a killed process was writing under a temporary name. The lock is held: no other process writes them."""
+    for path in (path for pattern in LEFTOVERS for path in out.glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def finished(run: Run) -> str | None:
+    """One line if OUT holds this run whole, with all that its end writes: nothing is left to do."""
+    record = (read_object(run.out / "run.json") or {}).get("finished")
+    if not run.resume or not isinstance(record, dict) or record.get("step") != run.resume.step:
+        return None
+    files = record.get("files")
+    if not isinstance(files, list) or not all(isinstance(name, str) and (run.out / name).is_file() for name in files):
+        return None
+    try:
+        same = (run.out / "config.yaml").read_text(encoding="utf-8") == config.as_yaml(run.whole)
+    except (OSError, ValueError):
+        return None
+    export = run.out / "hf"
+    where = f"; its export is {export}" if export.is_dir() else ""
+    return f"complete: {run.out} is at its last step, {run.resume.step:,}{where}" if same else None
+
+
+def record_finished(run: Run) -> None:
+    """The launcher, once all ranks have ended well: the last step, and the files that the end of a run writes."""
+    last, facts = checkpoint.latest(run.out), read_object(run.out / "run.json")
+    if last is None or facts is None:
+        return
+    written = [*run.out.glob("hf/config.json"), *run.out.glob("adapter/adapter_config.json"), *run.out.glob("eval.json")]
+    written += [path for path in run.out.glob("predictions/*") if path.is_file()]
+    files = sorted(path.relative_to(run.out).as_posix() for path in written)
+    write_json(run.out / "run.json", facts | {"finished": {"step": last.step, "files": files}})
+    if run.resume and run.resume.step == last.step:  # no step was made: a run of an older version, or its export was lost
+        what = finished(run)
+        if what:
+            print(what, flush=True)
 
 
 def _gib(estimate: dict[str, int]) -> str:

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import config
+from common import config, log
 from common.config import STACKS, Config, Expect
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
@@ -197,8 +197,11 @@ def finetuning(out: Path) -> list[Finetuned]:
 
 def facts_of(run: Path) -> dict[str, Any]:
     facts = read_json(run / "run.json")
-    if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not {"config", "family"} <= facts.keys():
+    strings = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("config", "family", "stack"))
+    if not strings or facts["stack"] not in STACKS:
         raise BadInput(f"{run / 'run.json'}: must hold config, family and stack (one of {', '.join(STACKS)})")
+    if not isinstance(facts.get("id"), str | None) or not isinstance(facts.get("init"), dict | None):
+        raise BadInput(f"{run / 'run.json'}: its id must be a string and its init an object; restore it")
     return facts
 
 
@@ -432,7 +435,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: not there; a RUN is an OUT folder of pretrain.sh or finetune.sh") from None
-    except ValueError as error:
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {error}") from None
 
 
@@ -441,15 +446,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise BadInput(f"{path}: not there; the run has no metrics")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            known = [line[key] for key in ("step", "loss", "valid_loss") if key in line]
-            if "step" not in line or not all(isinstance(v, int | float) for v in known):
-                raise ValueError('no "step", or a value that is not a number')
-        except (ValueError, TypeError) as error:
-            raise BadInput(f"{path}:{number}: not a line of metrics: {error}") from None
-        lines.append(line)
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            line = log.parsed(text.rstrip(b"\n") + b"\n")  # the last one may end without
+            if line is None:
+                raise BadInput(f'{path}:{number}: not a line of metrics: no "step", or a value that is not a number')
+            lines.append(line)
     return lines
 
 

@@ -79,7 +79,7 @@ def main() -> None:
 
 def summary(name: str, run: Path, with_export: bool) -> Summary:
     facts = read_json(run / "run.json")
-    if not isinstance(facts, dict) or facts.get("stack") not in STACKS or "family" not in facts:
+    if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not isinstance(facts.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
     values = config.read_yaml(run / "config.yaml")
     cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
@@ -87,6 +87,8 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise BadInput(f"{run / 'metrics.jsonl'}: holds no step yet")
+    if not all(isinstance(line.get(key), int | float) for line in steps for key in ("tokens_per_s", "mem_bytes")):
+        raise BadInput(f"{run / 'metrics.jsonl'}: has a line of training without tokens_per_s or mem_bytes")
     valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
     last = steps[-1]["step"]
     exported = "task" not in values and cfg.data.valid and (run / "hf" / "config.json").is_file()
@@ -103,10 +105,10 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
 def layout_of(run: Path, cfg: config.Config, stack: str) -> str:
     """'megatron tp=2 sp dist-opt, 2 processes'"""
     name = plan.name_of(cfg, stack)
-    saved = checkpoint.finished(run)
-    if not saved:
+    saved = checkpoint.latest(run)
+    if saved is None or "layout" not in saved.meta:  # that of an import has none
         return name
-    world = read_json(saved[-1] / "state.json")["layout"]["world"]
+    world = saved.meta["layout"]["world"]
     return f"{name}, {world} process{'es' if world > 1 else ''}"
 
 
@@ -138,7 +140,8 @@ def footnotes(runs: list[Summary]) -> list[str]:
     for run in runs:
         if run.valid is not None and run.export is not None and abs(run.valid - run.export) > 1e-3:
             notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
-    versions = {k: v for k, v in first.facts.get("versions", {}).items() if v}
+    versions = first.facts.get("versions")
+    versions = {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {}
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     commits = dict.fromkeys(str(run.facts.get("commit")) for run in runs)
     notes.append(f"{machine()}. {told}. Commit {', '.join(commits)}.")

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from common import config
+from common import config, integrity
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
+from common.integrity import is_count, read_object
 from common.run import Samples, task_module
 from scripts.check import read_json
 
@@ -54,9 +55,11 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     from common.run import find
 
     facts = read_json(run / "run.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("family"), str):
+        raise BadInput(f"{run / 'run.json'}: must hold family; a RUN is an OUT folder of pretrain.sh")
     values = config.read_yaml(run / "config.yaml")
     if "task" in values:
-        name = values["task"]["name"]
+        name = values["task"].get("name") if isinstance(values["task"], dict) else "TASK"
         raise BadInput(f"{run}: was finetuned on {name}; its scores are in eval.json: python -m scripts.evaluate {run} {name}")
     cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
     export = run / "hf"
@@ -76,10 +79,12 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
 
     known = {"data": stream.content_hash, "seq_len": cfg.data.seq_len, "samples": limit}
     kept = export / "heldout.json"
-    if kept.is_file():
-        found = read_json(kept)
-        if known.items() <= found.items():
-            return found["loss"], found["tokens"]
+    found = read_object(kept) or {}
+    if known.items() <= found.items() and isinstance(found.get("loss"), float) and is_count(found.get("tokens")):
+        return found["loss"], found["tokens"]
+    changed = integrity.problems(export, str(export))
+    if changed:
+        raise BadInput(changed)
     loss, tokens = mean_loss(export, stream, limit, task, cfg)
     write_where_possible(kept, known | {"loss": loss, "tokens": tokens})
     return loss, tokens

@@ -9,6 +9,7 @@ goes on.
 """
 
 import argparse
+import contextlib
 import json
 import signal
 import statistics
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import lock
 from common.corpus import write_json
 from common.errors import BadInput, exit_cleanly
 
@@ -42,7 +44,12 @@ def main() -> int:
     problems += [f"{word}: the seeds are given by --seeds" for word in overrides if word.startswith("train.seed=")]
     if problems:
         raise BadInput(problems)
-    seeds = [int(word) for word in words]
+    with contextlib.nullcontext() if args.dry_run else lock.held(args.out):
+        return run_all(args, overrides, [int(word) for word in words])
+
+
+def run_all(args: argparse.Namespace, overrides: list[str], seeds: list[int]) -> int:
+    """The runs one after the other, then seeds.json. The exit code of the first that fails, else 0."""
     for seed in seeds:
         run = args.out / f"seed_{seed}"
         words = [args.config, str(run), *overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
@@ -83,7 +90,7 @@ def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
     """{seed: OUT} -> a row for each metric. eval.json begins with the run's own; scripts/evaluate.py adds others behind."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for seed, run in runs.items():
-        for row in json.loads((run / "eval.json").read_text(encoding="utf-8")):
+        for row in results(run / "eval.json"):
             found.setdefault((row["task"], row["metric"]), {}).setdefault(seed, row["value"])
     return [
         {"task": task, "metric": metric, "median": statistics.median(values.values()), "least": min(values.values()),
@@ -91,6 +98,16 @@ def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
          "sigma": statistics.stdev(values.values()) if len(values) > 1 else None, "values": values}
         for (task, metric), values in found.items()
     ]  # fmt: skip
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(row["value"], int | float) and {row["task"], row["metric"]} for row in rows):
+            return rows
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise BadInput(f'{path}: is not a list of {{"task", "metric", "value"}}; remove {path.parent} to run that seed again')
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ import traceback
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
+from common import lock  # noqa: E402
 from common import ranks as processes  # noqa: E402
 from common.errors import EXIT_BAD_INPUT, BadInput  # noqa: E402
 
@@ -68,6 +69,7 @@ def main(path: str) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"CASE {case['out']} code {code} {time.time() - begin:.1f} s {told}", flush=True)
         _leave_groups(before)
+        lock.release()
         failures += code != case.get("expect", 0)
     import torch.distributed as dist
 

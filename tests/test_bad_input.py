@@ -22,7 +22,7 @@ import pytest
 import yaml
 from conftest import ROOT, Drive, case, losses
 
-from common import checkpoint, launch, run, state
+from common import checkpoint, launch, lock, run, state
 from common.corpus import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from recipes.gpt import task
@@ -580,6 +580,7 @@ def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> N
     """What a run leaves, without training: config, facts, checkpoints of two made-up parameters, a log."""
     job = run.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
     run.begin(job)
+    lock.release()
     for step in steps:
         folder = out / f"step_{step}"
         folder.mkdir()
@@ -737,6 +738,96 @@ def test_only_whole_steps_count_as_kept(place: Path) -> None:
     assert [path.name for path in sorted((place / "out").glob("step_*"))] == ["step_3"]
 
 
+# ---- OUT in use, and OUT that is finished
+
+
+def test_an_out_in_use_is_refused(place: Path, attempt: Try) -> None:
+    finished_run(place / "out")
+    hold = (
+        "import sys; from pathlib import Path; from common import lock; lock.hold(Path('out')); print(1, flush=True); input()"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", hold], env=env, stdin=-1, stdout=-1, text=True) as holder:
+        holder.stdout.readline()
+        told = f"out: another run writes there (process {holder.pid} on "
+        refused(place, attempt, told)
+        job = run.prepare("tiny.yaml", "out", [], "baseline", task, 1)
+        with pytest.raises(BadInput, match=re.escape(told)):  # a rank without a launcher
+            run.begin(job)
+        code, _, started = attempt("--dry-run")
+        assert (code, started) == (0, False)
+        holder.kill()
+    assert attempt() == (0, [], True)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(place: Path) -> None:
+    finished_run(place / "out")
+    before = snapshot(place)
+    for name in ("step_6.tmp", "step_4.old.tmp", "hf.tmp", "hf.old.tmp", "tokenizer.tmp", "adapter.tmp"):
+        (place / "out" / name / "x").mkdir(parents=True)
+    for name in ("run.json.part", "config.yaml.tmp", "metrics.jsonl.part"):
+        (place / "out" / name).write_text("{")
+    (place / "out/mine.tmp").write_text("do not touch")
+    run.begin(run.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+    lock.release()
+    assert snapshot(place) == before | {"out/mine.tmp": b"do not touch"}
+
+
+def test_a_finished_run_says_so(place: Path, attempt: Try, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once its launcher has recorded the end, and as long as the config and what the end wrote are the same."""
+    assert attempt() == (0, [], True)
+    finished_run(place / "out")
+    files = [place / "out" / name for name in ("hf/config.json", "eval.json", "predictions/dev.txt")]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    assert attempt() == (0, [], True)  # a run of an older version, whose end is recorded now
+    before = snapshot(place)
+    assert attempt() == (0, [], False) and snapshot(place) == before
+    job = run.prepare("tiny.yaml", "out", [], "baseline", task, 1)
+    assert run.finished(job) == "complete: out is at its last step, 4; its export is out/hf"
+    for words in (["train.steps=9"], ["baseline.micro_batch=4"]):
+        assert attempt(*words) == (0, [], True)
+    for path in files:
+        path.unlink()
+        assert attempt() == (0, [], True)
+        path.write_text("{}")
+        assert attempt() == (0, [], False)
+    shutil.rmtree(place / "out/step_4")
+    assert attempt() == (0, [], True)
+
+
+WRONG: list[Any] = [
+    None,
+    True,
+    3,
+    "x",
+    [],
+    [3],
+    {},
+    {"step": 4},
+    {"step": 4, "files": 3},
+    {"step": 4, "files": [3, "\0"]},
+    1e999,
+]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=map(str, range(len(WRONG))))
+def test_records_of_wrong_types(value: Any, place: Path, attempt: Try) -> None:
+    """Each value of run.json in turn: refused in one line, or as if it were not there."""
+    finished_run(place / "out")
+    path = place / "out/run.json"
+    facts = json.loads(path.read_text())
+    for key in ("data", "stacks", "finished"):
+        path.write_text(json.dumps(facts | {key: value}))
+        code, lines, started = attempt()
+        assert (code, lines, started) == (0, [], True) or code == 2 and len(lines) == 1 and not started, (key, lines)
+        path.write_text(json.dumps(facts | {key: value}))
+        if code == 0:
+            run.begin(run.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+            lock.release()
+
+
 # ---- with ranks
 
 
@@ -752,6 +843,13 @@ def checkpoint_of(out: Path, spoil: Callable[[str, Any], Any] = lambda name, wei
         parts = {"weight": weight, "exp_avg": torch.zeros(*shape), "exp_avg_sq": torch.zeros(*shape)}
         files[name] = checkpoint._write(out / "step_2" / f"{name}.safetensors", parts)
     (out / "step_2/state.json").write_text(json.dumps(state.meta(job, 2) | {"files": files}))
+
+
+def _overflowing(name: str, weight: Any) -> Any:
+    """Finite, but what is computed with it is not."""
+    if name == "transformer.wte.weight":
+        weight[7] = 3e38
+    return weight
 
 
 def _not_finite(name: str, weight: Any) -> Any:
@@ -775,8 +873,10 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
         return place / name
 
     for stack in launch.STACKS:
-        words = r"code 3 .*the loss of step 3 is nan \(samples 16 to 23\): stopped before the update, nothing saved"
-        checkpoint_of(row(f"nan_{stack}", stack, 3, words, "train.save_every=1"), _not_finite)
+        words = r"code 3 .*the loss of step 3 is (nan|inf) \(samples 16 to 23\): stopped before the update, nothing saved"
+        checkpoint_of(row(f"nan_{stack}", stack, 3, words, "train.save_every=1"), _overflowing)
+        words = r"code 2 .*step_2/transformer.wte.weight.safetensors: its weight holds NaN or infinite values.*remove .*step_2"
+        checkpoint_of(row(f"spoiled_{stack}", stack, 2, words), _not_finite)
     flipped = row("flipped", "baseline", 2, r"code 2 .*ln_f.bias.safetensors: its bytes have changed since it was written")
     checkpoint_of(flipped)
     path = flipped / "step_2/transformer.ln_f.bias.safetensors"
@@ -786,6 +886,7 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     for name, tensors, words in (
         ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds no transformer.wte.weight; it is a model of another"),
         ("shape", {"wte.weight": torch.zeros(3, 64)}, r"code 2 .*wte.weight is \(3, 64\), the config's model wants"),
+        ("nan_folder", {"wte.weight": torch.full((128, 64), float("nan"))}, "code 2 .*: wte.weight holds NaN or infinite val"),
     ):
         folder = place / f"hf_{name}"
         folder.mkdir()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import config, examples, finetune
+from common import config, examples, export, finetune
 from common.config import NonEmpty, Positive, Section
 from common.errors import BadInput
 from common.lora import Lora
@@ -269,7 +269,7 @@ def answer(run: Run, ranks: Ranks) -> None:
     t, folder, path = run.cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
     if t.name != "sft" or not t.answers or not run.is_last_phase:
         return
-    step = json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
+    step = export.exported_step(folder)
     template = samples.Template(tokenizers.load(folder), str(folder))
     asked = questions(run.cfg, template)
     if not asked or _is_answered(path, step, len(asked)):
@@ -302,5 +302,8 @@ def answer(run: Run, ranks: Ranks) -> None:
 
 
 def _is_answered(path: Path, step: int, count: int) -> bool:
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return len(lines) == count and json.loads(lines[0])["step"] == step
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return len(lines) == count and json.loads(lines[0])["step"] == step
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not there, or damaged: they are written again
+        return False

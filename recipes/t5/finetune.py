@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, examples, finetune
+from common import batches, config, examples, export, finetune
 from common.config import NonEmpty, Positive, Section, Share
 from common.corpus import write_json
 from common.errors import BadInput
@@ -202,7 +202,7 @@ def score(run: Run, ranks: Ranks) -> None:
     if not run.is_last_phase:
         return
     t, folder = run.cfg.task, run.out / "hf"
-    step = json.loads((folder / "twinstack.json").read_text(encoding="utf-8"))["step"]
+    step = export.exported_step(folder)
     search = text.Search(t.beams, t.length_penalty, run.cfg.data.target_len, t.write_batch)
     how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
     if _is_scored(run.out / "eval.json", how):
@@ -232,4 +232,7 @@ def score(run: Run, ranks: Ranks) -> None:
 
 
 def _is_scored(path: Path, how: str) -> bool:
-    return path.is_file() and any(r["protocol"].startswith(how) for r in json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return any(row["protocol"].startswith(how) for row in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not there, or damaged
+        return False

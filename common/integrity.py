@@ -1,0 +1,127 @@
+"""Are the files of a run and of an export those that were written? Checksums, and the one way to read a JSON record.
+
+A checksum is zlib's crc32, which finds every change of up to 32 adjacent bits and misses one in 4 billion others: it is for
+disks and copies, not against an attacker. One core computes 4 GB/s.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD = "twinstack.json"  # of an export
+_CHUNK = 1 << 22  # bytes
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if it cannot be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0, of at most 63 bits; JSON's true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+# ---- records that carry a checksum of their own values
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """The values and, as `crc32`, their checksum: what is to be written as JSON."""
+    values = json.loads(json.dumps(values))  # as a reader will find them
+    return values | {"crc32": _crc32_of(values)}
+
+
+def is_whole(values: dict[str, Any]) -> bool:
+    """Are the values those that were sealed? True for a record without a checksum, of an older version."""
+    try:
+        return "crc32" not in values or values["crc32"] == _crc32_of({k: v for k, v in values.items() if k != "crc32"})
+    except RecursionError:  # nested deeper than can be written
+        return False
+
+
+def _crc32_of(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+# ---- tensors
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """No NaN and no infinity among the values. One pass without a copy: 17 GB/s on a core, torch.isfinite 0.7 GB/s."""
+    import torch
+
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+# ---- folders
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Rename the folder `new` to `old`; what stood there is removed once the new one is in its place."""
+    aside = old.with_name(f"{old.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """{bytes, crc32} of a file."""
+    size = crc32 = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+    return {"bytes": size, "crc32": crc32}
+
+
+def problems(folder: Path, name: str) -> list[str]:
+    """One line for each file of an export that is not the one written. A folder without twinstack.json, or with that of an
+    older version, has no checksums. Reads all files, several at once.
+
+    name: how the folder is called in the lines, for example init.from=DIR
+    """
+    record = folder / RECORD
+    if not record.exists():
+        return []
+    values = read_object(record)
+    again = f"copy the folder again; if it was changed on purpose, delete {record}"
+    if values is None or not is_whole(values):
+        return [f"{name}: {RECORD} is not as it was written; {again}"]
+    files = values.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        return [f"{name}: {RECORD} is not as it was written; {again}"]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        told = pool.map(lambda file: _difference(folder / file, files[file]), files)
+    found = [f"{name}: {file} {what}; {again}" for file, what in zip(files, told, strict=True) if what]
+    if files:
+        others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)
+        found += [f"{name}: {file} is not of this export; {again}" for file in others]
+    return found
+
+
+def _difference(path: Path, known: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != known.get("bytes"):
+            return f"has {size:,} bytes, {known.get('bytes'):,} were written"
+        return None if checksum(path) == known else "has other contents than were written (its checksum differs)"
+    except (OSError, ValueError, TypeError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def is_first_reader() -> bool:
+    """Does this process read a folder whole, to prove its checksums? The launcher of each node does; without a launcher
+    rank 0. The other processes of the node would read the same bytes again."""
+    return "TWINSTACK_EXIT_CODE" not in os.environ and os.environ.get("RANK", "0") == "0"
