@@ -34,7 +34,7 @@ def rows_of(stream: "Samples", numbers: np.ndarray) -> Rows:
     rows = stream.rows(numbers)
     for name in ("tokens", "inputs", "targets") if stream.vocab_size is not None else ():
         if name in rows and rows[name].size:
-            ids = rows[name].view(np.uint64)  # int64: ids below 0 become large
+            ids = rows[name].view(f"u{rows[name].itemsize}")  # unsigned: ids below 0 become large
             if int(ids.max()) >= stream.vocab_size:
                 row, place = np.argwhere(ids.reshape(len(ids), -1) >= stream.vocab_size)[0]
                 raise BadInput(

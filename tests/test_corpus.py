@@ -19,11 +19,12 @@ from conftest import case, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import batches, examples
+from common import batches, examples, run
 from common import corpus as corpora
 from common import tokenizer as tokenizers
 from common.corpus import Corpus, Stream, Writer, permute, write_manifest
 from common.errors import BadInput
+from recipes.gpt import task
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
@@ -588,6 +589,27 @@ def test_a_large_index_opens_in_a_second(tmp_path):
     start = time.perf_counter()
     assert Corpus(tmp_path / "a").documents == 2_000_000
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("mask", ["eod_mask_loss", "reset_attention"])
+def test_megatrons_corpora_have_the_tokenizers_end_of_document(source, tmp_path, mask):
+    """Without a manifest, and with data.tokenizer: the samples of the same corpus with a manifest."""
+    text = (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:30_000]
+    tokenizer = tokenizers.train_bpe([text], 400)
+    tokenizer.save(tmp_path / "tok")
+    made = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(text.split("\n\n"))]
+    ours = write(tmp_path / "ours", made, tokenizer_hash=tokenizer.hash, tokenizer_size=tokenizer.size, eod_id=tokenizer.eod_id)
+    theirs = write(tmp_path / "theirs", made, manifest=False)
+    config = ROOT / "recipes/gpt/configs/tiny.yaml"
+    found = {}
+    for prefix, more in ((ours, []), (theirs, [f"data.tokenizer={tmp_path / 'tok'}"])):
+        values = [f"data.train={prefix}", "data.valid=null", f"data.{mask}=true", f"baseline.micro_batch={8}", *more]
+        job = run.prepare(str(config), str(tmp_path / "out"), values, "baseline", task, 1)
+        assert job.train.eod_id == tokenizer.eod_id and job.train.vocab_size == 512
+        found[prefix] = [next(batches.of_step(job.train, job.samples(step), job.layout, 0)) for step in (1, 2)]
+    for a, b in zip(*found.values(), strict=True):
+        assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        assert not a["loss_mask"].all() if mask == "eod_mask_loss" else a["segment"].any()
 
 
 # ---- permutation ----------------------------------------------------------------------------------------------------
