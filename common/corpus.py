@@ -192,6 +192,12 @@ class Corpus:
         self.key = ""  # of the config that names this corpus, for messages: see `limit`
         self.vocab_size: int | None = None  # of the model; None: ids are not compared with it
         self._require_files()
+        try:
+            self._open()
+        except OSError as error:  # no permission, a disk that fails
+            raise BadInput(f"{error.filename or self.prefix}: cannot be read ({error.strerror})") from None
+
+    def _open(self) -> None:
         bin_size = os.path.getsize(self.prefix + ".bin")  # bytes
         self._read_index()
         self.tokens = self._check_index(bin_size) // self.dtype.itemsize

@@ -72,6 +72,7 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     task = task_module(facts["family"], values)
     cfg = config.at_step(cfg, cfg.last_step)
     stream = task.stream(cfg, prefixes, shuffle=False)
+    stream.limit(cfg.model.vocab_size, "--data" if data else "data.valid")
     theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
     if ours and theirs - {ours}:
         raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")

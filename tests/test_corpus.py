@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -543,6 +544,11 @@ def test_a_thousand_damaged_manifests(documents, tmp_path):
         outcome(prefix, right, kinds)
     assert kinds["found"] > 900
     path.unlink()
+    (tmp_path / "a.idx").rename(tmp_path / "kept")
+    os.symlink("/proc/self/mem", tmp_path / "a.idx")  # stands for a disk that fails
+    with pytest.raises(BadInput, match=r"a: cannot be read \(Input/output error\)|a\.idx: "):
+        Corpus(prefix)
+    (tmp_path / "kept").replace(tmp_path / "a.idx")
     path.mkdir()
     with pytest.raises(BadInput, match=r"a\.json: cannot be read \(Is a directory\)"):
         Corpus(prefix)
