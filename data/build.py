@@ -45,6 +45,7 @@ TRAINING_BYTES = 256 * 2**20  # a tokenizer is trained on this much text at most
 TRAINING_BYTES_SENTENCEPIECE = 64 * 2**20  # its trainer takes 45 bytes of memory for one of text, others a few
 FEW_DOCUMENTS = 5  # fewer whole files than this expected in a split: cut files instead
 MOST_MB = 1e12
+MOST_IDS = 2_000_000  # of a tokenizer trained here: the trainers reserve memory for as many, and abort where they get none
 MOST_WORKERS = 1024  # threads that the tokenizer starts
 FAMILIES = {"bpe": "BPE", "wordpiece": "WordPiece", "sentencepiece": "SentencePiece"}  # of a tokenizer trained here
 
@@ -140,8 +141,8 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
             problems.append(f"--{name.replace('_', '-')} {value}: above 0, in 10^6 bytes")
     if not -(2**63) <= getattr(args, "seed", 0) < 2**63:
         problems.append(f"--seed {args.seed}: must fit 64 bits")
-    if args.vocab_size is not None and args.vocab_size < 1:
-        problems.append(f"--vocab-size {args.vocab_size}: at least 1")
+    if args.vocab_size is not None and not 1 <= args.vocab_size <= MOST_IDS:
+        problems.append(f"--vocab-size {args.vocab_size}: from 1 to {MOST_IDS:,}")
     name, size, sentences = args.tokenizer, args.vocab_size, getattr(args, "sentences", False)
     if name is None and size is None:
         name, size = args.default_tokenizer, args.default_vocab_size

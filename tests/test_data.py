@@ -798,6 +798,21 @@ def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path,
             make(name, monkeypatch, tmp_path / "n", "--source", tmp_path / "d0", tmp_path / "nowhere", *more)
 
 
+def test_numbers_out_of_range_are_refused(jsonl, words, tmp_path, monkeypatch):
+    for told, args in (
+        ("--vocab-size 1000000000: from 1 to 2,000,000", ("--vocab-size", 10**9)),
+        ("--vocab-size 99999999999999999999: from 1 to", ("--vocab-size", 10**20 - 1)),
+        ("--workers 1000000: from 1 to 1,024", ("--tokenizer", words, "--workers", 10**6)),
+        ("--valid-share nan", ("--tokenizer", words, "--valid-share", "nan")),
+        ("--max-mb nan: above 0", ("--tokenizer", words, "--max-mb", "nan")),
+        ("--max-document-mb inf: above 0", ("--tokenizer", words, "--max-document-mb", "inf")),
+        ("--max-document-mb -1.0: above 0", ("--tokenizer", words, "--max-document-mb", -1)),
+    ):
+        with pytest.raises(BadInput, match=told):
+            make("text", monkeypatch, tmp_path / "out", "--source", jsonl, *args)
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_that_are_too_long_are_one_line(jsonl, words, tmp_path):
     long = tmp_path / ("n" * 300)
     for args in (
