@@ -176,6 +176,8 @@ def _tokenizer(tokenizer: Path, folder: Path) -> dict[str, int]:
 
     loaded = tokenizers.load(tokenizer)
     loaded.save(folder)
+    if (tokenizer / "generation_config.json").is_file():  # which ids end what is written
+        shutil.copyfile(tokenizer / "generation_config.json", folder / "generation_config.json")
     ids = {"bos_token_id": loaded.eod_id, "eos_token_id": loaded.eod_id, "pad_token_id": loaded.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 

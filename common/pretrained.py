@@ -56,7 +56,36 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     problems += [f"its {_few(spoiled)} holds NaN or infinite values"] if spoiled else []
     if problems:
         raise BadInput([f"{folder}: {told}; get the folder again" for told in problems[:3]])
+    write_plainly(net)
     return net.eval(), tokenizer
+
+
+NUMBER = int | float
+SAMPLING = {"do_sample": bool, "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "repetition_penalty": NUMBER}
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What generation_config.json of a folder says of the ids of its tokens, `eos_token_id` as a list, and of sampling; what
+    is not of its type is left out. {} without one."""
+    values = read_object(folder / "generation_config.json") or {}
+    made = {key: value for key, value in values.items() if key.endswith("_token_id") and isinstance(value, int)}
+    ends = values.get("eos_token_id")
+    made["eos_token_id"] = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+    made |= {key: values[key] for key, of in SAMPLING.items() if isinstance(values.get(key), of) and values[key] >= 0}
+    return made if values else {}
+
+
+def write_plainly(net: Any) -> set[int]:
+    """Let `generate` of a model know of its generation_config.json the ids of tokens alone, not how to choose among them, which
+    each caller says. Returns the ids that end a text."""
+    from transformers import GenerationConfig
+
+    if not getattr(net, "generation_config", None):  # of a class that does not write
+        return set()
+    ids = {key: value for key, value in net.generation_config.to_dict().items() if key.endswith("_token_id")}
+    net.generation_config = GenerationConfig(**ids)
+    ends = ids.get("eos_token_id")
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def _few(names: list[str]) -> str:

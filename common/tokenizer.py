@@ -294,7 +294,7 @@ def _scores(model: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "vocab.txt", "spiece.model")  # fmt: skip
+         "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "generation_config.json")  # fmt: skip
 
 
 def copy_files(folder: Path, to: Path) -> None:

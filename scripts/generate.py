@@ -10,6 +10,7 @@ as a model finetuned on conversations (sft) has learnt it.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +122,36 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     )  # fmt: skip
 
 
+def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
+    """A question as the tokenizer's chat template puts it, and the ids with which the template ends an answer."""
+    from tokenizers import Tokenizer as Backend
+
+    from common.tokenizer import Tokenizer
+    from recipes.gpt.samples import Template
+
+    given = tokenizer.chat_template
+    several = [{"name": name, "template": text} for name, text in given.items()] if isinstance(given, dict) else given
+    config = {"chat_template": several} | {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    template = Template(Tokenizer(Backend.from_str(tokenizer.backend_tokenizer.to_str()), config), folder)
+    chat = [{"role": "user", "content": question}]
+    text, ends = template.asks(chat, "--prompt"), None
+    with contextlib.suppress(BadInput):  # one that writes earlier answers otherwise: generation_config.json has to know
+        ends = template.ends([*chat, {"role": "assistant", "content": "Yes"}], "--prompt")
+    return text, ends or set()
+
+
 def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Print the prompt and what the model adds to it, as it comes; of a conversation the answer alone."""
     import torch
     import transformers
 
     model, tokenizer = load(transformers.AutoModelForCausalLM, folder)
+    ends = model.generation_config.eos_token_id
     if chat:
         if not tokenizer.chat_template:
             raise BadInput(f"{folder}: its tokenizer has no chat template; leave out --chat")
-        asked = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt, marks = asked(tokenizer, folder, prompt)
+        ends = sorted(marks | set(ends if isinstance(ends, list) else [ends]) - {None}) or None
     how = {"add_special_tokens": not chat}  # a template has written them
     ids = tokenizer(prompt, return_tensors="pt", **how)["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
     if not ids.numel():  # begin where a document ended
@@ -144,7 +164,7 @@ def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float,
         raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
     torch.manual_seed(seed)
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, eos_token_id=ends,
         streamer=transformers.TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **drawn(temperature, top_k),
     )  # fmt: skip
 

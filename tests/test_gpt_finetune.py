@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import config, lora, tokenizer
+from common import bounded, config, lora, tokenizer
 from common.errors import BadInput
 from common.evaluation import language
 from recipes.gpt import finetune, samples, task
@@ -134,12 +134,32 @@ def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
     return case(stack, "tiny", out, overrides) | {"module": f"recipes.gpt.{stack}.finetune", "config": str(path)}
 
 
+PILOT = ["train.steps=30", "optim.lr=5.0e-3", "train.eval_every=15", "train.save_every=0"]  # learns one answer by heart
+
+
+@pytest.fixture(scope="module")
+def chatml(folders, tmp_path_factory) -> Path:
+    """A folder whose turns end otherwise than its texts, and one conversation to learn from it."""
+    made = tmp_path_factory.mktemp("chatml")
+    for file in ("config.json", "model.safetensors"):
+        (made / file).write_bytes((folders["tiny"] / file).read_bytes())
+    words = AutoTokenizer.from_pretrained(folders["tiny"])
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    words.chat_template = CHATML
+    words.save_pretrained(made)
+    (made / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6, "top_k": "x"}))
+    turns = [{"from": "human", "value": "Who is Ada?"}, {"from": "gpt", "value": "A pilot."}]  # as ShareGPT has it
+    for name in ("train", "valid"):
+        (made / f"{name}.jsonl").write_text((json.dumps({"conversations": turns}) + "\n") * 16)
+    return made
+
+
 LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
 LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3")
 
 
 @pytest.fixture(scope="module")
-def runs(drive, configs, tmp_path_factory) -> Path:
+def runs(drive, configs, chatml, tmp_path_factory) -> Path:
     """OUT of each run: KIND_ARCH/LAYOUT."""
     out = tmp_path_factory.mktemp("finetuned")
     sft = configs["sft", "tiny"]
@@ -160,6 +180,7 @@ def runs(drive, configs, tmp_path_factory) -> Path:
             cases += many(f"{kind}whole", sft, [name], [*more, "train.steps=8"])
             cases += many(f"{kind}halves", sft, [name], [*more, "train.steps=4"])
             cases += many(f"{kind}halves", sft, [name], [*more, "train.steps=8"])
+    cases += [one("baseline", sft, out / "pilot", PILOT + [f"init.from={chatml}", f"task.data={chatml}"])]
     worse = ["task.patience=2", "optim.lr=0.1", "optim.warmup_steps=0", "optim.grad_clip=0", "train.eval_every=1"]
     cases += [one("baseline", sft, out / "patient", worse)] * 2
     cases += [one("baseline", sft, out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
@@ -310,6 +331,22 @@ def test_generate_asks_as_it_was_taught(runs):
     assert done.stdout.split("\n", 1)[1].strip() == said["content"].strip() != ""
     done = subprocess.run([*command, runs / "sft_tiny/pp2", "--chat"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "--chat: there is no question; give --prompt TEXT" in done.stderr
+
+
+def test_an_answer_ends_where_the_turn_does(runs, chatml):
+    """<|im_end|> ends a turn and <|endoftext|> a text: the export names both and what the folder named, and readers stop."""
+    out = runs / "pilot"
+    written = json.loads((out / "hf/generation_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(out / "hf").convert_tokens_to_ids("<|im_end|>")
+    assert end == 513 and written == {"eos_token_id": [0, 5, end], "temperature": 0.6}
+    assert AutoModelForCausalLM.from_pretrained(out / "hf").generation_config.eos_token_id == [0, 5, end]
+    said = [json.loads(line)["messages"][-1]["content"] for line in (out / "predictions/valid.jsonl").read_text().splitlines()]
+    assert said == ["A pilot.<|im_end|>"] * 4
+    (out / "hf/generation_config.json").rename(out / "hf/kept.json")  # the template alone says it too
+    command = [sys.executable, "-m", "scripts.generate", out, "--chat", "--prompt", "Who is Ada?", "--temperature", "0"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    (out / "hf/kept.json").rename(out / "hf/generation_config.json")
+    assert done.returncode == 0 and done.stdout.split("\n", 1)[1].strip() == "A pilot.", done.stderr
 
 
 @pytest.mark.parametrize(("kind", "layout"), [row for row in FOLLOW if row[0].startswith("lora")])
@@ -587,7 +624,59 @@ def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
     assert sum(len(row) for row in made.pieces) == 2
 
 
+def test_answers_without_an_end_mark_are_told(configs, folders):
+    loaded, chat = tokenizer.load(folders["tiny_llama"]), CHAT[1:3]
+    for template, told in ((CHATML, False), (CHATML.replace("+ '<|im_end|>' ", ""), True), (MARKED, False)):
+        loaded.config["chat_template"] = template
+        cfg = config.load(configs["sft", "tiny_llama"], [], finetune.Config)
+        *_, notes = finetune._conversations(cfg, samples.Found([chat], ["line 1"], []), loaded, "here")
+        assert any("1 of 1 conversations end without a special token" in note for note in notes) == told
+
+
+def test_conversations_of_sharegpt():
+    turns = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    chat = [
+        dict(zip(("role", "content"), turn, strict=True)) for turn in (("system", "be kind"), ("user", "a"), ("assistant", "b"))
+    ]
+    assert samples._conversation({"conversations": turns}, "line 1") == chat
+    assert samples._conversation({"conversations": chat}, "line 1") == chat
+    for bad, told in (
+        ([{"from": "bot", "value": "a"}], "role 'bot'"),
+        ([{"from": "gpt"}], "content null"),
+        (5, "must be a list"),
+    ):
+        with pytest.raises(BadInput, match=told):
+            samples._conversation({"conversations": bad}, "line 1")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "divides": ("{{ 1 / 0 }}", "line 1: the chat template of here refuses it: division by zero"),
+    "power": ("{{ 10 ** (10 ** 9) }}", "the chat template of here takes more than 5 s for a conversation"),
+    "memory": ("{{ 'a' * 10 ** 9 }}", "refuses it: MemoryError"),
+    "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses it: Range too big"),
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 s"),
+    "macro": ("{% macro a(n) %}{{ a(n) }}{{ a(n) }}{% endmacro %}{{ a(1) }}", "refuses it: maximum recursion depth"),
+    "doubles": ("{% set n = namespace(s='ab') %}{% for i in range(64) %}{% set n.s = n.s + n.s %}{% endfor %}", "MemoryError"),
+    "escapes": ("{{ ().__class__.__base__.__subclasses__() }}", "refuses it"),
+    "unclosed": ("{% for m in messages %}", "refuses it: Unexpected end of template"),
+    "name": ("{{ nothing.there.at.all }}", "refuses it"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_line_in_bounded_time(name, folders, monkeypatch):
+    template, told = HOSTILE[name]
+    loaded = tokenizer.load(folders["tiny_llama"])
+    loaded.config["chat_template"] = template
+    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(BadInput, match=re.escape(told.replace("5 s", "0.5 s"))) as refused:
+        samples.Template(loaded, "here").encode([CHAT], ["line 1"])
+    assert len(refused.value.problems) == 1 and "\n" not in refused.value.problems[0]
+    assert time.monotonic() - begin < 5
+
 
 GOOD = '{"prompt": "a", "response": "b"}'
 DAMAGED = {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import config, examples, export, finetune
+from common import config, examples, export, finetune, pretrained
 from common.config import NonEmpty, Positive, Section
+from common.corpus import write_json
 from common.errors import BadInput
 from common.lora import Lora
 from common.ranks import Ranks
@@ -190,10 +191,13 @@ def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: st
     room = cfg.data.seq_len + 1
     kept = [(ids[:room], counted[:room]) for ids, counted in made if counted[:room].any()]
     cut = sum(len(ids) > room and bool(counted[:room].any()) for ids, counted in made)
+    endless = sum(int(ids[counted][-1]) not in template.special_ids for ids, counted in made if counted.any())
     reasons = {
         f"conversations are longer than data.seq_len={cfg.data.seq_len} and are cut there": cut,
         f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(made) - len(kept),
         "conversations are left out: a message spells a special token of the tokenizer": len(found.documents) - len(usable),
+        "conversations end without a special token, as the chat template writes them: what learns from them writes on and on, "
+        "until it may write no more": endless,
     }
     notes = [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
     if not kept:
@@ -216,12 +220,27 @@ def is_best(job: Run, selection: finetune.Selection, log: Log, step: int, loss: 
 
 
 def keep_template(job: Run) -> None:
-    """Rank 0, after run.begin: the chat template that the run learns, beside the tokenizer that goes into the export."""
-    path = job.out / "tokenizer" / "tokenizer_config.json"
-    if job.cfg.task.name == "sft" and path.is_file():
+    """Rank 0, after run.begin: what the export has beside the tokenizer. The chat template that the run learns, and in
+    generation_config.json the ids that end what is written: those of the folder it begins from, and of the answers learnt."""
+    from common import tokenizer as tokenizers
+    from common.run import find
+
+    folder = job.out / "tokenizer"
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    if job.cfg.task.name == "sft":
         values = json.loads(path.read_text(encoding="utf-8"))
         values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    tokenizer, start = tokenizers.load(folder), find(job.cfg.init.from_)
+    kept = pretrained.generation_config(folder)  # where the run goes on
+    kept |= pretrained.generation_config(start) if start == Path(job.tokenizer) else {}  # else its ids are others
+    ends = {tokenizer.eod_id} - {None} | set(kept.get("eos_token_id", []))
+    if job.cfg.task.name == "sft":
+        last = job.train.counted & ~np.append(job.train.counted[1:], False)  # of each answer
+        ends |= set(job.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
+    write_json(folder / "generation_config.json", kept | {"eos_token_id": sorted(ends)})
 
 
 # ---- what the best checkpoint answers --------------------------------------------------------------------------------
@@ -277,6 +296,7 @@ def answer(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a folder may name sampling that is not used here
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
+    stops = pretrained.write_plainly(net)
     written = torch.zeros(len(asked), t.answer_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
     tell = finetune.progress(len(asked), 1, ranks)
     for number in range(ranks.rank, len(asked), ranks.world):
@@ -285,8 +305,9 @@ def answer(run: Run, ranks: Ranks) -> None:
         question = asked[number]
         ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
         made = net.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=sorted(question.ends) or None,
-            pad_token_id=0, max_new_tokens=min(t.answer_tokens, run.cfg.model.positions - len(question.ids)),
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            eos_token_id=sorted(question.ends | stops) or None,
+            max_new_tokens=min(t.answer_tokens, run.cfg.model.positions - len(question.ids)),
         )[0, ids.shape[1] :]  # fmt: skip
         written[number, : len(made)] = made + 1
     dist.all_reduce(written)  # each row and zeros: exact

@@ -1,7 +1,8 @@
 """What GPT is finetuned on: texts and conversations, read, tokenized, and laid into samples of seq_len.
 
 A text file is one document; a .jsonl file has one a line, {"text": ...}. A conversation is a line of a .jsonl file:
-{"messages": [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "response": ...} for one question and its answer.
+{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "response": ...} for one question and its answer, or
+ShareGPT's {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}.
 Torch-free.
 """
 
@@ -9,13 +10,13 @@ import hashlib
 import json
 import re
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import batches, examples
+from common import batches, bounded, examples
 from common.errors import BadInput, Missing
 from common.evaluation import hub
 from common.texts import json_lines, read_text
@@ -23,6 +24,7 @@ from common.tokenizer import Tokenizer, encoded
 
 Chat = list[dict[str, str]]  # messages, each with role and content
 ROLES = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
 VALID_SHARE, VALID_SEED = 0.05, 1234  # of train's documents, where there is nothing to validate on
 ALSO = {"valid": ("validation", "dev")}  # what others call it
 ROUND = 8  # unpacked, a micro batch is padded to its longest sample, rounded up to a multiple of this
@@ -136,10 +138,14 @@ def _conversation(row: Any, at: str) -> Chat:
     """Messages whose roles are known, with an answer among them."""
     if isinstance(row, dict) and "messages" in row:
         messages = row["messages"]
+    elif isinstance(row, dict) and "conversations" in row:
+        messages = _of_sharegpt(row["conversations"])
     elif isinstance(row, dict) and {"prompt", "response"} <= row.keys():
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
     else:
-        raise BadInput(f"{at}: has neither `messages` nor `prompt` and `response`; a line must be a conversation")
+        raise BadInput(
+            f"{at}: has neither `messages` nor `prompt` and `response` nor `conversations`; a line must be a conversation"
+        )
     if not isinstance(messages, list) or not messages:
         raise BadInput(f"{at}: `messages` must be a list of messages, each with role and content")
     for number, message in enumerate(messages):
@@ -151,6 +157,13 @@ def _conversation(row: Any, at: str) -> Chat:
     if all(message["role"] != "assistant" for message in messages):
         raise BadInput(f"{at}: has no assistant message, so nothing to learn; add the answer, or remove the line")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _of_sharegpt(turns: Any) -> Any:
+    """ShareGPT's {"from": "human", "value": ...} as messages; what is none stays for _conversation to refuse."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return turns
+    return [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in turns]
 
 
 # ---- conversations as tokens -----------------------------------------------------------------------------------------
@@ -178,6 +191,7 @@ class Template:
         added = json.loads(self.backend.to_str())["added_tokens"]
         special = sorted((token["content"] for token in added if token["special"]), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.special_ids = {self.backend.token_to_id(token) for token in special}
 
     def spells_a_mark(self, chat: Chat) -> bool:
         """Would a text of the conversation be read as one of the template's marks?"""
@@ -185,7 +199,6 @@ class Template:
 
     def render(self, chat: Chat, at: str, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text, and bounds of what stands between {% generation %} marks. ask: end as an answer begins."""
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -193,9 +206,20 @@ class Template:
                 [chat], chat_template=self.text, add_generation_prompt=ask, **self.marks,
                 return_assistant_tokens_mask="endgeneration" in self.text,
             )  # fmt: skip
-        except (TemplateError, TypeError, KeyError) as error:
-            raise BadInput(f"{at}: the chat template of {self.folder} refuses it: {error}") from None
+        except Exception as error:  # whatever its author makes of it: 1/0, a name that is not there, an endless macro
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadInput(f"{at}: the chat template of {self.folder} refuses it: {reason}") from None
         return texts[0], bounds[0] if bounds else []
+
+    def _bounded(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """work(item) of each, which runs the template."""
+        import jinja2  # noqa: F401 (before the child, which would import it each time)
+        from transformers.utils import chat_template_utils  # noqa: F401
+
+        try:
+            return bounded.each(work, items)
+        except bounded.Exceeded as error:
+            raise BadInput(f"the chat template of {self.folder} {error} for a conversation; give another") from None
 
     def answers(self, chat: Chat, at: str) -> tuple[str, list[tuple[int, int]]]:
         """The text, and bounds of the assistant's part in characters: each answer and what ends it, no white space behind.
@@ -221,10 +245,14 @@ class Template:
             bounds.append((len(asked), len(asked) + len(answer) if marked else len(answered)))
         return text, bounds
 
+    def asks(self, chat: Chat, at: str) -> str:
+        """A conversation up to where an answer begins."""
+        [text] = self._bounded(lambda given: self.render(given, at, ask=True)[0], [chat])
+        return text
+
     def ask(self, chat: Chat, at: str) -> list[int]:
-        """Ids of a conversation up to where an answer begins."""
-        text, _ = self.render(chat, at, ask=True)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """The ids of `asks`."""
+        return self.backend.encode(self.asks(chat, at), add_special_tokens=False).ids
 
     def ends(self, chat: Chat, at: str) -> set[int] | None:
         """Ids that end an answer: the end of text, and the mark with which the template ends those of this conversation. None
@@ -232,13 +260,12 @@ class Template:
         [(ids, counted)] = self.encode([chat], [at])
         if not counted.any():
             return None
-        last = self.backend.id_to_token(int(ids[counted][-1]))
-        marks = [mark for mark in (last, self.marks.get("eos_token")) if mark and self.special.fullmatch(mark)]
-        return {self.backend.token_to_id(mark) for mark in marks}
+        end = self.backend.token_to_id(self.marks.get("eos_token", ""))
+        return {int(ids[counted][-1]), end} & self.special_ids
 
     def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each conversation its ids (n,) int32, and which are the assistant's (n,) bool: those with a character of it."""
-        made = [self.answers(chat, at) for chat, at in zip(chats, where, strict=True)]
+        made = self._bounded(lambda item: self.answers(*item), list(zip(chats, where, strict=True)))
         encodings = encoded(self.backend.encode_batch, [text for text, _ in made])
         found = []
         for (_, bounds), encoding in zip(made, encodings, strict=True):

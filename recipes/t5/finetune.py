@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, examples, export, finetune
+from common import batches, config, examples, export, finetune, pretrained
 from common.config import NonEmpty, Positive, Section, Share
 from common.corpus import write_json
 from common.errors import BadInput
@@ -212,6 +212,7 @@ def score(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
+    pretrained.write_plainly(net)
     tell = finetune.progress(len(found.inputs), t.write_batch, ranks)
     written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
     finetune.end_if_asked(ranks, step)
