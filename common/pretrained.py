@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import integrity
+from common import tokenizer as tokenizers
 from common.errors import BadInput
 from common.run import read_object
 
@@ -40,7 +41,6 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     try:
         net, found = of.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise BadInput(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
     lacking = sorted(name for name in found["missing_keys"] if not name.startswith(may_lack or ("\0",)))
@@ -57,7 +57,17 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     if problems:
         raise BadInput([f"{folder}: {told}; get the folder again" for told in problems[:3]])
     write_plainly(net)
-    return net.eval(), tokenizer
+    return net.eval(), load_tokenizer(Path(folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, of transformers. BadInput for one that is damaged, or that only code of its own can read."""
+    from transformers import AutoTokenizer
+
+    with tokenizers.refusing(f"{folder}: its tokenizer cannot be read"):
+        if (folder / "tokenizer.json").is_file():
+            tokenizers.check_ids(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 NUMBER = int | float

@@ -7,11 +7,14 @@ characters it is made of, never as the special id. Whoever wants an end of docum
 Families: byte-level BPE, WordPiece (BERT), SentencePiece's unigram model (T5) and characters.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -23,6 +26,7 @@ import numpy as np
 
 from common import heartbeat
 from common.errors import BadInput
+from common.texts import read_text
 
 if TYPE_CHECKING:  # the library is imported by the functions that need it: validating a config must not wait for it
     import tokenizers
@@ -78,6 +82,33 @@ def encoded(encode_batch: Callable[..., list[Any]], texts: list[str]) -> list[An
         if half is None:
             raise
         raise BadInput(f"{ascii(half[:60])}: holds half of a surrogate pair, which is no character; mend the text") from None
+    except Exception as error:  # plain, of Rust: a vocabulary that lacks its own unknown token
+        raise BadInput(f"the tokenizer cannot encode a text: {_reason(error)}; get its files again") from None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """BadInput, with `what`, for whatever the Rust library raises of damaged files: plain Exception, and panics, which are no
+    Exception and which it writes to stderr besides."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BadInput:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadInput(f"{what}: {_reason(error)}; get it again") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Tokenizer:
@@ -95,7 +126,7 @@ class Tokenizer:
         backend.encode_special_tokens = True  # special tokens spelled in a text are text
         backend.no_truncation()
         backend.no_padding()
-        self.size: int = backend.get_vocab_size()
+        self.size: int = 1 + max(backend.get_vocab().values(), default=-1)  # ids may have holes
         self.kind: str = type(backend.model).__name__.lower()
         eod = {"wordpiece": None, "unigram": "</s>"}.get(self.kind, END_OF_TEXT)
         pad = {"wordpiece": "[PAD]", "unigram": "<pad>"}.get(self.kind)
@@ -314,6 +345,21 @@ def load(name_or_dir: str | Path) -> Tokenizer:
     folder = Path(name_or_dir)
     if not folder.is_dir():
         folder = _find_by_name(str(name_or_dir))
+    with refusing(f"{folder}: its tokenizer cannot be read"):
+        tokenizer = _read(folder)
+        if tokenizer.kind != "char":
+            tokenizer.encode("a b\n")
+        assert tokenizer.hash and tokenizer.size  # what is wrong shows here, not in the middle of a text
+    if str(name_or_dir) == "gpt2":
+        _check_gpt2(tokenizer, folder)
+    if str(name_or_dir) == "bert-base-uncased":
+        _check_bert(tokenizer, folder)
+    if str(name_or_dir) == "t5":
+        _check_t5(tokenizer, folder)
+    return tokenizer
+
+
+def _read(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         tokenizer = _from_json(folder)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -327,12 +373,6 @@ def load(name_or_dir: str | Path) -> Tokenizer:
             f"{folder}: no tokenizer there; give a folder with tokenizer.json, "
             "with GPT-2's vocab.json and merges.txt, with BERT's vocab.txt, or with T5's spiece.model"
         )
-    if str(name_or_dir) == "gpt2":
-        _check_gpt2(tokenizer, folder)
-    if str(name_or_dir) == "bert-base-uncased":
-        _check_bert(tokenizer, folder)
-    if str(name_or_dir) == "t5":
-        _check_t5(tokenizer, folder)
     return tokenizer
 
 
@@ -364,27 +404,55 @@ def _find_by_name(name: str) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     """Content of tokenizer_config.json, {} without one; with it the chat template, which transformers 5 keeps in a file."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config | {"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else config
+    config = _object(path) if path.is_file() else {}
+    if template.is_file():
+        config["chat_template"] = read_text(template)
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key in ROLES and value is not None and not (isinstance(text, str) and text.isascii() | text.isprintable()):
+            raise BadInput(f"{path}: {key} is {json.dumps(value)[:60]}, and must be a token; get it again")
+    given = config.get("chat_template")
+    named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
+    if not all(isinstance(one, dict) and isinstance(one.get("template"), str) and "name" in one for one in named):
+        raise BadInput(f"{path}: its chat_template is no text, nor a list of names and texts; get it again")
+    return config
+
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read: {_reason(error)}; get it again") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: cannot be read: holds no object, but {type(values).__name__}; get it again")
+    return values
+
+
+def check_ids(folder: Path) -> None:
+    """BadInput for ids of a tokenizer.json that are none, or so far apart that the library would take hours from one to the
+    next."""
+    values = _object(folder / "tokenizer.json")
+    vocab, added = (values.get("model") or {}).get("vocab") or {}, values.get("added_tokens") or []
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(token["id"] for token in added)]
+    bad = next((i for i in ids if not isinstance(i, int) or not 0 <= i < 4 * len(ids) + 65_536), None)
+    if bad is not None:
+        raise BadInput(f"{folder}: tokenizer.json cannot be read: it has an id {bad!r} among {len(ids):,} tokens; get it again")
 
 
 def _from_json(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    try:
-        backend, config = Backend.from_file(str(folder / "tokenizer.json")), _config(folder)
-    except Exception as error:  # the library raises plain Exception
-        raise BadInput(f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: {error}") from None
-    return Tokenizer(backend, config)
+    check_ids(folder)
+    return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")), _config(folder))
 
 
 def _from_vocab_txt(folder: Path) -> Tokenizer:
     """BERT's vocab.txt: a piece a line, its id is the number of the line."""
-    try:
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        config = _config(folder)
-    except ValueError as error:
-        raise BadInput(f"{folder}: vocab.txt or tokenizer_config.json cannot be read: {error}") from None
+    lines, config = read_text(folder / "vocab.txt").removesuffix("\n").split("\n"), _config(folder)
     tokens = [line.removesuffix("\r") for line in lines]
     vocab = {token: i for i, token in enumerate(tokens)}
     missing = [token for token in SPECIAL if token not in vocab]
@@ -404,7 +472,7 @@ def _from_gpt2_files(folder: Path) -> Tokenizer:
     try:
         model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:
-        raise BadInput(f"{folder}: vocab.json and merges.txt cannot be read: {error}") from None
+        raise BadInput(f"{folder}: vocab.json and merges.txt cannot be read: {_reason(error)}; get them again") from None
     backend = _byte_level(model)
     backend.add_special_tokens([END_OF_TEXT])
     tokenizer = Tokenizer(backend)
@@ -440,11 +508,15 @@ def _from_spiece(folder: Path) -> Tokenizer:
     path = folder / "spiece.model"
     try:
         model, config = path.read_bytes(), _config(folder)
-        return Tokenizer(_unigram(model, int(config.get("extra_ids", SENTINELS))), config)
-    except Exception as error:  # of JSON, protobuf and tokenizers, each has a class of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        sentinels = config.get("extra_ids", SENTINELS)
+        if not isinstance(sentinels, int) or not 0 <= sentinels <= 10_000:
+            raise ValueError(f"extra_ids is {sentinels!r}")
+        return Tokenizer(_unigram(model, sentinels), config)
+    except BadInput:
+        raise
+    except Exception as error:  # of protobuf and tokenizers, each has a class of its own
         raise BadInput(
-            f"{path}: cannot be read as a SentencePiece unigram model with T5's special pieces ({reason}); "
+            f"{path}: cannot be read as a SentencePiece unigram model with T5's special pieces ({_reason(error)}); "
             "get the file again, or give the tokenizer.json"
         ) from None
 

@@ -96,6 +96,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: %(default)s)")
     p.add_argument("--seq-len", metavar="N", type=int, help="of a window (default: 1024, or the model's positions if fewer)")
     p.add_argument("--limit", metavar="N", type=int, help="the first N windows or passages alone")
+    p.add_argument("--bos", action="store_true", help="of perplexities: the beginning-of-text token first in every window")
     p.add_argument("--split", choices=("dev", "test"), help="of the task (default: test; of GLUE, SQuAD, RACE and tags dev)")
     p.add_argument("--prefix", metavar="TEXT", help="goes before every input (default: T5's for the task)")
     p.add_argument("--beams", metavar="N", type=int, default=4, help="default: %(default)s")
@@ -166,6 +167,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     wrong = [name for name in args.tasks if name in kinds.KIND_OF and name not in able]
     told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
     problems += [f"{what}, and {name} is {told}" for name in wrong]
+    no_bos = [name for name in args.tasks if args.bos and name in KNOWN and EVALUATE.get(name) not in (of_words, of_tokens)]
+    problems += [f"--bos: is for perplexities, and {name} has none; leave it out" for name in no_bos]
     positions = positions_of(config)
     if heads.tasks_of(architecture) and args.seq_len and args.seq_len < kinds.LEAST:
         problems.append(f"--seq-len {args.seq_len}: must be {kinds.LEAST} or more")
@@ -241,7 +244,14 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     net, tokenizer = load(of, folder, dtype=dtype, **more)
     positions = positions_of(net.config.to_dict()) or 1024
     length = args.seq_len or min(1024, positions)
+    if args.bos and bos_of(net, tokenizer) is None:
+        raise BadInput(f"--bos: {folder} names no beginning-of-text token; leave it out")
     return Model(net.to(ranks.device), tokenizer, length, args.batch, args.limit, ranks, args)
+
+
+def bos_of(net: Any, tokenizer: Any) -> int | None:
+    """The id of the token that begins a text: the tokenizer's, else the model's; those trained here begin where one ended."""
+    return net.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 # ---- the tasks -------------------------------------------------------------------------------------------------------
@@ -253,44 +263,59 @@ def losses_of(model: Model, tokens: np.ndarray, windows: list[language.Window], 
         raise BadInput(f"the text has {len(tokens)} token: nothing to predict")
     windows = windows[: model.limit]
     batches = [windows[i : i + model.batch] for i in range(0, len(windows), model.batch)]
+    bos = bos_of(model.net, model.tokenizer) if model.how.bos else None
     return language.shared_out(
-        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device, bound), model.ranks,
+        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device, bound, bos), model.ranks,
         progress("windows", len(windows), model), each=2 if bound else 1,
     )  # fmt: skip
 
 
+def text_tokens(model: Model, text: str) -> np.ndarray:
+    """Of a text whose perplexity is asked for, with --bos behind its token."""
+    tokens = model.tokenize(text)
+    return np.concatenate([[bos_of(model.net, model.tokenizer)], tokens]) if model.how.bos else tokens
+
+
+def first(model: Model) -> str:
+    """What the protocol says of --bos."""
+    return f", {model.tokenizer.decode([bos_of(model.net, model.tokenizer)])} first in every window" if model.how.bos else ""
+
+
 def of_words(model: Model, text: str, out: Path | None) -> list[Result]:
     """Megatron's protocol. n: T_o - 1. Of a part (--limit) by tokens alone: how many words they are is not known."""
-    tokens, words = model.tokenize(language.detokenized(text)), language.words_of(text)
+    tokens, words = text_tokens(model, language.detokenized(text)), language.words_of(text)
     step = min(language.OVERLAP, model.length)
     windows = language.overlapping(len(tokens), model.length, step)
     losses = losses_of(model, tokens, windows)
     total, done = math.fsum(losses), len(losses)
     targets = sum(w.length - w.first for w in windows[:done])
-    how = f"windows of {model.length}, step {step}, T_o {words:,}, T {len(tokens):,}{limited(done, len(windows), 'windows')}"
+    part, length = limited(done, len(windows), "windows"), len(tokens) - model.how.bos
+    how = f"windows of {model.length}, step {step}, T_o {words:,}, T {length:,}{part}{first(model)}"
     if words != language.WIKITEXT_WORDS:
         how += f"; not the published test file, whose T_o is {language.WIKITEXT_WORDS:,}"
     rows = [{"metric": "token_perplexity", "value": language.perplexity(total, targets), "n": targets,
              "protocol": f"overlapping windows, detokenized, {how}"}]  # fmt: skip
     if done == len(windows):
-        value = language.perplexity(total, words - 1)
-        rows.insert(0, {"metric": "word_perplexity", "value": value, "n": words - 1, "protocol": f"megatron-wikitext, {how}"})
+        scored = words - (not model.how.bos)  # without a token before it the first word is not predicted
+        value = language.perplexity(total, scored)
+        rows.insert(0, {"metric": "word_perplexity", "value": value, "n": scored, "protocol": f"megatron-wikitext, {how}"})
     return rows
 
 
 def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:
     """Both from one pass over windows end to end: the perplexity leaves out the target that stands in the next window."""
-    tokens = model.tokenize(text)
+    tokens = text_tokens(model, text)
     every = language.overlapping(len(tokens), model.length, model.length)
-    losses = losses_of(model, tokens, every, bound=model.length - 1).reshape(-1, 2)  # (windows, within it and in the next)
+    bound = model.length if model.how.bos else model.length - 1
+    losses = losses_of(model, tokens, every, bound=bound).reshape(-1, 2)  # (windows, within it and in the next)
     windows = every[: len(losses)]
-    targets = sum(min(w.length, model.length - 1) for w in windows)
+    targets = sum(min(w.length, bound) for w in windows)
     file = f"{model.how.data.name}, " if model.how.data and model.how.data.is_file() else ""
-    told = f"{file}windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}"
+    told = f"{file}windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}{first(model)}"
     rows = [{"metric": "token_perplexity", "value": language.perplexity(math.fsum(losses[:, 0]), targets), "n": targets,
              "protocol": f"token-perplexity, {told}"}]  # fmt: skip
     if len(windows) == len(every):  # else the bytes of what was scored are not known
-        size, told = len(text.encode()), f"{file}windows of {model.length}, every token but the first"
+        size, told = len(text.encode()), f"{file}windows of {model.length}, every token{first(model) or ' but the first'}"
         bits = math.fsum(losses.flat) / math.log(2) / size
         rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {told}"})
     return rows

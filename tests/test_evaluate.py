@@ -182,6 +182,30 @@ def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
     assert [line["right"] for line in told] == right
 
 
+def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path, tmp_path: Path):
+    """Against a plain loop: every token is predicted once, the first of a window from the beginning alone."""
+    evaluate(run, "wikitext2-raw", "wikitext103", "--bos", "--data", data, "--batch", 4, "--out", tmp_path)
+    found, words = by_metric(tmp_path), tokenizers.load(run / "hf")
+    net = GPT2LMHeadModel.from_pretrained(run / "hf").eval()
+    length, raw = net.config.n_positions, (data / "wiki.test.raw").read_text(encoding="utf-8")
+    total, ids = 0.0, words.encode(raw)
+    with torch.no_grad():
+        for begin in range(0, len(ids), length):
+            targets = torch.tensor(ids[begin : begin + length])
+            logits = net(torch.tensor([[words.eod_id, *targets[:-1].tolist()]])).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    for metric, expected, n in (
+        ("token_perplexity", math.exp(total / len(ids)), len(ids)),
+        ("bits_per_byte", total / math.log(2) / len(raw.encode()), len(raw.encode())),
+    ):
+        row = found["wikitext2-raw", metric]
+        assert math.isclose(row["value"], expected, rel_tol=1e-6) and row["n"] == n
+        assert row["protocol"].endswith(", <|endoftext|> first in every window")
+    row = found["wikitext103", "word_perplexity"]
+    assert row["n"] == language.words_of((data / "wiki.test.tokens").read_text(encoding="utf-8"))
+    assert ", <|endoftext|> first in every window" in row["protocol"]
+
+
 def test_two_ranks_give_what_one_gives(run: Path, data: Path, results, tmp_path: Path):
     evaluate(run, *TASKS, "--data", data, "--batch", 4, "--out", tmp_path, ranks=2)
     assert by_metric(tmp_path) == results
@@ -205,6 +229,7 @@ REFUSED = [
     (["lambada", "--data", "none"], "--data none: no such file or folder"),
     (["text", "--data", "README.md", "--seq-len", "4096"], "--seq-len 4096: the model has 64 positions; give at most 64"),
     (["text", "--data", "README.md", "--batch", "0"], "--batch 0: must be 1 or more"),
+    (["lambada", "--bos", "--data", "README.md"], "--bos: is for perplexities, and lambada has none; leave it out"),
     (["text", "--data", "x" * 300], f"{'x' * 100}...: File name too long; give a path whose parts are shorter"),
 ]
 

@@ -2,9 +2,14 @@
 
 import json
 import os
+import random
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +229,7 @@ def test_damaged_vocab_txt_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="wordpiece of 30,521 ids; bert-base-uncased is"):
         load(lines[:-1], "bert-base-uncased")
     (tmp_path / "vocab.txt").write_bytes(b"\xff\n")
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="not UTF-8"):
         tokenizers.load(tmp_path)
 
 
@@ -488,3 +493,121 @@ def test_pieces_of_any_text_give_the_ids_of_the_whole_to_sentencepiece(t5, sente
 def test_a_tokenizer_of_unknown_splitting_is_not_cut(source):
     other = tokenizers.load(source / "tokenizers" / "bert")
     assert list(other.pieces("some words " * 100, 10)) == ["some words " * 100]
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+VALUES = [None, True, -1, 0, 1.5, 2**31, 2**40, 10**30, "", "x", "\0", "\ud800", [], {}, [1], {"a": 1}]
+
+
+def places(values: object, path: tuple = ()) -> list[tuple]:
+    """Where something stands in JSON; of long lists and tables the first forty."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [path, *(place for key, value in list(items)[:40] for place in places(value, (*path, key)))]
+
+
+def damage(draw: random.Random, path: Path) -> None:
+    """Cut it, flip bits in it, or put another value into its JSON."""
+    data, kind = bytearray(path.read_bytes()), draw.random()
+    if kind < 0.2:
+        del data[draw.randrange(len(data)) :]
+    elif kind < 0.4:
+        for _ in range(draw.choice([1, 3, 20])):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    else:
+        values = json.loads(data)
+        where = draw.choice(places(values))
+        node = values
+        for key in where[:-1]:
+            node = node[key]
+        if where and draw.random() < 0.3:
+            del node[where[-1]]
+        elif where:
+            node[where[-1]] = draw.choice(VALUES)
+        data = json.dumps(values if where else draw.choice(VALUES)).encode()
+    path.write_bytes(data)
+
+
+def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
+    """Read damaged copies as we do and as the readers of exports do: what is refused is told in one line, the rest works."""
+    from common.pretrained import load_tokenizer
+
+    told: Counter[str] = Counter()
+    for number in numbers:
+        draw, copy = random.Random(number), folder / str(number)
+        shutil.copytree(draw.choice(given), copy)
+        damage(draw, draw.choice(sorted(copy.iterdir())))
+        begin = time.monotonic()
+        try:
+            loaded = tokenizers.load(copy)
+            loaded.save(copy / "again")
+            assert tokenizers.load(copy / "again").decode([0]) == loaded.decode([0])
+            told["read"] += 1
+        except BadInput as error:
+            assert len(error.problems) == 1 and "\n" not in str(error) and len(str(error)) < 500, number
+            told["refused"] += 1
+        try:
+            load_tokenizer(copy)("a b")
+        except BadInput as error:
+            assert len(error.problems) == 1 and "\n" not in str(error), number
+        except Exception as error:  # of encoding: transformers reads more lazily; none of ours meets it unguarded
+            assert type(error).__module__ in ("builtins", "tokenizers"), number
+        assert time.monotonic() - begin < 10, number
+        shutil.rmtree(copy)
+    return told
+
+
+@pytest.fixture(scope="module")
+def saved(bpe, wordpiece, sentencepiece, tmp_path_factory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("saved") / name for name in ("bpe", "wordpiece", "sentencepiece", "char")]
+    for made, folder in zip((bpe, wordpiece, sentencepiece, tokenizers.train_char("a b\n")), folders, strict=True):
+        made.config["chat_template"] = "{{ messages }}"
+        made.save(folder)
+        del made.config["chat_template"]
+    return folders
+
+
+def test_damaged_files_are_one_line(saved, tmp_path):
+    told = survive(tmp_path, saved, range(60))
+    assert told["refused"] > 20 and told["read"] > 5
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files_are_one_line(saved, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    survive(tmp_path, saved, range(1_000))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        ("tokenizer_config.json", [1], "holds no object, but list"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, and must be a token"),
+        ("tokenizer_config.json", {"chat_template": 5}, "its chat_template is no text"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "its chat_template is no text"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 2**40}}}, "it has an id 1099511627776 among 1 tokens"),
+        ("tokenizer.json", {"model": {"vocab": {"a": "b"}}}, "it has an id 'b' among 1 tokens"),
+    ],
+)
+def test_wrong_types_are_named(file, values, told, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "t")
+    (tmp_path / "t" / file).write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=re.escape(told)):
+        tokenizers.load(tmp_path / "t")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(wordpiece, saved, tmp_path):
+    for name in ("tokenizer_config.json", "chat_template.jinja", "vocab.txt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        vocab = sorted(wordpiece.backend.get_vocab().items(), key=lambda item: item[1])
+        content = {"chat_template.jinja": "{{ messages }}", "vocab.txt": "\n".join(token for token, _ in vocab)}
+        for mark, to in (("", folder / "plain"), ("\ufeff", folder / "marked")):
+            shutil.copytree(saved[1], to)
+            if name == "vocab.txt":
+                (to / "tokenizer.json").unlink()
+            text = content.get(name) or (to / name).read_text(encoding="utf-8")
+            (to / name).write_text(mark + text, encoding="utf-8")
+        plain, marked = tokenizers.load(folder / "plain"), tokenizers.load(folder / "marked")
+        assert (plain.hash, plain.config) == (marked.hash, marked.config)

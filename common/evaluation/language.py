@@ -10,6 +10,8 @@ token-perplexity     the mean over the tokens of windows that do not overlap; th
 bits-per-byte        every token but the first, each predicted once in windows end to end, in bits, over the bytes of the text:
                      comparable between tokenizers. A window's last token predicts the first of the next, which token-perplexity
                      leaves out.
+--bos                a beginning-of-text token stands in the first place of every window, as models with one were trained: every
+                     token is predicted, the first of a window from this alone. A result says so; its sums are over all tokens.
 lambada-strict       the last word, all of its tokens, predicted greedily from the text before it (arXiv:1606.06031; Megatron's
                      --strict-lambada).
 lambada-last-token   the last token of the text alone: easier, and not comparable to the above.
@@ -145,13 +147,16 @@ def shared_out(
 
 
 def window_losses(
-    net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any, bound: int | None = None
+    net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any, bound: int | None = None, bos: int | None = None
 ) -> list[float]:
     """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32. bound: two sums a window,
-    of its targets before this place and of the others."""
+    of its targets before this place and of the others. bos: stands in place of each window's first input."""
     import torch
 
-    inputs = torch.from_numpy(padded([tokens[w.start : w.start + w.length] for w in windows])).to(device)  # (B, T)
+    rows = padded([tokens[w.start : w.start + w.length] for w in windows])
+    if bos is not None:
+        rows[:, 0] = bos
+    inputs = torch.from_numpy(rows).to(device)  # (B, T)
     targets = torch.from_numpy(padded([tokens[w.start + 1 : w.start + w.length + 1] for w in windows])).to(device)
     first = min(w.first for w in windows)
     with torch.no_grad():
