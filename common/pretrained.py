@@ -78,11 +78,16 @@ def generation_config(folder: Path) -> dict[str, Any]:
     """What generation_config.json of a folder says of the ids of its tokens, `eos_token_id` as a list, and of sampling; what
     is not of its type is left out. {} without one."""
     values = read_object(folder / "generation_config.json") or {}
-    made = {key: value for key, value in values.items() if key.endswith("_token_id") and isinstance(value, int)}
     ends = values.get("eos_token_id")
-    made["eos_token_id"] = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
-    made |= {key: values[key] for key, of in SAMPLING.items() if isinstance(values.get(key), of) and values[key] >= 0}
-    return made if values else {}
+    known = [i for i in (ends if isinstance(ends, list) else [ends]) if _is_id(i)]
+    made: dict[str, Any] = {key: i for key, i in values.items() if key.endswith("_token_id") and _is_id(i)}
+    made |= {"eos_token_id": known} if known else {}
+    sampling = {key: values[key] for key, of in SAMPLING.items() if isinstance(values.get(key), of)}
+    return made | {key: value for key, value in sampling.items() if SAMPLING[key] is bool or value > 0}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def write_plainly(net: Any) -> set[int]:

@@ -129,6 +129,8 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     from common.tokenizer import Tokenizer
     from recipes.gpt.samples import Template
 
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise BadInput(f"{folder}: its tokenizer is none of the library `tokenizers`; leave out --chat")
     given = tokenizer.chat_template
     several = [{"name": name, "template": text} for name, text in given.items()] if isinstance(given, dict) else given
     config = {"chat_template": several} | {key: str(token) for key, token in tokenizer.special_tokens_map.items()}

@@ -196,8 +196,8 @@ def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: st
         f"conversations are longer than data.seq_len={cfg.data.seq_len} and are cut there": cut,
         f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(made) - len(kept),
         "conversations are left out: a message spells a special token of the tokenizer": len(found.documents) - len(usable),
-        "conversations end without a special token, as the chat template writes them: what learns from them writes on and on, "
-        "until it may write no more": endless,
+        "conversations end without a special token (the chat template writes none): a model finetuned on them does not stop by "
+        "itself": endless,
     }
     notes = [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
     if not kept:
@@ -240,7 +240,8 @@ def keep_template(job: Run) -> None:
     if job.cfg.task.name == "sft":
         last = job.train.counted & ~np.append(job.train.counted[1:], False)  # of each answer
         ends |= set(job.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
-    write_json(folder / "generation_config.json", kept | {"eos_token_id": sorted(ends)})
+    if ends:
+        write_json(folder / "generation_config.json", kept | {"eos_token_id": sorted(ends)})
 
 
 # ---- what the best checkpoint answers --------------------------------------------------------------------------------
