@@ -13,6 +13,7 @@ import numpy as np
 
 from common.errors import BadInput
 from common.evaluation import hub
+from common.texts import read_text
 
 HUB = "ehovy/race"
 LEVELS = ("middle", "high")
@@ -65,7 +66,7 @@ def _from_files(folder: Path, split: str) -> list[tuple[str, str, dict]]:
     for level in LEVELS:
         for path in sorted((folder / split / level).glob("*.txt")):
             try:
-                made.append((str(path), level, json.loads(path.read_text(encoding="utf-8"))))
+                made.append((str(path), level, json.loads(read_text(path))))
             except (ValueError, RecursionError):
                 raise BadInput(f"{path}: is not JSON") from None
     return made
