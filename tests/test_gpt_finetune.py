@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import bounded, config, lora, tokenizer
 from common.errors import BadInput
 from common.evaluation import language
+from data import sources
 from recipes.gpt import finetune, samples, task
 from scripts import evaluate, generate
 from tests import plain_gpt_finetune as plain
@@ -607,6 +608,7 @@ def test_a_byte_order_mark_is_no_text(configs, data, tmp_path):
     for kind in ("sft", "lm"):
         assert made["utf-8", kind].content_hash == made["utf-8-sig", kind].content_hash
     assert evaluate.text_of(tmp_path / "utf-8-sig/lm/train.txt") == texts["lm/train.txt"]
+    assert sources.read_text(tmp_path / "utf-8-sig/lm/train.txt", sources.Errors()) == texts["lm/train.txt"]  # of the builders
     (tmp_path / "lambada.jsonl").write_text('{"text": "two words"}\n', encoding="utf-8-sig")
     assert language.lambada(tmp_path / "lambada.jsonl") == ["two words"]
 
