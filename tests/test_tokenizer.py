@@ -537,7 +537,7 @@ def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
         draw, copy = random.Random(number), folder / str(number)
         shutil.copytree(draw.choice(given), copy)
         damage(draw, draw.choice(sorted(copy.iterdir())))
-        begin = time.monotonic()
+        begin = time.process_time()
         try:
             loaded = tokenizers.load(copy)
             loaded.save(copy / "again")
@@ -552,7 +552,7 @@ def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
             assert len(error.problems) == 1 and "\n" not in str(error), number
         except Exception as error:  # of encoding: transformers reads more lazily; none of ours meets it unguarded
             assert type(error).__module__ in ("builtins", "tokenizers"), number
-        assert time.monotonic() - begin < 10, number
+        assert time.process_time() - begin < 10, number
         shutil.rmtree(copy)
     return told
 
