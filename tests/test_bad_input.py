@@ -390,7 +390,7 @@ CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, wh
         "data.train=[corpus/train,corpus/valid]", ["were made with different tokenizers"],
     ),
     ("no tokenizer", lambda p: None, "data.tokenizer=./none", ["tokenizer ./none: no such folder"]),
-    ("damaged tokenizer", _damaged_tokenizer, "data.tokenizer=words", ["words: tokenizer.json or tokenizer_config.json can"]),
+    ("damaged tokenizer", _damaged_tokenizer, "data.tokenizer=words", ["words/tokenizer.json: cannot be read"]),
     ("no end of document", lambda p: None, "data.reset_attention=true", ["train names no end of document id", "valid names"]),
     ("keys", _cut("corpus/train.bin"), "data.valid=nothing", ["data.train: corpus/train.bin has", "data.valid: no corpus"]),
     ("one corpus twice", _cut("corpus/train.bin"), "data.valid=corpus/train", ["data.train: corpus/train.bin has 7,992 bytes"]),

@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 
 SHELL = [*sorted(ROOT.glob("scripts/*.sh")), *sorted(ROOT.glob("recipes/*/*/*.sh"))]
+MODULES = (path for folder in ("data", "scripts", "recipes") for path in ROOT.glob(f"{folder}/**/*.py"))
 COMMANDS = sorted(
     path
-    for folder in ("data", "scripts", "recipes")
-    for path in ROOT.glob(f"{folder}/**/*.py")
-    if "__name__ == " in (text := path.read_text(encoding="utf-8")) and "processes.run(main)" not in text
+    for path in MODULES
+    if path.stem != "__main__" and "__name__ == " in (text := path.read_text("utf-8")) and "processes.run(main)" not in text
 )
 HELP = """\
 import contextlib, io, runpy, sys
@@ -27,7 +27,7 @@ for module in sys.argv[1:]:
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_shell_script(script: Path, tmp_path: Path):
-    done = subprocess.run(["bash", str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert script.name in done.stdout and not list(tmp_path.iterdir())
 
