@@ -234,8 +234,7 @@ def keep_template(job: Run) -> None:
         values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer, start = tokenizers.load(folder), find(job.cfg.init.from_)
-    kept = pretrained.generation_config(folder)  # where the run goes on
-    kept |= pretrained.generation_config(start) if start == Path(job.tokenizer) else {}  # else its ids are others
+    kept = pretrained.generation_config(start) if start == Path(job.tokenizer) else {}  # else its ids are others
     ends = {tokenizer.eod_id} - {None} | set(kept.get("eos_token_id", []))
     if job.cfg.task.name == "sft":
         last = job.train.counted & ~np.append(job.train.counted[1:], False)  # of each answer
