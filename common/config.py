@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from common.errors import BadInput
+from common import extra
+from common.errors import BadInput, shortened
 from common.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +25,19 @@ STACKS = ("baseline", "deepspeed", "megatron")
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]  # steps x samples, the largest product, is below 2^63
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]  # each is a module that every rank builds; 10,000 take it 10 s
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _path(value: str) -> str:
+    """A path that can be printed, and has no NUL. common/run.py bounds its length."""
+    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        raise ValueError("must be a path without control characters")
+    return value
+
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 def _blend(value: Any) -> str | list:
@@ -41,6 +53,8 @@ def _blend(value: Any) -> str | list:
         return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
 
     if prefix(value) or isinstance(value, list) and value and (all(map(prefix, value)) or all(map(weighted, value))):
+        for entry in value if isinstance(value, list) else [value]:
+            _path(entry[1] if isinstance(entry, list) else entry)
         return value
     raise ValueError("must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]")
 
@@ -55,9 +69,9 @@ class Data(Section):
     """What every family reads; a family adds keys of its own in its task.py."""
 
     train: Annotated[str | list, PlainValidator(_blend)]  # prefix of a .bin/.idx, or a blend of them
-    valid: NonEmpty | None = None
+    valid: FilePath | None = None
     seq_len: Positive  # tokens of a sample
-    tokenizer: NonEmpty | None = None  # folder; default: the one that the corpus was made with
+    tokenizer: FilePath | None = None  # folder; default: the one that the corpus was made with
 
     @property
     def sample_tokens(self) -> int:
@@ -105,7 +119,7 @@ class Train(Section):
 
 
 class Init(Section):
-    from_: Annotated[str, Field(alias="from", min_length=1)] = "scratch"  # or a Hugging Face folder of the same shape
+    from_: Annotated[FilePath, Field(alias="from")] = "scratch"  # or a Hugging Face folder of the same shape
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
@@ -129,7 +143,7 @@ class DeepSpeed(Section):
     tp: Positive = 1
     offload: bool = False  # optimizer state in CPU memory
     recompute: bool = False
-    extra: dict[str, Any] = {}  # merged last into ds_config; not for published rows
+    extra: dict[str, Any] = {}  # merged last into ds_config: the keys of common/extra.py; not for published rows
 
 
 class Megatron(Section):
@@ -140,7 +154,7 @@ class Megatron(Section):
     distributed_optimizer: bool = False
     recompute: bool = False
     transformer_engine: bool = False
-    extra: dict[str, Any] = {}  # merged last into TransformerConfig; not for published rows
+    extra: dict[str, Any] = {}  # merged last into TransformerConfig: the keys of common/extra.py; not for published rows
 
 
 class Config(Section):
@@ -154,7 +168,7 @@ class Config(Section):
     optim: Optim
     train: Train
     # What changes for later steps of the same run, as {a.b: value}; each gives train.steps, the step at which it ends.
-    phases: list[dict[str, Any]] = []
+    phases: Annotated[list[dict[str, Any]], Field(max_length=100)] = []  # each is a start of all ranks
     init: Init = Init()
     expect: dict[str, Expect] = {}
     baseline: Baseline = Baseline()
@@ -183,8 +197,40 @@ FREE = {
 }  # fmt: skip
 
 
+FILE_BYTES = 2**18  # of a config; the largest here has 3 KB
+VALUES = 10_000  # of a config, keys counted too; PyYAML reads as many in half a second
+DEPTH = 32  # of sections and lists in each other; the configs here have 4
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `6e-4` as a number and refuses a key that is given twice or is no word."""
+    """SafeLoader for plain values. A few bytes stay a few values: no anchors, tags or deep nesting, and numbers as YAML 1.2 has
+    them (`010`, `1:30` and dates are text, `6e-4` is a number). A key that is given twice or is no word is refused."""
+
+    depth = 0
+    values = 0
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases (*{event.anchor}) are not read; write the value again"
+        elif getattr(event, "anchor", None):
+            problem = f"anchors (&{event.anchor}) are not read; write the value where it is used"
+        elif getattr(event, "tag", None) not in (None, "!"):
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"tags ({tag}) are not read; write the value alone"
+        elif self.depth == DEPTH:
+            problem = f"nested more than {DEPTH} deep"
+        elif self.values == VALUES:
+            problem = f"more than {VALUES:,} values"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self.depth += 1
+        self.values += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -200,9 +246,42 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+_FLOAT = re.compile(
+    r"^([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
+# 40 digits are more than any key takes, and few enough to be written in a message
+_INT = re.compile(r"^([-+]?(0|[1-9][0-9_]{0,39})|0x[0-9a-fA-F]{1,16})$")
+_BOOL = re.compile(r"^(yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
+_NULL = re.compile(r"^(~|null|Null|NULL|)$")
+for _tag, _pattern, _first in (
+    ("bool", _BOOL, "yYnNtTfFoO"), ("float", _FLOAT, "-+0123456789."), ("int", _INT, "-+0123456789"), ("null", _NULL, "~nN"),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first, *([""] if _tag == "null" else [])])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that _Loader or another reader would take for something else, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def to_yaml(values: Any, **style: Any) -> str:
+    """The YAML of plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, **style)
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML document. ValueError, in one line, if it is none that is read here."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(told) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -210,12 +289,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise BadInput(no_such_config(path))
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        with open(path, "rb") as file:
+            content = file.read(FILE_BYTES + 1)
+        if len(content) > FILE_BYTES:
+            raise BadInput(f"{path}: more than {FILE_BYTES >> 10} KB; that is no config")
+        values = _parse(content.decode("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
-        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise BadInput(f"{path}: not YAML: {told}") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         held = "nothing" if values is None else f"a {type(values).__name__}"
         raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {held}")
@@ -241,8 +323,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            problems.append(f"override {text!r}: must be section.key=value, for example train.steps=100")
+        named = f"override {shortened(text)!r}"
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") >= DEPTH:
+            problems.append(f"{named}: must be section.key=value, for example train.steps=100")
             continue
         *sections, last = key.split(".")
         node = values
@@ -251,18 +334,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             if child is None:
                 child = node[name] = {}
             if not isinstance(child, dict):
-                problems.append(f"override {text!r}: {name} is a value, not a section")
+                problems.append(f"{named}: {shortened(name)} is a value, not a section")
                 break
             node = child
         else:
             try:
-                node[last] = yaml.load(value, _Loader)
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
-                told = getattr(error, "problem", None) or ""
-                if told.startswith("the key "):  # of a mapping; _Loader says it
-                    problems.append(f"override {text!r}: {told}")
+                node[last] = _parse(value)
+            except ValueError as error:
+                told = str(error).partition(" at line ")[0]
+                if told.startswith(
+                    ("the key ", "aliases ", "anchors ", "tags ", "nested ", "more than ")
+                ):  # _Loader says what to do
+                    problems.append(f"{named}: {told}")
                     continue
-                problems.append(f"override {text!r}: {value!r} is not a YAML value; quote it: {key}='\"{value}\"'")
+                value = shortened(value)
+                problems.append(f"{named}: {value!r} is not a YAML value; quote it: {shortened(key)}='\"{value}\"'")
     return problems
 
 
@@ -291,8 +377,14 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C])
         problems += _rules(cfg)
         problems += _phase_problems(cfg)
     if problems:
-        raise BadInput([f"{path}: {p}" if not p.startswith("override") else p for p in dict.fromkeys(problems)])
+        problems = list(dict.fromkeys(problems))
+        if len(problems) > MOST_PROBLEMS:
+            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more problems; mend these first"]
+        raise BadInput([f"{path}: {p}" if not p.startswith("override") else p for p in problems])
     return cfg
+
+
+MOST_PROBLEMS = 50  # that are told at once
 
 
 STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
@@ -326,11 +418,20 @@ def _names(error: Any) -> tuple[str, ...]:
     return tuple(name for name in error["loc"] if isinstance(name, str))
 
 
+STEP_TOKENS = 2**31  # 600 times those of the largest published batches
+
+
 def _rules(cfg: Config) -> Iterator[str]:
     yield from cfg.model.problems()
     positions = getattr(cfg.model, "positions", None)
     if positions is not None and positions < cfg.data.seq_len:
         yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}; give data.seq_len={positions} or less"
+    tokens = cfg.train.global_batch * cfg.data.sample_tokens
+    if tokens > STEP_TOKENS:
+        yield (
+            f"train.global_batch={cfg.train.global_batch} of {cfg.data.sample_tokens} tokens each are {tokens:,} tokens a "
+            f"step, which the ranks hold at once; {STEP_TOKENS:,} are allowed"
+        )
     o = cfg.optim
     if o.lamb.min_coeff > o.lamb.max_coeff:
         yield f"optim.lamb.min_coeff={o.lamb.min_coeff} is above optim.lamb.max_coeff={o.lamb.max_coeff}"
@@ -344,6 +445,8 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
     for name, expect in cfg.expect.items():
         yield from metrics.problems(name, expect.value)
+    yield from extra.problems("deepspeed", cfg.deepspeed)
+    yield from extra.problems("megatron", cfg.megatron)
 
 
 def _phase_problems(cfg: Config) -> Iterator[str]:
@@ -434,12 +537,12 @@ def _known_keys(loc: Sequence[str], schema: type[BaseModel]) -> list[str]:
 
 def _explain(error: Any, schema: type[BaseModel]) -> str:
     *sections, last = _names(error)
-    name = ".".join([*sections, last])
+    name = ".".join(shortened(part) for part in [*sections, last])
     if error["type"] == "extra_forbidden":
         known = _known_keys(sections, schema)
         close = difflib.get_close_matches(last, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
-        return f"{name}: unknown key{hint} {'.'.join(sections) or 'a config'} has: {', '.join(known)}"
+        return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
@@ -449,8 +552,8 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as one would write it in a config."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """A value as one would write it in a config; the middle of a long one is left out."""
+    return shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
 class Layout(Section):
@@ -515,10 +618,14 @@ def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
 
 
 def _divisors(batch: int, dp: int) -> str:
-    """'1, 2 or 4': the micro batches that fit."""
-    if batch % dp:
+    """'1, 2 or 4': the micro batches that fit, the smallest 16 and the largest."""
+    share, rest = divmod(batch, dp)
+    if rest:
         return ""
-    fit = [str(m) for m in range(1, batch // dp + 1) if batch // dp % m == 0]
+    small = [m for m in range(1, math.isqrt(share) + 1) if share % m == 0]
+    fit = [str(m) for m in sorted({*small, *(share // m for m in small)})]
+    if len(fit) > 17:
+        fit[16:-1] = ["..."]
     return " or ".join([", ".join(fit[:-1]), fit[-1]]) if len(fit) > 1 else fit[0]
 
 
@@ -556,10 +663,10 @@ def write_yaml(cfg: Config, path: str | Path) -> None:
 
 
 def as_yaml(cfg: Config) -> str:
-    return yaml.safe_dump(cfg.dump(), sort_keys=False, width=120)
+    return to_yaml(cfg.dump())
 
 
 def write_section(path: str | Path, name: str, section: Section) -> None:
     """One section alone, to be put into a config."""
-    text = yaml.safe_dump({name: section.model_dump(by_alias=True)}, sort_keys=False, width=120, default_flow_style=None)
+    text = to_yaml({name: section.model_dump(by_alias=True)}, default_flow_style=None)
     Path(path).write_text(text, encoding="utf-8")

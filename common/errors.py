@@ -7,6 +7,7 @@ node was lost. 128 + N: signal N killed a rank (137: SIGKILL).
 """
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 
@@ -19,11 +20,25 @@ EXIT_SIGTERM = 143
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # full, or not to be written to
 
 
+LINE = 4000  # characters of a problem at most, which must stay one that is read
+
+
+def printable(text: str) -> str:
+    """`text` in one line that does nothing to a terminal: control characters and the like as Python escapes them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """`text`, of which the middle is left out where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 60]} ... ({len(text):,} characters) ... {text[-30:]}"
+
+
 class BadInput(Exception):
     """Input that we refuse. Each line says what was given, what is allowed, and what to type."""
 
     def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        lines = [problems] if isinstance(problems, str) else problems
+        self.problems = [printable(shortened(line, LINE)) for line in lines]
         super().__init__("\n".join(self.problems))
 
 
@@ -33,6 +48,9 @@ class Missing(BadInput):
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; tell bad input on stderr and exit 2, else exit with what it returns (None is 0)."""
+    for stream in (sys.stdout, sys.stderr):  # paths need not be text of the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except BadInput as error:
@@ -50,7 +68,7 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
             line = f"{where}{error.strerror}; make room there, or choose another place, and try again"
         else:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = EXIT_SIGINT

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import checkpoint, heartbeat, integrity, log, parameters
 from common.checkpoint import Checkpoint
-from common.config import Config
+from common.config import Config, to_yaml
 from common.errors import BadInput
 from common.ranks import Ranks
 from common.run import Run
@@ -192,8 +192,6 @@ def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, i
 
 def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: dict[str, Any]) -> str:
     """README.md of the export: what it is, on what it was trained, how, and what it reached."""
-    import yaml
-
     losses = _losses(source.path.parent / "metrics.jsonl", source.step)
     trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported
     rows = {
@@ -205,10 +203,10 @@ def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: d
         "commit": facts.get("commit"), "config": facts.get("config"),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
-    config = yaml.safe_dump(cfg.dump(), sort_keys=False, width=120)
+    values = to_yaml(cfg.dump())
     return (
         f"---\nlibrary_name: transformers\ntags: [{task.FAMILY}]\n---\n# {facts.get('config')}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```yaml\n{config}```\n"
+        f"| | |\n|---|---|\n{table}\n\n```yaml\n{values}```\n"
     )
 
 

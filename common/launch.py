@@ -94,7 +94,7 @@ def nodes(given: Mapping[str, str]) -> Nodes:
         text = env.get(name, "").strip()
         if not text:
             return default
-        if not re.fullmatch(r"\d+", text) or not least <= int(text) <= most:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
             upper = f" to {most}" if most < 2**20 else ""
             problems.append(f"{name}={text}: must be a whole number from {least}{upper}")
             return default
@@ -121,7 +121,7 @@ def nodes(given: Mapping[str, str]) -> Nodes:
     else:
         try:
             socket.getaddrinfo(address, None)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name of a host, such as one of 300 characters
             problems.append(f"MASTER_ADDR={address}: no such host; give a name or address that this node can reach")
     if problems:
         raise BadInput(problems)
@@ -143,7 +143,7 @@ def _from_slurm(env: Mapping[str, str], problems: list[str]) -> dict[str, str]:
         "NODE_RANK": env.get("SLURM_NODEID", ""),
         "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")),
         # two jobs that share a node get different ports
-        "MASTER_PORT": str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000),
+        "MASTER_PORT": str(20000 + int(re.sub("[^0-9]", "", env.get("SLURM_JOB_ID", ""))[-4:] or 0)),
     }
 
 

@@ -485,14 +485,12 @@ def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
     """What --dry-run prints."""
     import shlex
 
-    import yaml
-
     from common import memory
 
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
     flops = task.forward_backward_flops(model, cfg.data)
     causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
-    lines = [yaml.safe_dump(run.whole.dump(), sort_keys=False, width=120).rstrip(), ""]
+    lines = [config.to_yaml(run.whole.dump()).rstrip(), ""]
     lines += [f"note: {note}" for note in run.notes]
     lines += [
         f"parameters        {model.parameters():,}",

@@ -99,6 +99,10 @@ def runs(drive, settings, tmp_path_factory) -> Path:
         case(stack, "tiny_llama", out / "fp32" / "tiny_llama" / name, settings + overrides)
         for name, (stack, overrides) in ONLY_LLAMA.items()
     ]
+    two += [  # Megatron's argument is declared as an int
+        case(stack, "tiny_llama", out / "theta" / stack, [*settings, "train.steps=3", "model.rope_theta=1.5"])
+        for stack in ("baseline", "megatron")
+    ]
     drive(two, 2)
     four = [
         case(stack, arch, out / "fp32" / arch / name, settings + overrides)
@@ -162,6 +166,11 @@ def test_unequal_targets_follow_the_plain_loop(runs, reference, arch, kind, layo
 def test_one_rank_equals_two(runs, reference, stack):
     loss, norm = farthest(runs / "documents" / "tiny" / f"{stack}_alone", reference["documents", "tiny"])
     assert loss <= LOSS and norm <= NORM
+
+
+def test_a_broken_base_of_rotary_positions_is_kept(runs):
+    plain, megatron = (losses(runs / "theta" / stack) for stack in ("baseline", "megatron"))
+    assert max(abs(plain[step]["loss"] - megatron[step]["loss"]) for step in (1, 2, 3)) <= LOSS
 
 
 @pytest.mark.parametrize("arch", ARCHS)

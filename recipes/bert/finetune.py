@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from common import batches, config, finetune, init
-from common.config import NonEmpty, Positive, Section, Share
+from common.config import FilePath, NonEmpty, Positive, Section, Share
 from common.errors import BadInput
 from common.evaluation import glue
 from common.hf_folder import whole_weights
@@ -92,7 +92,7 @@ class Data(config.Data):
 
 class Task(Section):
     name: Literal[*kinds.KIND_OF]
-    data: NonEmpty | None = None  # folder of its files; default: the hub
+    data: FilePath | None = None  # folder of its files; default: the hub
     train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
     labels: list[NonEmpty] = []  # classify: all of them; default: those of train, sorted

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from common import batches, config
-from common.config import Positive, Section, Share
+from common.config import Layers, Positive, Section, Share
 from common.errors import BadInput
 from common.loss import cross_entropy
 
@@ -32,7 +32,7 @@ MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
 
 class Model(Section):
     arch: Literal["megatron-bert", "bert"] = "megatron-bert"
-    layers: Positive
+    layers: Layers
     hidden: Positive
     heads: Positive
     ffn: Positive | None = None  # default: 4 x hidden

@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from common import config, examples, export, finetune, pretrained
-from common.config import NonEmpty, Positive, Section
+from common.config import Count, FilePath, Positive, Section
 from common.corpus import write_json
 from common.errors import BadInput
 from common.lora import Lora
@@ -74,17 +74,17 @@ class Model(task.Model):
 class Data(config.Data):
     """train, valid: names of files in task.data (with or without their endings), or splits of a dataset."""
 
-    train: NonEmpty = "train"
-    valid: NonEmpty = "valid"  # where there is none, a share of train is drawn (samples.py, VALID_SHARE)
+    train: FilePath = "train"
+    valid: FilePath = "valid"  # where there is none, a share of train is drawn (samples.py, VALID_SHARE)
     pack: bool = True  # False: one document a sample, padded
     reset_attention: bool | None = None  # packed: attention and positions begin anew at each document; default: sft yes, lm no
 
 
 class Task(Section):
     name: Literal["lm", "sft"]
-    data: NonEmpty  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
+    data: FilePath  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
-    answers: Annotated[int, Field(ge=0)] = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
+    answers: Count = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
     answer_tokens: Positive = 128  # of such an answer at most
 
 

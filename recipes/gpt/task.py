@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from common import config
-from common.config import Positive, Section, Share
+from common.config import Layers, Positive, Section, Share
 from common.corpus import Stream
 from common.loss import cross_entropy
 
@@ -29,7 +29,7 @@ MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
 
 class Model(Section):
     arch: Literal["gpt2", "llama"] = "gpt2"
-    layers: Positive
+    layers: Layers
     hidden: Positive
     heads: Positive
     kv_heads: Positive | None = None  # llama: key-value heads; default: heads

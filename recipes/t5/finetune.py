@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from common import batches, config, examples, export, finetune, pretrained
-from common.config import NonEmpty, Positive, Section, Share
+from common.config import FilePath, Positive, Section, Share
 from common.corpus import write_json
 from common.errors import BadInput
 from common.evaluation import metrics, text
@@ -67,10 +67,10 @@ class Data(config.Data):
 
 class Task(Section):
     name: Literal[*text.NAMES]
-    data: NonEmpty | None = None  # folder of its files; default: the hub
+    data: FilePath | None = None  # folder of its files; default: the hub
     prefix: str | None = None  # goes before every input; default: T5's for the task
-    source: NonEmpty | None = None  # columns of the files, or suffixes of two; default: the task's
-    target: NonEmpty | None = None
+    source: FilePath | None = None  # columns of the files, or suffixes of two; default: the task's
+    target: FilePath | None = None
     train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
     split: Literal["dev", "test"] = "dev"  # on which the best checkpoint is scored at the end

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from common import batches, config
-from common.config import Positive, Section, Share
+from common.config import Layers, Positive, Section, Share
 from common.errors import BadInput
 from common.loss import cross_entropy
 
@@ -31,14 +31,14 @@ MODEL_TYPES = ("t5",)  # in the config.json of folders
 
 class Model(Section):
     arch: Literal["t5", "t5_v1_1"] = "t5_v1_1"
-    layers: Positive  # of the encoder
-    decoder_layers: Positive | None = None  # default: layers
+    layers: Layers  # of the encoder
+    decoder_layers: Layers | None = None  # default: layers
     hidden: Positive
     heads: Positive
     kv_channels: Positive | None = None  # of a head; default: hidden / heads
     ffn: Positive | None = None  # default: 4 x hidden; t5_v1_1: 8/3 x hidden rounded up to a multiple of 64
     vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
-    buckets: Annotated[int, Field(ge=4)] = 32  # of relative positions
+    buckets: Annotated[int, Field(ge=4, lt=2**31)] = 32  # of relative positions
     max_distance: Positive = 128  # beyond which all positions share a bucket
     dropout: Share = 0.0  # embedding, attention, MLP, residual and last norm
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6

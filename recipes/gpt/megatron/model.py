@@ -58,7 +58,7 @@ def build(cfg: task.Config, layout: Layout) -> Gpt:
     net = Gpt(
         config=config, transformer_layer_spec=spec, vocab_size=-(-m.vocab_size // layout.tp) * layout.tp,
         max_sequence_length=m.positions, share_embeddings_and_output_weights=m.tied,
-        position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=int(m.rope_theta),
+        position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=m.rope_theta,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
     net.real_vocab = m.vocab_size

@@ -87,7 +87,7 @@ class T5(T5Model):
         """Hidden states (T, B, H) and this rank's heads of the relative biases (1, heads / tp, T, T)."""
         bias = table(length, length).permute(0, 2, 3, 1)  # (1, T, T, heads)
         bias = tensor_parallel.scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
-        if self.training and self.config.recompute_granularity == "full":
+        if self.training and self.config.recompute_granularity:  # full, or megatron.extra's selective
             leaf = bias.detach().requires_grad_()
             return Held.apply(hidden, bias, leaf), leaf
         return hidden, bias
