@@ -200,7 +200,7 @@ def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path,
     ):
         row = found["wikitext2-raw", metric]
         assert math.isclose(row["value"], expected, rel_tol=1e-6) and row["n"] == n
-        assert row["protocol"].endswith(", <|endoftext|> first in every window")
+        assert ", <|endoftext|> first in every window" in row["protocol"]
     row = found["wikitext103", "word_perplexity"]
     assert row["n"] == language.words_of((data / "wiki.test.tokens").read_text(encoding="utf-8"))
     assert ", <|endoftext|> first in every window" in row["protocol"]
