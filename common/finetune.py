@@ -13,9 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from common import batches, export, heartbeat, log, lora
+from common import batches, export, heartbeat, hf_folder, log, lora
 from common import ranks as processes
 from common.config import Section
 from common.corpus import write_json
@@ -87,13 +86,7 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
         raise BadInput(f"init.from={start}: no config.json there that can be read; {wanted}")
     if stored.get("model_type") not in types:
         raise BadInput(f"init.from={start}: is a {stored.get('model_type')!r} model; give one of {' or '.join(types)}")
-    try:
-        known = model_of(stored)
-    except KeyError as error:
-        raise BadInput(f"init.from={start}: its config.json does not say {error}; get the folder again") from None
-    except ValidationError as error:
-        told = "; ".join(f"{e['loc'][-1]}={e['input']!r} ({e['msg'].lower()})" for e in error.errors()[:3])
-        raise BadInput(f"init.from={start}: its config.json has {told}; get the folder again") from None
+    known = hf_folder.model_of(stored, f"init.from={start}", model_of)
     shapes = known.model_dump(exclude=own)
     return values | {"model": shapes | given, "init": begin | {"from": str(folder)}}
 

@@ -1,124 +1,460 @@
-"""A Hugging Face folder to begin from: is it a model that this repository computes, with weights that are all there?"""
+"""A Hugging Face folder to begin from: is it a model that this repository computes, with weights that are all there?
 
+The configuration is compared key by key: what the folder's own `transformers` class reads from its config.json with what it
+reads from the config.json that an export of the model would have. A key may differ only if it is listed, with a reason, as one
+that changes no output: NO_EFFECT here, task.HF_KEYS for a family. Then every tensor must be a parameter of the model, a copy
+of one, or listed (task.HF_BUFFERS, task.HF_HEADS), and every parameter must be there.
+
+The launcher checks this on the host, where torch is not loaded: transformers reads the configurations in a process from which
+torch is hidden, in 1 s. Where torch is loaded, this process does it.
+"""
+
+import importlib
 import json
+import math
+import os
 import re
 import struct
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common.config import Config
 from common.errors import BadInput
-from common.run import read_object
+from common.run import ROOT, read_object
+
+JSON_BYTES = 2**26  # more than any config.json or index has
+HEADER_BYTES = 100_000_000  # safetensors' own limit
+FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
+          "I64": 8, "U64": 8, "C64": 8}  # fmt: skip
+SHOWN = 120  # characters of a value in a message
+
+_READ_ELSEWHERE = "known by the tensors of its heads"
+_RETURNED = "what a call returns beside the output, not the output"
+_MEMORY = "the same values, computed in another order or with less memory"
+_RECORD = "a note on where the folder comes from"
+NO_EFFECT = {  # keys of config.json -> why they change no output
+    "transformers_version": _RECORD, "_name_or_path": _RECORD, "finetuning_task": _RECORD, "unsloth_version": _RECORD,
+    "unsloth_fixed": _RECORD, "transformers.js_config": "another library's", "tokenizer_class": "the tokenizer's files decide",
+    "task_specific_params": "settings of generation", "dtype": "of the stored weights, which become fp32 here",
+    "architectures": _READ_ELSEWHERE, "id2label": _READ_ELSEWHERE, "label2id": _READ_ELSEWHERE, "_num_labels": _READ_ELSEWHERE,
+    "num_labels": _READ_ELSEWHERE, "problem_type": _READ_ELSEWHERE, "loss_type": "the loss is the recipe's own",
+    "output_hidden_states": _RETURNED, "output_attentions": _RETURNED, "output_past": _RETURNED, "return_dict": _RETURNED,
+    "use_cache": _MEMORY, "gradient_checkpointing": _MEMORY,
+    "_attn_implementation_autoset": _MEMORY, "initializer_range": "of weights that the folder lacks, which the recipe draws",
+    "initializer_factor": "as initializer_range",
+}  # fmt: skip
+# what older files say of features that transformers' classes no longer have: the only values that change nothing
+OLDER = {"pruned_heads": {}, "torchscript": False, "tie_encoder_decoder": False, "is_decoder": False,
+         "add_cross_attention": False, "use_bfloat16": False}  # fmt: skip
+# not given to the class: num_labels=10**9 makes as many names, and a type of torch is no object without torch
+_LEFT_OUT = ("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "dtype", "torch_dtype")
+DTYPES = (None, "auto", "float64", "float32", "bfloat16", "float16")
+
+
+class Tensor(NamedTuple):
+    path: Path
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    begin: int  # of its bytes in the file
+    end: int
+
+
+# ---- the two doors: init.from, and `convert from-hf`
 
 
 def check(folder: Path, name: str, cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
-    """Is this a Hugging Face folder of the config's architecture (its config.json says so), with whole weights? Adds to
-    `notes` which heads it lacks, and which of a finetuned model is trained on."""
-    if not (folder / "config.json").is_file():
-        return [f"{name}: no config.json there; give `scratch` or a Hugging Face folder"]
-    theirs = read_object(folder / "config.json")
-    if theirs is None:
-        return [f"{name}: its config.json cannot be read; get the folder again"]
-    wanted = task.hf_type(cfg.model)
-    if theirs.get("model_type") != wanted:
-        ours = f"the config's model.arch is {cfg.model.arch!r}"
-        return [f"{name}: is a {theirs.get('model_type')!r} model, {ours} ({wanted!r} in its config.json)"]
-    problems = [f"{name}: has {difference}" for difference in differences(theirs, task.hf_shapes(cfg.model))]
-    held: dict[str, tuple[int, ...]] = {}
-    problems += whole_weights(folder, name, held)
-    for stack, count in _depths(held).items():
-        wanted = getattr(cfg.model, "decoder_layers", cfg.model.layers) if "decoder" in stack else cfg.model.layers
-        if count != wanted:
-            problems.append(
-                f"{name}: its weights hold {count} layers ({stack}0 on), its config.json says {wanted}; get it again"
-            )
-    if hasattr(task, "head_problems"):  # of finetuning
-        problems += [f"{name}: {told}" for told in task.head_problems(cfg, held, theirs)]
-        if not problems:
-            notes += [f"{name}: {told}" for told in task.head_notes(cfg, held, theirs)]
-    for head in task.heads(cfg.model):
-        if not problems and not any(key.startswith(tuple(task.stored_names(head))) for key in held):
-            notes.append(f"{name}: holds no {head}*; these parameters begin from train.seed")
-    return problems
-
-
-def model_in(folder: Path, task: ModuleType) -> Any:
-    """The `model` section of a Hugging Face folder, all of whose weights are there; BadInput says what is wrong with it."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: no config.json there; give a Hugging Face folder")
-    theirs = read_object(folder / "config.json")
-    if theirs is None:
-        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
-    if theirs.get("model_type") not in task.MODEL_TYPES:
-        known = " and ".join(task.MODEL_TYPES)
-        raise BadInput(f"{folder}: is a {theirs.get('model_type')!r} model; this family knows {known}")
+    """What is wrong with `folder` as the beginning of this config's model. Adds to `notes` what of the model begins from the
+    seed, what of the folder is not used, and which head of a finetuned model is trained on."""
     try:
-        model = task.model_of(theirs)
-    except KeyError as error:
-        raise BadInput(f"{folder}: its config.json has no {error.args[0]}; get the folder again") from None
-    except ValidationError as error:
-        told = [f"{'.'.join(map(str, e['loc']))}={e.get('input')!r}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise BadInput([f"{folder}: its config.json gives {line}" for line in told]) from None
-    problems = [f"has {difference}" for difference in differences(theirs, task.hf_shapes(model))]
-    problems = [*model.problems(), *problems]
-    held: dict[str, tuple[int, ...]] = {}
-    unreadable = whole_weights(folder, str(folder), held)
-    if problems or unreadable:
-        raise BadInput([*(f"{folder}: {p}" for p in problems), *unreadable])
-    for name, shape in task.hf_parameters(model).items():
-        found = next((held[known] for known in task.stored_names(name) if known in held), None)
-        if found is None and not name.startswith(task.heads(model)):
-            problems.append(f"{folder}: holds no {name}; it is a model of another architecture")
-        elif found not in (None, shape):
-            problems.append(f"{folder}: {name} is {found}, its config.json says {shape}")
+        stored = read_config(folder, name, "give `scratch` or a Hugging Face folder")
+    except BadInput as error:
+        return error.problems
+    wanted = task.hf_type(cfg.model)
+    if stored.get("model_type") != wanted:
+        ours = f"the config's model.arch is {cfg.model.arch!r}"
+        return [f"{name}: is a {_short(stored.get('model_type'))} model, {ours} ({wanted!r} in its config.json)"]
+    return _problems(folder, name, stored, task, cfg.model, "train.seed", notes, cfg)
+
+
+def model_in(folder: Path, task: ModuleType, seed: int) -> tuple[Any, list[str]]:
+    """The `model` section of a Hugging Face folder, all of whose weights are there, and notes as `check` gives them; BadInput
+    says what is wrong with it. seed: of what the folder lacks."""
+    stored = read_config(folder, str(folder), "give a Hugging Face folder")
+    if stored.get("model_type") not in task.MODEL_TYPES:
+        known = " and ".join(task.MODEL_TYPES)
+        raise BadInput(f"{folder}: is a {_short(stored.get('model_type'))} model; this family knows {known}")
+    model = model_of(stored, str(folder), task.model_of)
+    notes: list[str] = []
+    problems = [f"{folder}: {problem}" for problem in model.problems()]
+    problems = problems or _problems(folder, str(folder), stored, task, model, f"seed {seed}", notes)
     if problems:
         raise BadInput(problems)
-    return model
+    return model, notes
 
 
-def differences(theirs: dict[str, object], ours: dict[str, object]) -> list[str]:
-    """'n_layer=12, the model gives 4': where a folder's config.json contradicts what we would build (a tuple: one of)."""
-    given = {**(theirs.get("rope_parameters") or {}), **{k: v for k, v in theirs.items() if v is not None}}
-    allowed = {k: v if isinstance(v, tuple) else (v,) for k, v in ours.items() if k in given}
-    return [f"{k}={given[k]!r}, the model gives {' or '.join(map(repr, v))}" for k, v in allowed.items() if given[k] not in v]
+def read_config(folder: Path, name: str, advice: str) -> dict[str, Any]:
+    """The content of config.json. BadInput where there is none or it cannot be read."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
+        raise BadInput(f"{name}: no config.json there; {advice}")
+    stored = _object(Path(path))
+    if stored is None:
+        raise BadInput(f"{name}: its config.json cannot be read; get the folder again")
+    return stored
 
 
-def whole_weights(folder: Path, name: str, held: dict[str, tuple[int, ...]]) -> list[str]:
-    """Are there safetensors, each as long as its header says? Adds the names and shapes of their tensors to `held`. Pickles
-    (.bin) are never read: they can run code."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and any(folder.glob("*.bin")):
-        return [f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors"]
-    if not files:
-        return [f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed"]
-    index = (read_object(folder / "model.safetensors.index.json") or {}).get("weight_map")
-    named = set(index.values()) if isinstance(index, dict) else set()
-    problems = [f"{name}: {file} is missing" for file in sorted(named - {path.name for path in files})]
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            held.update({key: tuple(tensor["shape"]) for key, tensor in header.items()})
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-            if path.stat().st_size != 8 + size + end:
-                problems.append(f"{name}: {path.name} has {path.stat().st_size} of {8 + size + end} bytes; get it again")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, RecursionError):
-            problems.append(f"{name}: {path.name} is not a safetensors file; get it again")
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(path) if path.stat().st_size <= JSON_BYTES else None
+    except OSError:
+        return None
+
+
+def model_of(stored: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any]) -> Any:
+    """The `model` section for a config.json, by `of`, a family's model_of. BadInput where it lacks a shape."""
+    try:
+        return of(stored)
+    except KeyError as error:
+        raise BadInput(f"{name}: its config.json has no {error.args[0]}; get the folder again") from None
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, e['loc']))}={_short(e['input'])}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise BadInput([f"{name}: its config.json gives {line}" for line in told]) from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BadInput(f"{name}: its config.json has a value of a wrong type ({error}); get the folder again") from None
+
+
+def _problems(
+    folder: Path, name: str, stored: dict[str, Any], task: ModuleType, model: Any, seed: str, notes: list[str],
+    cfg: Config | None = None,
+) -> list[str]:  # fmt: skip
+    problems = quantized(folder, stored, name) or differences(stored, task, model, name)
+    held = tensors(folder, name, problems)
+    if not problems:
+        shapes = {tensor: found.shape for tensor, found in held.items()}
+        of_heads = list(task.head_problems(cfg, shapes, stored)) if hasattr(task, "head_problems") else []  # of finetuning
+        problems += [f"{name}: {problem}" for problem in of_heads]
+        problems += _not_the_models(held, task, model, name, task.heads(model) if of_heads else ())
+    if not problems:
+        notes += [f"{name}: {note}" for note in _notes(held, task, model, seed)]
+        notes += [f"{name}: {note}" for note in task.head_notes(cfg, shapes, stored)] if hasattr(task, "head_notes") else []
     return problems
 
 
-_LAYER = re.compile(r"((?:.*?\.)?(?:h|layer|layers|block)\.)(\d+)\.")
+# ---- config.json
 
 
-def _depths(held: Iterable[str]) -> dict[str, int]:
-    """{beginning of the names of a stack of layers, such as encoder.layer.: layers} of the tensors with these names."""
-    made: dict[str, int] = {}
-    for match in filter(None, map(_LAYER.match, held)):
-        made[match[1]] = max(made.get(match[1], 0), int(match[2]) + 1)
+def quantized(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
+    """What makes a folder's tensors stand for something else than the weights: codes of a quantization, adapters to add."""
+    problems = []
+    for key in ("quantization_config", "compression_config"):
+        if stored.get(key) is not None:
+            method = stored[key].get("quant_method") if isinstance(stored[key], dict) else None
+            of = f", {_short(method)}" if method else ""
+            told = f"holds quantized weights ({key} in its config.json{of}), which are not read"
+            problems.append(f"{name}: {told}; give a folder of fp32, bf16 or fp16 weights")
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        problems.append(f"{name}: holds adapters (adapter_config.json), which are not read; merge them into the weights")
+    return problems
+
+
+def differences(stored: dict[str, Any], task: ModuleType, model: Any, name: str) -> list[str]:
+    """Where config.json, as transformers reads it, contradicts what an export of the model would say."""
+    dtype = stored.get("dtype", stored.get("torch_dtype"))
+    if dtype not in DTYPES:
+        allowed = ", ".join(t for t in DTYPES if t and t != "auto")
+        return [f"{name}: has dtype={_short(dtype)}; weights must be one of {allowed}"]
+    values = {"task": task.__name__, "model": model.model_dump(mode="json", by_alias=True), "config": stored}
+    if "torch" in sys.modules:
+        found = resolved(task, model, stored)
+    else:
+        found = _resolved_without_torch(values)
+    if "error" in found:
+        return [f"{name}: {found['error']}"]
+    theirs, ours = found["theirs"], found["ours"]
+    wrong = []
+    for key in sorted(theirs | ours):
+        if key in NO_EFFECT or key in task.HF_KEYS or theirs.get(key) == ours.get(key):
+            continue
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            apart = [k for k in a | b if a.get(k) != b.get(k)]
+            a, b = ({k: each[k] for k in apart if k in each} for each in (a, b))
+        told = f"the model gives {_short(b)}" if key in ours else "which this model does not know"
+        wrong.append(f"{name}: has {key}={_short(a)}, {told}")
+    for key, value in theirs.items():
+        if "drop" in key and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            wrong.append(f"{name}: has {key}={_short(value)}; it must be from 0 to 1")
+    pad, size = theirs.get("pad_token_id"), theirs.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        wrong.append(f"{name}: has pad_token_id={_short(pad)}, which is not below vocab_size={size}")
+    return wrong
+
+
+def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """{theirs, ours}: config.json and that of an export, each read by the model's transformers class, so that its defaults and
+    older spellings are resolved by itself; {error} where it refuses one of them."""
+
+    def read(values: dict[str, Any]) -> dict[str, Any]:
+        found = kind(**{key: value for key, value in values.items() if key not in _LEFT_OUT}).to_dict()
+        return task.hf_spelling({**OLDER, **found})
+
+    what = "the config's model"
+    try:
+        export = task.hf_config(model)
+        kind = type(export)
+        ours = read({**export.to_dict(), **task.export_config(model)})
+        what = "its config.json"
+        theirs = read(json.loads(json.dumps(stored)))  # a copy: the class changes nested values
+    except Exception as error:  # whatever the class raises for values of wrong types
+        told = _short(" ".join(str(error).split()) or type(error).__name__, quote=False)
+        return {"error": f"transformers cannot read {what}: {told}"}
+    return {"theirs": theirs, "ours": ours}
+
+
+def _resolved_without_torch(values: dict[str, Any]) -> dict[str, Any]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "common.hf_folder"]
+    done = subprocess.run(command, input=json.dumps(values), env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def _short(value: object, quote: bool = True) -> str:
+    text = repr(value) if quote else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+# ---- tensors
+
+
+def files(folder: Path, name: str, problems: list[str]) -> dict[str, set[str] | None]:
+    """{file: names that the index places there, None without an index}, as transformers chooses: model.safetensors, else what
+    model.safetensors.index.json names. Pickles (.bin) are never read: they can run code."""
+    there = {path.name for path in Path(folder).glob("*.safetensors")}
+    if "model.safetensors" in there:
+        return {"model.safetensors": None}
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        if not there and any(Path(folder).glob("*.bin")):
+            problems.append(f"{name}: holds pickled weights (.bin) only, which are not read; save it as safetensors")
+        elif not there:
+            problems.append(f"{name}: no *.safetensors there; a Hugging Face folder with weights is needed")
+        else:
+            problems.append(f"{name}: no model.safetensors there and no model.safetensors.index.json; get the folder again")
+        return {}
+    places = (_object(index) or {}).get("weight_map")
+    named = list(places.values()) if isinstance(places, dict) else [None]
+    if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in named):
+        problems.append(f"{name}: {index.name} is not an index of tensors; get it again")
+        return {}
+    made: dict[str, set[str] | None] = {}
+    for tensor, file in places.items():
+        made.setdefault(file, set()).add(tensor)
+    missing = sorted(made.keys() - there)
+    problems += [f"{name}: {_short(file, quote=False)} is missing" for file in missing[:3]]
+    problems += [f"{name}: {len(missing) - 3} more files are missing"] if len(missing) > 3 else []
+    return {} if missing else made
+
+
+def tensors(folder: Path, name: str, problems: list[str]) -> dict[str, Tensor]:
+    """Every tensor of a folder by name, from the headers of its safetensors. Adds to `problems` what is missing or damaged."""
+    held: dict[str, Tensor] = {}
+    for file, wanted in sorted(files(folder, name, problems).items()):
+        path = Path(folder) / file
+        try:
+            found = _header(path)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, MemoryError, struct.error) as error:
+            told = str(error) if isinstance(error, _Damaged) else "is not a safetensors file"
+            problems.append(f"{name}: {file} {told}; get it again")
+            continue
+        twice = sorted(found.keys() & held.keys())
+        if twice:
+            where = f"is in {held[twice[0]].path.name} and in {file}"
+            problems.append(f"{name}: {twice[0]} {where}{_more(twice)}; get the folder again")
+        elif wanted is not None and wanted != found.keys():
+            odd = sorted(wanted ^ found.keys())
+            told = f"{file} and model.safetensors.index.json differ in {odd[0]}"
+            problems.append(f"{name}: {told}{_more(odd)}; get the folder again")
+        held |= found
+    return held
+
+
+class _Damaged(ValueError):
+    pass
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, whose bytes fill it without gaps. _Damaged or another exception where they do not."""
+    whole = path.stat().st_size
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if not 2 <= size <= HEADER_BYTES:
+            raise ValueError
+        header = json.loads(file.read(size), object_pairs_hook=_once)
+    header.pop("__metadata__", None)
+    made, end = {}, 8 + size
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, stop]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+        width = (FLOATS | OTHERS).get(dtype)
+        if 8 + size + begin != end or width is not None and math.prod(shape) * width != stop - begin:
+            raise _Damaged(f"contradicts itself at {_short(name, quote=False)}")
+        end = 8 + size + stop
+        made[name] = Tensor(path, dtype, tuple(shape), 8 + size + begin, end)
+    if whole != end:
+        raise _Damaged(f"has {whole} of {end} bytes")
     return made
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise _Damaged("gives a name twice")
+    return made
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+class Place(NamedTuple):
+    parameter: str  # the model's name, with `*` for the number of a layer
+    layer: int | None
+    rank: int  # which of task.stored_names the tensor has: the first that is there counts
+
+
+def place_of(model: Any, task: ModuleType) -> Callable[[str], Place | None]:
+    """A tensor's name in a folder -> the model's parameter; None for a tensor that is no parameter."""
+    places: dict[str, tuple[str, int]] = {}
+    for parameter in task.hf_tensors(model):
+        for rank, stored in enumerate(task.stored_names(parameter)):
+            places.setdefault(stored, (parameter, rank))
+
+    def place(name: str) -> Place | None:
+        match = _LAYER.search(name)
+        numbered = f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else ""
+        if name in places and "*" not in name:
+            return Place(places[name][0], None, places[name][1])
+        if numbered in places:
+            return Place(places[numbered][0], int(match[1]), places[numbered][1])
+        return None
+
+    return place
+
+
+_LAYER = re.compile(r"\.(0|[1-9]\d{0,8})\.")
+
+
+def _layers(model: Any, name: str) -> int:
+    """Of the stack that a parameter's name begins with."""
+    return getattr(model, "decoder_layers", model.layers) if name.startswith("decoder.") else model.layers
+
+
+def _begins(name: str, starts: Sequence[str]) -> bool:
+    return name.startswith(tuple(starts))
+
+
+def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
+    """Tensors that the model does not have, parameters that the folder does not, and those of another shape or type, but for
+    the shapes of the heads that are `refused` already."""
+    shapes, place, heads = task.hf_tensors(model), place_of(model, task), task.heads(model)
+    fresh = task.fresh(model) if hasattr(task, "fresh") else ()  # of finetuning: heads that are replaced
+    stored: dict[tuple[str, int | None], str] = {}  # parameter, layer -> tensor
+    unused = []
+    for tensor, found in sorted(((t, place(t)) for t in held), key=lambda pair: (pair[1].rank if pair[1] else 0, pair[0])):
+        if found is None or found[:2] in stored:
+            unused.append(tensor)
+        else:
+            stored[found[:2]] = tensor
+
+    depths: dict[str, int] = {}
+    for parameter, layer in stored:
+        if layer is not None:
+            start = parameter.partition("*")[0]
+            depths[start] = max(depths.get(start, 0), layer + 1)
+    wrong = [(start, count) for start, count in depths.items() if count != _layers(model, start)]
+    for start, count in wrong:
+        told = f"its weights hold {count} layers ({start}0 on), its config.json says {_layers(model, start)}"
+        yield f"{name}: {told}; get it again"
+    if wrong:
+        return
+
+    copies, strangers = task.hf_copies(model), []
+    for tensor in unused:
+        original = stored.get((copies.get(tensor, ""), None))
+        if original is not None:
+            if not same_bytes(held[tensor], held[original]):
+                yield f"{name}: its {tensor} is not its {original}, to which its config.json ties it; it is another model"
+        elif not _begins(tensor, task.HF_HEADS) and not any(re.fullmatch(pattern, tensor) for pattern in task.HF_BUFFERS):
+            strangers.append(tensor)
+    if strangers:
+        told = f"holds {min(strangers)}, which this model does not have"
+        yield f"{name}: {told}; it is a model of another architecture{_more(strangers)}"
+
+    every = [(p, layer) for p in shapes for layer in (range(_layers(model, p)) if "*" in p else (None,))]
+    whole = [head for head in heads if not any(_begins(p, (head,)) for p, _ in stored)]  # missing: they begin from the seed
+    missing = [p.replace("*", str(i)) for p, i in every if (p, i) not in stored and not _begins(p, (*whole, *fresh))]
+    if missing:
+        yield f"{name}: holds no {missing[0]}; it is a model of another architecture{_more(missing)}"
+
+    read = [(stored[p, layer], p) for p, layer in every if (p, layer) in stored and not _begins(p, fresh)]
+    codes = [tensor for tensor, _ in read if held[tensor].dtype not in FLOATS]
+    if codes:
+        yield not_floats(name, held, codes)
+    other = [(t, p) for t, p in read if held[t].shape != shapes[p] and not _begins(p, refused)]
+    for tensor, parameter in other[:3]:
+        yield f"{name}: {tensor} is {held[tensor].shape}, its config.json says {shapes[parameter]}"
+
+
+def not_floats(name: str, held: dict[str, Tensor], names: Sequence[str]) -> str:
+    kind = _short(held[names[0]].dtype, quote=False)
+    return f"{name}: its {names[0]} is {kind}; weights must be F32, BF16, F16 or F64, not codes{_more(names)}"
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Do two tensors hold the same bytes? Read in pieces."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        left = one.end - one.begin
+        while left:
+            piece = min(left, 2**24)
+            if first.read(piece) != second.read(piece):
+                return False
+            left -= piece
+    return True
+
+
+def _notes(held: dict[str, Tensor], task: ModuleType, model: Any, seed: str) -> Iterator[str]:
+    """What begins from the seed, and which heads are not used."""
+    fresh = task.fresh(model) if hasattr(task, "fresh") else ()
+    for head in task.heads(model):
+        is_there = any(_begins(tensor, task.stored_names(head)) for tensor in held)
+        if is_there and head in fresh:
+            yield f"its {head}* is replaced; these parameters begin from {seed}"
+        elif not is_there:
+            yield f"holds no {head}*; these parameters begin from {seed}"
+    place, copies = place_of(model, task), task.hf_copies(model)
+    for head in task.HF_HEADS:
+        if any(_begins(tensor, (head,)) and tensor not in copies and place(tensor) is None for tensor in held):
+            yield f"its {head}* is not used: this model has no such head"
+
+
+if __name__ == "__main__":  # differences() starts this, without torch
+    sys.modules["torch"] = None  # as if it were not installed
+    given = json.load(sys.stdin)
+    module = importlib.import_module(given["task"])
+    print(json.dumps(resolved(module, module.Model.model_validate(given["model"]), given["config"]), default=str))

@@ -49,21 +49,28 @@ def from_hf(
     heads: beginnings of names that a folder may lack (`task.HEADS`): those come from `anew`.
     fresh: beginnings of names that come from `anew` whatever the folder holds.
     """
-    import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    files = {name: path for path in sorted(Path(folder).glob("*.safetensors")) for name in _names(path)}
-    if not files:
-        raise BadInput(f"init.from={folder}: no *.safetensors there; a Hugging Face folder with weights is needed")
+    from common import hf_folder
 
-    def read(name: str, shape: Shape) -> torch.Tensor:
-        stored = next((known for known in stored_names(name) if known in files), None)
+    problems: list[str] = []
+    held = hf_folder.tensors(Path(folder), f"init.from={folder}", problems)
+    if problems:
+        raise BadInput(problems)
+
+    def read(name: str, shape: Shape) -> "torch.Tensor":
+        stored = next((known for known in stored_names(name) if known in held), None)
         if anew is not None and (name.startswith(fresh) or stored is None and name.startswith(heads)):
             return anew(name, shape)
         if stored is None:
             raise BadInput(f"init.from={folder}: holds no {name}; it is a model of another architecture")
-        with safe_open(files[stored], framework="pt") as f:
-            tensor = f.get_tensor(stored)
+        if held[stored].dtype not in hf_folder.FLOATS:
+            raise BadInput(f"init.from={folder}: its {stored} is {held[stored].dtype}; weights must be F32, BF16, F16 or F64")
+        try:
+            with safe_open(held[stored].path, framework="pt") as f:
+                tensor = f.get_tensor(stored)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"init.from={folder}: {held[stored].path.name} cannot be read: {error}; get it again") from None
         if tuple(tensor.shape) != tuple(shape):
             raise BadInput(f"init.from={folder}: {name} is {tuple(tensor.shape)}, the config's model wants {tuple(shape)}")
         tensor = tensor.float()
@@ -75,13 +82,6 @@ def from_hf(
         return tensor
 
     return read
-
-
-def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as f:
-        return list(f.keys())
 
 
 def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:

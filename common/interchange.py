@@ -79,10 +79,12 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
     """
     _check_new(out)
-    model = hf_folder.model_in(folder, task)
+    model, notes = hf_folder.model_in(folder, task, SEED)
     changed = integrity.problems(folder, str(folder))
     if changed:
         raise BadInput(changed)
+    for note in notes:
+        print(f"note: {note}")
     anew = init.scratch(SEED, lambda name: task.initial(model, name))
     source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
 

@@ -1,24 +1,26 @@
 """Loading with plain transformers what it must not load in part: it fills what weights lack with random numbers, and says so
 only where it logs."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-from common import integrity
+from common import hf_folder, integrity
 from common import tokenizer as tokenizers
 from common.errors import BadInput
 from common.run import read_object
 
-_LAYER = re.compile(r".*?\.\d+\.")
+# tensors that a class may leave unread: masks and tables of numbers that older versions saved, heads of pretraining
+_UNREAD = re.compile(r"(^|.*\.)(pooler|cls)\..*|.*\b(attn\.bias|masked_bias|inv_freq|position_ids|token_type_ids)")
+_DEPTH = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?)|depth")
+MOST_LABELS = 100_000
 
 
 def architecture_of(folder: str | Path) -> str:
     """The first class that config.json names, such as T5ForConditionalGeneration; '' where it names none. BadInput where it
     cannot be read."""
-    config = read_object(Path(folder) / "config.json")
-    if config is None:
-        raise BadInput(f"{folder}: its config.json cannot be read; get the folder again")
+    config = hf_folder.read_config(Path(folder), str(folder), "give a Hugging Face folder")
     named = config.get("architectures")
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
@@ -26,30 +28,36 @@ def architecture_of(folder: str | Path) -> str:
 def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any) -> tuple[Any, Any]:
     """The model of a folder, by `of.from_pretrained`, and its tokenizer.
 
-    BadInput for what cannot be loaded, for files of an export that are not those written, for weights that lack a tensor of the
-    model (but for names that begin with `may_lack`), have one of another shape, hold layers that config.json leaves out, or are
-    NaN or infinite.
+    BadInput for what cannot be loaded, for files of an export that are not those written, for weights that are codes, NaN or
+    infinite, that lack a tensor of the model (but for names that begin with `may_lack`), have one of another shape, or hold one
+    that the model has no place for.
     """
+    problems = integrity.problems(Path(folder), str(folder)) if integrity.is_first_reader() else []
+    problems = problems or _unfit(Path(folder))
+    if problems:
+        raise BadInput(problems)
+    import torch
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
-    changed = integrity.problems(Path(folder), str(folder)) if integrity.is_first_reader() else []
-    if changed:
-        raise BadInput(changed)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):  # no memory: what lacks or has another shape would be made at the size of config.json
+            build = getattr(of, "from_config", of)  # an Auto class's, or the class itself
+            size = sum(parameter.numel() for parameter in build(config).parameters())
+        held = sum(math.prod(t.shape) for t in hf_folder.tensors(Path(folder), str(folder), []).values())
+        if size > 2 * held:
+            raise BadInput(f"{folder}: its weights hold {held:,} values, its config.json says {size:,}; get the folder again")
         net, found = of.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # of transformers, torch, safetensors and huggingface_hub, each with classes of its own
         raise BadInput(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
     lacking = sorted(name for name in found["missing_keys"] if not name.startswith(may_lack or ("\0",)))
-    ours = {match[0] for name in net.state_dict() if (match := _LAYER.match(name))}
-    left_out = sorted(
-        name for name in found["unexpected_keys"] if (match := _LAYER.match(name)) and not any(match[0] in x for x in ours)
-    )
+    too_many = sorted(name for name in found["unexpected_keys"] if not _UNREAD.fullmatch(name))
     problems = [f"its weights lack {_few(lacking)}"] if lacking else []
-    problems += [f"its weights hold {_few(left_out)}, for which its config.json has no layer"] if left_out else []
+    problems += [f"its weights hold {_few(too_many)}, for which the model of its config.json has no place"] if too_many else []
     for name, theirs, wanted in found["mismatched_keys"]:
         problems.append(f"its {name} is {tuple(theirs)}, by its config.json {tuple(wanted)}")
     spoiled = [name for name, value in net.named_parameters() if value.is_floating_point() and not integrity.is_finite(value)]
@@ -101,6 +109,20 @@ def write_plainly(net: Any) -> set[int]:
     net.generation_config = GenerationConfig(**ids)
     ends = ids.get("eos_token_id")
     return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _unfit(folder: Path) -> list[str]:
+    """Why a folder must not be given to transformers: weights that are codes or damaged, numbers that take all memory."""
+    stored = hf_folder.read_config(folder, str(folder), "give a Hugging Face folder")
+    problems = hf_folder.quantized(folder, stored, str(folder))
+    held = hf_folder.tensors(folder, str(folder), problems)
+    codes = sorted(name for name, t in held.items() if t.dtype not in hf_folder.FLOATS and not _UNREAD.fullmatch(name))
+    problems += [hf_folder.not_floats(str(folder), held, codes)] if codes and not problems else []
+    for key, value in stored.items():
+        most = MOST_LABELS if key == "num_labels" else len(held) if _DEPTH.fullmatch(key) else None
+        if held and most is not None and isinstance(value, int) and value > most:
+            problems.append(f"{folder}: has {key}={value} in its config.json, more than its weights hold; get the folder again")
+    return problems
 
 
 def _few(names: list[str]) -> str:

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common import hf_folder
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
-from common.hf_folder import whole_weights
 from common.pretrained import architecture_of, load
 from common.ranks import Ranks
 from common.run import read_object
@@ -176,7 +176,7 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         problems.append(f"{folder}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
-    problems += whole_weights(folder, str(folder), {})
+    hf_folder.tensors(folder, str(folder), problems)
     if args.data and not args.data.exists():
         problems.append(f"--data {args.data}: no such file or folder")
     if problems:

@@ -516,7 +516,8 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
     ("another architecture", _hf({"model_type": "bert"}), ["is a 'bert' model, the config's model.arch is 'gpt2'"]),
     (
         "another size", _hf(HF | {"n_layer": 12, "n_embd": 768}, model__safetensors=_safetensors),
-        ["init.from=hf: has n_layer=12, the model gives 4", "init.from=hf: has n_embd=768, the model gives 64"],
+        [f"init.from=hf: has {key}, the model gives {ours}" for key, ours in (("n_layer=12", 4), ("n_embd=768", 64),
+                                                                              ("n_inner=3072", 256))],
     ),
     ("no weights", _hf(), ["init.from=hf: no *.safetensors there; a Hugging Face folder with weights is needed"]),
     (
@@ -949,10 +950,15 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     size = row("size", "megatron", 2, r"code 2 .*transformer.ln_f.bias has shape \(3,\); in task.hf_parameters it is \(64,\)")
     checkpoint_of(size, lambda name, weight: torch.ones(3) if name.endswith("ln_f.bias") else weight)
+    whole = {name: torch.zeros(shape) for name, shape in task.hf_parameters(task.model_of(HF)).items()}
     for name, tensors, words in (
-        ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds no transformer.wte.weight; it is a model of another"),
-        ("shape", {"wte.weight": torch.zeros(3, 64)}, r"code 2 .*wte.weight is \(3, 64\), the config's model wants"),
-        ("nan_folder", {"wte.weight": torch.full((128, 64), float("nan"))}, "code 2 .*: wte.weight holds NaN or infinite val"),
+        ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds encoder.weight, which this model does not have"),
+        ("shape", whole | {"transformer.wte.weight": torch.zeros(3, 64)}, r"code 2 .*wte.weight is \(3, 64\), its config.json"),
+        (
+            "nan_folder",
+            whole | {"transformer.wte.weight": torch.full((128, 64), float("nan"))},
+            "code 2 .*: transformer.wte.weight holds NaN or infinite val",
+        ),
     ):
         folder = place / f"hf_{name}"
         folder.mkdir()

@@ -237,7 +237,11 @@ DAMAGED = {
     "another activation": ({"hidden_act": "relu"}, None, "has hidden_act='relu', the model gives 'gelu'"),
     "relative positions": ({"position_embedding_type": "relative_key"}, None, "has position_embedding_type='relative_key'"),
     "untied": ({"tie_word_embeddings": False}, None, "has tie_word_embeddings=False, the model gives True"),
-    "more layers": ({"num_hidden_layers": 3}, None, "holds no bert.encoder.layer.2.attention.self.query.weight"),
+    "more layers": (
+        {"num_hidden_layers": 3},
+        None,
+        "hold 2 layers (bert.encoder.layer.0 on), its config.json says 3",
+    ),
     "another shape": ({"intermediate_size": 128}, None, "layer.0.intermediate.dense.weight is (256, 64), its config"),
     "cut": ({}, _cut, "model.safetensors has"),
     "no weights": ({}, lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors there"),

@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
 from common.corpus import Writer, write_manifest
-from recipes.t5 import task
 
 TEXT = """\
 model: {arch: t5_v1_1, layers: 2, decoder_layers: 1, hidden: 32, heads: 2, ffn: 64}
@@ -50,8 +49,8 @@ def bert_tokenizer(folder: Path) -> None:
 
 def folder(home: Path, **changes: object) -> None:
     """hf: config.json of the very model with `changes`, and another model's weights."""
-    words = task.hf_shapes(task.Model(arch="t5_v1_1", layers=2, decoder_layers=1, hidden=32, heads=2, kv_channels=16, ffn=64,
-                                      vocab_size=768))  # fmt: skip
+    words = {"num_layers": 2, "num_decoder_layers": 1, "d_model": 32, "num_heads": 2, "d_kv": 16, "d_ff": 64, "vocab_size": 768,
+             "feed_forward_proj": "gated-gelu"}  # fmt: skip
     (home / "hf").mkdir()
     said = {"model_type": "t5", **words, "tie_word_embeddings": False} | changes
     (home / "hf/config.json").write_text(json.dumps(said))
@@ -91,7 +90,9 @@ REFUSED = [  # name, what is done, overrides, what is told: one entry a line
      ["data.train: spans/train holds token id", "data.valid: spans/valid holds token id",
       "model.vocab_size=128 is below the tokenizer's 700 ids"]),
     ("a folder of T5 1.0", lambda h: folder(h, feed_forward_proj="relu", tie_word_embeddings=True), "init.from=hf",
-     ["init.from=hf: has feed_forward_proj='relu', the model gives 'gated-gelu'"]),
+     [f"init.from=hf: has {key}, the model gives {ours!r}" for key, ours in (
+         ("feed_forward_proj='relu'", "gated-gelu"), ("dense_act_fn='relu'", "gelu_new"), ("is_gated_act=False", True),
+         ("scale_decoder_outputs=True", False))]),
     ("a folder of scaled logits", lambda h: folder(h, scale_decoder_outputs=True), "init.from=hf",
      ["init.from=hf: has scale_decoder_outputs=True, the model gives False"]),
     ("a folder of another depth", lambda h: folder(h, num_decoder_layers=2), "init.from=hf",

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from common import config
+from common import config, hf_folder
 from common.errors import BadInput
-from common.hf_folder import whole_weights
 from common.ranks import Ranks
 from common.run import read_object
 
@@ -37,9 +36,9 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
     another head, other labels, or no room."""
     stored = read_object(folder / "config.json") or {}
     cfg = settings(given, folder, stored, name, data, seq_len, split)
-    head, held = cfg.model.does.parameter, {}
-    whole_weights(folder, str(folder), held)
-    outputs = held[f"{head}.weight"][0] if f"{head}.weight" in held else 0
+    head = f"{cfg.model.does.parameter}.weight"
+    held = hf_folder.tensors(folder, str(folder), [])
+    outputs = held[head].shape[0] if head in held else 0
     if outputs != len(cfg.model.labels):
         wanted = f"its head has {outputs} outputs, {name} wants {len(cfg.model.labels)}"
         raise BadInput(f"{folder}: {wanted}; finetune it on {name} first")

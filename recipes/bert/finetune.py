@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, finetune, init
+from common import batches, config, finetune, hf_folder, init
 from common.config import FilePath, NonEmpty, Positive, Section, Share
 from common.errors import BadInput
 from common.evaluation import glue
-from common.hf_folder import whole_weights
 from common.run import read_object
 
 from . import kinds, samples, task
-from .task import FAMILY, MODEL_TYPES, decays, hf_type, stored_names  # noqa: F401 (what stays as it is)
+from .task import (  # noqa: F401 (what stays as it is)
+    FAMILY,
+    HF_BUFFERS,
+    HF_HEADS,
+    HF_KEYS,
+    MODEL_TYPES,
+    decays,
+    hf_copies,
+    hf_spelling,
+    hf_type,
+    stored_names,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +204,7 @@ def heads(model: Model) -> tuple[str, ...]:
 
 def fresh(model: Model) -> tuple[str, ...]:
     """Beginnings of names that begin from the seed whatever the folder holds."""
-    return (f"{model.does.parameter}.",) if model.new_head else ()
+    return (f"{model.does.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `stream` has refused
 
 
 def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
@@ -276,8 +286,7 @@ def unnamed(cfg: Config, stored: dict[str, Any]) -> list[str]:
 
 def ordered(cfg: Config, folder: Path, source: init.Source) -> init.Source:
     """`source`, the parameters of a folder to begin from, with the outputs of its head in the order of the task's labels."""
-    head, held = f"{cfg.model.does.parameter}.", {}
-    whole_weights(folder, str(folder), held)
+    head, held = f"{cfg.model.does.parameter}.", hf_folder.tensors(folder, str(folder), [])
     begins_anew = cfg.model.new_head or f"{head}weight" not in held
     order = None if begins_anew else head_order(cfg, read_object(folder / "config.json") or {})
     if order is None:
@@ -290,9 +299,10 @@ def ordered(cfg: Config, folder: Path, source: init.Source) -> init.Source:
     return read
 
 
-def hf_shapes(model: Model) -> dict[str, Any]:
-    """What config.json of a folder to begin from must say."""
-    return task.hf_shapes(model)
+def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
+    """As task.hf_tensors, with the head of the task in place of those of pretraining."""
+    head = task.named_linear(model.does.parameter, model.hidden, len(model.labels))
+    return task.encoder_tensors(model, model.does.pooled) | head
 
 
 def card(model: Model) -> dict[str, Any]:

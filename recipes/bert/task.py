@@ -287,12 +287,64 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-def hf_shapes(model: Model) -> dict[str, Any]:
-    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
-    return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
-            "intermediate_size": model.ffn, "vocab_size": model.vocab_size, "max_position_embeddings": model.positions,
-            "layer_norm_eps": model.norm_eps, "type_vocab_size": 2, "hidden_act": "gelu",
-            "position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True}  # fmt: skip
+# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+
+_BY_DROPOUT = "model.dropout is the config's own"
+_ID = "which ids are special is known by the tokenizer"
+_TENSORFLOW = "of the first release in TensorFlow; transformers never read it"
+HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+    "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "sep_token_id": _ID, "cls_token_id": _ID,
+    "hidden_dropout_prob": _BY_DROPOUT, "attention_probs_dropout_prob": _BY_DROPOUT, "classifier_dropout": _BY_DROPOUT,
+    "directionality": _TENSORFLOW, "pooler_fc_size": _TENSORFLOW, "pooler_num_attention_heads": _TENSORFLOW,
+    "pooler_num_fc_layers": _TENSORFLOW, "pooler_size_per_head": _TENSORFLOW, "pooler_type": _TENSORFLOW,
+}  # fmt: skip
+# beginnings of names of heads that a folder may hold though the model has none: of pretraining, and of finetuned models
+HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
+HF_BUFFERS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)  # patterns of tensors that are no parameters: 0, 1, 2 ...
+
+
+def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A transformers configuration with one spelling for values that mean the same."""
+    return {"position_embedding_type": "absolute", **values}  # the only kind that its classes still have
+
+
+def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+    h = model.hidden
+    made = encoder_tensors(model, pooled=bool(model.pair_head))
+    made |= named_linear("cls.predictions.transform.dense", h, h) | named_norm("cls.predictions.transform.LayerNorm", h)
+    made["cls.predictions.bias"] = (model.vocab_size,)
+    return made | (named_linear("cls.seq_relationship", h, 2) if model.pair_head else {})
+
+
+def encoder_tensors(model: Model, pooled: bool) -> dict[str, tuple[int, ...]]:
+    """As hf_tensors, without heads."""
+    h, f = model.hidden, model.ffn
+    tables = {"word_embeddings": model.vocab_size, "position_embeddings": model.positions, "token_type_embeddings": 2}
+    made: dict[str, tuple[int, ...]] = {f"bert.embeddings.{name}.weight": (rows, h) for name, rows in tables.items()}
+    layer = "bert.encoder.layer.*."
+    for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+        made |= named_linear(layer + part, h, h)
+    made |= named_linear(f"{layer}intermediate.dense", h, f) | named_linear(f"{layer}output.dense", f, h)
+    norms = {"bert": ("bert.embeddings.LayerNorm", f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"),
+             "megatron-bert": (f"{layer}attention.ln", f"{layer}ln", "bert.encoder.ln")}  # fmt: skip
+    for norm in norms[model.arch]:
+        made |= named_norm(norm, h)
+    return made | (named_linear("bert.pooler.dense", h, h) if pooled else {})
+
+
+def named_linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def named_norm(name: str, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+
+
+def hf_copies(model: Model) -> dict[str, str]:
+    """Names under which a folder may repeat a parameter -> that parameter."""
+    decoder = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
+    return {f"cls.predictions.decoder.{leaf}": name for leaf, name in decoder.items()}
 
 
 def model_of(config: dict[str, Any]) -> Model:

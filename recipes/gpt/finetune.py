@@ -25,6 +25,9 @@ from common.ranks import Ranks
 from . import samples, task
 from .task import (  # noqa: F401 (what stays as it is)
     FAMILY,
+    HF_BUFFERS,
+    HF_HEADS,
+    HF_KEYS,
     MODEL_TYPES,
     batch,
     card,
@@ -35,9 +38,11 @@ from .task import (  # noqa: F401 (what stays as it is)
     heads,
     hf_class,
     hf_config,
+    hf_copies,
     hf_model,
     hf_parameters,
-    hf_shapes,
+    hf_spelling,
+    hf_tensors,
     hf_type,
     initial,
     inputs,

@@ -264,17 +264,63 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-def hf_shapes(model: Model) -> dict[str, Any]:
-    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
+# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+
+_BY_DROPOUT = "model.dropout is the config's own"
+_ID = "which ids are special is known by the tokenizer"
+HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+    "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "attn_pdrop": _BY_DROPOUT, "embd_pdrop": _BY_DROPOUT,
+    "resid_pdrop": _BY_DROPOUT, "attention_dropout": _BY_DROPOUT, "summary_activation": "of GPT2DoubleHeadsModel's head",
+    "summary_first_dropout": "as summary_activation", "summary_proj_to_labels": "as summary_activation",
+    "summary_type": "as summary_activation", "summary_use_proj": "as summary_activation",
+    "n_ctx": "an older name of n_positions, which is there too", "max_sequence_length": "as n_ctx, of max_position_embeddings",
+    "max_position_embeddings": "rotary positions have no table; gpt2 says n_positions", "is_llama_config": "as model_type",
+    "pretraining_tp": "in how many pieces older versions multiplied: the same products",
+}  # fmt: skip
+HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
+HF_BUFFERS = (  # patterns of tensors that are no parameters: masks and tables that older versions saved, and none reads
+    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
+    r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+)
+
+
+def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A transformers configuration with one spelling for values that mean the same."""
+    if "n_embd" in values:
+        values["n_inner"] = 4 * values["n_embd"] if values["n_inner"] is None else values["n_inner"]
+        if values["activation_function"] == "gelu_pytorch_tanh":
+            values["activation_function"] = "gelu_new"
+    return values | {"rope_interleaved": values.get("rope_interleaved", False)}  # SmolLM's: not read by transformers
+
+
+def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+    h, f, v = model.hidden, model.ffn, model.vocab_size
     if model.arch == "gpt2":
-        return {"n_layer": model.layers, "n_embd": model.hidden, "n_head": model.heads, "n_positions": model.positions,
-                "vocab_size": model.vocab_size, "n_inner": model.ffn, "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                "layer_norm_epsilon": model.norm_eps, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
-    return {"num_hidden_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
-            "num_key_value_heads": model.kv_heads, "intermediate_size": model.ffn, "vocab_size": model.vocab_size,
-            "tie_word_embeddings": model.tied, "rms_norm_eps": model.norm_eps, "hidden_act": "silu",
-            "rope_theta": model.rope_theta, "rope_type": "default", "attention_bias": False, "mlp_bias": False,
-            "head_dim": model.hidden // model.heads}  # fmt: skip
+        layer = {
+            "attn.c_attn": (h, 3 * h),
+            "attn.c_proj": (h, h),
+            "mlp.c_fc": (h, f),
+            "mlp.c_proj": (f, h),
+        }  # Conv1D: (in, out)
+        made = {"transformer.wte.weight": (v, h), "transformer.wpe.weight": (model.positions, h)}
+        for part, shape in layer.items():
+            made |= {f"transformer.h.*.{part}.weight": shape, f"transformer.h.*.{part}.bias": shape[1:]}
+        norms = ("transformer.h.*.ln_1", "transformer.h.*.ln_2", "transformer.ln_f")
+        return made | {f"{norm}.{leaf}": (h,) for norm in norms for leaf in ("weight", "bias")}
+    kv = h * model.kv_heads // model.heads
+    layer = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+             "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
+             "input_layernorm": (h,), "post_attention_layernorm": (h,)}  # fmt: skip
+    made = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
+    made |= {f"model.layers.*.{part}.weight": shape for part, shape in layer.items()}
+    return made if model.tied else made | {"lm_head.weight": (v, h)}
+
+
+def hf_copies(model: Model) -> dict[str, str]:
+    """Names under which a folder may repeat a parameter -> that parameter."""
+    embedding = "transformer.wte.weight" if model.arch == "gpt2" else "model.embed_tokens.weight"
+    return {"lm_head.weight": embedding} if model.tied else {}
 
 
 def model_of(config: dict[str, Any]) -> Model:

@@ -289,15 +289,44 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-def hf_shapes(model: Model) -> dict[str, Any]:
-    """What config.json of a folder must say to hold this model (a tuple: one of); checked without importing transformers."""
-    return {"num_layers": model.layers, "num_decoder_layers": model.decoder_layers, "d_model": model.hidden,
-            "num_heads": model.heads, "d_kv": model.kv_channels, "d_ff": model.ffn, "vocab_size": model.vocab_size,
-            "relative_attention_num_buckets": model.buckets, "relative_attention_max_distance": model.max_distance,
-            "layer_norm_epsilon": model.norm_eps, "feed_forward_proj": "gated-gelu" if model.gated else "relu",
-            # transformers 5 writes tie_word_embeddings=true of every T5, and whether its logits are scaled beside it
-            "tie_word_embeddings": (False, True) if model.gated else True,
-            "scale_decoder_outputs": not model.gated}  # fmt: skip
+# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+
+HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+    "dropout_rate": "model.dropout is the config's own", "classifier_dropout": "of T5ForSequenceClassification's head",
+    "bos_token_id": "T5 begins with decoder_start_token_id", "n_positions": "relative positions have no table",
+}  # fmt: skip
+HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
+# patterns of tensors that are no parameters: a table of biases between the stacks, which Mesh TensorFlow saved and none reads
+HF_BUFFERS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+
+
+def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """A transformers configuration with one spelling for values that mean the same."""
+    return {"decoder_start_token_id": values.get("pad_token_id"), **values}
+
+
+def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+    h, f, inner, table = model.hidden, model.ffn, model.heads * model.kv_channels, (model.vocab_size, model.hidden)
+    made = {"shared.weight": table} | ({"lm_head.weight": table} if model.gated else {})
+    for stack, attentions in {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}.items():
+        made[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (model.buckets, model.heads)
+        made[f"{stack}.final_layer_norm.weight"] = (h,)
+        block = f"{stack}.block.*.layer"
+        for number, attention in enumerate(attentions):
+            made |= {f"{block}.{number}.{attention}.{one}.weight": (inner, h) for one in "qkv"}
+            made[f"{block}.{number}.{attention}.o.weight"] = (h, inner)
+        mlp = f"{block}.{len(attentions)}.DenseReluDense"
+        made |= {f"{mlp}.{one}.weight": (f, h) for one in (("wi_0", "wi_1") if model.gated else ("wi",))}
+        made[f"{mlp}.wo.weight"] = (h, f)
+        made |= {f"{block}.{number}.layer_norm.weight": (h,) for number in range(len(attentions) + 1)}
+    return made
+
+
+def hf_copies(model: Model) -> dict[str, str]:
+    """Names under which a folder may repeat a parameter -> that parameter."""
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *([] if model.gated else ["lm_head.weight"])]
+    return dict.fromkeys(names, "shared.weight")
 
 
 def model_of(config: dict[str, Any]) -> Model:
