@@ -1,12 +1,13 @@
 """Are the files of a run and of an export those that were written? Checksums, and the one way to read a JSON record.
 
 A checksum is zlib's crc32, which finds every change of up to 32 adjacent bits and misses one in 4 billion others: it is for
-disks and copies, not against an attacker. One core computes 4 GB/s.
+disks and copies, not against an attacker. One core computes 4 GB/s, 2 GB/s with the reading of the file.
 """
 
 import json
 import os
 import shutil
+import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,7 +101,7 @@ def problems(folder: Path, name: str) -> list[str]:
     if values is None or not is_whole(values):
         return [f"{name}: {RECORD} is not as it was written; {again}"]
     files = values.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and os.sep not in name for name, f in files.items()):
         return [f"{name}: {RECORD} is not as it was written; {again}"]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         told = pool.map(lambda file: _difference(folder / file, files[file]), files)
@@ -113,9 +114,11 @@ def problems(folder: Path, name: str) -> list[str]:
 
 def _difference(path: Path, known: dict[str, Any]) -> str | None:
     try:
-        size = path.stat().st_size
-        if size != known.get("bytes"):
-            return f"has {size:,} bytes, {known.get('bytes'):,} were written"
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a file"
+        if found.st_size != known.get("bytes"):
+            return f"has {found.st_size:,} bytes, {known.get('bytes'):,} were written"
         return None if checksum(path) == known else "has other contents than were written (its checksum differs)"
     except (OSError, ValueError, TypeError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"

@@ -87,7 +87,11 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise BadInput(f"{run / 'metrics.jsonl'}: holds no step yet")
-    if not all(isinstance(line.get(key), int | float) for line in steps for key in ("tokens_per_s", "mem_bytes")):
+    if not all(
+        isinstance(line.get(key), int | float) and not abs(line[key]) > 1e300
+        for line in steps
+        for key in ("tokens_per_s", "mem_bytes")
+    ):
         raise BadInput(f"{run / 'metrics.jsonl'}: has a line of training without tokens_per_s or mem_bytes")
     valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
     last = steps[-1]["step"]

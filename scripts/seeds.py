@@ -103,7 +103,10 @@ def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
 def results(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(row["value"], int | float) and {row["task"], row["metric"]} for row in rows):
+        if all(
+            isinstance(row["value"], int | float) and not abs(row["value"]) > 1e300 and {row["task"], row["metric"]}
+            for row in rows
+        ):
             return rows
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
