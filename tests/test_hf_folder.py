@@ -614,7 +614,8 @@ def attempt(folder: Path, out: Path, arch: str, whole: bool) -> None:
     """Both doors and, if `whole`, the loading of scripts.evaluate and scripts.generate: BadInput or nothing."""
     task = task_of(arch)
     problems = hf_folder.check(folder, "init.from=hf", _config(task.model_of(stored(arch))), task, [])
-    assert all("\n" not in line and len(line) < 1000 for line in problems), problems
+    told = BadInput(problems).problems  # as the terminal shows them
+    assert all("\n" not in line and len(line) < 1000 for line in told), told
     with contextlib.suppress(BadInput):
         exported(folder, out, task)
     if whole:
