@@ -278,7 +278,7 @@ def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known
 
 def _begins_from(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     """What is wrong with the Hugging Face folder init.from; adds to `notes`."""
-    if cfg.init.from_ == "scratch" or cfg.model.vocab_size is None:  # which is a problem already
+    if cfg.init.from_ == "scratch":
         return []
     from common import hf_folder
 
