@@ -214,6 +214,7 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a li
     ("train.dtype=fp16", ["train.dtype=\"fp16\": should be 'fp32' or 'bf16'"]),
     ("model.arch=bert", ["model.arch=\"bert\": should be 'gpt2' or 'llama'"]),
     ("model.dropout=1", ["model.dropout=1: should be less than 1"]),
+    ("model.init_std=2", ["model.init_std=2: should be less than or equal to 1"]),
     ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4: should be less than or equal to 3"]),
     ("optim.lr=.nan", ["optim.lr=NaN: should be a finite number"]),
     ("optim.lr=1e400", ["optim.lr=Infinity: should be a finite number"]),

@@ -41,7 +41,7 @@ class Model(Section):
     pair_head: bool | None = None  # pooler and a head for pairs; default: as objective.pair needs
     dropout: Share = 0.0  # embedding, attention and residual
     norm_eps: Annotated[float, Field(gt=0)] = 1e-12
-    init_std: Annotated[float, Field(gt=0)] = 0.02  # megatron-bert: residual projections divided by sqrt(2 x layers)
+    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02  # megatron-bert: residual projections divided by sqrt(2 x layers)
 
     def problems(self) -> Iterator[str]:
         if self.hidden % self.heads:

@@ -40,7 +40,7 @@ class Model(Section):
     dropout: Share = 0.0  # embedding, attention and residual
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    init_std: Annotated[float, Field(gt=0)] = 0.02  # residual projections: divided by sqrt(2 x layers)
+    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02  # residual projections: divided by sqrt(2 x layers)
 
     def problems(self) -> Iterator[str]:
         if self.hidden % self.heads:
