@@ -15,7 +15,7 @@ from common.errors import BadInput
 from common.run import read_object, task_module
 
 SEED = 1234  # of heads that a folder lacks
-TOKENIZER = "step_0/tokenizer"  # in OUT of from-hf: goes with the imported weights; a run that goes on has its corpus's
+TOKENIZER = "imported_tokenizer"  # in OUT of from-hf: of the imported weights; a run that goes on has that of its corpus
 
 
 class Imported(NamedTuple):
