@@ -584,7 +584,7 @@ def layout(cfg: Config, stack: str, world: int) -> Layout:
     if batch % (micro * dp):
         problems.append(
             f"train.global_batch={batch} is not a multiple of {stack}.micro_batch={micro} x {dp} data-parallel ranks; "
-            f"{stack}.micro_batch may be {_divisors(batch, dp) or 'none: change the number of processes'}"
+            + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else "change the number of processes")
         )
     if problems:
         raise BadInput(problems)

@@ -300,10 +300,10 @@ class Corpus:
         path, again = self.prefix + ".crc32", "build or copy all files of the corpus again"
         if known["bytes"] != BLOCK:
             raise BadInput(f"{path}: of blocks of {known['bytes']} bytes; this version knows {BLOCK}; {again}")
+        if not os.path.isfile(path):
+            raise BadInput(f"{path}: is missing beside {self.prefix}.json; {again}")
         try:
             found = np.asarray(np.memmap(path, "<u4", "r"))
-        except FileNotFoundError:
-            raise BadInput(f"{path}: is missing beside {self.prefix}.json; {again}") from None
         except (OSError, ValueError) as error:  # ValueError: empty, or no whole number of checksums
             raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {again}") from None
         if len(found) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or _crc32(found) != known["crc32"]:
@@ -580,6 +580,8 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
     """Content of PREFIX.json, {} where there is none. BadInput, naming the key, for what no builder writes."""
     path = prefix + ".json"
     remedy = "build or copy the corpus again; without this file it is read as one of Megatron's own tool, its tokenizer unknown"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"{path}: is no file; {remedy}")
     try:
         with open(path, "rb") as file:
             raw = file.read(MANIFEST_BYTES + 1)

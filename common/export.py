@@ -73,7 +73,7 @@ def write(
         tmp.mkdir(parents=True)
         weights = _weights(source, tmp)
         task.hf_config(cfg.model).save_pretrained(tmp)
-        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp))
+        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp, facts.get("tokenizer")))
         _prove(source, cfg, task, tmp)
         (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
         others = {path.name for path in tmp.iterdir()} - weights.keys() - set(UNCHECKED)
@@ -168,13 +168,15 @@ def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], read: Callabl
     return {"bytes": size, "crc32": crc32}
 
 
-def _tokenizer(tokenizer: Path, folder: Path) -> dict[str, int]:
-    """Copy the tokenizer, where the run has one; returns what config.json says of it."""
+def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, int]:
+    """Copy the tokenizer, where the run has one; returns what config.json says of it. wanted: its hash, where it is known."""
     if not tokenizer.is_dir():
         return {}
     from common import tokenizer as tokenizers
 
     loaded = tokenizers.load(tokenizer)
+    if wanted not in (None, loaded.hash):
+        raise BadInput(f"{tokenizer}: is not the tokenizer that run.json names; copy that of the corpus there again")
     loaded.save(folder)
     if (tokenizer / "generation_config.json").is_file():  # which ids end what is written
         shutil.copyfile(tokenizer / "generation_config.json", folder / "generation_config.json")

@@ -189,7 +189,7 @@ def differences(stored: dict[str, Any], task: ModuleType, model: Any, name: str)
             apart = [k for k in a | b if a.get(k) != b.get(k)]
             a, b = ({k: each[k] for k in apart if k in each} for each in (a, b))
         told = f"the model gives {_short(b)}" if key in ours else "which this model does not know"
-        wrong.append(f"{name}: has {key}={_short(a)}, {told}")
+        wrong.append(f"{name}: its config.json has {key}={_short(a)}, {told}")
     for key, value in theirs.items():
         if "drop" in key and isinstance(value, (int, float)) and not 0 <= value <= 1:
             wrong.append(f"{name}: has {key}={_short(value)}; it must be from 0 to 1")

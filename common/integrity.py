@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     import torch
 
 RECORD = "twinstack.json"  # of an export
+READ = (  # what transformers reads of a folder besides the weights
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model",
+    "chat_template.jinja", "model.safetensors.index.json",
+)  # fmt: skip
 _CHUNK = 1 << 22  # bytes
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None if it cannot be read."""
     try:
+        if not path.is_file():  # reading a pipe would wait for its writer
+            return None
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
@@ -107,7 +114,8 @@ def problems(folder: Path, name: str) -> list[str]:
         told = pool.map(lambda file: _difference(folder / file, files[file]), files)
     found = [f"{name}: {file} {what}; {again}" for file, what in zip(files, told, strict=True) if what]
     if files:
-        others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)
+        there = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in READ}
+        others = sorted(there - files.keys())
         found += [f"{name}: {file} is not of this export; {again}" for file in others]
     return found
 

@@ -36,7 +36,9 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     if is_import:
         cfg = Imported(_imported_model(run, task))
         facts = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
-        export.write(checkpoint.latest(run), cfg, task, folder, run / TOKENIZER, facts)
+        last = checkpoint.latest(run)
+        _same_model(cfg.model, last, run / "model.yaml")
+        export.write(last, cfg, task, folder, run / TOKENIZER, facts)
         print(f"{folder}: the weights that from-hf put into {run}")
         return
     task = task_module(task.FAMILY, config.read_yaml(run / "config.yaml"))  # of finetuning too
@@ -44,6 +46,7 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
+    _same_model(cfg.model, last, run / "config.yaml")
     facts = read_object(run / "run.json")
     if facts is None:
         raise BadInput(f"{run}: its run.json is not there or cannot be read; the same pretrain.sh command again writes it")
@@ -63,6 +66,20 @@ def _imported_model(run: Path, task: ModuleType) -> Any:
         raise BadInput(
             f"{path}: is not the model section that from-hf writes ({keys}); repeat from-hf into a new OUT"
         ) from None
+
+
+def _same_model(model: Any, last: checkpoint.Checkpoint, path: Path) -> None:
+    """BadInput where a `model` section is not the one that the checkpoint recorded, under its checksum: keys such as norm_eps
+    show in no shape."""
+    recorded = last.meta.get("science", {})
+    given = {f"model.{key}": config.written(value) for key, value in model.model_dump(by_alias=True).items()}
+    wrong = [
+        f"{path}: says {key}={value}, {last.path / 'state.json'} {key}={config.written(recorded[key])}; restore {path.name}"
+        for key, value in given.items()
+        if key in recorded and config.written(recorded[key]) != value
+    ]
+    if wrong:
+        raise BadInput(wrong)
 
 
 def _check_new(folder: Path) -> None:

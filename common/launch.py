@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from common import heartbeat, lock
 from common.config import STACKS
-from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly
+from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly, shortened
 from common.watch import Failure, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
@@ -74,6 +74,11 @@ def parse(argv: Sequence[str], script: str) -> Command:
     unknown = [a for a in argv if a.startswith("-") and a not in known]
     words = [a for a in argv if not a.startswith("-")]
     problems = [f"unknown option {a}; there is --dry-run and --help" for a in unknown]
+    problems += [
+        f"{shortened(word)}: is not UTF-8; give names and values that are"
+        for word in words
+        if any("\ud800" <= c <= "\udfff" for c in word)
+    ]
     problems += [f"{name} is empty" for name, word in zip(("CONFIG", "OUT"), words, strict=False) if not word]
     if not words:
         problems.append(f"CONFIG and OUT are missing; type: {script} CONFIG OUT [section.key=value ...] (or --help)")

@@ -95,7 +95,18 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _are_ids(value: Any) -> bool:
+    return value is None or all(map(_is_id, value if isinstance(value, list) else [value]))
+
+
+def refuse_unknown(largest: int, net: Any, folder: str | Path) -> None:
+    """BadInput where the tokenizer gives an id that the model has no embedding for: torch would fail inside a kernel."""
+    rows = net.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise BadInput(f"{folder}: its tokenizer gives id {largest}, its model has {rows} embeddings; get the folder again")
 
 
 def write_plainly(net: Any) -> set[int]:
@@ -118,6 +129,13 @@ def _unfit(folder: Path) -> list[str]:
     held = hf_folder.tensors(folder, str(folder), problems)
     codes = sorted(name for name, t in held.items() if t.dtype not in hf_folder.FLOATS and not _UNREAD.fullmatch(name))
     problems += [hf_folder.not_floats(str(folder), held, codes)] if codes and not problems else []
+    path = folder / "generation_config.json"
+    if path.exists():
+        values = read_object(path)
+        wrong = [key for key, value in (values or {}).items() if key.endswith("_token_id") and not _are_ids(value)]
+        if values is None or wrong:
+            what = f"{wrong[0]} must be an id or a list of ids" if wrong else "it must be a JSON object"
+            problems.append(f"{path}: cannot be used ({what}); get the folder again")
     for key, value in stored.items():
         most = MOST_LABELS if key == "num_labels" else len(held) if _DEPTH.fullmatch(key) else None
         if held and most is not None and isinstance(value, int) and value > most:

@@ -108,6 +108,12 @@ def prepare(
     model = cfg.model.resolve(cfg, known.get("size"))
     decay = cfg.optim.decay_steps or recorded and recorded.optim.decay_steps
     decay = decay or max(cfg.last_step, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
+    falls = cfg.optim.schedule in ("cosine", "linear") and cfg.optim.min_lr < cfg.optim.lr
+    if recorded and not cfg.optim.decay_steps and falls and not cfg.phases and decay < cfg.last_step:
+        notes.append(
+            f"optim.decay_steps stays {decay}, the steps of the first start: from there on the rate is optim.min_lr; a longer "
+            "schedule needs another OUT"
+        )
     whole = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
     cfg = config.at_step(whole, done)
     if cfg.model.vocab_size or not data_problems + missing:
@@ -291,6 +297,12 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
     if reason:
         problems.append(f"{out}: {reason}; choose another OUT")
         return None
+    for name in ("metrics.jsonl", "run.json", "config.yaml"):
+        if (out / name).exists() and not (out / name).is_file():
+            problems.append(f"{out / name}: is no file, and a run writes one there; move it away, or choose another OUT")
+    for name in ("tensorboard", "logs"):
+        if (out / name).exists() and not (out / name).is_dir():
+            problems.append(f"{out / name}: is no folder, and a run writes one there; move it away, or choose another OUT")
     if (out / "config.yaml").is_file():
         try:
             return schema.model_validate(config.read_yaml(out / "config.yaml"))
@@ -453,12 +465,20 @@ def finished(run: Run) -> str | None:
     if not isinstance(files, list) or not all(isinstance(name, str) and (run.out / name).is_file() for name in files):
         return None
     try:
-        same = (run.out / "config.yaml").read_text(encoding="utf-8") == config.as_yaml(run.whole)
-    except (OSError, ValueError):
+        recorded = type(run.whole).model_validate(config.read_yaml(run.out / "config.yaml"))
+    except (BadInput, ValueError):
         return None
+    same = _without_systems(recorded) == _without_systems(run.whole)
     export = run.out / "hf"
     where = f"; its export is {export}" if export.is_dir() else ""
     return f"complete: {run.out} is at its last step, {run.resume.step:,}{where}" if same else None
+
+
+def _without_systems(cfg: Config) -> dict[str, Any]:
+    """A config without what a run that has made all its steps does not look at: layouts, and how often it saves."""
+    values = cfg.dump()
+    kept = {key: value for key, value in values.items() if key not in (*config.STACKS, "expect")}
+    return kept | {"train": {k: v for k, v in kept["train"].items() if k not in ("hang_seconds", "save_every", "keep")}}
 
 
 def record_finished(run: Run) -> None:

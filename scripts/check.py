@@ -221,8 +221,8 @@ def judge(run: Path, claim: Claim, stack: str, finetuned: Sequence[Finetuned] = 
     schema = task_module(claim.family, config.read_yaml(run / "config.yaml")).Config
     ours = config.load(run / "config.yaml", ["expect={}"], schema)  # of its own, which may have names of an earlier version
     try:
-        if (config_name(facts), facts["stack"]) != (name, stack):
-            raise NotEvidence(f"its run.json says {facts['config']} on {facts['stack']}")
+        if (facts["family"], config_name(facts), facts["stack"]) != (claim.family, name, stack):
+            raise NotEvidence(f"its run.json says {facts['config']} of {facts['family']} on {facts['stack']}")
         same_experiment(ours, named_config(claim, run, schema), stack)
         lines = finished(run, ours)
     except NotEvidence as reason:

@@ -35,7 +35,7 @@ from common import hf_folder
 from common import ranks as processes
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
-from common.pretrained import architecture_of, load
+from common.pretrained import architecture_of, load, refuse_unknown
 from common.ranks import Ranks
 from common.run import read_object
 from common.texts import read_text
@@ -79,7 +79,9 @@ class Model(NamedTuple):
     how: argparse.Namespace  # of beam search
 
     def tokenize(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        refuse_unknown(int(ids.max(initial=0)), self.net, self.net.config.name_or_path)
+        return ids
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ as a model finetuned on conversations (sft) has learnt it.
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import BadInput, exit_cleanly
-from common.pretrained import architecture_of, load
+from common.pretrained import architecture_of, load, refuse_unknown
 
 
 def main() -> None:
@@ -45,6 +46,8 @@ def main() -> None:
         for name, value, least, most in ranges
         if not least <= value <= most
     ]
+    if any("\ud800" <= c <= "\udfff" for c in args.prompt or ""):
+        problems.append("--prompt: is not UTF-8; give a text that is")
     if args.chat and not args.prompt:
         problems.append("--chat: there is no question; give --prompt TEXT")
     if problems:
@@ -88,6 +91,7 @@ def fill(folder: str, prompt: str) -> str:
     length, positions = given["input_ids"].shape[1], model.config.max_position_embeddings
     if length > positions:
         raise BadInput(f"--prompt: {length} tokens with [CLS] and [SEP], and the model has {positions} positions")
+    refuse_unknown(int(given["input_ids"].max()), model, folder)
     places = (given["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
     if not len(places):
         raise BadInput(f"--prompt {prompt!r}: holds no {tokenizer.mask_token}, which is what this model fills in")
@@ -114,6 +118,7 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
 
     model, tokenizer = load(transformers.AutoModelForSeq2SeqLM, folder)
     given = tokenizer(prompt, return_tensors="pt")
+    refuse_unknown(int(given["input_ids"].max()), model, folder)
     print(prompt, end="\n  ")
     torch.manual_seed(seed)
     model.generate(
@@ -160,10 +165,13 @@ def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float,
         if model.config.eos_token_id is None:
             raise BadInput(f"{folder}: its tokenizer has no end of document to begin after; give --prompt TEXT")
         ids = torch.tensor([[model.config.eos_token_id]])
+    refuse_unknown(int(ids.max()), model, folder)
     positions = model.config.max_position_embeddings
     room = positions - ids.shape[1]
     if room < 1:
         raise BadInput(f"--prompt: {ids.shape[1]} tokens, and the model has {positions} positions")
+    if room < tokens:
+        print(f"note: at most {room} tokens follow: the model has {positions} positions", file=sys.stderr, flush=True)
     torch.manual_seed(seed)
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, eos_token_id=ends,

@@ -346,7 +346,7 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, wha
         "megatron", 1, "train.global_batch=2147483640 megatron.micro_batch=7 data.seq_len=1",
         "megatron.micro_batch may be 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 29, 30, 40, 43, ... or 2147483640",
     ),
-    ("baseline", 3, "", "x 3 data-parallel ranks; baseline.micro_batch may be none: change the number of processes"),
+    ("baseline", 3, "", "x 3 data-parallel ranks; change the number of processes"),
     ("deepspeed", 2, "deepspeed.micro_batch=8", "deepspeed.micro_batch may be 1, 2 or 4"),
     ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=240", "megatron.tp=3 does not divide model.heads=4"),
     ("megatron", 2, "megatron.tp=2 model.ffn=255", "megatron.tp=2 does not divide model.ffn=255"),
@@ -517,8 +517,8 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
     ("another architecture", _hf({"model_type": "bert"}), ["is a 'bert' model, the config's model.arch is 'gpt2'"]),
     (
         "another size", _hf(HF | {"n_layer": 12, "n_embd": 768}, model__safetensors=_safetensors),
-        [f"init.from=hf: has {key}, the model gives {ours}" for key, ours in (("n_layer=12", 4), ("n_embd=768", 64),
-                                                                              ("n_inner=3072", 256))],
+        [f"init.from=hf: its config.json has {key}, the model gives {ours}"
+         for key, ours in (("n_layer=12", 4), ("n_embd=768", 64), ("n_inner=3072", 256))],
     ),
     ("no weights", _hf(), ["init.from=hf: no *.safetensors there; a Hugging Face folder with weights is needed"]),
     (
@@ -686,6 +686,10 @@ def test_out_that_holds_another_run(overrides: str, told: list[str], place: Path
     assert all("holds another run: " in line or "train.steps=3" in line for line in lines)
 
 
+LONGER = (
+    "note: optim.decay_steps stays 4, the steps of the first start: from there on the rate is optim.min_lr; a longer schedule "
+    "needs another OUT"
+)
 FREE: list[tuple[str, str]] = [  # stack, overrides
     ("baseline", ""),
     ("baseline", "train.steps=9"),
@@ -704,7 +708,8 @@ def test_what_a_continued_run_may_change(stack: str, overrides: str, place: Path
     finished_run(place / "out")
     shutil.copytree(place / "corpus", place / "moved")
     words = [overrides] if "{" in overrides else overrides.split()
-    assert attempt(*words, stack=stack) == (0, [], True)
+    notes = [LONGER] if "train.steps" in overrides else []
+    assert attempt(*words, stack=stack) == (0, notes, True)
     job = run.prepare("tiny.yaml", "out", words, stack, task, 1)
     assert job.resume.step == 4
     assert job.cfg.optim.decay_steps == 4  # of the first start: raising steps does not bend the schedule
@@ -854,8 +859,9 @@ def test_a_finished_run_says_so(place: Path, attempt: Try, capsys: pytest.Captur
     assert attempt() == (0, [], False) and snapshot(place) == before
     job = run.prepare("tiny.yaml", "out", [], "baseline", task, 1)
     assert run.finished(job) == "complete: out is at its last step, 4; its export is out/hf"
-    for words in (["train.steps=9"], ["baseline.micro_batch=4"]):
-        assert attempt(*words) == (0, [], True)
+    assert attempt("baseline.micro_batch=4", "train.keep=5") == (0, [], False)  # nothing is trained: the record stays
+    assert snapshot(place) == before
+    assert attempt("train.steps=9") == (0, [LONGER], True)
     for path in files:
         path.unlink()
         assert attempt() == (0, [], True)

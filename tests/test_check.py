@@ -481,7 +481,7 @@ def test_all_covers_every_expect_and_stack(tmp_path: Path) -> None:
         ("deepspeed", "pass"),
         ("megatron", "not-run"),
     ]
-    assert [r.reason for r in rows] == ["no run", "", "its run.json says shakespeare_char_cpu on deepspeed"]
+    assert [r.reason for r in rows] == ["no run", "", "its run.json says shakespeare_char_cpu of gpt on deepspeed"]
 
 
 def test_all_finds_finetunings_wherever_they_are(tmp_path: Path) -> None:

@@ -691,5 +691,9 @@ def test_the_host_checks_a_folder_without_torch(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
-    assert first == "prepared" and second.startswith("init.from=rope: has rope_parameters={'") and "linear" in second
+    assert (
+        first == "prepared"
+        and second.startswith("init.from=rope: its config.json has rope_parameters={'")
+        and "linear" in second
+    )
     assert third.startswith("xxx") and "a name in it has 300 bytes" in third

@@ -305,6 +305,7 @@ CHANGES: list[tuple[str, Callable[[Path], Any], str | None]] = [
     ("edited", lambda f: (f / "config.json").write_text("{}"), "config.json has 2 bytes"),
     ("missing", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read (No such file or directory)"),
     ("added", lambda f: (f / "more.safetensors").write_bytes(b""), "more.safetensors is not of this export"),
+    ("ids", lambda f: (f / "added_tokens.json").write_text('{"def": 3}'), "added_tokens.json is not of this export"),
     ("record cut", lambda f: os.truncate(f / "twinstack.json", 50), "twinstack.json is not as it was written"),
     ("record of another kind", lambda f: (f / "twinstack.json").write_text('{"files": [1]}'), "twinstack.json is not as it"),
     ("record edited", lambda f: edit(f / "twinstack.json", step=5), "twinstack.json is not as it was written"),
@@ -332,6 +333,28 @@ def test_what_may_change_in_an_export(
     change(folder)
     found = integrity.problems(folder, "init.from=hf")
     assert len(found) == (told is not None) and all(line.startswith(f"init.from=hf: {told}") for line in found), found
+
+
+def test_ids_that_a_model_does_not_know_are_refused(exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path) -> None:
+    """Of generation_config.json where it is read; of a text before the model sees them."""
+    import transformers
+
+    folder = tmp_path / "hf"
+    shutil.copytree(exported[1], folder)
+    (folder / "twinstack.json").unlink()
+    for ends in ("x", [5, "x"], 10**30, -1, True):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        with pytest.raises(BadInput, match=r"generation_config.json: cannot be used \(eos_token_id must be an id or a list of"):
+            pretrained.load(transformers.AutoModelForCausalLM, folder)
+    (folder / "generation_config.json").write_text("[1, 2]")
+    with pytest.raises(BadInput, match="it must be a JSON object"):
+        pretrained.load(transformers.AutoModelForCausalLM, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    net, _ = pretrained.load(transformers.AutoModelForCausalLM, folder)
+    rows = net.get_input_embeddings().weight.shape[0]
+    pretrained.refuse_unknown(rows - 1, net, folder)
+    with pytest.raises(BadInput, match=f"its tokenizer gives id {rows}, its model has {rows} embeddings"):
+        pretrained.refuse_unknown(rows, net, folder)
 
 
 def test_an_export_that_does_not_fit_leaves_the_one_before(

@@ -1,6 +1,7 @@
 """from-hf and to-hf one after the other give the folder back, in every family: weights, shapes and tokenizer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -66,6 +68,21 @@ def test_an_imported_folder_comes_back_bit_for_bit(folders: Path, family: str, n
     assert ids[0] == ids[1] and len(ids[0]) > 3
     card = (back / "README.md").read_text()
     assert "trained with" not in card and "None" not in card
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt", "tiny"), ("bert", "tiny"), ("t5", "tiny")])
+def test_a_model_section_that_was_changed_is_refused(folders: Path, tmp_path: Path, family: str, name: str):
+    """norm_eps shows in no shape; step_0/state.json has it under its checksum."""
+    run = tmp_path / "run"
+    shutil.copytree(folders / f"{family}_{name}_run", run)
+    section = yaml.safe_load((run / "model.yaml").read_text())
+    recorded, section["model"]["norm_eps"] = section["model"]["norm_eps"], 0.03125
+    (run / "model.yaml").write_text(yaml.safe_dump(section))
+    with pytest.raises(BadInput) as refused:
+        to_hf(run, tmp_path / "hf", import_module(f"recipes.{family}.task"))
+    state = run / "step_0/state.json"
+    told = f"{run / 'model.yaml'}: says model.norm_eps=0.03125, {state} model.norm_eps={recorded}; restore model.yaml"
+    assert refused.value.problems == [told] and not (tmp_path / "hf").exists()
 
 
 def test_an_import_without_its_model_section_is_refused(folders: Path, tmp_path: Path):

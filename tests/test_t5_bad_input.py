@@ -90,13 +90,13 @@ REFUSED = [  # name, what is done, overrides, what is told: one entry a line
      ["data.train: spans/train holds token id", "data.valid: spans/valid holds token id",
       "model.vocab_size=128 is below the tokenizer's 700 ids"]),
     ("a folder of T5 1.0", lambda h: folder(h, feed_forward_proj="relu", tie_word_embeddings=True), "init.from=hf",
-     [f"init.from=hf: has {key}, the model gives {ours!r}" for key, ours in (
+     [f"init.from=hf: its config.json has {key}, the model gives {ours!r}" for key, ours in (
          ("feed_forward_proj='relu'", "gated-gelu"), ("dense_act_fn='relu'", "gelu_new"), ("is_gated_act=False", True),
          ("scale_decoder_outputs=True", False))]),
     ("a folder of scaled logits", lambda h: folder(h, scale_decoder_outputs=True), "init.from=hf",
-     ["init.from=hf: has scale_decoder_outputs=True, the model gives False"]),
+     ["init.from=hf: its config.json has scale_decoder_outputs=True, the model gives False"]),
     ("a folder of another depth", lambda h: folder(h, num_decoder_layers=2), "init.from=hf",
-     ["init.from=hf: has num_decoder_layers=2, the model gives 1"]),
+     ["init.from=hf: its config.json has num_decoder_layers=2, the model gives 1"]),
     ("a folder of GPT", lambda h: folder(h, model_type="gpt2"), "init.from=hf",
      ["init.from=hf: is a 'gpt2' model, the config's model.arch is 't5_v1_1' ('t5' in its config.json)"]),
 ]  # fmt: skip
