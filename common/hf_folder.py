@@ -207,6 +207,9 @@ def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, 
         found = kind(**{key: value for key, value in values.items() if key not in _LEFT_OUT}).to_dict()
         return task.hf_spelling({**OLDER, **found})
 
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what it warns of is in the comparison, or changes nothing
     what = "the config's model"
     try:
         export = task.hf_config(model)
