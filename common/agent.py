@@ -1,4 +1,4 @@
-"""torchrun, told to leave signals to the launcher and to record which ranks failed first. For common/launch.py.
+"""torchrun that leaves signals to the launcher and records which ranks failed first. For common/launch.py.
 
 torchrun by itself sends its ranks SIGTERM and kills them 30 s later, and ends every failure with a page of its own
 below the error that matters. The arguments are torchrun's.

@@ -384,7 +384,7 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C])
     return cfg
 
 
-MOST_PROBLEMS = 50  # that are told at once
+MOST_PROBLEMS = 50  # reported at once
 
 
 STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
