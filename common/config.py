@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from common import extra
 from common.errors import BadInput, shortened
 from common.evaluation import metrics
+from common.stacks import extra
 
 ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("baseline", "deepspeed", "megatron")
@@ -31,7 +31,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 def _path(value: str) -> str:
-    """A path that can be printed, and has no NUL. common/run.py bounds its length."""
+    """A path that can be printed, and has no NUL. common/preflight.py bounds its length."""
     if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in value):
         raise ValueError("must be a path without control characters")
     return value
@@ -143,7 +143,7 @@ class DeepSpeed(Section):
     tp: Positive = 1
     offload: bool = False  # optimizer state in CPU memory
     recompute: bool = False
-    extra: dict[str, Any] = {}  # merged last into ds_config: the keys of common/extra.py; not for published rows
+    extra: dict[str, Any] = {}  # merged last into ds_config: the keys of common/stacks/extra.py; not for published rows
 
 
 class Megatron(Section):
@@ -154,7 +154,7 @@ class Megatron(Section):
     distributed_optimizer: bool = False
     recompute: bool = False
     transformer_engine: bool = False
-    extra: dict[str, Any] = {}  # merged last into TransformerConfig: the keys of common/extra.py; not for published rows
+    extra: dict[str, Any] = {}  # merged last into TransformerConfig: the keys of common/stacks/extra.py; not for published rows
 
 
 class Config(Section):

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from common import tokenizer as tokenizers
-from common.corpus import FILES, Corpus, Writer, write_json, write_manifest
+from common.data import tokenizer as tokenizers
+from common.data.corpus import FILES, Corpus, Writer, write_json, write_manifest
 from common.errors import BadInput
 from data import sentences
 from data.sources import BETWEEN, JSON_MB, TEXT_MB, Document, Errors, Source

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.corpus import BLOCK, Corpus, largest_id
+from common.data.corpus import BLOCK, Corpus, largest_id
 from common.errors import BadInput, exit_cleanly
 
 AT_ONCE = 64 * BLOCK  # bytes

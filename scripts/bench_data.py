@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import tokenizer as tokenizers
-from common.corpus import Stream, Writer
+from common.data import tokenizer as tokenizers
+from common.data.corpus import Stream, Writer
 from data.build import _Pipeline
 from data.sources import Errors, Files
 

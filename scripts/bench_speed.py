@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import ranks as processes
-from common.corpus import Writer, write_manifest
+from common.data.corpus import Writer, write_manifest
+from common.launch import processes
 
 if TYPE_CHECKING:
     import torch
 
-    from common.run import Run
+    from common.preflight import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 STACKS = ("baseline", "deepspeed", "megatron")
@@ -169,7 +169,7 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from common import mcore
+    from common.stacks import mcore
 
     m, o = run.cfg.model, run.cfg.optim
     shape = TransformerConfig(

@@ -36,11 +36,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import config, log
+from common import config
 from common.config import STACKS, Config, Expect
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
-from common.run import task_module
+from common.preflight import task_module
+from common.training import log
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = 3.0
@@ -275,7 +276,7 @@ def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
 
 
 def stopped_early(cfg: Config, lines: Sequence[dict[str, Any]]) -> bool:
-    """Did a finetuning end by task.patience? As common/finetune.py decides it."""
+    """Did a finetuning end by task.patience? As common/training/finetuning.py decides it."""
     task = getattr(cfg, "task", None)
     if task is None or not task.patience:
         return False

@@ -19,11 +19,12 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import checkpoint, config
+from common import config
+from common.checkpoints import checkpoint
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
-from common.log import count
-from common.run import task_module, unusable
+from common.preflight import task_module, unusable
+from common.training.log import count
 from scripts import heldout, plan, plot
 from scripts.check import read_json, read_lines
 

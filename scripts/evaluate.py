@@ -31,14 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import hf_folder
-from common import ranks as processes
+from common.data.texts import read_text
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
-from common.pretrained import architecture_of, load, refuse_unknown
-from common.ranks import Ranks
-from common.run import read_object
-from common.texts import read_text
+from common.huggingface import hf_folder
+from common.huggingface.pretrained import architecture_of, load, refuse_unknown
+from common.launch import processes
+from common.launch.processes import Ranks
+from common.preflight import read_object
 from recipes.bert import evaluate as heads
 from recipes.bert import kinds
 

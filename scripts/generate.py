@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BadInput, exit_cleanly
-from common.pretrained import architecture_of, load, refuse_unknown
+from common.huggingface.pretrained import architecture_of, load, refuse_unknown
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     """A question as the tokenizer's chat template puts it, and the ids with which the template ends an answer."""
     from tokenizers import Tokenizer as Backend
 
-    from common.tokenizer import Tokenizer
+    from common.data.tokenizer import Tokenizer
     from recipes.gpt.samples import Template
 
     if not hasattr(tokenizer, "backend_tokenizer"):

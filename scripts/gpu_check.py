@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import config as configs
-from common import flops, memory
-from common import ranks as processes
-from common import run as runs
-from common import tokenizer as tokenizers
-from common.corpus import Writer, write_manifest
+from common import preflight as runs
+from common.data import tokenizer as tokenizers
+from common.data.corpus import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
+from common.launch import processes
+from common.planning import flops, memory
 from scripts.bench_speed import Enough, write_corpus
 
 Layouts = dict[str, tuple[str, list[str]]]  # name -> stack, overrides

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from common import config, integrity
+from common import config
+from common.checkpoints import integrity
+from common.checkpoints.integrity import is_count, read_object
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
-from common.integrity import is_count, read_object
-from common.run import Samples, task_module
+from common.preflight import Samples, task_module
 from scripts.check import read_json
 
 TOKENS_AT_ONCE = 4096  # of one forward pass
@@ -52,7 +53,7 @@ def whole_number(text: str | None) -> int | None:
 
 def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> tuple[float, int]:
     """Mean loss over the targets, and how many there are. samples: None as the run has it, 0 all."""
-    from common.run import find
+    from common.preflight import find
 
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("family"), str):

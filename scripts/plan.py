@@ -7,10 +7,11 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import config, flops, memory
+from common import config
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
-from common.run import task_module
+from common.planning import flops, memory
+from common.preflight import task_module
 
 SIZES = (40, 80, 141)  # GB of an A100-40GB, of an A100-80GB or H100, of an H200
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
@@ -27,7 +28,7 @@ def main() -> None:
         raise BadInput(f"--gpus {args.gpus}: must be 1 or more")
     peak = flops.peak_tflops(args.gpu)
     if args.gpu and peak is None:
-        raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/flops.py has the table (A100, H100, L4, ...)")
+        raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/planning/flops.py has the table (A100, H100, L4, ...)")
 
     task = task_module(family(args.config), config.read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
@@ -55,7 +56,7 @@ def main() -> None:
     views = config.views(cfg)
     for number, phase in enumerate(views, 1):
         of = f", phase {number} ({phase.data.seq_len} tokens a sample)" if len(views) > 1 else ""
-        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, estimated (common/memory.py){of}; * is what the config says")
+        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{of}; * is what the config says")
         table(phase, args.gpus)
 
 

@@ -112,7 +112,7 @@ bash scripts/setup.sh
 python=.venv/bin/python
 export PYTHONPATH=$root PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 
-gpus=$("$python" -c 'import os; from common.launch import visible_gpus; print(visible_gpus(os.environ))')
+gpus=$("$python" -c 'import os; from common.launch.launcher import visible_gpus; print(visible_gpus(os.environ))')
 batch=$("$python" -c 'import sys; from common.config import read_yaml; print(read_yaml(sys.argv[1])["train"]["global_batch"])' "$config")
 if [[ -z ${NPROC:-} ]]; then
   NPROC=$((gpus ? gpus : 2))

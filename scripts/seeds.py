@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import lock
-from common.corpus import write_json
+from common.data.corpus import write_json
 from common.errors import BadInput, exit_cleanly
+from common.launch import lock
 
 
 def main() -> int:

@@ -13,9 +13,11 @@ import traceback
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
-from common import lock  # noqa: E402
-from common import ranks as processes  # noqa: E402
 from common.errors import EXIT_BAD_INPUT, BadInput  # noqa: E402
+from common.launch import (
+    lock,  # noqa: E402
+    processes,  # noqa: E402
+)
 
 
 def _forget_accelerator() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common import tokenizer as tokenizers
+from common.data import tokenizer as tokenizers
 from common.evaluation import glue, squad, text
 from recipes.bert import finetune, kinds
 from recipes.gpt import finetune as of_texts

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import heartbeat, launch
 from common.errors import EXIT_SIGTERM
+from common.launch import heartbeat, launcher
 
 
 def rank(mode: str, folder: Path, value: int) -> int:
-    launch._end_with_launcher()
+    launcher._end_with_launcher()
     heartbeat.begin()
     number = os.environ["RANK"]
     (folder / f"pid_{number}").write_text(str(os.getpid()))
@@ -99,9 +99,9 @@ def main() -> int:
     mode, folder, *value = sys.argv[1:]
     if "RANK" in os.environ:
         return rank(mode, Path(folder), int(*value or [0]))
-    on = launch.free_port(launch.nodes(os.environ))
+    on = launcher.free_port(launcher.nodes(os.environ))
     out, limit = Path(folder) / "out", int(os.environ.get("HANG_SECONDS", "0"))
-    return launch.run([*launch.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
+    return launcher.run([*launcher.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
 
 
 if __name__ == "__main__":

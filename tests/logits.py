@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
-from common import ranks as processes  # noqa: E402
+from common.launch import processes  # noqa: E402
 
 processes.quiet()
 
@@ -17,7 +17,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from common import mcore, run, state  # noqa: E402
+from common import preflight  # noqa: E402
+from common.checkpoints import state  # noqa: E402
+from common.stacks import mcore  # noqa: E402
 from recipes.gpt import convert, task  # noqa: E402
 from recipes.gpt.megatron import model as megatron_model  # noqa: E402
 
@@ -25,16 +27,16 @@ from recipes.gpt.megatron import model as megatron_model  # noqa: E402
 def main(path: str) -> None:
     ranks = processes.start()
     for case in json.load(open(path, encoding="utf-8")):
-        job = run.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
-        cfg, layout = job.cfg, job.layout
+        run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
+        cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.hf_parameters(cfg.model)
-        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
+        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
         theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
-        tokens = torch.from_numpy(job.train.rows(range(4))["tokens"])[:, :-1]  # (B, T)
+        tokens = torch.from_numpy(run.train.rows(range(4))["tokens"])[:, :-1]  # (B, T)
         model.eval()
         with torch.no_grad(), mcore.device_names(ranks):
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)

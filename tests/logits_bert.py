@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
-from common import ranks as processes  # noqa: E402
+from common.launch import processes  # noqa: E402
 
 processes.quiet()
 
@@ -19,7 +19,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
-from common import mcore, run, state, tokenizer  # noqa: E402
+from common import preflight  # noqa: E402
+from common.checkpoints import state  # noqa: E402
+from common.data import tokenizer  # noqa: E402
+from common.stacks import mcore  # noqa: E402
 from recipes.bert import convert, task  # noqa: E402
 from recipes.bert.megatron import model as megatron_model  # noqa: E402
 
@@ -34,18 +37,18 @@ def filled(net: torch.nn.Module, values: state.Values) -> torch.nn.Module:
 def main(path: str) -> None:
     ranks = processes.start()
     for case in json.load(open(path, encoding="utf-8")):
-        job = run.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
-        cfg, layout = job.cfg, job.layout
+        run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
+        cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.hf_parameters(cfg.model)
         values = state.values(cfg, task, shapes, None)
-        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
+        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
         model.eval()
         with torch.no_grad():
-            compare(cfg, model, values, job, ranks)
+            compare(cfg, model, values, run, ranks)
             if "pairs" in case:
                 embed(case, model, ranks)
     dist.barrier()
@@ -53,8 +56,8 @@ def main(path: str) -> None:
     os._exit(0)
 
 
-def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, job: run.Run, ranks: processes.Ranks) -> None:
-    batch = task.batch(job.train.rows(range(8)), "cpu")
+def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run: preflight.Run, ranks: processes.Ranks) -> None:
+    batch = task.batch(run.train.rows(range(8)), "cpu")
     with mcore.device_names(ranks):
         shard, pairs = model(batch["tokens"], batch["token_types"], ~batch["attention_mask"][:, None, None], batch["predicted"])
     group = mcore.parallel_state.get_tensor_model_parallel_group()

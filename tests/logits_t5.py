@@ -9,14 +9,16 @@ import sys
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
-from common import ranks as processes  # noqa: E402
+from common.launch import processes  # noqa: E402
 
 processes.quiet()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from common import mcore, run, state  # noqa: E402
+from common import preflight  # noqa: E402
+from common.checkpoints import state  # noqa: E402
+from common.stacks import mcore  # noqa: E402
 from recipes.t5 import convert, task  # noqa: E402
 from recipes.t5.megatron import model as megatron_model  # noqa: E402
 from tests import plain_t5  # noqa: E402
@@ -32,17 +34,17 @@ def filled(net: torch.nn.Module, values: state.Values) -> torch.nn.Module:
 def main(path: str) -> None:
     ranks = processes.start()
     for case in json.load(open(path, encoding="utf-8")):
-        job = run.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
-        cfg, layout = job.cfg, job.layout
+        run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
+        cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.hf_parameters(cfg.model)
         values = state.values(cfg, task, shapes, None)
-        mcore.fill(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
+        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
         model.eval()
-        batch = task.batch(job.train.rows(range(8)), "cpu")
+        batch = task.batch(run.train.rows(range(8)), "cpu")
         with torch.no_grad():
             with mcore.device_names(ranks):
                 shard = model(batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import config, init, optim
-from common.corpus import Stream
+from common import config
+from common.data.corpus import Stream
+from common.training import init, optim
 from recipes.gpt import task
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForMaskedLM, BertForPreTraining, MegatronBertForMaskedLM, MegatronBertForPreTraining
 
-from common import config, init, optim
+from common import config
+from common.training import init, optim
 from recipes.bert import task
 
 CLASSES = {

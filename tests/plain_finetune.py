@@ -10,9 +10,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from common import config, init, optim
-from common.corpus import epoch_key, permute
+from common import config
+from common.data.corpus import epoch_key, permute
 from common.evaluation import glue
+from common.training import init, optim
 from recipes.bert import finetune
 
 Encode = Callable[[list[int]], dict[str, torch.Tensor]]  # places of examples -> what the class takes

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from common import config, optim
-from common.corpus import epoch_key, permute
+from common import config
+from common.data.corpus import epoch_key, permute
+from common.training import optim
 from recipes.gpt import finetune, samples
 
 Document = tuple[list[int], list[bool]]  # ids, and which of them are targets

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import T5ForConditionalGeneration
 
-from common import config, init, optim
+from common import config
+from common.training import init, optim
 from recipes.t5 import task
 
 

@@ -22,9 +22,11 @@ import pytest
 import yaml
 from conftest import ROOT, Drive, case, losses
 
-from common import checkpoint, launch, lock, run, state
-from common.corpus import Writer, write_manifest
+from common import preflight
+from common.checkpoints import checkpoint, state
+from common.data.corpus import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
+from common.launch import launcher, lock
 from recipes.gpt import task
 
 SCRIPT = ROOT / "recipes/gpt/baseline/pretrain.sh"
@@ -65,7 +67,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [n for n in os.environ if n.startswith("SLURM_")] + ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(run, "_commit", lambda: "none")  # git: a tenth of a second a row
+    monkeypatch.setattr(preflight, "_commit", lambda: "none")  # git: a tenth of a second a row
     (tmp_path / "tiny.yaml").write_text(TEXT)
     corpus(tmp_path / "corpus/train")
     corpus(tmp_path / "corpus/valid", seed=1)
@@ -76,7 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Try:
     """attempt(*overrides, stack=, nproc=, config=, out=): the launcher up to the start of the ranks."""
     started: list[Sequence[str]] = []
-    monkeypatch.setattr(launch, "run", lambda arguments, *_: started.append(arguments) or 0)
+    monkeypatch.setattr(launcher, "run_ranks", lambda arguments, *_: started.append(arguments) or 0)
 
     def go(
         *overrides: str, stack: str = "baseline", nproc: int = 1, config: Any = "tiny.yaml", out: Any = "out",
@@ -85,7 +87,7 @@ def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setenv("NPROC", str(nproc))
         started.clear()
         with pytest.raises(SystemExit) as end:
-            exit_cleanly(lambda: launch.main([f"recipes.{family}.{stack}.pretrain", str(config), str(out), *overrides]))
+            exit_cleanly(lambda: launcher.main([f"recipes.{family}.{stack}.pretrain", str(config), str(out), *overrides]))
         return Attempt(end.value.code, capsys.readouterr().err.splitlines(), bool(started))
 
     return go
@@ -373,7 +375,7 @@ def test_layouts(stack: str, nproc: int, overrides: str, told: str, place: Path,
 def test_bf16_where_it_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from common.ranks import check_dtype
+    from common.launch.processes import check_dtype
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -414,7 +416,7 @@ def _damaged_tokenizer(place: Path) -> None:
 
 
 def _replaced_tokenizer(place: Path) -> None:
-    from common import tokenizer
+    from common.data import tokenizer
 
     corpus(place / "corpus/train", tokenizer="tokenizer")
     tokenizer.train_char("abc").save(place / "corpus/tokenizer")
@@ -422,7 +424,7 @@ def _replaced_tokenizer(place: Path) -> None:
 
 def _of_megatrons_tool(place: Path) -> None:
     """Corpora without a manifest, whose documents do not end as the tokenizer in `words` has it."""
-    from common import tokenizer
+    from common.data import tokenizer
 
     tokenizer.train_bpe(["a b c"], 300).save(place / "words")
     for name in ("train", "valid"):
@@ -646,8 +648,8 @@ def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
 
 def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> None:
     """What a run leaves, without training: config, facts, checkpoints of two made-up parameters, a log."""
-    job = run.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
-    run.begin(job)
+    run = preflight.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
+    preflight.begin(run)
     lock.release()
     for step in steps:
         folder = out / f"step_{step}"
@@ -657,7 +659,7 @@ def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> N
             content = f"{name} {step}".encode() * 20
             (folder / f"{name}.safetensors").write_bytes(content)
             files[name] = {"bytes": len(content), "crc32": zlib.crc32(content), "shape": [4]}
-        (folder / "state.json").write_text(json.dumps(state.meta(job, step) | {"files": files}))
+        (folder / "state.json").write_text(json.dumps(state.meta(run, step) | {"files": files}))
     (out / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, max(steps) + 1)))
 
 
@@ -710,9 +712,9 @@ def test_what_a_continued_run_may_change(stack: str, overrides: str, place: Path
     words = [overrides] if "{" in overrides else overrides.split()
     notes = [LONGER] if "train.steps" in overrides else []
     assert attempt(*words, stack=stack) == (0, notes, True)
-    job = run.prepare("tiny.yaml", "out", words, stack, task, 1)
-    assert job.resume.step == 4
-    assert job.cfg.optim.decay_steps == 4  # of the first start: raising steps does not bend the schedule
+    run = preflight.prepare("tiny.yaml", "out", words, stack, task, 1)
+    assert run.resume.step == 4
+    assert run.cfg.optim.decay_steps == 4  # of the first start: raising steps does not bend the schedule
 
 
 def test_a_corpus_moved_without_its_tokenizer_trains(place: Path, attempt: Try) -> None:
@@ -817,16 +819,17 @@ def test_only_whole_steps_count_as_kept(place: Path) -> None:
 def test_an_out_in_use_is_refused(place: Path, attempt: Try) -> None:
     finished_run(place / "out")
     hold = (
-        "import sys; from pathlib import Path; from common import lock; lock.hold(Path('out')); print(1, flush=True); input()"
+        "import sys; from pathlib import Path; from common.launch import lock; "
+        "lock.hold(Path('out')); print(1, flush=True); input()"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", hold], env=env, stdin=-1, stdout=-1, text=True) as holder:
         holder.stdout.readline()
         told = f"out: another run writes there (process {holder.pid} on "
         refused(place, attempt, told)
-        job = run.prepare("tiny.yaml", "out", [], "baseline", task, 1)
+        run = preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1)
         with pytest.raises(BadInput, match=re.escape(told)):  # a rank without a launcher
-            run.begin(job)
+            preflight.begin(run)
         code, _, started = attempt("--dry-run")
         assert (code, started) == (0, False)
         holder.kill()
@@ -841,7 +844,7 @@ def test_what_a_killed_run_left_half_written_is_removed(place: Path) -> None:
     for name in ("run.json.part", "config.yaml.tmp", "metrics.jsonl.part"):
         (place / "out" / name).write_text("{")
     (place / "out/mine.tmp").write_text("do not touch")
-    run.begin(run.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+    preflight.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
     lock.release()
     assert snapshot(place) == before | {"out/mine.tmp": b"do not touch"}
 
@@ -857,8 +860,8 @@ def test_a_finished_run_says_so(place: Path, attempt: Try, capsys: pytest.Captur
     assert attempt() == (0, [], True)  # a run of an older version, whose end is recorded now
     before = snapshot(place)
     assert attempt() == (0, [], False) and snapshot(place) == before
-    job = run.prepare("tiny.yaml", "out", [], "baseline", task, 1)
-    assert run.finished(job) == "complete: out is at its last step, 4; its export is out/hf"
+    run = preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1)
+    assert preflight.finished(run) == "complete: out is at its last step, 4; its export is out/hf"
     assert attempt("baseline.micro_batch=4", "train.keep=5") == (0, [], False)  # nothing is trained: the record stays
     assert snapshot(place) == before
     assert attempt("train.steps=9") == (0, [LONGER], True)
@@ -898,7 +901,7 @@ def test_records_of_wrong_types(value: Any, place: Path, attempt: Try) -> None:
         assert (code, lines, started) == (0, [], True) or code == 2 and len(lines) == 1 and not started, (key, lines)
         path.write_text(json.dumps(facts | {key: value}))
         if code == 0:
-            run.begin(run.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+            preflight.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
             lock.release()
 
 
@@ -910,13 +913,13 @@ def checkpoint_of(out: Path, spoil: Callable[[str, Any], Any] = lambda name, wei
     import torch
 
     finished_run(out, (2,))
-    job = run.prepare("tiny.yaml", str(out), [], "baseline", task, 1)
+    run = preflight.prepare("tiny.yaml", str(out), [], "baseline", task, 1)
     generator, files = torch.Generator().manual_seed(0), {}
-    for name, shape in task.hf_parameters(job.cfg.model).items():
+    for name, shape in task.hf_parameters(run.cfg.model).items():
         weight = spoil(name, torch.randn(*shape, generator=generator) * 0.02)
         parts = {"weight": weight, "exp_avg": torch.zeros(*shape), "exp_avg_sq": torch.zeros(*shape)}
         files[name] = checkpoint._write(out / "step_2" / f"{name}.safetensors", parts)
-    (out / "step_2/state.json").write_text(json.dumps(state.meta(job, 2) | {"files": files}))
+    (out / "step_2/state.json").write_text(json.dumps(state.meta(run, 2) | {"files": files}))
 
 
 def _overflowing(name: str, weight: Any) -> Any:
@@ -946,7 +949,7 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
         cases.append(one)
         return place / name
 
-    for stack in launch.STACKS:
+    for stack in launcher.STACKS:
         words = r"code 3 .*the loss of step 3 is (nan|inf) \(samples 16 to 23\): stopped before the update, nothing saved"
         checkpoint_of(row(f"nan_{stack}", stack, 3, words, "train.save_every=1"), _overflowing)
         words = r"code 2 .*step_2/transformer.wte.weight.safetensors: its weight holds NaN or infinite values.*remove .*step_2"
@@ -1016,11 +1019,11 @@ ONE_SIDED = """
 import sys
 import torch
 import torch.distributed as dist
-from common import ranks
+from common.launch import processes
 from common.errors import BadInput
 
 def main(argv):
-    here = ranks.start()
+    here = processes.start()
     kind = argv[0]
     if here.rank == 1 and kind == "input":
         raise BadInput(["corpus/train.idx is missing", "and so is its other half"])
@@ -1030,7 +1033,7 @@ def main(argv):
         raise RuntimeError("a fault of our own")
     dist.barrier()
 
-ranks.run(main)
+processes.run(main)
 """
 
 
@@ -1044,11 +1047,11 @@ SEEN_BY_ONE: list[tuple[str, int, list[str]]] = [
 def test_what_one_rank_alone_sees_is_told_once(place: Path) -> None:
     """Rank 1 of 2, while rank 0 waits for it in a collective. All three launches at once: most of it is importing torch."""
     (place / "one_sided.py").write_text(ONE_SIDED)
-    begin = "import sys; from common import launch; on = launch.Nodes(2, 1, 0, None, None); "
+    begin = "import sys; from common.launch import launcher; on = launcher.Nodes(2, 1, 0, None, None); "
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     launches = []
     for kind, _, _ in SEEN_BY_ONE:
-        script = begin + f"sys.exit(launch.run([*launch.torchrun(on), 'one_sided.py', {kind!r}], on))"
+        script = begin + f"sys.exit(launcher.run_ranks([*launcher.torchrun(on), 'one_sided.py', {kind!r}], on))"
         command = [sys.executable, "-c", script]
         launches.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
     for process, (kind, code, told) in zip(launches, SEEN_BY_ONE, strict=True):

@@ -9,8 +9,8 @@ import pytest
 from conftest import case, losses
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
-from common import tokenizer
-from common.corpus import Corpus, Writer, checksum, write_manifest
+from common.data import tokenizer
+from common.data.corpus import Corpus, Writer, checksum, write_manifest
 
 TEXT = """\
 model: {arch: bert, layers: 2, hidden: 32, heads: 2}

@@ -17,8 +17,10 @@ from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
-from common import config, interchange, mcore, run
+from common import config, preflight
 from common.errors import BadInput
+from common.huggingface import interchange
+from common.stacks import mcore
 from recipes.bert import convert, task
 from scripts import heldout
 
@@ -267,7 +269,7 @@ def test_a_folder_tells_which_heads_it_lacks(bert_settings, folders, tmp_path):
     def notes(folder: Path) -> list[str]:
         words = [*bert_settings, *SHORT, f"init.from={folder}"]
         path = str(ROOT / "recipes/bert/configs/tiny_postln.yaml")
-        return run.prepare(path, str(tmp_path / "out"), words, "baseline", task, 1).notes
+        return preflight.prepare(path, str(tmp_path / "out"), words, "baseline", task, 1).notes
 
     assert notes(folders["tiny_postln"]) == []
     shutil.copytree(folders["tiny_postln"], tmp_path / "encoder")

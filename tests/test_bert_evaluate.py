@@ -82,8 +82,8 @@ def evaluated(out: Path, commands: Sequence[Sequence[object]]) -> list[list[dict
     script = out / "commands.py"
     script.write_text(f"""
 import json, pathlib, sys
-from common import ranks
-ranks.quiet()
+from common.launch import processes
+processes.quiet()
 from common.errors import BadInput
 from scripts import evaluate
 made = []

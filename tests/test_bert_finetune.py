@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common import config, tokenizer
+from common import config
+from common.data import tokenizer
 from common.errors import BadInput
 from common.evaluation import glue
 from recipes.bert import kinds, task

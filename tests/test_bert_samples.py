@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import batches, config, run, tokenizer
+from common import config, preflight
 from common.config import Layout
-from common.corpus import Corpus, Writer, write_manifest
+from common.data import batches, tokenizer
+from common.data.corpus import Corpus, Writer, write_manifest
 from common.errors import BadInput
 from recipes.bert import samples, task
 
@@ -241,8 +242,8 @@ def test_layouts_share_out_the_same_samples(sentences):
     cfg = config.load(ROOT / "recipes/bert/configs/tiny.yaml", ["train.steps=3"], task.Config)
     for dp, micro in ((1, 8), (1, 1), (2, 2), (4, 1)):
         layout = Layout(world=dp, dp=dp, tp=1, pp=1, micro_batch=micro, accumulate=8 // dp // micro)
-        job = run.Run(cfg, cfg, "baseline", None, layout, stream, None, None, {}, None, [])
-        steps = {n: [next(batches.ahead(job, n, rank)) for rank in range(dp)] for n in (0, 2)}
+        run = preflight.Run(cfg, cfg, "baseline", None, layout, stream, None, None, {}, None, [])
+        steps = {n: [next(batches.prefetch(run, n, rank)) for rank in range(dp)] for n in (0, 2)}
         for done, ranks in steps.items():
             numbers = sorted(tuple(row) for rank in ranks for rows in rank for row in rows["tokens"].tolist())
             assert numbers == sorted(map(tuple, stream.rows(range(done * 8, done * 8 + 8))["tokens"].tolist()))
@@ -251,7 +252,7 @@ def test_layouts_share_out_the_same_samples(sentences):
 def test_counts_leave_padding_and_repeats_out(sentences):
     stream = opened(sentences / "valid", valid=True)
     layout = Layout(world=2, dp=2, tp=1, pp=1, micro_batch=7, accumulate=1)
-    rows = [r for rank in range(2) for r in batches.of_validation(stream, 23, layout, rank)]
+    rows = [r for rank in range(2) for r in batches.for_validation(stream, 23, layout, rank)]
     once = stream.rows(range(23))
     assert task.counts(rows) == [int(once["mlm_mask"].sum()), 23]
     assert batches.tokens([once]) == int((once["labels"] != stream.special.pad).sum())

@@ -17,7 +17,7 @@ from conftest import case
 from common import config
 from common.errors import BadInput
 from common.evaluation import metrics, text
-from common.run import task_module
+from common.preflight import task_module
 from recipes.bert import kinds
 from scripts import check, evaluate, plot
 

@@ -17,8 +17,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from common import config, errors, launch, run
-from common.corpus import Writer, write_manifest
+from common import config, errors, preflight
+from common.data.corpus import Writer, write_manifest
+from common.launch import launcher
 from scripts import plan
 
 CONFIGS = sorted((ROOT / "recipes").glob("*/configs/*.yaml"))
@@ -115,7 +116,7 @@ def damaged(rng: random.Random, text: str) -> str:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to stand in, with a corpus of 4,000 ids below 128; without git, srun, network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "_commit", lambda: "none")
+    monkeypatch.setattr(preflight, "_commit", lambda: "none")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("socket.getaddrinfo", _no_network)
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
@@ -185,7 +186,7 @@ def attempt(rng: random.Random, place: Path, watch: Watch, corpora: dict[str, Pa
     kind = "finetune" if path.name.startswith("finetune_") else "pretrain"
     module = f"recipes.{path.parts[-3]}.{stack}.{kind}"
     what = (module, text, overrides)
-    out = watch(what, lambda: launch.main([module, "c.yaml", "out", *overrides, "--dry-run"]))
+    out = watch(what, lambda: launcher.main([module, "c.yaml", "out", *overrides, "--dry-run"]))
     if out is not None:
         resolved = out.partition("\n\n")[0]
         (place / "again.yaml").write_text(resolved)
@@ -253,7 +254,7 @@ def test_environments(count: int, place: Path, capsys: Any, monkeypatch: pytest.
         hosts = ["MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES"]
         env |= {name: rng.choice(HOSTS) for name in hosts if rng.random() < 0.6}
         env |= {"SLURM_STEP_ID": "0"} if rng.random() < 0.5 else {}
-        watch(env, lambda env=env: print(launch.nodes(env)))
+        watch(env, lambda env=env: print(launcher.nodes(env)))
     assert watch.codes[0] and watch.codes[2], watch.codes
 
 

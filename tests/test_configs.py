@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from common import config, flops, optim
+from common import config
 from common.config import Config
 from common.errors import BadInput
-from common.memory import PARTS, estimate, estimate_for
+from common.planning import flops
+from common.planning.memory import PARTS, estimate, estimate_for
+from common.training import optim
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = {f"{p.parts[-3]}/{p.stem}": p for p in sorted((ROOT / "recipes").glob("*/configs/*.yaml"))}

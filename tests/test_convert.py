@@ -13,7 +13,8 @@ from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from common import config, mcore
+from common import config
+from common.stacks import mcore
 from recipes.gpt import convert, task
 
 VOCAB = 1021  # a prime: does not divide by tp
@@ -114,7 +115,7 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     net = AutoModelForCausalLM.from_pretrained(run / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     assert type(net).__name__ == ("GPT2LMHeadModel" if name == "tiny" else "LlamaForCausalLM")
-    from common.corpus import Stream
+    from common.data.corpus import Stream
 
     stream = Stream(str(corpus / "valid"), 64, shuffle=False)
     tokens = torch.from_numpy(stream.rows(range(16))["tokens"])

@@ -1,4 +1,4 @@
-"""common/corpus.py: Megatron's files, and an order that is a pure function (law 3)."""
+"""common/data/corpus.py: Megatron's files, and an order that is a pure function (law 3)."""
 
 import hashlib
 import json
@@ -20,10 +20,11 @@ from conftest import case, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import batches, examples, run
-from common import corpus as corpora
-from common import tokenizer as tokenizers
-from common.corpus import Corpus, Stream, Writer, permute, write_manifest
+from common import preflight
+from common.data import batches, examples
+from common.data import corpus as corpora
+from common.data import tokenizer as tokenizers
+from common.data.corpus import Corpus, Stream, Writer, permute, write_manifest
 from common.errors import BadInput
 from recipes.gpt import task
 
@@ -610,9 +611,9 @@ def test_megatrons_corpora_have_the_tokenizers_end_of_document(source, tmp_path,
     found = {}
     for prefix, more in ((ours, []), (theirs, [f"data.tokenizer={tmp_path / 'tok'}"])):
         values = [f"data.train={prefix}", "data.valid=null", f"data.{mask}=true", f"baseline.micro_batch={8}", *more]
-        job = run.prepare(str(config), str(tmp_path / "out"), values, "baseline", task, 1)
-        assert job.train.eod_id == tokenizer.eod_id and job.train.vocab_size == 512
-        found[prefix] = [next(batches.of_step(job.train, job.samples(step), job.layout, 0)) for step in (1, 2)]
+        run = preflight.prepare(str(config), str(tmp_path / "out"), values, "baseline", task, 1)
+        assert run.train.eod_id == tokenizer.eod_id and run.train.vocab_size == 512
+        found[prefix] = [next(batches.for_step(run.train, run.samples(step), run.layout, 0)) for step in (1, 2)]
     for a, b in zip(*found.values(), strict=True):
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
         assert not a["loss_mask"].all() if mask == "eod_mask_loss" else a["segment"].any()
@@ -682,7 +683,7 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
 
 
 def test_the_order_is_the_same_in_another_process(prefix):
-    code = f"from common.corpus import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
+    code = f"from common.data.corpus import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == str(Stream(prefix, 64).samples(0, 50))
 
@@ -808,7 +809,7 @@ def test_bad_streams(documents, prefix, tmp_path):
 def test_opening_is_light():
     """Validation before a launch imports this module: no torch, no tokenizer library."""
     slow = ("torch", "tokenizers", "transformers", "datasets")
-    code = f"import sys, common.corpus, common.tokenizer; print([m for m in {slow} if m in sys.modules])"
+    code = f"import sys, common.data.corpus, common.data.tokenizer; print([m for m in {slow} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == "[]"
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import corpus as corpora
-from common import tokenizer as tokenizers
-from common.corpus import Corpus
+from common.data import corpus as corpora
+from common.data import tokenizer as tokenizers
+from common.data.corpus import Corpus
 from common.errors import BadInput
 from data import build, sentences, sources, verify, wiki_books
 from data.sources import Errors

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel
 
-from common import tokenizer as tokenizers
+from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 from common.evaluation import language
 

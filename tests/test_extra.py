@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, case, losses
 
-from common import config, extra
+from common import config
 from common.errors import BadInput
+from common.stacks import extra
 from recipes.bert import task as bert
 from recipes.gpt import task as gpt
 from recipes.t5 import task as t5

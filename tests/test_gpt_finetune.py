@@ -26,9 +26,11 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import bounded, config, lora, tokenizer
+from common import config
+from common.data import bounded, tokenizer
 from common.errors import BadInput
 from common.evaluation import language
+from common.training import lora
 from data import sources
 from recipes.gpt import finetune, samples, task
 from scripts import evaluate, generate

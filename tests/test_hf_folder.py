@@ -26,8 +26,9 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from common import hf_folder, init, pretrained
 from common.errors import BadInput
+from common.huggingface import hf_folder, pretrained
+from common.training import init
 
 SEED = 1234
 SIZES: dict[str, dict[str, Any]] = {
@@ -670,7 +671,7 @@ baseline: {micro_batch: 1}
 """
 HOST = """\
 import sys
-from common import run
+from common import preflight
 from common.errors import BadInput
 from recipes.gpt import task
 for start in sys.argv[1:]:

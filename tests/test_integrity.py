@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_check import run_folder
 from transformers import AutoModelForCausalLM
 
-from common import checkpoint, config, export, integrity, interchange, log, pretrained, run
+from common import config, preflight
+from common.checkpoints import checkpoint, integrity
 from common.errors import BadInput
+from common.huggingface import export, interchange, pretrained
+from common.training import log
 from recipes.gpt import task
 from scripts import check, compare, evaluate, heldout, plot, seeds
 
@@ -287,7 +290,7 @@ def test_changed_exports_are_refused_where_they_are_opened(
     start = [f"data.train={corpus}/train", "data.valid=null", f"init.from={folder}", "model.vocab_size=512"]
     tiny = str(ROOT / "recipes/gpt/configs/tiny.yaml")
     for attempt in (
-        lambda: run.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1),
+        lambda: preflight.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1),
         lambda: interchange.from_hf(folder, tmp_path / "out", task),
         lambda: pretrained.load(AutoModelForCausalLM, folder),
     ):
@@ -295,10 +298,10 @@ def test_changed_exports_are_refused_where_they_are_opened(
             attempt()
         assert len(error.value.problems) == 1 and not (tmp_path / "out").exists()
     monkeypatch.setenv("TWINSTACK_EXIT_CODE", "x")  # the ranks leave it to their launcher
-    run.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1)
+    preflight.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1)
     monkeypatch.delenv("TWINSTACK_EXIT_CODE")
     (folder / "twinstack.json").unlink()
-    run.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1)
+    preflight.prepare(tiny, str(tmp_path / "out"), start, "baseline", task, 1)
 
 
 CHANGES: list[tuple[str, Callable[[Path], Any], str | None]] = [
@@ -399,7 +402,7 @@ EVAL = [{"task": "text", "metric": "loss", "value": 1.5, "n": 10, "protocol": "a
 
 def read_all(out: Path) -> None:
     """By each script; BadInput is an answer, another error is not. No answer takes 10 s."""
-    job = run.Run(*[None] * len(run.Run._fields))._replace(
+    run = preflight.Run(*[None] * len(preflight.Run._fields))._replace(
         out=out, whole=CFG, resume=checkpoint.Checkpoint(out / "step_4", {"step": 4})
     )
     for reader in (
@@ -412,7 +415,7 @@ def read_all(out: Path) -> None:
         lambda: export._losses(out / "metrics.jsonl", 4),
         lambda: export.exported_step(out / "hf"),
         lambda: integrity.problems(out / "hf", "hf"),
-        lambda: run.finished(job),
+        lambda: preflight.finished(run),
     ):
         begin = time.monotonic()
         try:

@@ -14,9 +14,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from common import config, tokenizer
+from common import config
+from common.data import tokenizer
 from common.errors import BadInput
-from common.interchange import to_hf
+from common.huggingface.interchange import to_hf
 
 CONFIGS = [
     ("gpt", "tiny"),
@@ -30,7 +31,7 @@ THERE_AND_BACK = """\
 import sys
 from importlib import import_module
 from pathlib import Path
-from common import interchange
+from common.huggingface import interchange
 out = Path(sys.argv[1])
 for name in sys.argv[2:]:
     task = import_module(f"recipes.{name.partition('_')[0]}.task")

@@ -17,12 +17,12 @@ import psutil
 import pytest
 import yaml
 
-from common import heartbeat, launch, watch
 from common.errors import BadInput
+from common.launch import heartbeat, launcher, watch
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDIN = ROOT / "tests/launch_standin.py"
-STACKS = [pytest.param(s, marks=pytest.mark.slow) if s != "baseline" else s for s in launch.STACKS]
+STACKS = [pytest.param(s, marks=pytest.mark.slow) if s != "baseline" else s for s in launcher.STACKS]
 OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -75,7 +75,7 @@ def rank_pids(folder: Path) -> list[int]:
 )
 def test_bad_environment_is_told_in_one_line(env: dict[str, str], told: str) -> None:
     with pytest.raises(BadInput) as error:
-        launch.nodes(env)
+        launcher.nodes(env)
     assert [line for line in error.value.problems if told in line], error.value.problems
 
 
@@ -107,18 +107,18 @@ def test_every_bad_variable_is_told_at_once() -> None:
 
 
 def test_processes_default_to_the_gpus() -> None:
-    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "0,1,2"}).nproc == 3
-    assert launch.nodes({"CUDA_VISIBLE_DEVICES": ""}).nproc == 1
-    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "-1"}).nproc == 1
-    assert launch.nodes({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "4"}).nproc == 4
+    assert launcher.nodes({"CUDA_VISIBLE_DEVICES": "0,1,2"}).nproc == 3
+    assert launcher.nodes({"CUDA_VISIBLE_DEVICES": ""}).nproc == 1
+    assert launcher.nodes({"CUDA_VISIBLE_DEVICES": "-1"}).nproc == 1
+    assert launcher.nodes({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "4"}).nproc == 4
 
 
 def test_slurm_tells_the_nodes() -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1"}
-    on = launch.nodes(step | {"SLURM_STEP_NODELIST": "localhost,other[1-3]", "SLURM_JOB_ID": "123", "NPROC": "8"})
-    assert on == launch.Nodes(8, 2, 1, "localhost", 20123)
+    on = launcher.nodes(step | {"SLURM_STEP_NODELIST": "localhost,other[1-3]", "SLURM_JOB_ID": "123", "NPROC": "8"})
+    assert on == launcher.Nodes(8, 2, 1, "localhost", 20123)
     batch = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}  # without srun: one node
-    assert launch.nodes(batch | {"NPROC": "1"}).nnodes == 1
+    assert launcher.nodes(batch | {"NPROC": "1"}).nnodes == 1
 
 
 @pytest.mark.parametrize(
@@ -132,15 +132,15 @@ def test_slurm_tells_the_nodes() -> None:
     ],
 )
 def test_first_host_of_a_nodelist(nodelist: str, first: str) -> None:
-    assert launch.first_host(nodelist) == first
+    assert launcher.first_host(nodelist) == first
 
 
 def test_what_the_user_has_set_stays() -> None:
-    on = launch.Nodes(2, 1, 0, None, None)
-    assert launch.environment(on, Path("x"), {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
-    threads = launch.environment(on, Path("x"), {})["OMP_NUM_THREADS"]
-    assert threads == str(max(1, launch.cores() // 2))
-    assert int(launch.environment(on._replace(nproc=1000), Path("x"), {})["OMP_NUM_THREADS"]) == 1
+    on = launcher.Nodes(2, 1, 0, None, None)
+    assert launcher.environment(on, Path("x"), {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    threads = launcher.environment(on, Path("x"), {})["OMP_NUM_THREADS"]
+    assert threads == str(max(1, launcher.cores() // 2))
+    assert int(launcher.environment(on._replace(nproc=1000), Path("x"), {})["OMP_NUM_THREADS"]) == 1
 
 
 def test_port_in_use_takes_another_on_one_node_and_is_refused_on_several(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,11 +148,11 @@ def test_port_in_use_takes_another_on_one_node_and_is_refused_on_several(capsys:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert launch.free_port(launch.Nodes(1, 1, 0, None, port)).master_port is None
+        assert launcher.free_port(launcher.Nodes(1, 1, 0, None, port)).master_port is None
         assert f"MASTER_PORT={port} is in use" in capsys.readouterr().err
         with pytest.raises(BadInput, match=f"MASTER_PORT={port} is in use"):
-            launch.free_port(launch.Nodes(1, 2, 0, "127.0.0.1", port))
-        assert launch.free_port(launch.Nodes(1, 2, 1, "127.0.0.1", port)).master_port == port  # node 0's, not ours
+            launcher.free_port(launcher.Nodes(1, 2, 0, "127.0.0.1", port))
+        assert launcher.free_port(launcher.Nodes(1, 2, 1, "127.0.0.1", port)).master_port == port  # node 0's, not ours
 
 
 # ---- mechanics, on stand-in ranks
@@ -336,7 +336,7 @@ def test_kill_9_of_the_launcher_leaves_no_process(tmp_path: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A config of a few thousand parameters over a corpus of random ids."""
-    from common.corpus import Writer, write_manifest
+    from common.data.corpus import Writer, write_manifest
 
     ids = np.random.default_rng(0).integers(0, 128, (2, 8, 400))
     for name, documents in zip(("train", "valid"), ids, strict=True):
@@ -608,7 +608,7 @@ def sbatch(slurm: dict[str, str], folder: Path, *words: object) -> str:
     return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def job(slurm: dict[str, str], number: str, field: str) -> str:
+def slurm_field(slurm: dict[str, str], number: str, field: str) -> str:
     env = env_with(**slurm)
     shown = subprocess.run(["scontrol", "show", "job", number], env=env, check=True, capture_output=True, text=True)
     return re.search(rf"\b{field}=(\S*)", shown.stdout)[1]
@@ -626,16 +626,16 @@ def standin_script(folder: Path, *words: object) -> list[object]:
 def test_slurm_runs_a_launch_script_to_the_end(slurm: dict[str, str], config: Path, tmp_path: Path) -> None:
     _, script, *arguments = pretrain("baseline", Path(config.name), Path("out"))
     number = sbatch(slurm, tmp_path, script, *arguments)  # relative paths mean the folder of sbatch
-    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 200)
-    assert job(slurm, number, "JobState") == "COMPLETED", (tmp_path / f"slurm-{number}.out").read_text()
+    wait_for(lambda: slurm_field(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 200)
+    assert slurm_field(slurm, number, "JobState") == "COMPLETED", (tmp_path / f"slurm-{number}.out").read_text()
     assert len(training_lines(tmp_path / "out")) == 4
 
 
 @pytest.mark.slurm
 def test_slurm_passes_a_failure_on(slurm: dict[str, str], tmp_path: Path) -> None:
     number = sbatch(slurm, tmp_path, *standin_script(tmp_path, "code", 3))
-    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
-    assert job(slurm, number, "ExitCode") == "3:0"
+    wait_for(lambda: slurm_field(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
+    assert slurm_field(slurm, number, "ExitCode") == "3:0"
 
 
 @pytest.mark.slurm
@@ -644,12 +644,12 @@ def test_slurm_saves_and_requeues_on_the_signal_before_the_limit(slurm: dict[str
     wait_for_ready(tmp_path)
     time.sleep(61)  # in the first minute it is taken for a mistake
     subprocess.run(["scancel", "--batch", "--signal=TERM", number], env=env_with(**slurm), check=True)
-    wait_for(lambda: job(slurm, number, "JobState") == "PENDING", "the requeued job", 60)
+    wait_for(lambda: slurm_field(slurm, number, "JobState") == "PENDING", "the requeued job", 60)
     assert (tmp_path / "saved").exists()
     # SLURM lets a requeued job wait two minutes
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=env_with(**slurm), check=True)
-    wait_for(lambda: job(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
-    assert (job(slurm, number, "JobState"), job(slurm, number, "Restarts")) == ("COMPLETED", "1")
+    wait_for(lambda: slurm_field(slurm, number, "JobState") in ("COMPLETED", "FAILED"), "the job", 100)
+    assert (slurm_field(slurm, number, "JobState"), slurm_field(slurm, number, "Restarts")) == ("COMPLETED", "1")
 
 
 @pytest.mark.slurm
@@ -659,4 +659,4 @@ def test_slurm_saves_and_does_not_requeue_what_was_cancelled(slurm: dict[str, st
     subprocess.run(["scancel", number], env=env_with(**slurm), check=True)
     wait_for((tmp_path / "saved").exists, "the save", 30)
     time.sleep(5)
-    assert (job(slurm, number, "JobState"), job(slurm, number, "Restarts")) == ("CANCELLED", "0")
+    assert (slurm_field(slurm, number, "JobState"), slurm_field(slurm, number, "Restarts")) == ("CANCELLED", "0")

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, losses
 
-from common import lock
 from common.errors import BadInput
+from common.launch import lock
 
 HOLDER = (
-    "import sys, time; from pathlib import Path; from common import lock; lock.hold(Path(sys.argv[1])); print(1, flush=True)"
+    "import sys, time; from pathlib import Path; from common.launch import lock; "
+    "lock.hold(Path(sys.argv[1])); print(1, flush=True)"
 )
 
 
@@ -68,7 +69,7 @@ def test_many_at_once_are_one_at_a_time(tmp_path: Path) -> None:
     counter, out = tmp_path / "counter", tmp_path / "out"
     counter.write_text("0")
     program = (
-        "import sys, time; from pathlib import Path; from common import lock; from common.errors import BadInput\n"
+        "import sys, time; from pathlib import Path; from common.launch import lock; from common.errors import BadInput\n"
         "done = 0\n"
         "while done < 20:\n"
         "    try:\n"

@@ -298,7 +298,7 @@ def test_the_loss_of_a_large_vocabulary_is_exact():
     """Against fp64; torch's own is 2.5e-6 too low here."""
     import torch
 
-    from common.loss import cross_entropy
+    from common.training.loss import cross_entropy
 
     torch.manual_seed(0)
     logits, targets = torch.randn(64, 50_304) * 3, torch.randint(0, 50_304, (64,))

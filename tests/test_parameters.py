@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import parameters
+from common.checkpoints import parameters
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent

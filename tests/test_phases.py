@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT, case, losses
 
-from common import config, optim, run
+from common import config, preflight
+from common.training import optim
 from recipes.gpt import task
 
 PHASES = [
@@ -31,10 +32,10 @@ def test_each_step_has_its_phase(cfg):
 
 
 def test_no_sample_comes_twice_or_is_left_out(cfg):
-    job = run.Run(cfg, cfg, "baseline", None, None, None, None, None, {}, None, [])
-    numbers = [number for step in range(1, 11) for number in job.samples(step)]
+    run = preflight.Run(cfg, cfg, "baseline", None, None, None, None, None, {}, None, [])
+    numbers = [number for step in range(1, 11) for number in run.samples(step)]
     assert numbers == list(range(4 * 8 + 4 * 4 + 2 * 8))
-    assert len(job.samples(11)) == 8  # train.steps of the last phase may grow
+    assert len(run.samples(11)) == 8  # train.steps of the last phase may grow
 
 
 def test_a_schedule_may_go_on_or_begin_anew(cfg):

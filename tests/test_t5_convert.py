@@ -13,7 +13,8 @@ from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from common import config, mcore
+from common import config
+from common.stacks import mcore
 from recipes.t5 import convert, task
 from scripts import heldout
 

@@ -18,9 +18,11 @@ from conftest import ROOT, case, losses
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 
-from common import config, init, tokenizer
+from common import config
+from common.data import tokenizer
 from common.errors import BadInput
 from common.evaluation import glue, hub, text
+from common.training import init
 from recipes.t5 import finetune, task
 from tests import plain_t5_finetune
 from tests.plain_t5 import clear_of_kinks
@@ -228,17 +230,18 @@ def test_a_run_without_progress_ends_early_and_stays_ended(runs):
 
 STOPPED = """\
 import os, signal
-from common import finetune, ranks as processes
+from common.launch import processes
+from common.training import finetuning
 
 def main(argv):
     ranks = processes.start()
-    tell = finetune.progress(100, 10, ranks)
+    tell = finetuning.progress(100, 10, ranks)
     assert not tell(0)
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     assert tell(1) == (ranks.rank == 1)
     try:
-        finetune.end_if_asked(ranks, 7)
+        finetuning.end_if_asked(ranks, 7)
     except processes.Stopped as stopped:
         print(f"{ranks.rank}: {stopped.code}: {stopped}", file=open(f"{argv[0]}/{ranks.rank}", "w"))
 
@@ -425,7 +428,7 @@ def test_who_writes_the_targets_ids_has_an_exact_match(source: Path, configs, tm
     """Two blanks become one, and T5 cannot write `<`: both in the targets, the latter counted."""
     from transformers import AutoTokenizer
 
-    from common.ranks import Ranks
+    from common.launch.processes import Ranks
 
     rows = [{"input": f"list col{i}", "target": f"SELECT  col{i} FROM table WHERE col{i} {'<' if i % 4 else 'is'} {i}"}
             for i in range(40)]  # fmt: skip

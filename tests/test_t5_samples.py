@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import config, tokenizer
-from common.corpus import Writer, write_manifest
+from common import config
+from common.data import tokenizer
+from common.data.corpus import Writer, write_manifest
 from common.errors import BadInput
 from recipes.t5 import samples, task
 

@@ -1,4 +1,4 @@
-"""common/tokenizer.py: the right ids, the same ids in every form, and loud failure instead of others."""
+"""common/data/tokenizer.py: the right ids, the same ids in every form, and loud failure instead of others."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import tokenizer as tokenizers
+from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,8 +263,8 @@ def test_trained_wordpiece(wordpiece, shakespeare):
 
 def test_training_wordpiece_is_the_same_in_every_process():
     code = (
-        "from common import tokenizer\n"
-        "lines = open('common/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
+        "from common.data import tokenizer\n"
+        "lines = open('common/data/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
         "t = tokenizer.train_wordpiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1", "2")
@@ -382,8 +382,8 @@ def test_trained_sentencepiece(sentencepiece, shakespeare):
 
 def test_training_sentencepiece_is_the_same_in_every_process():
     code = (
-        "from common import tokenizer\n"
-        "lines = open('common/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
+        "from common.data import tokenizer\n"
+        "lines = open('common/data/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
         "t = tokenizer.train_sentencepiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1")
@@ -530,7 +530,7 @@ def damage(draw: random.Random, path: Path) -> None:
 
 def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
     """Read damaged copies as we do and as the readers of exports do: what is refused is told in one line, the rest works."""
-    from common.pretrained import load_tokenizer
+    from common.huggingface.pretrained import load_tokenizer
 
     told: Counter[str] = Counter()
     for number in numbers:

@@ -8,27 +8,28 @@ REPLICATED: before a save, the parameters that tensor parallelism does not split
 import torch
 import torch.distributed as dist
 
-from common import checkpoint, mcore, state, zero
-from common.ranks import Ranks
+from common.checkpoints import checkpoint, state
+from common.launch.processes import Ranks
+from common.stacks import mcore, zero
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 
 
 def install() -> None:
     """Wrap the doors; the recipes call them through their modules."""
-    fill_torch, fill_zero, fill_mcore = state.fill_torch, zero.fill, mcore.fill
-    read_mcore = mcore.read
+    load_torch_state, fill_zero, fill_mcore = state.load_torch_state, zero.load_state, mcore.load_state
+    read_mcore = mcore.gather_state
 
     def torch_door(named, optimizer, values, step):
         named = list(named)
-        fill_torch(named, optimizer, values, step)
-        _compare(state.read_torch(named, optimizer, ALONE), values, _all_equal(named, values))
+        load_torch_state(named, optimizer, values, step)
+        _compare(state.gather_torch_state(named, optimizer, ALONE), values, _all_equal(named, values))
 
     def zero_door(engine, shapes, values, step):
         fill_zero(engine, shapes, values, step)
         if engine.zero_optimization_stage():
             shards = zero.shards_of(values, shapes)
-            _compare(zero.read(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
+            _compare(zero.gather_state(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
 
     def mcore_door(model, optimizer, rules, shapes, values, step):
         fill_mcore(model, optimizer, rules, shapes, values, step)
@@ -43,7 +44,12 @@ def install() -> None:
         _replicated(model)
         return read_mcore(model, optimizer, rules)
 
-    state.fill_torch, zero.fill, mcore.fill, mcore.read = torch_door, zero_door, mcore_door, watched_read
+    state.load_torch_state, zero.load_state, mcore.load_state, mcore.gather_state = (
+        torch_door,
+        zero_door,
+        mcore_door,
+        watched_read,
+    )
 
 
 def _all_equal(named, values) -> int:

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.data.texts import json_lines
 from common.errors import BadInput
-from common.loss import cross_entropy
-from common.ranks import Ranks
-from common.texts import json_lines
+from common.launch.processes import Ranks
+from common.training.loss import cross_entropy
 
 WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
 OVERLAP = 32  # tokens that Megatron's window moves by

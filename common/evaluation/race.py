@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.data.texts import read_text
 from common.errors import BadInput
 from common.evaluation import hub
-from common.texts import read_text
 
 HUB = "ehovy/race"
 LEVELS = ("middle", "high")

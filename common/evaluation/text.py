@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.corpus import fingerprint
+from common.data.corpus import fingerprint
+from common.data.texts import json_lines, read_text
 from common.errors import BadInput
 from common.evaluation import glue, hub, squad
-from common.ranks import Ranks
-from common.texts import json_lines, read_text
+from common.launch.processes import Ranks
 
 DEV = ("val", "valid", "validation", "dev")
 

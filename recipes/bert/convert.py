@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from common import interchange
 from common.errors import exit_cleanly
-from common.rules import Rule, Rules
+from common.huggingface import interchange
+from common.stacks.parameter_map import Rule, Rules
 
 from . import finetune, task
 

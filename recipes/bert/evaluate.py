@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from common import config, hf_folder
+from common import config
 from common.errors import BadInput
-from common.ranks import Ranks
-from common.run import read_object
+from common.huggingface import hf_folder
+from common.launch.processes import Ranks
+from common.preflight import read_object
 
 from . import finetune, kinds
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, finetune, hf_folder, init
+from common import config
 from common.config import FilePath, NonEmpty, Positive, Section, Share
+from common.data import batches
 from common.errors import BadInput
 from common.evaluation import glue
-from common.run import read_object
+from common.huggingface import hf_folder
+from common.preflight import read_object
+from common.training import finetuning, init
 
 from . import kinds, samples, task
 from .task import (  # noqa: F401 (what stays as it is)
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from common.log import Log
-    from common.run import Run
+    from common.preflight import Run
+    from common.training.log import Log
 
 
 class Model(task.Model):
@@ -120,13 +123,13 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, task.model_of, MODEL_TYPES, {"pair_head", "dropout", "init_std"})
+        return finetuning.with_shapes(values, task.model_of, MODEL_TYPES, {"pair_head", "dropout", "init_std"})
 
 
 def stream(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:
     """The examples of a split, tokenized. BadInput for a task, a file, a label or a tokenizer that does not do."""
-    from common import tokenizer as tokenizers
-    from common.run import find
+    from common.data import tokenizer as tokenizers
+    from common.preflight import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
@@ -320,7 +323,7 @@ def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
 # ---- batch and loss --------------------------------------------------------------------------------------------------
 
 
-def batch(rows: batches.Rows, device: str | torch.device) -> dict[str, torch.Tensor]:
+def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of a kind -> the same as tensors, and attention_mask (B x C, T) bool in place of lengths."""
     import torch
 
@@ -342,7 +345,7 @@ def logits_of(output: Any) -> torch.Tensor:
     return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
 
 
-def judge(run: Run, selection: finetune.Selection, log: Log, step: int, found: finetune.Predictions) -> bool:
+def judge(run: Run, selection: finetuning.Selection, log: Log, step: int, found: finetuning.Predictions) -> bool:
     """Score an evaluation, alike on every rank, and tell it; is it the best so far?"""
     loss, predictions = found.read()
     values = run.valid.metrics(predictions)
@@ -351,5 +354,5 @@ def judge(run: Run, selection: finetune.Selection, log: Log, step: int, found: f
     if best and log.first:
         n = len(predictions)
         files, counts = run.valid.files(predictions), run.valid.counts(n)
-        finetune.write_results(run, selection, values, run.valid.scored(n), files, counts)
+        finetuning.write_results(run, selection, values, run.valid.scored(n), files, counts)
     return best

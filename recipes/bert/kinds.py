@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common import batches, examples
+from common.data import batches, examples
 from common.errors import BadInput
 from common.evaluation import glue, labelled, metrics, race, squad, tagging
-from common.run import find
+from common.preflight import find
 
 from .samples import Special
 
 if TYPE_CHECKING:
     import torch
 
-    from common.tokenizer import Tokenizer
+    from common.data.tokenizer import Tokenizer
 
     from . import finetune
 
@@ -85,7 +85,7 @@ class Kind(examples.Examples):
         """Numbers that one prediction takes."""
         return 1
 
-    def lay_out(self, pieces: Sequence[Sequence[list[int]]]) -> batches.Rows:
+    def lay_out(self, pieces: Sequence[Sequence[list[int]]]) -> batches.MicroBatch:
         """Ids of one text or two a sequence -> tokens, token_types (B x C, T) int64, lengths (B x C,) int64: [CLS] first [SEP],
         or [CLS] first [SEP] second [SEP]. T: the longest rounded up; seq_len where all batches must have one length."""
         lengths = np.array([sum(map(len, piece)) + len(piece) + 1 for piece in pieces])
@@ -102,7 +102,7 @@ class Kind(examples.Examples):
         return {"tokens": tokens, "token_types": types, "lengths": lengths}
 
     @staticmethod
-    def of_examples(places: np.ndarray) -> batches.Rows:
+    def of_examples(places: np.ndarray) -> batches.MicroBatch:
         """example_mask (B,) bool: counts; places (B,) int64: in the split."""
         return {"example_mask": np.ones(len(places), bool), "places": places}
 
@@ -192,7 +192,7 @@ class Text(Kind):
     def read(cls, reader: Reader) -> glue.Examples:
         return glue.read(reader.cfg.task.name, reader.folder, reader.split)
 
-    def rows(self, numbers: Any) -> batches.Rows:
+    def rows(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64, or float32 of scores; loss_mask (B,) bool."""
         places = self.locate(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
@@ -279,7 +279,7 @@ class Choice(Kind):
         self.pieces, self.labels, self.high = pieces, found.labels[keep], found.high[keep]
         return self
 
-    def rows(self, numbers: Any) -> batches.Rows:
+    def rows(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64; loss_mask (B,) bool."""
         places = self.locate(numbers)
         made = self.lay_out([piece for i in places.tolist() for piece in self.pieces[i]])
@@ -352,7 +352,7 @@ class Token(Kind):
     def width(cls, cfg: finetune.Config) -> int:
         return cfg.data.seq_len
 
-    def rows(self, numbers: Any) -> batches.Rows:
+    def rows(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, T) int64; loss_mask (B, T) bool: the first pieces of words."""
         places = self.locate(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
@@ -448,7 +448,7 @@ class Span(Kind):
     def width(cls, cfg: finetune.Config) -> int:
         return 4
 
-    def rows(self, numbers: Any) -> batches.Rows:
+    def rows(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, 2) int64: first and last token of the answer; loss_mask (B,) bool; begins, ends (B, T) bool:
         where an answer may begin and end."""
         places = self.locate(numbers)

@@ -1,7 +1,7 @@
 """BERT's samples: which sentences make up one, which of its tokens are hidden. Each is a function of (seed, number) alone.
 
 A corpus is cut once into chunks, runs of whole sentences that fill a sample; a pass over the data visits each chunk once,
-in the order of common/corpus.py. What is drawn for a sample (its length, where its pair is cut, whether the second segment
+in the order of common/data/corpus.py. What is drawn for a sample (its length, where its pair is cut, whether the second segment
 is a stranger or the two are swapped, what is masked) is drawn anew each time it comes (dynamic masking: RoBERTa,
 arXiv:1907.11692, section 4.1).
 
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.corpus import Blend, Corpus, Order
+from common.data.corpus import Blend, Corpus, Order
+from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
-from common.init import hashed
-from common.tokenizer import Tokenizer
+from common.training.init import hashed
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # words of one masked piece, at most
 RUN = 64  # without pairs: documents are laid end to end in runs of about so many samples

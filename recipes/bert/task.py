@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common import batches, config
+from common import config
 from common.config import Layers, Positive, Section, Share
+from common.data import batches
 from common.errors import BadInput
-from common.loss import cross_entropy
+from common.training.loss import cross_entropy
 
 from . import samples
 
@@ -89,7 +90,7 @@ class Model(Section):
         )
 
     def memory_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/memory.py needs to know of a resolved model's layers."""
+        """What common/planning/memory.py needs to know of a resolved model's layers."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
 
     def parameters(self) -> int:
@@ -120,9 +121,9 @@ class Config(config.Config):
 
 def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
-    from common import tokenizer
-    from common.corpus import Corpus
-    from common.run import find, first_prefix
+    from common.data import tokenizer
+    from common.data.corpus import Corpus
+    from common.preflight import find, first_prefix
 
     corpus = Corpus(first_prefix(data))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
@@ -210,12 +211,12 @@ def parts(cfg: Config) -> tuple[str, ...]:
     return ("mlm",) if cfg.objective.pair == "none" else ("mlm", cfg.objective.pair)
 
 
-def counts(rows: list[batches.Rows]) -> list[int]:
+def counts(rows: list[batches.MicroBatch]) -> list[int]:
     """Targets of each part of the loss in these micro batches."""
     return [batches.targets(rows, mask) for mask in ("mlm_mask", "pair_mask") if mask in rows[0]]
 
 
-def batch(rows: batches.Rows, device: str | torch.device) -> dict[str, torch.Tensor]:
+def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of the corpus -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) places in the flat batch,
     labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
     import torch
@@ -287,7 +288,7 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
 _BY_DROPOUT = "model.dropout is the config's own"
 _ID = "which ids are special is known by the tokenizer"

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import model_validator
 
-from common import config, examples, export, finetune, pretrained
+from common import config
 from common.config import Count, FilePath, Positive, Section
-from common.corpus import write_json
+from common.data import examples
+from common.data.corpus import write_json
 from common.errors import BadInput
-from common.lora import Lora
-from common.ranks import Ranks
+from common.huggingface import export, pretrained
+from common.launch.processes import Ranks
+from common.training import finetuning
+from common.training.lora import Lora
 
 from . import samples, task
 from .task import (  # noqa: F401 (what stays as it is)
@@ -52,8 +55,8 @@ from .task import (  # noqa: F401 (what stays as it is)
 )
 
 if TYPE_CHECKING:
-    from common.log import Log
-    from common.run import Run
+    from common.preflight import Run
+    from common.training.log import Log
 
 
 class Model(task.Model):
@@ -106,7 +109,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, model_of, MODEL_TYPES, {"dropout", "init_std"})
+        return finetuning.with_shapes(values, model_of, MODEL_TYPES, {"dropout", "init_std"})
 
 
 def linear_layers(model: Model) -> tuple[str, ...]:
@@ -127,8 +130,8 @@ def weights_are_transposed(model: Model) -> bool:
 def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
     that does not do."""
-    from common import tokenizer as tokenizers
-    from common.run import find
+    from common.data import tokenizer as tokenizers
+    from common.preflight import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
@@ -214,36 +217,36 @@ def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: st
 # ---- evaluation and export -------------------------------------------------------------------------------------------
 
 
-def is_best(job: Run, selection: finetune.Selection, log: Log, step: int, loss: float, targets: int) -> bool:
+def is_best(run: Run, selection: finetuning.Selection, log: Log, step: int, loss: float, targets: int) -> bool:
     """Enter an evaluation's mean loss over its targets; log it, and write eval.json if it is the best so far."""
     log.valid(step, loss, targets)
     best = selection.enter(step, loss)
     if best and log.first:
         values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        finetune.write_results(job, selection, values, targets, {})
+        finetuning.write_results(run, selection, values, targets, {})
     return best
 
 
-def keep_template(job: Run) -> None:
+def keep_template(run: Run) -> None:
     """Rank 0, after run.begin: what the export has beside the tokenizer. The chat template that the run learns, and in
     generation_config.json the ids that end what is written: those of the folder it begins from, and of the answers learnt."""
-    from common import tokenizer as tokenizers
-    from common.run import find
+    from common.data import tokenizer as tokenizers
+    from common.preflight import find
 
-    folder = job.out / "tokenizer"
+    folder = run.out / "tokenizer"
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
-    if job.cfg.task.name == "sft":
+    if run.cfg.task.name == "sft":
         values = json.loads(path.read_text(encoding="utf-8"))
         values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    tokenizer, start = tokenizers.load(folder), find(job.cfg.init.from_)
-    kept = pretrained.generation_config(start) if start == Path(job.tokenizer) else {}  # else its ids are others
+    tokenizer, start = tokenizers.load(folder), find(run.cfg.init.from_)
+    kept = pretrained.generation_config(start) if start == Path(run.tokenizer) else {}  # else its ids are others
     ends = {tokenizer.eod_id} - {None} | set(kept.get("eos_token_id", []))
-    if job.cfg.task.name == "sft":
-        last = job.train.counted & ~np.append(job.train.counted[1:], False)  # of each answer
-        ends |= set(job.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
+    if run.cfg.task.name == "sft":
+        last = run.train.counted & ~np.append(run.train.counted[1:], False)  # of each answer
+        ends |= set(run.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
     if ends:
         write_json(folder / "generation_config.json", kept | {"eos_token_id": sorted(ends)})
 
@@ -261,7 +264,7 @@ class Question(NamedTuple):
 def questions(cfg: Config, template: samples.Template) -> list[Question]:
     """The first task.answers conversations of valid, to the last answer of each. Left out are those that training leaves out,
     that leave the model no room for an answer, and whose beginning the template does not write alone."""
-    from common.run import find
+    from common.preflight import find
 
     d, found = cfg.data, []
     there = samples.read("sft", cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=False)
@@ -288,7 +291,7 @@ def answer(run: Run, ranks: Ranks) -> None:
     import torch.distributed as dist
     import transformers
 
-    from common import tokenizer as tokenizers
+    from common.data import tokenizer as tokenizers
 
     t, folder, path = run.cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
     if t.name != "sft" or not t.answers or not run.is_last_phase:
@@ -303,7 +306,7 @@ def answer(run: Run, ranks: Ranks) -> None:
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     stops = pretrained.write_plainly(net)
     written = torch.zeros(len(asked), t.answer_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
-    tell = finetune.progress(len(asked), 1, ranks)
+    tell = finetuning.progress(len(asked), 1, ranks)
     for number in range(ranks.rank, len(asked), ranks.world):
         if tell(number):
             break
@@ -316,7 +319,7 @@ def answer(run: Run, ranks: Ranks) -> None:
         )[0, ids.shape[1] :]  # fmt: skip
         written[number, : len(made)] = made + 1
     dist.all_reduce(written)  # each row and zeros: exact
-    finetune.end_if_asked(ranks, step)
+    finetuning.end_if_asked(ranks, step)
     if ranks.rank == 0:
         said = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
         lines = [

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from common import config
 from common.config import Layers, Positive, Section, Share
-from common.corpus import Stream
-from common.loss import cross_entropy
+from common.data.corpus import Stream
+from common.training.loss import cross_entropy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,7 @@ class Model(Section):
         )
 
     def memory_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/memory.py needs to know of a resolved model's layers."""
+        """What common/planning/memory.py needs to know of a resolved model's layers."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
 
@@ -134,8 +134,8 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> Stream:
 
 def _eod_id(given: str) -> int | None:
     """Of data.tokenizer: corpora of Megatron's own tool have no manifest that names theirs."""
-    from common import tokenizer
-    from common.run import find
+    from common.data import tokenizer
+    from common.preflight import find
 
     return tokenizer.load(find(given) if find(given).is_dir() else given).eod_id
 
@@ -264,7 +264,7 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
 _BY_DROPOUT = "model.dropout is the config's own"
 _ID = "which ids are special is known by the tokenizer"

@@ -14,13 +14,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from common import batches, config, examples, export, finetune, pretrained
+from common import config
 from common.config import FilePath, Positive, Section, Share
-from common.corpus import write_json
+from common.data import batches, examples
+from common.data.corpus import write_json
 from common.errors import BadInput
 from common.evaluation import metrics, text
-from common.ranks import Ranks
-from common.run import Run, data_notes
+from common.huggingface import export, pretrained
+from common.launch.processes import Ranks
+from common.preflight import Run, data_notes
+from common.training import finetuning
 
 from . import task
 from .task import (  # noqa: F401 (what stays as it is)
@@ -92,7 +95,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetune.with_shapes(values, task.model_of, MODEL_TYPES, {"dropout"})
+        return finetuning.with_shapes(values, task.model_of, MODEL_TYPES, {"dropout"})
 
 
 def model_of(config: dict[str, Any]) -> Model:
@@ -114,7 +117,7 @@ class Samples(examples.Examples):
         (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
         self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
 
-    def rows(self, numbers: Any) -> batches.Rows:
+    def rows(self, numbers: Any) -> batches.MicroBatch:
         """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
         bool, lengths (B,), tokens of both. T and S: the longest of these rounded up."""
         places = self.locate(numbers).tolist()
@@ -143,8 +146,8 @@ AT_ONCE = 10_000  # texts that are tokenized at once
 
 def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
     """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that does not do."""
-    from common import tokenizer as tokenizers
-    from common.run import find
+    from common.data import tokenizer as tokenizers
+    from common.preflight import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
@@ -183,7 +186,7 @@ def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
 
 
 def read(cfg: Config, split: str) -> text.Examples:
-    from common.run import find
+    from common.preflight import find
 
     t = cfg.task
     return text.read(t.name, find(t.data) if t.data else None, split, t.prefix, t.source, t.target)
@@ -218,9 +221,9 @@ def score(run: Run, ranks: Ranks) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     pretrained.write_plainly(net)
-    tell = finetune.progress(len(found.inputs), t.write_batch, ranks)
+    tell = finetuning.progress(len(found.inputs), t.write_batch, ranks)
     written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
-    finetune.end_if_asked(ranks, step)
+    finetuning.end_if_asked(ranks, step)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
         files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, found)

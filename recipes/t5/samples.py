@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from common.corpus import Blend, Corpus, Order
+from common.data.corpus import Blend, Corpus, Order
 from common.errors import BadInput
-from common.init import hashed
+from common.training.init import hashed
 
 
 def counts_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int]:

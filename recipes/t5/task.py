@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common import batches, config
+from common import config
 from common.config import Layers, Positive, Section, Share
+from common.data import batches
 from common.errors import BadInput
-from common.loss import cross_entropy
+from common.training.loss import cross_entropy
 
 from . import samples
 
@@ -102,7 +103,7 @@ class Model(Section):
         return self.arch == "t5_v1_1"
 
     def memory_shapes(self, data: Data) -> dict[str, Any]:
-        """What common/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
+        """What common/planning/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
         decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
         return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
                 "gated": self.gated, "tied": not self.gated, "predicted": data.target_len / data.seq_len}  # fmt: skip
@@ -145,9 +146,9 @@ class Config(config.Config):
 
 def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
-    from common import tokenizer
-    from common.corpus import Corpus
-    from common.run import find, first_prefix
+    from common.data import tokenizer
+    from common.data.corpus import Corpus
+    from common.preflight import find, first_prefix
 
     corpus = Corpus(first_prefix(data))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
@@ -228,7 +229,7 @@ def decays(name: str) -> bool:
     return "layer_norm" not in name
 
 
-def batch(rows: batches.Rows, device: str | torch.device) -> dict[str, torch.Tensor]:
+def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of the corpus -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets moved right by one behind the
     padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
     import torch
@@ -289,7 +290,7 @@ def card(model: Model) -> dict[str, Any]:
     return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/hf_folder.py): torch-free
+# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
 HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "dropout_rate": "model.dropout is the config's own", "classifier_dropout": "of T5ForSequenceClassification's head",

@@ -6,7 +6,7 @@ bash recipes/bert/baseline/finetune.sh recipes/bert/configs/finetune_mrpc.yaml o
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, finetune, init, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.training import finetuning, init, optim
+from common.training.log import Log
 
 from .. import finetune as task
 from .. import kinds
@@ -26,8 +29,8 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
     kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
 
     # ---- data
-    def loss_of(rows: batches.Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(rows: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of one micro batch, and predictions (B, width)."""
         batch = task.batch(rows, ranks.device)
         logits = task.logits_of(model(**task.inputs(batch)))
@@ -59,28 +62,28 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        found = finetune.Predictions(job, ranks, kind.width(cfg))
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+        found = finetuning.Predictions(run, ranks, kind.width(cfg))
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
             found.add(rows, *loss_of(rows))
         found.gather()
         model.train()
-        return task.judge(job, selection, log, step, found)
+        return task.judge(run, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(out, entries, shapes, state.meta(job, step), keep)
+        entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(out, entries, shapes, state.meta(run, step), keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    state.fill(net, optimizer, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
+        preflight.begin(run)
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, kinds.selected_by(cfg.task))
 
     # ---- loop
     model.train()
-    upcoming = batches.ahead(job, step, ranks.rank)
+    prefetched = batches.prefetch(run, step, ranks.rank)
     while step < cfg.train.steps and not selection.is_over:
         step += 1
         log.begin_step()
@@ -88,7 +91,7 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         counts = [batches.targets(rows), batches.tokens(rows)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -100,27 +103,27 @@ def main(argv: list[str]) -> None:
                 # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
             loss += micro_loss.detach() / targets
-        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
-            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+            save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
         last = last or selection.is_over
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
-            save(job.out, step, cfg.train.keep)
+            save(run.out, step, cfg.train.keep)
         if stop and not last:
             raise processes.stopped(stop, step)
 
     # ---- export
     log.close()
-    finetune.finish(job, task, ranks)
+    finetuning.finish(run, task, ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ bash recipes/bert/baseline/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_b
 
 from contextlib import nullcontext
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, export, init, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.training import init, optim
+from common.training.log import Log
 
 from .. import task
 
@@ -24,8 +28,8 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -48,7 +52,7 @@ def main(argv: list[str]) -> None:
     # ---- data
     zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
-    def sums_of(rows: batches.Rows) -> torch.Tensor:
+    def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
         batch = task.batch(rows, ranks.device)
         mlm, pairs = model(**task.inputs(batch))  # (N, V), (B, 2)
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         model.eval()
         sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
             sums += sums_of(rows)
             counts += torch.tensor(task.counts([rows]), device=ranks.device)
         dist.all_reduce(sums)
@@ -68,20 +72,20 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(job.out, entries, shapes, state.meta(job, step), cfg.train.keep)
+        entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(run.out, entries, shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    state.fill(net, optimizer, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     model.train()
-    upcoming = batches.ahead(job, step, ranks.rank)
+    prefetched = batches.prefetch(run, step, ranks.rank)
     while step < cfg.train.steps:
         step += 1
         log.begin_step()
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         # of the global batch: targets of each part of the loss, and tokens
         *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], device=ranks.device)
         targets = torch.tensor(targets, device=ranks.device)  # (P,)
@@ -102,18 +106,18 @@ def main(argv: list[str]) -> None:
                 # data parallelism averages gradients over the ranks: x dp makes it their sum (law 5)
                 accelerator.backward((sums[0] / targets).sum() * layout.dp)
             means += sums.detach() / targets
-        values, stop = processes.agree(means.flatten(), ranks, step, job.samples(step))
+        values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
         loss, parts = task.told(cfg, values)
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         log.step(step, loss, grad_norm, lr, tokens, **parts)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -122,7 +126,7 @@ def main(argv: list[str]) -> None:
 
     # ---- export
     log.close()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

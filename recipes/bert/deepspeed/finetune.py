@@ -5,7 +5,7 @@ bash recipes/bert/deepspeed/finetune.sh recipes/bert/configs/finetune_mrpc.yaml 
 
 from pathlib import Path
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -14,8 +14,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, finetune, optim, parameters, run, state, zero
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.stacks import zero
+from common.training import finetuning, optim
+from common.training.log import Log
 
 from .. import finetune as task
 from .. import kinds
@@ -26,8 +30,8 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
     kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
@@ -35,7 +39,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(rows: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of one micro batch, and predictions (B, width)."""
         batch = task.batch(rows, ranks.device)
         logits = task.logits_of(engine(**task.inputs(batch)))
@@ -56,28 +60,28 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         engine.eval()
-        found = finetune.Predictions(job, ranks, kind.width(cfg))
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
+        found = finetuning.Predictions(run, ranks, kind.width(cfg))
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             found.add(rows, *loss_of(rows))
-        found.totals *= tells
+        found.totals *= reports
         found.gather()
         engine.train()
-        return task.judge(job, selection, log, step, found)
+        return task.judge(run, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.read(engine, ranks, shapes), shapes, state.meta(job, step), keep)
+        checkpoint.save(out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    zero.fill(engine, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
+        preflight.begin(run)
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, kinds.selected_by(cfg.task))
 
     # ---- loop
     engine.train()
-    upcoming = batches.ahead(job, step, dp_rank)
+    prefetched = batches.prefetch(run, step, dp_rank)
     while step < cfg.train.steps and not selection.is_over:
         step += 1
         log.begin_step()
@@ -85,8 +89,8 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(upcoming)
-        counts = [batches.targets(rows) * tells, batches.tokens(rows) * tells]
+        rows = next(prefetched)
+        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
@@ -97,27 +101,27 @@ def main(argv: list[str]) -> None:
             loss += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.agree(loss[None] * tells, ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
-            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+            save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
         last = last or selection.is_over
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
-            save(job.out, step, cfg.train.keep)
+            save(run.out, step, cfg.train.keep)
         if stop and not last:
             raise processes.stopped(stop, step)
 
     # ---- export
     log.close()
     engine.destroy()
-    finetune.finish(job, task, ranks)
+    finetuning.finish(run, task, ranks)
 
 
 if __name__ == "__main__":

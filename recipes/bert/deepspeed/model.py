@@ -7,15 +7,18 @@ import deepspeed
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from common import init, zero
 from common.config import Config
+from common.stacks import zero
+from common.training import init
 
 from .. import task
 
 
 def build(cfg: Config, ds_config: dict[str, Any], task: ModuleType = task) -> PreTrainedModel:
-    """The model of a task module, with memory but without values: zero.fill gives them. Stage 3: each parameter is split as it
-    is made."""
+    """The model of a task module, with memory but without values: zero.load_state gives them.
+
+    Stage 3: each parameter is split as it is made.
+    """
     if cfg.deepspeed.zero_stage == 3:
         # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
         with deepspeed.zero.Init(config_dict_or_path=ds_config):

@@ -3,7 +3,7 @@
 bash recipes/bert/deepspeed/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert deepspeed.zero_stage=2
 """
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -12,8 +12,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, export, optim, parameters, run, state, zero
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.stacks import zero
+from common.training import optim
+from common.training.log import Log
 
 from .. import task
 from . import model as zero_model
@@ -23,15 +28,15 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> None:
     # ---- data
     zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
-    def sums_of(rows: batches.Rows) -> torch.Tensor:
+    def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
         batch = task.batch(rows, ranks.device)
         mlm, pairs = engine(**task.inputs(batch))  # (N, V), (B, 2)
@@ -54,9 +59,9 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         engine.eval()
         sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
-            sums += sums_of(rows) * tells
-            counts += torch.tensor(task.counts([rows]), device=ranks.device) * tells
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            sums += sums_of(rows) * reports
+            counts += torch.tensor(task.counts([rows]), device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
@@ -64,19 +69,19 @@ def main(argv: list[str]) -> None:
         engine.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, zero.read(engine, ranks, shapes), shapes, state.meta(job, step), cfg.train.keep)
+        checkpoint.save(run.out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    zero.fill(engine, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     engine.train()
-    upcoming = batches.ahead(job, step, dp_rank)
+    prefetched = batches.prefetch(run, step, dp_rank)
     while step < cfg.train.steps:
         step += 1
         log.begin_step()
@@ -84,9 +89,9 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         # of the global batch: targets of each part of the loss, and tokens
-        counts = [count * tells for count in (*task.counts(rows), batches.tokens(rows))]
+        counts = [count * reports for count in (*task.counts(rows), batches.tokens(rows))]
         *targets, tokens = processes.totals(counts, device=ranks.device)
         targets = torch.tensor(targets, device=ranks.device)  # (P,)
         means = zeros.clone()
@@ -98,17 +103,17 @@ def main(argv: list[str]) -> None:
             means += sums.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        values, stop = processes.agree(means.flatten() * tells, ranks, step, job.samples(step))
+        values, stop = processes.reduce_step(means.flatten() * reports, ranks, step, run.samples(step))
         loss, parts = task.told(cfg, values)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens, **parts)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -118,7 +123,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     engine.destroy()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ bash recipes/bert/megatron/finetune.sh recipes/bert/configs/finetune_mrpc.yaml o
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -16,8 +16,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from common import batches, checkpoint, finetune, mcore, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.stacks import mcore
+from common.training import finetuning, optim
+from common.training.log import Log
 
 from .. import convert, kinds
 from .. import finetune as task
@@ -28,8 +32,8 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
-    cfg, layout = job.cfg, job.layout
+    run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
+    cfg, layout = run.cfg, run.layout
     kind = cfg.model.does  # of the task: its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> None:
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica tells the loss: the last stage's first tp rank
-    tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build_headed(cfg, layout)
@@ -52,7 +56,9 @@ def main(argv: list[str]) -> None:
     zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
     schedule = get_forward_backward_func()  # with or without pipeline
 
-    def forward(micro_batches: Iterator[tuple[int, batches.Rows]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    def forward(
+        micro_batches: Iterator[tuple[int, batches.MicroBatch]], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, rows = next(micro_batches)
         mcore.begin_micro_batch(seed)
@@ -69,7 +75,7 @@ def main(argv: list[str]) -> None:
 
         return output, loss_of
 
-    def run_schedule(micro_batches: list[tuple[int, batches.Rows]], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    def run_schedule(micro_batches: list[tuple[int, batches.MicroBatch]], forward_only: bool) -> list[dict[str, torch.Tensor]]:
         """Loss and predictions of each micro batch; none on ranks that do not tell them."""
         with mcore.device_names(ranks):
             told = schedule(
@@ -77,41 +83,41 @@ def main(argv: list[str]) -> None:
                 num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len,
                 micro_batch_size=layout.micro_batch * kind.sequences, forward_only=forward_only,
             )  # fmt: skip
-        return told if tells else []
+        return told if reports else []
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
-        found = finetune.Predictions(job, ranks, kind.width(cfg))
+        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        found = finetuning.Predictions(run, ranks, kind.width(cfg))
         for micro_rows, told in zip(rows, run_schedule([(0, r) for r in rows], forward_only=True), strict=False):
             found.add(micro_rows, told["loss"], told["predictions"])
         found.gather()
         model.train()
-        return task.judge(job, selection, log, step, found)
+        return task.judge(run, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, mcore.read(model, optimizer, rules), shapes, state.meta(job, step), keep)
+        checkpoint.save(out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    mcore.fill(model, optimizer, rules, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, kinds.selected_by(cfg.task))
+        preflight.begin(run)
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, kinds.selected_by(cfg.task))
 
     # ---- loop
     model.train()
-    upcoming = batches.ahead(job, step, dp_rank)
+    prefetched = batches.prefetch(run, step, dp_rank)
     while step < cfg.train.steps and not selection.is_over:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         counts = [batches.targets(rows), batches.tokens(rows)]
         targets, tokens = processes.totals(counts, dp_group, ranks.device)  # of the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
@@ -120,24 +126,24 @@ def main(argv: list[str]) -> None:
         # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
         told = run_schedule(list(zip(seeds, rows, strict=True)), forward_only=False)
         loss = sum((t["loss"].double() for t in told), zero) / targets
-        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
-            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+            save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
         last = last or selection.is_over
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
-            save(job.out, step, cfg.train.keep)
+            save(run.out, step, cfg.train.keep)
         if stop and not last:
             raise processes.stopped(stop, step)
 
     # ---- export
     log.close()
-    finetune.finish(job, task, ranks)
+    finetuning.finish(run, task, ranks)
 
 
 if __name__ == "__main__":

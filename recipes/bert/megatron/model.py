@@ -13,8 +13,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common import mcore
 from common.config import Layout
+from common.stacks import mcore
 
 from .. import finetune, task
 from ..kinds import Kind
@@ -114,7 +114,7 @@ def layer_spec(cfg: task.Config, config: TransformerConfig) -> ModuleSpec:
 
 
 def build(cfg: task.Config, layout: Layout) -> Bert:
-    """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
+    """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
     return _build(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
 
 

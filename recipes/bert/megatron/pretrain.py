@@ -5,7 +5,7 @@ bash recipes/bert/megatron/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_b
 
 from collections.abc import Callable, Iterator
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -15,28 +15,33 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from common import batches, checkpoint, export, mcore, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.stacks import mcore
+from common.training import optim
+from common.training.log import Log
 
 from .. import convert, task
 from . import model as megatron_model
 
-Micro = tuple[int, torch.Tensor, batches.Rows]  # seed of the dropout (0: none), weight of each part of the loss, samples
+Micro = tuple[int, torch.Tensor, batches.MicroBatch]  # seed of the dropout (0: none), weight of each part of the loss, samples
 
 
 def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
-    cfg, layout = job.cfg, job.layout
+    run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
+    cfg, layout = run.cfg, run.layout
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica tells the loss: the last stage's first tp rank
-    tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -75,15 +80,15 @@ def main(argv: list[str]) -> None:
                 num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
                 forward_only=forward_only,
             )  # fmt: skip
-        return sum((one["sums"].double() for one in made), zeros) if tells else zeros.clone()
+        return sum((one["sums"].double() for one in made), zeros) if reports else zeros.clone()
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         model.eval()
-        rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
+        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         equal = torch.ones(len(zeros[0]), device=ranks.device)
         sums = run_schedule([(0, equal, r) for r in rows], forward_only=True)
-        counts = torch.tensor(task.counts(rows), device=ranks.device) * tells
+        counts = torch.tensor(task.counts(rows), device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
@@ -91,26 +96,26 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, mcore.read(model, optimizer, rules), shapes, state.meta(job, step), cfg.train.keep)
+        checkpoint.save(run.out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    mcore.fill(model, optimizer, rules, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     model.train()
-    upcoming = batches.ahead(job, step, dp_rank)
+    prefetched = batches.prefetch(run, step, dp_rank)
     while step < cfg.train.steps:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         # of the global batch: targets of each part of the loss, and tokens
         *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], dp_group, ranks.device)
         targets = torch.tensor(targets, device=ranks.device)  # (P,)
@@ -121,15 +126,15 @@ def main(argv: list[str]) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         means = run_schedule([(seed, weights, r) for seed, r in zip(seeds, rows, strict=True)], forward_only=False) / targets
-        values, stop = processes.agree(means.flatten(), ranks, step, job.samples(step))
+        values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
         loss, parts = task.told(cfg, values)
 
         grad_norm = mcore.update(optimizer, ranks)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens, **parts)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -138,7 +143,7 @@ def main(argv: list[str]) -> None:
 
     # ---- export
     log.close()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ bash recipes/gpt/deepspeed/finetune.sh recipes/gpt/configs/finetune_sft.yaml out
 
 from pathlib import Path
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -14,8 +14,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, finetune, lora, optim, run, state, zero
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, state
+from common.data import batches
+from common.stacks import zero
+from common.training import finetuning, lora, optim
+from common.training.log import Log
 
 from .. import finetune as task
 from . import model as zero_model
@@ -25,15 +29,15 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> None:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.Rows) -> torch.Tensor:
+    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
         batch = task.batch(rows, ranks.device)
         logits = engine(**task.inputs(batch)).logits  # (B, T, V)
@@ -56,25 +60,25 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             totals[0] += loss_of(rows)
             totals[1] += batches.targets([rows])
-        totals *= tells
+        totals *= reports
         dist.all_reduce(totals)
         engine.train()
-        return task.is_best(job, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+        return task.is_best(run, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.read(engine, ranks, shapes), lora.trained(shapes, cfg), state.meta(job, step), keep)
+        checkpoint.save(out, zero.gather_state(engine, ranks, shapes), lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    zero.fill(engine, shapes, lora.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    zero.load_state(engine, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-        task.keep_template(job)
-    log, selection = Log(job, task, ranks), finetune.Selection(job, "loss")
+        preflight.begin(run)
+        task.keep_template(run)
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
 
     # ---- loop
     engine.train()
@@ -85,8 +89,8 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
-        counts = [batches.targets(rows) * tells, batches.tokens(rows) * tells]
+        rows = list(batches.for_step(run.train, run.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
@@ -97,28 +101,28 @@ def main(argv: list[str]) -> None:
             loss += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.agree(loss[None] * tells, ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
-            save(finetune.best_folder(job), step, finetune.BEST_KEPT)
+            save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
         last = last or selection.is_over
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
-            save(job.out, step, cfg.train.keep)
+            save(run.out, step, cfg.train.keep)
         if stop and not last:
             raise processes.stopped(stop, step)
 
     # ---- export
     log.close()
     engine.destroy()
-    finetune.finish(job, task, ranks)
-    task.answer(job, ranks)
+    finetuning.finish(run, task, ranks)
+    task.answer(run, ranks)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 bash recipes/gpt/deepspeed/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny deepspeed.zero_stage=2
 """
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -12,8 +12,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from common import batches, checkpoint, export, optim, parameters, run, state, zero
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.stacks import zero
+from common.training import optim
+from common.training.log import Log
 
 from .. import task
 from . import model as zero_model
@@ -23,15 +28,15 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.deepspeed
+    run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    tells = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -42,7 +47,7 @@ def main(argv: list[str]) -> None:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.Rows) -> torch.Tensor:
+    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
         batch = task.batch(rows, ranks.device)
         logits = engine(**task.inputs(batch)).logits  # (B, T, V)
@@ -52,24 +57,24 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank):
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             totals[0] += loss_of(rows)
             totals[1] += batches.targets([rows])
-        totals *= tells
+        totals *= reports
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         engine.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, zero.read(engine, ranks, shapes), shapes, state.meta(job, step), cfg.train.keep)
+        checkpoint.save(run.out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    zero.fill(engine, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     engine.train()
@@ -80,8 +85,8 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
-        counts = [batches.targets(rows) * tells, batches.tokens(rows) * tells]
+        rows = list(batches.for_step(run.train, run.samples(step), layout, dp_rank))
+        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
         targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for micro, micro_rows in enumerate(rows):
@@ -92,16 +97,16 @@ def main(argv: list[str]) -> None:
             loss += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.agree(loss[None] * tells, ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
         grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -111,7 +116,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     engine.destroy()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common import mcore
 from common.config import Layout
+from common.stacks import mcore
 
 from .. import task
 
@@ -45,7 +45,7 @@ def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
 
 
 def build(cfg: task.Config, layout: Layout) -> Gpt:
-    """This rank's stage and shards, with memory but without values: mcore.fill gives them."""
+    """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     config = transformer_config(cfg, layout)
     if cfg.megatron.transformer_engine:

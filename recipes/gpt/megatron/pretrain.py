@@ -5,7 +5,7 @@ bash recipes/gpt/megatron/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny meg
 
 from collections.abc import Callable, Iterator
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -15,8 +15,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from common import batches, checkpoint, export, mcore, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.stacks import mcore
+from common.training import optim
+from common.training.log import Log
 
 from .. import convert, task
 from . import model as megatron_model
@@ -26,15 +31,15 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "megatron", task, ranks.world)
-    cfg, layout = job.cfg, job.layout
+    run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
+    cfg, layout = run.cfg, run.layout
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica tells the loss: the last stage's first tp rank
-    tells = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -49,7 +54,9 @@ def main(argv: list[str]) -> None:
     positions = torch.arange(cfg.data.seq_len, device=ranks.device).expand(layout.micro_batch, -1)  # (B, T)
     schedule = get_forward_backward_func()  # with or without pipeline
 
-    def forward(micro_batches: Iterator[tuple[int, batches.Rows]], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    def forward(
+        micro_batches: Iterator[tuple[int, batches.MicroBatch]], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, rows = next(micro_batches)
         mcore.begin_micro_batch(seed)
@@ -65,7 +72,7 @@ def main(argv: list[str]) -> None:
 
         return output, loss_of
 
-    def run_schedule(micro_batches: Iterator[tuple[int, batches.Rows]], number: int, forward_only: bool) -> torch.Tensor:
+    def run_schedule(micro_batches: Iterator[tuple[int, batches.MicroBatch]], number: int, forward_only: bool) -> torch.Tensor:
         """The summed loss of `number` micro batches; zero on ranks that do not tell it."""
         with mcore.device_names(ranks):
             told = schedule(
@@ -73,28 +80,28 @@ def main(argv: list[str]) -> None:
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
             )  # fmt: skip
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        return sum((t["loss"].double() for t in told), zero) if tells else zero
+        return sum((t["loss"].double() for t in told), zero) if reports else zero
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         model.eval()
-        rows = list(batches.of_validation(job.valid, cfg.train.eval_samples, layout, dp_rank))
+        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         loss = run_schedule(iter([(0, r) for r in rows]), len(rows), forward_only=True)
-        totals = torch.stack([loss, torch.full_like(loss, batches.targets(rows) * tells)])
+        totals = torch.stack([loss, torch.full_like(loss, batches.targets(rows) * reports)])
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         model.train()
 
     def save(step: int) -> None:
-        checkpoint.save(job.out, mcore.read(model, optimizer, rules), shapes, state.meta(job, step), cfg.train.keep)
+        checkpoint.save(run.out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    mcore.fill(model, optimizer, rules, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     model.train()
@@ -104,7 +111,7 @@ def main(argv: list[str]) -> None:
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = list(batches.of_step(job.train, job.samples(step), layout, dp_rank))
+        rows = list(batches.for_step(run.train, run.samples(step), layout, dp_rank))
         counts = [batches.targets(rows), batches.tokens(rows)]
         targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, dp_group, ranks.device)  # of the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
@@ -112,14 +119,14 @@ def main(argv: list[str]) -> None:
         optimizer.zero_grad()
         # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
         loss = run_schedule(iter(zip(seeds, rows, strict=True)), layout.accumulate, forward_only=False) / targets
-        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -128,7 +135,7 @@ def main(argv: list[str]) -> None:
 
     # ---- export
     log.close()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

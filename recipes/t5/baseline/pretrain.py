@@ -5,7 +5,7 @@ bash recipes/t5/baseline/pretrain.sh recipes/t5/configs/tiny.yaml out/tiny_t5
 
 from contextlib import nullcontext
 
-from common import ranks as processes
+from common.launch import processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
-from common import batches, checkpoint, export, init, optim, parameters, run, state
-from common.log import Log
+from common import preflight
+from common.checkpoints import checkpoint, parameters, state
+from common.data import batches
+from common.huggingface import export
+from common.training import init, optim
+from common.training.log import Log
 
 from .. import task
 
@@ -24,8 +28,8 @@ def main(argv: list[str]) -> None:
     # ---- config
     config_path, out, *overrides = argv
     ranks = processes.start()
-    job = run.prepare(config_path, out, overrides, "baseline", task, ranks.world)
-    cfg, layout, system = job.cfg, job.layout, job.cfg.baseline
+    run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
+    cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
     optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
 
     # ---- data
-    def loss_of(rows: batches.Rows) -> torch.Tensor:
+    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
         batch = task.batch(rows, ranks.device)
         logits = model(**task.inputs(batch)).logits  # (B, T, V)
@@ -56,7 +60,7 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.of_validation(job.valid, cfg.train.eval_samples, layout, ranks.rank):
+        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
             totals[0] += loss_of(rows)
             totals[1] += batches.targets([rows])
         dist.all_reduce(totals)
@@ -64,20 +68,20 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        entries = state.read_torch(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(job.out, entries, shapes, state.meta(job, step), cfg.train.keep)
+        entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
+        checkpoint.save(run.out, entries, shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
-    step = job.resume.step if job.resume else 0
-    state.fill(net, optimizer, shapes, state.values(cfg, task, shapes, job.resume), step)
+    step = run.resume.step if run.resume else 0
+    state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        run.begin(job)
-    log = Log(job, task, ranks)
+        preflight.begin(run)
+    log = Log(run, task, ranks)
 
     # ---- loop
     model.train()
-    upcoming = batches.ahead(job, step, ranks.rank)
+    prefetched = batches.prefetch(run, step, ranks.rank)
     while step < cfg.train.steps:
         step += 1
         log.begin_step()
@@ -85,7 +89,7 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(upcoming)
+        rows = next(prefetched)
         counts = [batches.targets(rows), batches.tokens(rows)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
         loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -97,17 +101,17 @@ def main(argv: list[str]) -> None:
                 # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
             loss += micro_loss.detach() / targets
-        [loss], stop = processes.agree(loss[None], ranks, step, job.samples(step))
+        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
-        processes.must_be_finite("gradient norm", grad_norm, step, job.samples(step))
+        processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         log.step(step, loss, grad_norm, lr, tokens)
         last = step == cfg.train.steps
-        if job.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+        if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(step)
@@ -116,7 +120,7 @@ def main(argv: list[str]) -> None:
 
     # ---- export
     log.close()
-    export.to_hf(job, task, ranks)
+    export.to_hf(run, task, ranks)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common import mcore
 from common.config import Layout
+from common.stacks import mcore
 
 from .. import task
 
@@ -109,7 +109,7 @@ def transformer_config(cfg: task.Config, layout: Layout, layers: int) -> Transfo
 
 
 def build(cfg: task.Config, layout: Layout) -> T5:
-    """This rank's shards, with memory but without values: mcore.fill gives them."""
+    """This rank's shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     mcore.use_own_norms()
     encoder = mcore.layer_spec(AttnMaskType.padding, linear_fc2=DroppedRowParallelLinear)

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common import heartbeat, lock
 from common.config import STACKS
-from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, exit_cleanly, shortened
-from common.watch import Failure, Watch
+from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
+from common.launch import heartbeat, lock
+from common.launch.watch import Failure, Watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
 DEFAULT_PORT = 29500
@@ -306,7 +306,7 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 
 
-def run(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0) -> int:
+def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0) -> int:
     """torchrun with these arguments; returns the exit code of the launch.
 
     hang_seconds: without progress for so long all is ended; 0: never. The details of a failure go to a file in OUT.
@@ -315,7 +315,7 @@ def run(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_secon
         scratch = Path(folder)
         watch = Watch(scratch, on, out, hang_seconds)
         agent = subprocess.Popen(
-            [sys.executable, "-m", "common.agent", *arguments],
+            [sys.executable, "-m", "common.launch.agent", *arguments],
             env=environment(on, scratch, os.environ) | {"TWINSTACK_HANG_SECONDS": str(hang_seconds)},
             start_new_session=True,  # Ctrl-C is for the launcher alone
             preexec_fn=_end_with_launcher,
@@ -394,34 +394,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)
 
-    from common.run import describe, finished, prepare, record_finished
+    from common.preflight import describe, finished, prepare, record_finished
 
     task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
-    job = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
+    run = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
     on = free_port(on)
     arguments = [*torchrun(on), "-m", module, command.config, command.out, *command.overrides]
     if command.dry_run:
-        print(describe(job, task, ["torchrun", *arguments]))
+        print(describe(run, task, ["torchrun", *arguments]))
         return 0
-    if (what := finished(job)) is not None:
+    if (what := finished(run)) is not None:
         print(what)
         return 0
-    for note in job.notes:
+    for note in run.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    with lock.held(job.out) if on.node_rank == 0 else contextlib.nullcontext():
-        code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
-        while code == 0 and not job.is_last_phase:  # each phase continues from the checkpoint of the one before
-            before, job = job, prepare(command.config, command.out, command.overrides, stack, task, on.world)
+    with lock.held(run.out) if on.node_rank == 0 else contextlib.nullcontext():
+        code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
+        while code == 0 and not run.is_last_phase:  # each phase continues from the checkpoint of the one before
+            before, run = run, prepare(command.config, command.out, command.overrides, stack, task, on.world)
             if Stop.ever:  # the phase before was over when it came
                 print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
                 return 128 + Stop.ever
-            if job.cfg.train.steps == before.cfg.train.steps:
-                raise BadInput(f"{job.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
-            code = run(arguments, on, job.out, job.cfg.train.hang_seconds)
+            if run.cfg.train.steps == before.cfg.train.steps:
+                raise BadInput(f"{run.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
+            code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
         if code == 0 and on.node_rank == 0:
-            record_finished(job)
+            record_finished(run)
     return code
-
-
-if __name__ == "__main__":
-    exit_cleanly(main)

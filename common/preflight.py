@@ -19,20 +19,22 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, integrity, lock
+from common import config
+from common.checkpoints import checkpoint, integrity
+from common.checkpoints.integrity import read_object
 from common.config import Config, Layout
-from common.corpus import Corpus, write_json
+from common.data.corpus import Corpus, write_json
 from common.errors import BadInput, Missing
-from common.integrity import read_object
+from common.launch import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 
 
 class Samples(Protocol):
-    """The samples of a run, as `task.stream` opens them: common/corpus.py has GPT's."""
+    """The samples of a run, as `task.stream` opens them: common/data/corpus.py has GPT's."""
 
-    corpora: list[Any]  # of type common.corpus.Corpus
+    corpora: list[Any]  # of type common.data.corpus.Corpus
     content_hash: str
     vocab_size: int | None  # of the model, once `limit` says it: batches with other ids are refused
 
@@ -233,7 +235,7 @@ def _tokenizer(
     hashes = {corpus.prefix: corpus.tokenizer_hash for corpus in corpora if corpus.tokenizer_hash}
     folder, known = None, {}
     if cfg.data.tokenizer:
-        from common import tokenizer
+        from common.data import tokenizer
 
         try:
             folder = find(cfg.data.tokenizer) if find(cfg.data.tokenizer).is_dir() else cfg.data.tokenizer
@@ -286,7 +288,7 @@ def _begins_from(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
     """What is wrong with the Hugging Face folder init.from; adds to `notes`."""
     if cfg.init.from_ == "scratch":
         return []
-    from common import hf_folder
+    from common.huggingface import hf_folder
 
     return hf_folder.check(find(cfg.init.from_), f"init.from={cfg.init.from_}", cfg, task, notes)
 
@@ -414,7 +416,7 @@ def _commit() -> str:
 def begin(run: Run) -> None:
     """Rank 0, once nothing can refuse the run any more: record its config, tokenizer and facts in OUT, each whole or not at
     all, and remove what a killed run has left half written. BadInput where another run writes there."""
-    from common import tokenizer as tokenizers
+    from common.data import tokenizer as tokenizers
 
     if "TWINSTACK_EXIT_CODE" not in os.environ:  # else the launcher holds it
         lock.hold(run.out)
@@ -505,7 +507,7 @@ def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
     """What --dry-run prints."""
     import shlex
 
-    from common import memory
+    from common.planning import memory
 
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
     flops = task.forward_backward_flops(model, cfg.data)

@@ -1,4 +1,5 @@
-"""Labelled examples for finetuning: tokenized when a run starts, in the order of common/corpus.py, with what common/run.py asks
+"""Labelled examples for finetuning: tokenized when a run starts, in the order of common/data/corpus.py, with what
+common/preflight.py asks
 of a corpus. Small against a corpus for pretraining: all of GLUE's largest task is 20 million tokens."""
 
 from collections.abc import Sequence
@@ -7,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from common.corpus import epoch_key, permute
+from common.data.corpus import epoch_key, permute
 
 
 class Source:
-    """What common/run.py wants to know of where samples come from."""
+    """What common/preflight.py wants to know of where samples come from."""
 
     def __init__(self, name: str, content_hash: str, folder: str | Path, tokenizer: Any, max_token_id: int):
         self.prefix, self.content_hash = name, content_hash
@@ -43,7 +44,7 @@ class Examples:
         """Read whole already."""
 
     def limit(self, vocab_size: int | None, key: str) -> None:
-        """What the model's embedding holds: batches with other ids are refused (common/batches.py)."""
+        """What the model's embedding holds: batches with other ids are refused (common/data/batches.py)."""
         self.vocab_size = vocab_size
 
     def where(self, number: int) -> str:

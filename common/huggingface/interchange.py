@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import checkpoint, config, export, hf_folder, init, integrity, lock, parameters, ranks, state
-from common import tokenizer as tokenizers
+from common import config
+from common.checkpoints import checkpoint, integrity, parameters, state
+from common.data import tokenizer as tokenizers
 from common.errors import BadInput
-from common.run import read_object, task_module
+from common.huggingface import export, hf_folder
+from common.launch import lock, processes
+from common.preflight import read_object, task_module
+from common.training import init
 
 SEED = 1234  # of heads that a folder lacks
 TOKENIZER = "imported_tokenizer"  # in OUT of from-hf: of the imported weights; a run that goes on has that of its corpus
@@ -111,8 +115,8 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
         for name, shape in shapes.items():
             yield name, state.parts_of(source(name, shape), None, None)
 
-    ranks.quiet()
-    ranks.start()
+    processes.quiet()
+    processes.start()
     science = {f"model.{key}": value for key, value in model.model_dump().items()}
     meta = {"step": 0, "samples": 0, "stack": "huggingface", "science": science}
     with lock.held(out):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from common import heartbeat, lock
 from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
-from common.init import hashed
+from common.launch import heartbeat, lock
+from common.training.init import hashed
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def stopped(number: int, step: int) -> Stopped:
 
 def _die_with_parent() -> None:
     """Linux: a rank whose torchrun is killed must not go on alone and write into OUT (prctl PR_SET_PDEATHSIG)."""
-    agent = os.environ.get("TWINSTACK_AGENT")  # its process number, from common/agent.py
+    agent = os.environ.get("TWINSTACK_AGENT")  # its process number, from common/launch/agent.py
     if sys.platform == "linux" and agent:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
         if os.getppid() != int(agent):  # it died before this rank got here
@@ -137,7 +137,7 @@ def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, dev
     return summed
 
 
-def agree(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
+def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
     """Sum the ranks' shares of the loss and its parts, and learn whether any was asked to stop: one all-reduce a step.
 
     shares: (k,). Called after the backward passes and before the optimizer's update: a sum that is not finite ends the run

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from common import state
+from common.checkpoints import state
 from common.config import Optim
 
 

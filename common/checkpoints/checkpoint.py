@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import heartbeat, integrity, parameters
+from common.checkpoints import integrity, parameters
+from common.checkpoints.parameters import Shapes
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, BadInput
-from common.parameters import Shapes
+from common.launch import heartbeat
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
     """
     import torch.distributed as dist
 
-    from common.ranks import Stopped
+    from common.launch.processes import Stopped
 
     final = out / f"step_{meta['step']}"
     tmp = out / f"step_{meta['step']}.tmp"

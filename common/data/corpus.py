@@ -422,7 +422,7 @@ class Corpus:
         folder = self.tokenizer_dir
         if folder is None or not os.path.isdir(folder):
             return []
-        from common import tokenizer
+        from common.data import tokenizer
 
         try:
             found = tokenizer.load(folder).hash

@@ -1,4 +1,4 @@
-"""Signs of life: each rank records where it stands, and the launcher of its node reads it (common/watch.py).
+"""Signs of life: each rank records where it stands, and the launcher of its node reads it (common/launch/watch.py).
 
 A record is a few bytes of a memory-mapped file in the launcher's scratch folder: no system call and no synchronization in the
 step. Without a launcher (a bare torchrun) every function here does nothing.

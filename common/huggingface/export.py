@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoint, heartbeat, integrity, log, parameters
-from common.checkpoint import Checkpoint
+from common.checkpoints import checkpoint, integrity, parameters
+from common.checkpoints.checkpoint import Checkpoint
 from common.config import Config, to_yaml
 from common.errors import BadInput
-from common.ranks import Ranks
-from common.run import Run
+from common.launch import heartbeat
+from common.launch.processes import Ranks
+from common.preflight import Run
+from common.training import log
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,7 @@ def to_hf(
     """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already.
 
     steps: folder whose newest checkpoint is exported (default: OUT). whole: what is read in place of a checkpoint that holds
-    a part of the model (common/lora.py).
+    a part of the model (common/training/lora.py).
     """
     import torch.distributed as dist
 
@@ -172,7 +174,7 @@ def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, i
     """Copy the tokenizer, where the run has one; returns what config.json says of it. wanted: its hash, where it is known."""
     if not tokenizer.is_dir():
         return {}
-    from common import tokenizer as tokenizers
+    from common.data import tokenizer as tokenizers
 
     loaded = tokenizers.load(tokenizer)
     if wanted not in (None, loaded.hash):

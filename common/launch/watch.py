@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from common import heartbeat
 from common.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_LOST
-from common.heartbeat import Record
+from common.launch import heartbeat
+from common.launch.heartbeat import Record
 
 START = 540  # seconds at least that a rank has before its first step: imports and the reading of data show no progress
 NEVER = 1e9  # seconds: longer than any limit
 GRACE = 5  # seconds that the other ranks of a node have to end by themselves once one has failed
-FIRST_FAILURES = "first_failures.json"  # in the scratch folder, by common/agent.py: [[local rank, process, exit code], ...]
+FIRST_FAILURES = "first_failures.json"  # in the scratch folder, by agent.py: [[local rank, process, exit code], ...]
 STATES = {"stopped": "stopped by a signal", "tracing-stop": "stopped by a debugger", "zombie": "dead", "dead": "dead"}
 # Frames near the top of a stack that waits for other ranks
 _COLLECTIVE = re.compile(

@@ -1,18 +1,21 @@
 """Parameters and optimizer state by Hugging Face name, in and out of torch's own AdamW; what a checkpoint says of its run.
 
-The stacks' doors are in common/zero.py and common/mcore.py; all speak in `Values` and `checkpoint.Entry`.
+The stacks' doors are in common/stacks/zero.py and common/stacks/mcore.py; all speak in `Values` and `checkpoint.Entry`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common import config, heartbeat, init, parameters
-from common.checkpoint import Checkpoint, Entry
+from common import config
+from common.checkpoints import parameters
+from common.checkpoints.checkpoint import Checkpoint, Entry
+from common.checkpoints.parameters import Shapes
 from common.config import Config
-from common.parameters import Shapes
-from common.ranks import Ranks
-from common.run import Run, find
+from common.launch import heartbeat
+from common.launch.processes import Ranks
+from common.preflight import Run, find
+from common.training import init
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +72,14 @@ def meta(run: Run, step: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fill(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Shapes, values: Values, step: int) -> None:
-    """As fill_torch, for a model that every rank holds whole. BadInput unless it holds just the parameters of `shapes`."""
+def load(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Shapes, values: Values, step: int) -> None:
+    """As load_torch_state, for a model that every rank holds whole. BadInput unless it holds the parameters of `shapes`."""
     named = list(net.named_parameters())
     parameters.prove({name: parameter.shape for name, parameter in named}, shapes, "the model on the baseline")
-    fill_torch(named, optimizer, values, step)
+    load_torch_state(named, optimizer, values, step)
 
 
-def fill_torch(named: Named, optimizer: "torch.optim.Optimizer", values: Values, step: int) -> None:
+def load_torch_state(named: Named, optimizer: "torch.optim.Optimizer", values: Values, step: int) -> None:
     """Set whole fp32 parameters and their AdamW state after `step` steps."""
     import torch
 
@@ -103,7 +106,7 @@ def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"
     return {"step": counter, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
-def read_torch(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
+def gather_torch_state(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
     """Trained parameters that every rank holds whole: they take turns to write."""
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     for number, (name, parameter) in enumerate(trained):

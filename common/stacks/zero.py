@@ -13,11 +13,11 @@ import torch.distributed as dist
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param
 from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
 
-from common import parameters, state
-from common.checkpoint import Entry
+from common.checkpoints import parameters, state
+from common.checkpoints.checkpoint import Entry
+from common.checkpoints.parameters import Shapes
 from common.config import Config, Layout
-from common.parameters import Shapes
-from common.ranks import Ranks
+from common.launch.processes import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -86,7 +86,7 @@ def grad_norm(engine: Any, shapes: Shapes) -> float | None:
     return None if norm is None else float(norm)
 
 
-def fill(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
+def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
 
     shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it. BadInput unless
@@ -98,7 +98,7 @@ def fill(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
     parameters.prove(whole, shapes, "the model on deepspeed")
     values = shards_of(values, shapes)
     if stage == 0:
-        state.fill_torch(named, engine.optimizer, values, step)
+        state.load_torch_state(named, engine.optimizer, values, step)
         return
     inner = engine.optimizer
     if step:
@@ -183,11 +183,11 @@ def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
     return next((dim for dim, (ours, theirs) in enumerate(zip(shape, full, strict=True)) if ours != theirs), None)
 
 
-def read(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
+def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     """Every trained parameter's master and moments, gathered one at a time; the ranks take turns to write."""
     stage, inner = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # parameters that every rank holds whole, whatever is kept
-        yield from state.read_torch(engine.module.named_parameters(), inner, ranks)
+        yield from state.gather_torch_state(engine.module.named_parameters(), inner, ranks)
         return
     stepped = stage > 0 and bool(inner.optimizer.state)
     if stepped and stage < 3:

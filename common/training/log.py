@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from common import flops, heartbeat
-from common.integrity import is_count
-from common.ranks import Ranks
-from common.run import Run
+from common.checkpoints.integrity import is_count
+from common.launch import heartbeat
+from common.launch.processes import Ranks
+from common.planning import flops
+from common.preflight import Run
 
 
 class Log:

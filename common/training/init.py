@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import integrity
+from common.checkpoints import integrity
 from common.errors import BadInput
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def from_hf(
     """
     from safetensors import SafetensorError, safe_open
 
-    from common import hf_folder
+    from common.huggingface import hf_folder
 
     problems: list[str] = []
     held = hf_folder.tensors(Path(folder), f"init.from={folder}", problems)

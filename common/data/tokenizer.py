@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import heartbeat
+from common.data.texts import read_text
 from common.errors import BadInput
-from common.texts import read_text
+from common.launch import heartbeat
 
 if TYPE_CHECKING:  # the library is imported by the functions that need it: validating a config must not wait for it
     import tokenizers
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # the library is imported by the functions that need it: vali
 END_OF_TEXT = "<|endoftext|>"
 GPT2_SIZE = 50_257
 GPT2_EOD = 50_256
-TOKENIZERS = Path(__file__).resolve().parents[1] / "corpora" / "tokenizers"  # where a name is looked up first
+TOKENIZERS = Path(__file__).resolve().parents[2] / "corpora" / "tokenizers"  # where a name is looked up first
 HUB_NAMES = {
     "gpt2": "openai-community/gpt2",
     "bert-base-uncased": "google-bert/bert-base-uncased",

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from common.config import Config
 from common.errors import BadInput
-from common.run import ROOT, read_object
+from common.preflight import ROOT, read_object
 
 JSON_BYTES = 2**26  # more than any config.json or index has
 HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -226,7 +226,7 @@ def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, 
 def _resolved_without_torch(values: dict[str, Any]) -> dict[str, Any]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     env |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "common.hf_folder"]
+    command = [sys.executable, "-m", "common.huggingface.hf_folder"]
     done = subprocess.run(command, input=json.dumps(values), env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr}")

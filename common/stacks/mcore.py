@@ -37,14 +37,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.overrides import TorchFunctionMode
 
-from common import heartbeat, parameters, state
-from common import ranks as processes
-from common.checkpoint import PARTS, Entry
+from common.checkpoints import parameters, state
+from common.checkpoints.checkpoint import PARTS, Entry
+from common.checkpoints.parameters import Shapes
 from common.config import Config, Layout
 from common.errors import BadInput
-from common.parameters import Shapes
-from common.ranks import Ranks
-from common.rules import Rule, Rules
+from common.launch import heartbeat, processes
+from common.launch.processes import Ranks
+from common.stacks.parameter_map import Rule, Rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -294,7 +294,7 @@ def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> 
     for one in each(optimizer):
         if isinstance(one.optimizer, torch.optim.AdamW):  # neither TransformerEngine's nor Apex's
             for group in one.optimizer.param_groups:
-                group["fused"] = True  # as common/optim.py has it
+                group["fused"] = True  # as common/training/optim.py has it
     return optimizer
 
 
@@ -347,7 +347,7 @@ def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
     return found
 
 
-def fill(
+def load_state(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules, shapes: Shapes, values: state.Values, step: int,
 ) -> None:  # fmt: skip
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
@@ -454,7 +454,7 @@ def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Itera
         return
 
 
-def read(model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules) -> Iterator[Entry]:
+def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules) -> Iterator[Entry]:
     """Every parameter's master and moments by Hugging Face name, gathered over dp and tp one at a time.
 
     The ranks that share a pipeline stage take turns to write.

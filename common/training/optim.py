@@ -52,18 +52,18 @@ def build(
     """The optimizer of optim.optimizer over named parameters.
 
     adamw: torch's (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU.
-    lamb, adafactor: common/lamb.py, common/adafactor.py; only where every parameter is held whole (common/config.py
+    lamb, adafactor: lamb.py and adafactor.py here; only where every parameter is held whole (common/config.py
     refuses the other layouts).
     """
     import torch
 
     made = groups(named, decays, optim)
     if optim.optimizer == "lamb":
-        from common.lamb import Lamb
+        from common.training.lamb import Lamb
 
         return Lamb(made, optim)
     if optim.optimizer == "adafactor":
-        from common.adafactor import Adafactor
+        from common.training.adafactor import Adafactor
 
         return Adafactor(made, optim)
     return torch.optim.AdamW(made, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import heartbeat
 from common.config import Layout
 from common.errors import BadInput
+from common.launch import heartbeat
 
 if TYPE_CHECKING:
-    from common.run import Run, Samples
+    from common.preflight import Run, Samples
 
-Rows = dict[str, np.ndarray]
+MicroBatch = dict[str, np.ndarray]
 
 
-def of_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> Iterator[Rows]:
+def for_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
 
     Which samples a step has, and so what it learns, is the same whatever the layout is.
@@ -27,7 +27,7 @@ def of_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> 
         yield rows_of(stream, arranged[start : start + layout.micro_batch])
 
 
-def rows_of(stream: "Samples", numbers: np.ndarray) -> Rows:
+def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
     """`stream.rows`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor parallelism
     Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
     (Corpus.read); this is the last line, for examples of finetuning and special tokens too."""
@@ -46,11 +46,11 @@ def rows_of(stream: "Samples", numbers: np.ndarray) -> Rows:
 
 
 def arrange(stream: "Samples", numbers: range) -> np.ndarray:
-    """Samples of unequal lengths in an order of their own (common/examples.py), all others as they come."""
+    """Samples of unequal lengths in an order of their own (common/data/examples.py), all others as they come."""
     return stream.arrange(numbers) if hasattr(stream, "arrange") else np.asarray(numbers)
 
 
-def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[Rows]:
+def for_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """Every validation sample once over all replicas (the first `limit`), the same number of batches on each.
 
     Places beyond the last sample repeat it with nothing to predict, so that no sample counts twice.
@@ -68,26 +68,26 @@ def of_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank:
         yield rows
 
 
-def targets(rows: list[Rows], mask: str = "loss_mask") -> int:
+def targets(rows: list[MicroBatch], mask: str = "loss_mask") -> int:
     """How many targets of one part of the loss these micro batches hold."""
     return sum(int(r[mask].sum()) for r in rows)
 
 
-def tokens(rows: list[Rows]) -> int:
+def tokens(rows: list[MicroBatch]) -> int:
     """How many tokens these micro batches hold, padding left out."""
     return sum(int(r["lengths"].sum()) for r in rows)
 
 
-def ahead(job: "Run", step: int, dp_rank: int) -> Iterator[list[Rows]]:
-    """`of_step` of the steps after `step`, each made by a thread while the one before trains: for samples that take work."""
+def prefetch(run: "Run", step: int, dp_rank: int) -> Iterator[list[MicroBatch]]:
+    """`for_step` of the steps after `step`, each made by a thread while the one before trains: for samples that take work."""
     with ThreadPoolExecutor(1) as pool:
 
-        def begin(step: int) -> Future[list[Rows]]:
-            return pool.submit(lambda: list(of_step(job.train, job.samples(step), job.layout, dp_rank)))
+        def begin(step: int) -> Future[list[MicroBatch]]:
+            return pool.submit(lambda: list(for_step(run.train, run.samples(step), run.layout, dp_rank)))
 
         made = begin(step + 1)
-        for following in range(step + 2, job.cfg.train.steps + 2):
+        for following in range(step + 2, run.cfg.train.steps + 2):
             rows = made.result()
-            if following <= job.cfg.train.steps:
+            if following <= run.cfg.train.steps:
                 made = begin(following)
             yield rows

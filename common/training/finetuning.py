@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import batches, export, heartbeat, hf_folder, log, lora
-from common import ranks as processes
 from common.config import Section
-from common.corpus import write_json
+from common.data import batches
+from common.data.corpus import write_json
 from common.errors import BadInput
 from common.evaluation import metrics
-from common.ranks import Ranks
-from common.run import Run, data_notes, find, read_object
+from common.huggingface import export, hf_folder
+from common.launch import heartbeat, processes
+from common.launch.processes import Ranks
+from common.preflight import Run, data_notes, find, read_object
+from common.training import log, lora
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +81,7 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
     stored = read_object(folder / "config.json")
     if stored is None:
         if SHAPES <= given.keys():
-            return values  # told by common/run.py with all else
+            return values  # told by common/preflight.py with all else
         if folder.name == "hf" and (folder.parent / "run.json").is_file():
             raise BadInput(f"init.from={start}: the run has no export yet; finish it by its own command")
         wanted = "give a Hugging Face folder, a name on the hub (OWNER/NAME), or OUT of a finished run"
@@ -125,7 +127,7 @@ class Predictions:
         # (3 + N x width,): the summed loss, its targets, the examples, each prediction. fp64: exact for class numbers
         self.totals = torch.zeros(3 + dev_size(run) * width, dtype=torch.float64, device=ranks.device)
 
-    def add(self, rows: batches.Rows, loss: "torch.Tensor", predictions: "torch.Tensor") -> None:
+    def add(self, rows: batches.MicroBatch, loss: "torch.Tensor", predictions: "torch.Tensor") -> None:
         """Enter one micro batch: its summed loss, and predictions (B, at most width). Repeated examples, which count nowhere,
         are left out."""
         import torch

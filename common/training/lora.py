@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from common import checkpoint, init, integrity, parameters, state
-from common.checkpoint import Checkpoint
+from common.checkpoints import checkpoint, integrity, parameters, state
+from common.checkpoints.checkpoint import Checkpoint
+from common.checkpoints.parameters import Shapes
 from common.config import Config, NonEmpty, Positive, Section, Share
-from common.export import write_tensors
-from common.parameters import Shapes
-from common.ranks import Ranks
-from common.run import Run
+from common.huggingface.export import write_tensors
+from common.launch.processes import Ranks
+from common.preflight import Run
+from common.training import init
 
 if TYPE_CHECKING:
     import peft
@@ -116,7 +117,7 @@ def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
 
 
 class Merged:
-    """The whole model of a checkpoint that holds adapters, in the form that common/export.py reads: W + alpha / rank B A."""
+    """The whole model of a checkpoint that holds adapters, as huggingface/export.py reads it: W + alpha / rank B A."""
 
     def __init__(self, adapters: Checkpoint, cfg: Config, task: ModuleType):
         self.path, self.step, self.adapters = adapters.path, adapters.step, adapters
@@ -143,7 +144,7 @@ class Merged:
 
 
 def merging(cfg: Config, task: ModuleType) -> Callable[[Checkpoint], Any]:
-    """What common/export.py reads in place of a checkpoint."""
+    """What common/huggingface/export.py reads in place of a checkpoint."""
     return (lambda adapters: Merged(adapters, cfg, task)) if of(cfg) else (lambda whole: whole)
 
 

@@ -1,4 +1,4 @@
-"""torchrun that leaves signals to the launcher and records which ranks failed first. For common/launch.py.
+"""torchrun that leaves signals to the launcher and records which ranks failed first. For common/launch/launcher.py.
 
 torchrun by itself sends its ranks SIGTERM and kills them 30 s later, and ends every failure with a page of its own
 below the error that matters. The arguments are torchrun's.
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import heartbeat
-from common.launch import SIGNALS
-from common.watch import FIRST_FAILURES, GRACE
+from common.launch import heartbeat
+from common.launch.launcher import SIGNALS
+from common.launch.watch import FIRST_FAILURES, GRACE
 
 
 def main(argv: list[str]) -> int:
