@@ -192,7 +192,7 @@ class Config(Section):
 FREE = {
     "train": {"steps", "eval_every", "eval_samples", "save_every", "keep", "hang_seconds"},
     "data": {"train", "valid", "tokenizer"},
-    "task": {"data", "patience", "split", "beams", "length_penalty", "write_batch", "answers", "answer_tokens"},
+    "task": {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size", "answers", "max_new_tokens"},
     "expect": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
 }  # fmt: skip
 

@@ -73,8 +73,8 @@ CORPORA = [  # name, what is done, overrides, what is told: one entry a line
     ("pairs that end", None, "phases=[{'train.steps':8,'objective.pair':none}]", ["phases[0]: model.pair_head=true with obj"]),
     ("unknown pair", None, "objective.pair=sopp", ["objective.pair=\"sopp\": should be 'nsp', 'sop' or 'none'"]),
     ("unknown masking", None, "objective.masking=span", ["objective.masking=\"span\": should be 'token', 'whole_word'"]),
-    ("nothing masked", None, "objective.mask_share=0", ["objective.mask_share=0: should be greater than 0"]),
-    ("unknown key", None, "objective.mask_prob=0.15", ["objective.mask_prob: unknown key; did you mean 'mask_share'?"]),
+    ("nothing masked", None, "objective.masked_lm_prob=0", ["objective.masked_lm_prob=0: should be greater than 0"]),
+    ("unknown key", None, "objective.mask_prob=0.15", ["objective.mask_prob: unknown key; did you mean 'masked_lm_prob'?"]),
     ("key of GPT", None, "data.pack=true", ["data.pack: unknown key; data has: train, valid, seq_len, tokenizer"]),
 ]  # fmt: skip
 

@@ -45,7 +45,7 @@ FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "sentences": ("tiny", ["objective.pair=none", "objective.masking=whole_word"], FEW),
     "sentences_postln": ("tiny_postln", ["objective.pair=none", "objective.masking=token"], ("baseline", "zero3", "tp2_sp")),
-    "order": ("tiny", ["objective.pair=sop", "objective.masking=ngram", "objective.short_share=0.5"], FEW),
+    "order": ("tiny", ["objective.pair=sop", "objective.masking=ngram", "objective.short_seq_prob=0.5"], FEW),
     "lamb": ("tiny_postln", ["optim.optimizer=lamb", "optim.lr=3e-2"], ("baseline", "baseline_micro1", "zero0")),
     "lamb_bounded": (
         "tiny",

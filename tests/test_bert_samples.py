@@ -120,7 +120,7 @@ def test_lengths_of_pieces(sentences, monkeypatch):
 @pytest.mark.parametrize("pair", ["nsp", "sop"])
 def test_pairs(sentences, words, pair):
     """Segments, labels and types of pairs: half are changed; what is not changed follows in the text."""
-    stream = opened(sentences / "train", f"objective.pair={pair}", "objective.mask_share=0.000001")
+    stream = opened(sentences / "train", f"objective.pair={pair}", "objective.masked_lm_prob=0.000001")
     rows = stream.rows(range(2000))
     text = stream.corpora[0].flat.tobytes()
     in_order = strange = 0
@@ -160,7 +160,7 @@ def test_the_length_of_a_sample_does_not_tell_its_label(words, tmp_path):
 
 
 def test_full_sentences_fill_a_sample_across_documents(sentences, words):
-    stream = opened(sentences / "train", "objective.pair=none", "objective.short_share=0", valid=True)
+    stream = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0", valid=True)
     rows = stream.rows(range(len(stream)))
     ids = [row[1:n] for row, n in zip(rows["labels"], rows["lengths"], strict=True)]
     flat = stream.corpora[0].flat
@@ -175,11 +175,11 @@ def test_full_sentences_fill_a_sample_across_documents(sentences, words):
 def test_short_samples(sentences):
     n = 3000
     for pair, least in (("none", 0.05), ("sop", 0.01)):  # some are short anyway; two sentences are never made shorter
-        stream = opened(sentences / "train", f"objective.pair={pair}", "objective.short_share=0.1")
-        usual = opened(sentences / "train", f"objective.pair={pair}", "objective.short_share=0")
+        stream = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0.1")
+        usual = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0")
         shorter = (stream.rows(range(n))["lengths"] < usual.rows(range(n))["lengths"]).mean()
         assert least < shorter < 0.1 + three_sigma(0.1, n)
-    with_one = opened(sentences / "train", "objective.pair=none", "objective.short_share=0.999").rows(range(500))
+    with_one = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0.999").rows(range(500))
     assert (with_one["mlm_mask"].sum(1) >= 1).all() and with_one["lengths"].min() >= 4
 
 
@@ -268,7 +268,7 @@ def write(prefix, documents, **facts):
 
 def bert(prefix, words, pair="nsp", seq_len=32):
     special = samples.special_ids(words, "here")
-    shares = {"mask_share": 0.15, "short_share": 0.1}
+    shares = {"masked_lm_prob": 0.15, "short_seq_prob": 0.1}
     return samples.Samples(str(prefix), seq_len, special, pair=pair, masking="token", seed=1, shuffle=True, **shares)
 
 

@@ -64,7 +64,8 @@ MORE = [  # keys that the configs leave out
     "megatron.extra.recompute_num_layers", "megatron.transformer_engine", "model.kv_heads", "model.ffn", "model.positions",
     "model.vocab_size", "model.dropout", "model.rope_theta", "model.buckets", "model.max_distance", "model.kv_channels",
     "model.decoder_layers", "model.pair_head", "data.pack", "data.reset_attention", "data.tokenizer", "data.target_len",
-    "objective.pair", "objective.kind", "objective.noise_share", "objective.mean_span", "objective.short_share",
+    "objective.pair", "objective.kind", "objective.noise_density", "objective.mean_noise_span_length",
+    "objective.short_seq_prob",
     "optim.lamb.max_coeff", "optim.schedule", "optim.decay_steps", "optim.begin_step", "init.from", "train.eval_every",
     "train.save_every", "train.keep", "phases", "expect", "expect.x", "task.data", "task.name", "task.tags", "lora",
 ]  # fmt: skip

@@ -29,7 +29,7 @@ from tests.plain_t5 import clear_of_kinks
 
 TEXT = """\
 init: {from: FOLDER}
-task: {name: NAME, data: DATA, split: SPLIT, beams: 3, write_batch: 8}
+task: {name: NAME, data: DATA, split: SPLIT, beams: 3, generation_batch_size: 8}
 model: {dropout: 0.0}
 data: {seq_len: 40, target_len: 24}
 optim: {lr: 2.0e-3, warmup_steps: 2, schedule: linear, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-5}

@@ -135,7 +135,7 @@ def test_corpora_and_tokenizers_that_give_no_samples(spans, sentences, words, tm
     with pytest.raises(BadInput, match="its tokenizer has no </s> or no sentinels; T5 takes a SentencePiece"):
         opened(sentences / "train")
     with pytest.raises(BadInput, match="less than one sample"):
-        opened(spans / "valid", "data.seq_len=20000", "data.target_len=5000", "objective.mean_span=100.0")
+        opened(spans / "valid", "data.seq_len=20000", "data.target_len=5000", "objective.mean_noise_span_length=100.0")
     with pytest.raises(BadInput, match="sentinels; give a smaller data.seq_len"):
         opened(spans / "train", "data.seq_len=4096", "data.target_len=1000")
     (tmp_path / "t").mkdir()

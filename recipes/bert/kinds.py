@@ -431,7 +431,7 @@ class Span(Kind):
         for i, (question, ids) in enumerate(zip(questions, asked, strict=True)):
             tokens, offsets = contexts[question.context]
             room = cfg.data.seq_len - len(ids) - 3
-            answer = answer_tokens(offsets, question.span)
+            answer = answer_token_span(offsets, question.span)
             windows += [windowed(i, len(ids) + 2, part, answer) for part in parts(len(tokens), room, cfg.task.stride)]
         held = {w.question for w in windows if w.label != (0, 0)}
         lost = sum(question.span is not None and i not in held for i, question in enumerate(questions))
@@ -544,7 +544,7 @@ class Span(Kind):
 ANSWER_LEN = 30  # tokens of an answer, at most (BERT's run_squad.py, max_answer_length)
 
 
-def answer_tokens(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int] | None:
+def answer_token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int] | None:
     """First and last token that the characters [start, end) of a context touch; None without an answer."""
     if span is None:
         return None

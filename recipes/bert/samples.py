@@ -55,11 +55,12 @@ class Samples(Order):
     """
 
     def __init__(
-        self, data: Blend, seq_len: int, special: Special, *, pair: str, masking: str, mask_share: float, short_share: float,
+        self, data: Blend, seq_len: int, special: Special, *, pair: str, masking: str, masked_lm_prob: float,
+        short_seq_prob: float,
         seed: int, shuffle: bool,
     ):  # fmt: skip
         self.seq_len, self.special, self.pair = seq_len, special, pair
-        self.masking, self.mask_share, self.short_share = masking, mask_share, short_share
+        self.masking, self.masked_lm_prob, self.short_seq_prob = masking, masked_lm_prob, short_seq_prob
         self.room = seq_len - (2 if pair == "none" else 3)  # tokens beside [CLS] and [SEP]
         self.notes: list[str] = []
         self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # prefix -> first sentence, sentence behind the last
@@ -138,7 +139,7 @@ class Samples(Order):
 
     def _length(self, rng: np.random.Generator) -> int:
         """Tokens that a sample aims at: all that fit, or for a share of them any number from 2 on (BERT, appendix A.2)."""
-        if rng.random() >= self.short_share:
+        if rng.random() >= self.short_seq_prob:
             return self.room
         return 2 + int(rng.random() * (self.room - 1))
 
@@ -179,7 +180,7 @@ class Samples(Order):
     # ---- which tokens are hidden
 
     def choose(self, ids: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of `places` in `ids` to predict: mask_share of the words in expectation, at least one piece.
+        """Which of `places` in `ids` to predict: masked_lm_prob of the words in expectation, at least one piece.
 
         A piece is one token, one whole word, or 1 to 3 whole words with probability proportional to 1/n (ALBERT, section
         4.1; SpanBERT finds longer pieces harder). Their lengths are drawn first and the pieces then laid among the words so
@@ -195,7 +196,7 @@ class Samples(Order):
         longest = NGRAMS[self.masking]
         odds = 1 / np.arange(1, longest + 1)
         odds /= odds.sum()
-        wanted = self.mask_share * words / float(odds @ np.arange(1, longest + 1))
+        wanted = self.masked_lm_prob * words / float(odds @ np.arange(1, longest + 1))
         pieces = max(1, int(wanted + rng.random()))
         lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
         fit = max(1, int(np.searchsorted(np.cumsum(lengths), words, "right")))  # in a sample of few words not all do
@@ -277,6 +278,6 @@ def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str
     """As recipes/bert/task.py's config says. name: of the tokenizer, for messages."""
     o = cfg.objective
     return Samples(
-        data, cfg.data.seq_len, special_ids(tokenizer, name), pair=o.pair, masking=o.masking, mask_share=o.mask_share,
-        short_share=o.short_share, seed=cfg.train.seed, shuffle=shuffle,
+        data, cfg.data.seq_len, special_ids(tokenizer, name), pair=o.pair, masking=o.masking, masked_lm_prob=o.masked_lm_prob,
+        short_seq_prob=o.short_seq_prob, seed=cfg.train.seed, shuffle=shuffle,
     )  # fmt: skip

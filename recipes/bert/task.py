@@ -109,8 +109,8 @@ MASK_SHARE = 0.15
 class Objective(Section):
     pair: Literal["nsp", "sop", "none"] = "nsp"  # next sentence, sentence order, or full sentences without a pair head
     masking: Literal["token", "whole_word", "ngram"] = "token"  # samples.py: what is masked together
-    mask_share: Annotated[float, Field(gt=0, lt=1)] = MASK_SHARE
-    short_share: Share = 0.1  # of the samples: any length from 2 tokens on
+    masked_lm_prob: Annotated[float, Field(gt=0, lt=1)] = MASK_SHARE
+    short_seq_prob: Share = 0.1  # of the samples: any length from 2 tokens on
 
 
 class Config(config.Config):

@@ -93,7 +93,7 @@ class Task(Section):
     data: FilePath  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
     answers: Count = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
-    answer_tokens: Positive = 128  # of such an answer at most
+    max_new_tokens: Positive = 128  # of such an answer at most
 
 
 class Config(config.Config):
@@ -305,7 +305,7 @@ def answer(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # a folder may name sampling that is not used here
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     stops = pretrained.write_plainly(net)
-    written = torch.zeros(len(asked), t.answer_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
+    written = torch.zeros(len(asked), t.max_new_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
     tell = finetuning.progress(len(asked), 1, ranks)
     for number in range(ranks.rank, len(asked), ranks.world):
         if tell(number):
@@ -315,7 +315,7 @@ def answer(run: Run, ranks: Ranks) -> None:
         made = net.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
             eos_token_id=sorted(question.ends | stops) or None,
-            max_new_tokens=min(t.answer_tokens, run.cfg.model.positions - len(question.ids)),
+            max_new_tokens=min(t.max_new_tokens, run.cfg.model.positions - len(question.ids)),
         )[0, ids.shape[1] :]  # fmt: skip
         written[number, : len(made)] = made + 1
     dist.all_reduce(written)  # each row and zeros: exact

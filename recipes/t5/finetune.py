@@ -84,7 +84,7 @@ class Task(Section):
     split: Literal["dev", "test"] = "dev"  # on which the best checkpoint is scored at the end
     beams: Positive = 4
     length_penalty: Annotated[float, Field(ge=0)] = 0.6  # arXiv:1910.10683, section 3.1.2 and appendix E
-    write_batch: Positive = 32  # inputs at once when it is scored
+    generation_batch_size: Positive = 32  # inputs at once when it is scored
 
 
 class Config(config.Config):
@@ -211,7 +211,7 @@ def score(run: Run, ranks: Ranks) -> None:
         return
     t, folder = run.cfg.task, run.out / "hf"
     step = export.exported_step(folder)
-    search = text.Search(t.beams, t.length_penalty, run.cfg.data.target_len, t.write_batch)
+    search = text.Search(t.beams, t.length_penalty, run.cfg.data.target_len, t.generation_batch_size)
     how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
     if _is_scored(run.out / "eval.json", how):
         return
@@ -221,7 +221,7 @@ def score(run: Run, ranks: Ranks) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     pretrained.write_plainly(net)
-    tell = finetuning.progress(len(found.inputs), t.write_batch, ranks)
+    tell = finetuning.progress(len(found.inputs), t.generation_batch_size, ranks)
     written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
     finetuning.end_if_asked(ranks, step)
     if ranks.rank == 0:

@@ -21,25 +21,25 @@ from common.errors import BadInput
 from common.training.init import hashed
 
 
-def counts_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int]:
+def counts_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
     """(noise tokens, spans) of a text of `raw` tokens, as T5 rounds them; at least one of each where there are two tokens."""
     if raw < 2:
         return 0, 0
-    noise = min(max(round(raw * noise_share), 1), raw - 1)
-    return noise, min(max(round(noise / mean_span), 1), noise, raw - noise)
+    noise = min(max(round(raw * noise_density), 1), raw - 1)
+    return noise, min(max(round(noise / mean_noise_span_length), 1), noise, raw - noise)
 
 
-def lengths_of(raw: int, noise_share: float, mean_span: float) -> tuple[int, int]:
+def lengths_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
     """(input, target) tokens that `raw` tokens become, sentinels and end of sequence included."""
-    noise, spans = counts_of(raw, noise_share, mean_span)
+    noise, spans = counts_of(raw, noise_density, mean_noise_span_length)
     return raw - noise + spans + 1, noise + spans + 1
 
 
-def raw_tokens(seq_len: int, noise_share: float, mean_span: float) -> int:
+def raw_tokens(seq_len: int, noise_density: float, mean_noise_span_length: float) -> int:
     """The most raw tokens whose input fits `seq_len` (T5's random_spans_helper): 512 takes 568."""
 
     def fits(raw: int) -> bool:
-        return lengths_of(raw, noise_share, mean_span)[0] <= seq_len
+        return lengths_of(raw, noise_density, mean_noise_span_length)[0] <= seq_len
 
     least, most = 2, 4  # fits never falls below True again: by bisection
     while fits(most):
@@ -70,17 +70,18 @@ class Samples(Order):
 
     def __init__(
         self, data: Blend, seq_len: int, target_len: int, *, sentinels: np.ndarray, eos: int, pad: int, kind: str,
-        noise_share: float, mean_span: float, pack: bool, seed: int, shuffle: bool,
+        noise_density: float, mean_noise_span_length: float, pack: bool, seed: int, shuffle: bool,
     ):  # fmt: skip
         self.seq_len, self.target_len, self.kind, self.pack = seq_len, target_len, kind, pack
         self.sentinels, self.eos, self.pad = sentinels, eos, pad
-        self.noise_share, self.mean_span = noise_share, mean_span
-        self.raw = raw_tokens(seq_len, noise_share, mean_span) if kind == "span" else min(seq_len, target_len)
-        spans = counts_of(self.raw, noise_share, mean_span)[1]
+        self.noise_density, self.mean_noise_span_length = noise_density, mean_noise_span_length
+        self.raw = raw_tokens(seq_len, noise_density, mean_noise_span_length) if kind == "span" else min(seq_len, target_len)
+        spans = counts_of(self.raw, noise_density, mean_noise_span_length)[1]
         if kind == "span" and spans > len(sentinels):
             raise BadInput(
                 f"data.seq_len={seq_len}: a sample has {spans} spans and the tokenizer {len(sentinels)} sentinels; give a "
-                "smaller data.seq_len or objective.noise_share, a larger objective.mean_span, or a SentencePiece tokenizer "
+                "smaller data.seq_len or objective.noise_density, a larger objective.mean_noise_span_length, or a "
+                "SentencePiece tokenizer "
                 "with more sentinels"
             )
         super().__init__(data, seed=seed, shuffle=shuffle)
@@ -132,7 +133,7 @@ class Samples(Order):
         return np.append(ids.astype(np.int64), self.eos)
 
     def _spans(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        noise, spans = counts_of(len(ids), self.noise_share, self.mean_span)
+        noise, spans = counts_of(len(ids), self.noise_density, self.mean_noise_span_length)
         if not spans:
             return self._ended(ids), np.empty(0, np.int64)
         kept, hidden = pieces(len(ids) - noise, spans, rng), pieces(noise, spans, rng)
@@ -169,6 +170,7 @@ def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> S
         )
     return Samples(
         data, d.seq_len, d.target_len, sentinels=tokenizer.sentinels(), eos=tokenizer.eod_id,
-        pad=tokenizer.pad_id or 0, kind=o.kind, noise_share=o.noise_share, mean_span=o.mean_span, pack=d.pack,
+        pad=tokenizer.pad_id or 0, kind=o.kind, noise_density=o.noise_density,
+        mean_noise_span_length=o.mean_noise_span_length, pack=d.pack,
         seed=cfg.train.seed, shuffle=shuffle,
     )  # fmt: skip

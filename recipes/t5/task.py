@@ -76,8 +76,8 @@ class Model(Section):
                     yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.{name}={length}"
         o, d = getattr(cfg, "objective", None), cfg.data  # finetuning has none
         if o and o.kind == "span" and not samples.too_short(o, d):
-            raw = samples.raw_tokens(d.seq_len, o.noise_share, o.mean_span)
-            _, target = samples.lengths_of(raw, o.noise_share, o.mean_span)
+            raw = samples.raw_tokens(d.seq_len, o.noise_density, o.mean_noise_span_length)
+            _, target = samples.lengths_of(raw, o.noise_density, o.mean_noise_span_length)
             if target > d.target_len:
                 yield f"data.target_len={d.target_len}: spans of data.seq_len={d.seq_len} make {target} tokens; give {target}"
 
@@ -134,8 +134,8 @@ class Data(config.Data):  # seq_len: tokens of the input
 
 class Objective(Section):
     kind: Literal["span", "prefix"] = "span"  # of running text; corpora of pairs are taken as they are (samples.py)
-    noise_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    mean_span: Annotated[float, Field(ge=1)] = 3.0  # tokens
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0  # tokens
 
 
 class Config(config.Config):
