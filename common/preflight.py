@@ -23,7 +23,8 @@ from common import config
 from common.checkpoints import checkpoint, integrity
 from common.checkpoints.integrity import read_object
 from common.config import Config, Layout
-from common.data.corpus import Corpus, write_json
+from common.data.indexed_dataset import Corpus
+from common.data.text_files import write_json
 from common.errors import BadInput, Missing
 from common.launch import lock
 
@@ -32,9 +33,9 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 
 
 class Samples(Protocol):
-    """The samples of a run, as `task.stream` opens them: common/data/corpus.py has GPT's."""
+    """The samples of a run, as `task.stream` opens them: recipes/gpt/pretraining_samples.py has GPT's."""
 
-    corpora: list[Any]  # of type common.data.corpus.Corpus
+    corpora: list[Any]  # of type common.data.indexed_dataset.Corpus
     content_hash: str
     vocab_size: int | None  # of the model, once `limit` says it: batches with other ids are refused
 

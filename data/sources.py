@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from common.data.corpus import fingerprint
+from common.data.manifest import fingerprint
 from common.errors import BadInput
 
 TEXT_SUFFIXES = frozenset(

@@ -19,7 +19,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.data.corpus import BLOCK, Corpus, largest_id
+from common.data.indexed_dataset import Corpus, largest_id
+from common.data.manifest import BLOCK
 from common.errors import BadInput, exit_cleanly
 
 AT_ONCE = 64 * BLOCK  # bytes

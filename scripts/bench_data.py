@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.data import tokenizer as tokenizers
-from common.data.corpus import Stream, Writer
+from common.data.indexed_dataset import Writer
 from data.build import _Pipeline
 from data.sources import Errors, Files
+from recipes.gpt.pretraining_samples import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 from common.launch import processes
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.texts import read_text
+from common.data.text_files import read_text
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
 from common.huggingface import hf_folder

@@ -33,7 +33,7 @@ import numpy as np
 from common import config as configs
 from common import preflight as runs
 from common.data import tokenizer as tokenizers
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import processes
 from common.planning import flops, memory

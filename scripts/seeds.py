@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.data.corpus import write_json
+from common.data.text_files import write_json
 from common.errors import BadInput, exit_cleanly
 from common.launch import lock
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from common import config
-from common.data.corpus import Stream
 from common.training import init, optim
 from recipes.gpt import task
+from recipes.gpt.pretraining_samples import Stream
 
 
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:

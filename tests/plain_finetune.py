@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from common import config
-from common.data.corpus import epoch_key, permute
+from common.data.sampler import epoch_key, permute
 from common.evaluation import glue
 from common.training import init, optim
 from recipes.bert import finetune

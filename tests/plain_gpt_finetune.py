@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from common import config
-from common.data.corpus import epoch_key, permute
+from common.data.sampler import epoch_key, permute
 from common.training import optim
 from recipes.gpt import finetune, samples
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 
 from common import config
-from common.data.corpus import epoch_key, permute
+from common.data.sampler import epoch_key, permute
 from common.training import optim
 from recipes.t5 import finetune
 from tests.plain_t5 import Kinks, Step, torch_optimizer

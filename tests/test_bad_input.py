@@ -24,7 +24,7 @@ from conftest import ROOT, Drive, case, losses
 
 from common import preflight
 from common.checkpoints import checkpoint, state
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import launcher, lock
 from recipes.gpt import task

@@ -10,7 +10,8 @@ from conftest import case, losses
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
 from common.data import tokenizer
-from common.data.corpus import Corpus, Writer, checksum, write_manifest
+from common.data.indexed_dataset import Corpus, Writer, write_manifest
+from common.data.manifest import checksum
 
 TEXT = """\
 model: {arch: bert, layers: 2, hidden: 32, heads: 2}

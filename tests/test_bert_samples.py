@@ -12,7 +12,7 @@ from conftest import ROOT
 from common import config, preflight
 from common.config import Layout
 from common.data import batches, tokenizer
-from common.data.corpus import Corpus, Writer, write_manifest
+from common.data.indexed_dataset import Corpus, Writer, write_manifest
 from common.errors import BadInput
 from recipes.bert import samples, task
 

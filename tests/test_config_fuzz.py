@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 
 from common import config, errors, preflight
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 from common.launch import launcher
 from scripts import plan
 

@@ -115,7 +115,7 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     net = AutoModelForCausalLM.from_pretrained(run / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     assert type(net).__name__ == ("GPT2LMHeadModel" if name == "tiny" else "LlamaForCausalLM")
-    from common.data.corpus import Stream
+    from recipes.gpt.pretraining_samples import Stream
 
     stream = Stream(str(corpus / "valid"), 64, shuffle=False)
     tokens = torch.from_numpy(stream.rows(range(16))["tokens"])

@@ -1,4 +1,4 @@
-"""common/data/corpus.py: Megatron's files, and an order that is a pure function (law 3)."""
+"""common/data: Megatron's files, and an order that is a pure function (law 3)."""
 
 import hashlib
 import json
@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import preflight
-from common.data import batches, examples
-from common.data import corpus as corpora
+from common.data import batches, examples, indexed_dataset, manifest, sampler
 from common.data import tokenizer as tokenizers
-from common.data.corpus import Corpus, Stream, Writer, permute, write_manifest
+from common.data.indexed_dataset import Corpus, Writer, write_manifest
+from common.data.sampler import permute
 from common.errors import BadInput
 from recipes.gpt import task
+from recipes.gpt.pretraining_samples import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
@@ -347,7 +348,7 @@ def test_a_hundred_bit_flips_are_found(documents, tmp_path):
     prefix = write(tmp_path / "a", documents)
     right, rng, kinds = everything(prefix), np.random.default_rng(0), Counter()
     for number in range(100):
-        path = Path(prefix + corpora.FILES[number % 4])
+        path = Path(prefix + indexed_dataset.FILES[number % 4])
         good = path.read_bytes()
         flip(path, int(rng.integers(8 * len(good))))
         outcome(prefix, right, kinds)
@@ -363,28 +364,28 @@ def flip(path, bit):
 
 def big(prefix, blocks=200):
     """A corpus larger than what `verify` samples of it."""
-    ids = np.random.default_rng(0).integers(1, 500, blocks * corpora.BLOCK // 2, dtype=np.uint16)
+    ids = np.random.default_rng(0).integers(1, 500, blocks * manifest.BLOCK // 2, dtype=np.uint16)
     return write(prefix, np.split(ids, len(ids) // 512))
 
 
 def unsampled(prefix):
     """Blocks that the fingerprint of .bin does not see."""
     size = Path(f"{prefix}.bin").stat().st_size
-    seen = {(k * (size - 65_536) // 15 + offset) // corpora.BLOCK for k in range(16) for offset in range(65_536)}
-    return sorted(set(range(size // corpora.BLOCK)) - seen)
+    seen = {(k * (size - 65_536) // 15 + offset) // manifest.BLOCK for k in range(16) for offset in range(65_536)}
+    return sorted(set(range(size // manifest.BLOCK)) - seen)
 
 
 def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     prefix = big(tmp_path / "a")
     bad = unsampled(prefix)[3]
-    flip(tmp_path / "a.bin", 8 * (bad * corpora.BLOCK + 77))
+    flip(tmp_path / "a.bin", 8 * (bad * manifest.BLOCK + 77))
     stream = Stream(prefix, 256, shuffle=False)
     stream.verify()  # samples do not see it
     stream.limit(500, "data.train")
-    per_block = corpora.BLOCK // 2 // 256  # samples
+    per_block = manifest.BLOCK // 2 // 256  # samples
     stream.rows(range(bad * per_block - 1))
     stream.rows(range((bad + 1) * per_block, len(stream)))
-    place = f"block {bad} .bytes {bad * corpora.BLOCK:,} to {(bad + 1) * corpora.BLOCK - 1:,}"
+    place = f"block {bad} .bytes {bad * manifest.BLOCK:,} to {(bad + 1) * manifest.BLOCK - 1:,}"
     for _ in range(2):  # not forgotten once told
         with pytest.raises(BadInput, match=rf"data\.train: .*a\.bin: {place}.*copy it again") as error:
             stream.rows([bad * per_block])
@@ -658,7 +659,7 @@ GOLDEN_KEYS = [3265941929054316705, 1493438401812591317, 12124642701059584039]
 def test_the_order_of_a_seed_never_changes():
     """A golden: a change here changes every published run."""
     assert permute(range(8), 8, 1234).tolist() == GOLDEN_PERMUTATION
-    key = corpora.epoch_key(1234, np.array([0, 0, 1]), np.array([0, 1, 0]))
+    key = sampler.epoch_key(1234, np.array([0, 0, 1]), np.array([0, 1, 0]))
     assert key.tolist() == GOLDEN_KEYS
 
 
@@ -683,7 +684,7 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
 
 
 def test_the_order_is_the_same_in_another_process(prefix):
-    code = f"from common.data.corpus import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
+    code = f"from recipes.gpt.pretraining_samples import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == str(Stream(prefix, 64).samples(0, 50))
 
@@ -809,7 +810,7 @@ def test_bad_streams(documents, prefix, tmp_path):
 def test_opening_is_light():
     """Validation before a launch imports this module: no torch, no tokenizer library."""
     slow = ("torch", "tokenizers", "transformers", "datasets")
-    code = f"import sys, common.data.corpus, common.data.tokenizer; print([m for m in {slow} if m in sys.modules])"
+    code = f"import sys, common.data.blended_dataset, common.data.tokenizer; print([m for m in {slow} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == "[]"
 
@@ -824,7 +825,7 @@ def unknown_ids(folder, copy):
     ids[7::20] = 9_999
     ids.tofile(f"{prefix}.bin")
     values = without_checksums(prefix)
-    values["fingerprint"]["bin"] = corpora.fingerprint(f"{prefix}.bin")
+    values["fingerprint"]["bin"] = manifest.fingerprint(f"{prefix}.bin")
     Path(f"{prefix}.json").write_text(json.dumps(values))
     return prefix
 
@@ -840,10 +841,10 @@ def test_every_stack_stops_at_unknown_ids_and_flipped_bits(corpus, sentences, sp
             settings_ = [f"data.train={prefix}", valid, "train.steps=2", "megatron.tp=2"]
             unknown.append(case(stack, "tiny", tmp_path / "out" / family / stack, settings_, expect=2, family=family))
     good = big(tmp_path / "good", blocks=300)
-    for suffix in corpora.FILES:
+    for suffix in indexed_dataset.FILES:
         shutil.copy(good + suffix, tmp_path / f"bad{suffix}")
     for block in unsampled(good):
-        flip(tmp_path / "bad.bin", 8 * (block * corpora.BLOCK + 5_000))
+        flip(tmp_path / "bad.bin", 8 * (block * manifest.BLOCK + 5_000))
     flipped = []
     for stack in STACKS:
         for name, steps, expect in (("good", 2, 0), ("bad", 4, 2)):

@@ -18,15 +18,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.data import corpus as corpora
+from common.data import indexed_dataset
 from common.data import tokenizer as tokenizers
-from common.data.corpus import Corpus
+from common.data.indexed_dataset import Corpus
 from common.errors import BadInput
 from data import build, sentences, sources, verify, wiki_books
 from data.sources import Errors
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (*(f"{split}{suffix}" for split in ("train", "valid") for suffix in corpora.FILES), "manifest.json")
+FILES = (*(f"{split}{suffix}" for split in ("train", "valid") for suffix in indexed_dataset.FILES), "manifest.json")
 
 
 def run(module, *args, **kwargs):

@@ -27,7 +27,7 @@ from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import config
-from common.data import bounded, tokenizer
+from common.data import limited_process, tokenizer
 from common.errors import BadInput
 from common.evaluation import language
 from common.training import lora
@@ -675,7 +675,7 @@ def test_a_hostile_template_is_one_line_in_bounded_time(name, folders, monkeypat
     template, told = HOSTILE[name]
     loaded = tokenizer.load(folders["tiny_llama"])
     loaded.config["chat_template"] = template
-    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    monkeypatch.setattr(limited_process, "SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(BadInput, match=re.escape(told.replace("5 s", "0.5 s"))) as refused:
         samples.Template(loaded, "here").encode([CHAT], ["line 1"])

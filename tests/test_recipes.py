@@ -49,7 +49,7 @@ def test_recipe_folders_shadow_no_package(tmp_path):
 
 
 def test_validation_imports_no_torch():
-    modules = "common.launch.launcher, common.preflight, common.data.corpus, recipes.gpt.task"
+    modules = "common.launch.launcher, common.preflight, common.data.indexed_dataset, recipes.gpt.task"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stdout + done.stderr

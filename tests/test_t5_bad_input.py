@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 
 TEXT = """\
 model: {arch: t5_v1_1, layers: 2, decoder_layers: 1, hidden: 32, heads: 2, ffn: 64}

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 from common import config
 from common.data import tokenizer
-from common.data.corpus import Writer, write_manifest
+from common.data.indexed_dataset import Writer, write_manifest
 from common.errors import BadInput
 from recipes.t5 import samples, task
 

@@ -1,4 +1,4 @@
-"""Labelled examples for finetuning: tokenized when a run starts, in the order of common/data/corpus.py, with what
+"""Labelled examples for finetuning: tokenized when a run starts, in the order of common/data/sampler.py, with what
 common/preflight.py asks
 of a corpus. Small against a corpus for pretraining: all of GLUE's largest task is 20 million tokens."""
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.corpus import epoch_key, permute
+from common.data.sampler import epoch_key, permute
 
 
 class Source:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data.texts import read_text
+from common.data.text_files import read_text
 from common.errors import BadInput
 from common.launch import heartbeat
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data.corpus import fingerprint
+from common.data.manifest import fingerprint
 from common.errors import BadInput
 from common.evaluation import glue
 

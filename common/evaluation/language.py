@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.texts import json_lines
+from common.data.text_files import json_lines
 from common.errors import BadInput
 from common.launch.processes import Ranks
 from common.training.loss import cross_entropy

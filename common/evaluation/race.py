@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data.texts import read_text
+from common.data.text_files import read_text
 from common.errors import BadInput
 from common.evaluation import hub
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.corpus import fingerprint
-from common.data.texts import json_lines, read_text
+from common.data.manifest import fingerprint
+from common.data.text_files import json_lines, read_text
 from common.errors import BadInput
 from common.evaluation import glue, hub, squad
 from common.launch.processes import Ranks

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.config import Section
 from common.data import batches
-from common.data.corpus import write_json
+from common.data.text_files import write_json
 from common.errors import BadInput
 from common.evaluation import metrics
 from common.huggingface import export, hf_folder

@@ -1,8 +1,8 @@
 """BERT's samples: which sentences make up one, which of its tokens are hidden. Each is a function of (seed, number) alone.
 
 A corpus is cut once into chunks, runs of whole sentences that fill a sample; a pass over the data visits each chunk once,
-in the order of common/data/corpus.py. What is drawn for a sample (its length, where its pair is cut, whether the second segment
-is a stranger or the two are swapped, what is masked) is drawn anew each time it comes (dynamic masking: RoBERTa,
+in the order of common/data/sampler.py. What is drawn for a sample (its length, where its pair is cut, whether the second
+segment is a stranger or the two are swapped, what is masked) is drawn anew each time it comes (dynamic masking: RoBERTa,
 arXiv:1907.11692, section 4.1).
 
 Letters in shapes: B samples, T `seq_len`.
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.corpus import Blend, Corpus, Order
+from common.data.blended_dataset import Blend, Order
+from common.data.indexed_dataset import Corpus
 from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
 from common.training.init import hashed

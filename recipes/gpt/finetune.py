@@ -18,7 +18,7 @@ from pydantic import model_validator
 from common import config
 from common.config import Count, FilePath, Positive, Section
 from common.data import examples
-from common.data.corpus import write_json
+from common.data.text_files import write_json
 from common.errors import BadInput
 from common.huggingface import export, pretrained
 from common.launch.processes import Ranks

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data import batches, bounded, examples
-from common.data.texts import json_lines, read_text
+from common.data import batches, examples, limited_process
+from common.data.text_files import json_lines, read_text
 from common.data.tokenizer import Tokenizer, encoded
 from common.errors import BadInput, Missing
 from common.evaluation import hub
@@ -217,8 +217,8 @@ class Template:
         from transformers.utils import chat_template_utils  # noqa: F401
 
         try:
-            return bounded.each(work, items)
-        except bounded.Exceeded as error:
+            return limited_process.each(work, items)
+        except limited_process.Exceeded as error:
             raise BadInput(f"the chat template of {self.folder} {error} for a conversation; give another") from None
 
     def answers(self, chat: Chat, at: str) -> tuple[str, list[tuple[int, int]]]:

@@ -15,8 +15,9 @@ from pydantic import Field
 
 from common import config
 from common.config import Layers, Positive, Section, Share
-from common.data.corpus import Stream
 from common.training.loss import cross_entropy
+
+from .pretraining_samples import Stream
 
 if TYPE_CHECKING:
     import numpy as np

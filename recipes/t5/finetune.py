@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from common import config
 from common.config import FilePath, Positive, Section, Share
 from common.data import batches, examples
-from common.data.corpus import write_json
+from common.data.text_files import write_json
 from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.huggingface import export, pretrained

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.corpus import Blend, Corpus, Order
+from common.data.blended_dataset import Blend, Order
+from common.data.indexed_dataset import Corpus
 from common.errors import BadInput
 from common.training.init import hashed
 

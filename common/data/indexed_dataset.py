@@ -1,29 +1,24 @@
-"""Tokenized corpora on disk, and the order in which training reads them.
+"""Tokenized corpora on disk, in the format of Megatron's IndexedDataset.
 
-On disk a corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents), the format of
-Megatron's IndexedDataset, plus our PREFIX.json (the manifest: counts, checksums, tokenizer) and PREFIX.crc32 (a checksum of
-each block of both files, verified when the block is first read). Files by Megatron's own builder, without a manifest, and
-corpora built before there were block checksums are read as well, with what they have.
-
-The order is a pure function (law 3 of the house): sample number i of a run is the same sample of the same corpus
-whoever asks, and there is no index to build, no state to save: the position in the data is the sample number.
-
-Letters in shapes: B samples asked for, T `seq_len`.
+A corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents), plus our PREFIX.json (the
+manifest: counts, checksums, tokenizer) and PREFIX.crc32 (a checksum of each block of both files, verified when the block is
+first read). Files by Megatron's own builder, without a manifest, and corpora built before there were block checksums are read
+as well, with what they have.
 """
 
 import hashlib
-import json
 import os
-import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from common.data.manifest import BLOCK, checksum, crc32, fingerprint, read_manifest, sha256, write_checksums
+from common.data.text_files import write_json
 from common.errors import BadInput, Missing
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -35,16 +30,6 @@ _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
 
 FILES = (".bin", ".idx", ".crc32", ".json")
 """Endings of the files of a corpus."""
-
-BLOCK = 2**14
-"""Bytes of a file under one checksum. A sample reads one or two blocks, and the kernel reads as much ahead in any case; CRC-32
-of a block takes 13 us (zlib, 1.3 GB/s), and finds every change of up to 32 adjacent bits."""
-
-Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
-"""A prefix, a list of prefixes, or a list of [weight, prefix]."""
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -209,7 +194,7 @@ class Corpus:
         self.flat = np.empty(0, self.dtype)
         if self.tokens:  # as a plain array over the map: slicing it does not pass through memmap's Python code
             self.flat = np.asarray(np.memmap(self.prefix + ".bin", self.dtype, "r"))
-        self.manifest = _read_manifest(self.prefix)
+        self.manifest = read_manifest(self.prefix)
         self._compare_counts()
         self._checksums = self._read_checksums(bin_size)  # of each block of .bin, then of .idx; None where there are none
         self._check_index_blocks(-(-bin_size // BLOCK))
@@ -306,7 +291,7 @@ class Corpus:
             found = np.asarray(np.memmap(path, "<u4", "r"))
         except (OSError, ValueError) as error:  # ValueError: empty, or no whole number of checksums
             raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {again}") from None
-        if len(found) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or _crc32(found) != known["crc32"]:
+        if len(found) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or crc32(found) != known["crc32"]:
             raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {again}")
         return found
 
@@ -443,7 +428,7 @@ class Corpus:
     @cached_property
     def content_hash(self) -> str:
         """sha256 (hex) over those of .bin and .idx; from the manifest, else by reading both once."""
-        sums = self.manifest["sha256"] if self.manifest else {s: _sha256(f"{self.prefix}.{s}") for s in ("bin", "idx")}
+        sums = self.manifest["sha256"] if self.manifest else {s: sha256(f"{self.prefix}.{s}") for s in ("bin", "idx")}
         return hashlib.sha256(f"{sums['bin']} {sums['idx']}".encode()).hexdigest()
 
     def verify(self, vocab_size: int | None = None) -> None:
@@ -485,9 +470,9 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
             **({"sentences": corpus.sentences} if corpus.has_sentence_bounds else {}),
             "dtype": corpus.dtype.name,
             "max_token_id": largest_id(corpus),
-            "sha256": {suffix: _sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
+            "sha256": {suffix: sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
             "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
-            "blocks": {"bytes": BLOCK, "crc32": _write_checksums(prefix)},
+            "blocks": {"bytes": BLOCK, "crc32": write_checksums(prefix)},
         }
         | _FACTS
         | facts
@@ -495,32 +480,6 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     manifest["checksum"] = checksum(manifest)
     write_json(prefix + ".json", manifest)
     return manifest
-
-
-def write_json(path: str | Path, values: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def fingerprint(path: str | Path, blocks: int = 16, block_size: int = 65_536) -> str:
-    """sha256 (hex) of a file's size and of `blocks` blocks of `block_size` bytes spread over it, both ends included."""
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for k in range(blocks if size > blocks * block_size else 1):
-            file.seek(k * (size - block_size) // (blocks - 1) if size > blocks * block_size else 0)
-            digest.update(file.read(block_size if size > blocks * block_size else size))
-    return digest.hexdigest()
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def largest_id(corpus: Corpus, chunk: int = 2**24) -> int:
@@ -532,390 +491,3 @@ def largest_id(corpus: Corpus, chunk: int = 2**24) -> int:
             raise BadInput(f"{corpus.prefix}.bin: holds token id {ids.min()}; ids begin at 0: build the corpus again")
         largest = max(largest, int(ids.max()))
     return largest
-
-
-# ---- the manifest ---------------------------------------------------------------------------------------------------
-
-MANIFEST_BYTES = 2**24  # a manifest has a few thousand
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 2**63
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _are_digests(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"bin", "idx"} and all(map(_is_digest, value.values()))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and "\0" not in value
-
-
-_REQUIRED = {
-    "eod_id": lambda value: value is None or _is_count(value),
-    "tokenizer": lambda value: value is None or _is_text(value),
-    "tokenizer_hash": lambda value: value is None or _is_text(value),
-    "tokenizer_size": lambda value: value is None or _is_count(value),
-    "max_token_id": lambda value: _is_count(value, -1),
-    "sha256": _are_digests,
-    "fingerprint": _are_digests,
-}
-_OPTIONAL = {
-    "tokens": _is_count,
-    "documents": _is_count,
-    "sentences": _is_count,
-    "dtype": _is_text,
-    "checksum": _is_digest,
-    "blocks": lambda value: (
-        isinstance(value, dict) and value.keys() == {"bytes", "crc32"} and all(map(_is_count, value.values()))
-    ),
-}
-
-
-def _read_manifest(prefix: str) -> dict[str, Any]:
-    """Content of PREFIX.json, {} where there is none. BadInput, naming the key, for what no builder writes."""
-    path = prefix + ".json"
-    remedy = "build or copy the corpus again; without this file it is read as one of Megatron's own tool, its tokenizer unknown"
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BadInput(f"{path}: is no file; {remedy}")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MANIFEST_BYTES + 1)
-        manifest = json.loads(raw) if len(raw) <= MANIFEST_BYTES else None
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise BadInput(f"{path}: not a manifest (no JSON object); {remedy}") from None
-    if not isinstance(manifest, dict):
-        raise BadInput(f"{path}: not a manifest (no JSON object); {remedy}")
-    together = ("blocks", "checksum") if manifest.keys() & {"blocks", "checksum"} else ()  # else of an earlier version
-    missing = [name for name in (*_REQUIRED, *together) if name not in manifest]
-    wrong = [name for name, fits in (_REQUIRED | _OPTIONAL).items() if name in manifest and not fits(manifest[name])]
-    if missing or wrong:
-        told = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("not valid", wrong)) if names]
-        raise BadInput(f"{path}: not a manifest ({'; '.join(told)}); {remedy}")
-    if manifest["eod_id"] is not None and manifest["eod_id"] >= (manifest["tokenizer_size"] or 2**63):
-        raise BadInput(f"{path}: its eod_id {manifest['eod_id']} is none of its tokenizer_size ids; {remedy}")
-    if "checksum" in manifest and manifest["checksum"] != checksum(manifest):
-        raise BadInput(f"{path}: has changed since it was written (its checksum differs); {remedy}")
-    return manifest
-
-
-def checksum(manifest: dict[str, Any]) -> str:
-    """sha256 (hex) of a manifest's content without the key `checksum`."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _crc32(checksums: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(checksums))
-
-
-def _write_checksums(prefix: str) -> int:
-    """Write PREFIX.crc32: CRC-32 of each block of .bin, then of .idx, uint32. Returns that of the file written."""
-    part = f"{prefix}.crc32.part"
-    found = np.array([value for suffix in ("bin", "idx") for value in block_checksums(f"{prefix}.{suffix}")], "<u4")
-    with open(part, "wb") as file:
-        file.write(found.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, f"{prefix}.crc32")
-    return _crc32(found)
-
-
-def block_checksums(path: str) -> Iterator[int]:
-    """CRC-32 of each block of a file."""
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            yield zlib.crc32(block)
-
-
-# ---- order ----------------------------------------------------------------------------------------------------------
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 6
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of the result depends on every bit of x, (...) uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.ndarray:
-    """Where a random permutation of 0..n-1 puts each i: (B,) int64 in [0, n). O(1) memory, no table.
-
-    i: (B,), each in [0, n). key: the permutation's number, one for all or (B,), read as uint64.
-
-    A Feistel network permutes 0..2^bits-1, the smallest such range that holds n. A result beyond n is put through it
-    again until it lies below (cycle walking): that leaves a permutation of 0..n-1, at most 2 turns on average.
-    """
-    x = np.array(i, dtype=np.uint64, ndmin=1)
-    keys = np.array(key, dtype=np.uint64, ndmin=1)[:, None]
-    keys = np.broadcast_to(_mix(keys + _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64)), (len(x), _ROUNDS))
-    bits = max(1, (n - 1).bit_length())
-    shift = np.uint64(bits // 2)
-    low, high = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
-    todo = np.arange(len(x))
-    while len(todo):
-        left, right = x[todo] >> shift, x[todo] & low
-        for r in range(0, _ROUNDS, 2):
-            left = left ^ (_mix(right + keys[todo, r]) & high)
-            right = right ^ (_mix(left + keys[todo, r + 1]) & low)
-        x[todo] = (left << shift) | right
-        todo = todo[x[todo] >= n]
-    return x.astype(np.int64)
-
-
-def epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-    """One key for each (seed, corpus number, epoch), (B,) uint64."""
-    start = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
-    return _mix(_mix(start + _GOLDEN * corpus.astype(np.uint64)) ^ (epoch.astype(np.uint64) * _GOLDEN))
-
-
-class _Pattern:
-    """Which corpus sample i of a blend comes from: a cycle of `length`, in which each corpus has its exact share.
-
-    The next place goes to the corpus that lags its share most, so every prefix is close to the shares too.
-    """
-
-    def __init__(self, weights: Sequence[float], length: int = 10_000):
-        exact = np.array(weights, dtype=np.float64) / np.sum(weights) * length
-        self.counts = np.floor(exact).astype(np.int64)  # places of each corpus in a cycle
-        rest = length - int(self.counts.sum())
-        self.counts[np.argsort(self.counts - exact, kind="stable")[:rest]] += 1
-        self.length = length
-        self.corpus = np.empty(length, dtype=np.int64)  # corpus at each place
-        self.rank = np.empty(length, dtype=np.int64)  # how often it came before in the cycle
-        shares, placed = [int(c) for c in self.counts], [0] * len(self.counts)
-        for place in range(length):
-            c = max(range(len(shares)), key=lambda c: shares[c] * (place + 1) - placed[c] * length)
-            self.corpus[place], self.rank[place] = c, placed[c]
-            placed[c] += 1
-
-    def locate(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers (B,) -> corpus of each, and how many samples of that corpus came before."""
-        cycle, place = np.divmod(i, self.length)
-        corpus = self.corpus[place]
-        return corpus, cycle * self.counts[corpus] + self.rank[place]
-
-
-class Order:
-    """The samples of one or several corpora, numbered 0, 1, 2, ... over all steps of a run: sample k of step s is
-    s * global_batch + k. A family says by `_samples_in` and `rows` what a sample is.
-
-    data: prefix, list of prefixes (blended by their number of samples), or list of [weight, prefix].
-    shuffle: True: endless; each pass over a corpus is a new permutation of its samples, given by (seed, pass).
-        False (validation): file order, one corpus after the other, `len` samples and no more.
-
-    `len(order)` is the number of samples in one pass over all its corpora. BadInput for a corpus without a sample, corpora
-    of different tokenizers, or weights in file order.
-    """
-
-    def __init__(self, data: Blend, *, seed: int, shuffle: bool):
-        prefixes, weights = _read_blend(data)
-        self.corpora = [Corpus(prefix) for prefix in prefixes]
-        self.vocab_size: int | None = None  # of the model, once `limit` says it
-        self.seed, self.shuffle = seed, shuffle
-        self._one_tokenizer()
-        self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
-        if weights is not None and not shuffle:
-            raise BadInput(f"data {data!r}: weights have no meaning in file order (validation); give prefixes")
-        self.given_weights = weights
-        self.weights = [float(n) for n in self.sizes] if weights is None else weights
-        self._pattern = _Pattern(self.weights) if shuffle and len(prefixes) > 1 else None
-        if self._pattern is not None and not self._pattern.counts.all():
-            lost = prefixes[int(self._pattern.counts.argmin())]
-            raise BadInput(f"{lost}: under 1/{self._pattern.length:,} of the blend; raise its weight or leave it out")
-
-    def _samples_in(self, corpus: Corpus) -> int:
-        """How many samples a corpus has; BadInput if none."""
-        raise NotImplementedError
-
-    def _one_tokenizer(self) -> None:
-        known = [c for c in self.corpora if c.manifest]
-        for other in known[1:]:
-            if other.tokenizer_hash != known[0].tokenizer_hash:
-                raise BadInput(
-                    f"{known[0].prefix} and {other.prefix} were made with different tokenizers; build the second again "
-                    f"with --tokenizer {known[0].tokenizer_dir}"
-                )
-
-    def __len__(self) -> int:
-        return int(self.sizes.sum())
-
-    @cached_property
-    def content_hash(self) -> str:
-        """sha256 (hex) over the contents and given weights of the corpora, not their names; settings are not in it."""
-        weights = self.given_weights or [None] * len(self.corpora)
-        parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def limit(self, vocab_size: int | None, key: str) -> None:
-        """`Corpus.limit` of each corpus."""
-        self.vocab_size = vocab_size
-        for corpus in self.corpora:
-            corpus.limit(vocab_size, key)
-
-    def where(self, number: int) -> str:
-        """Sample `number`, for messages."""
-        corpus, index = self.locate([number])
-        return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
-
-    def verify(self, vocab_size: int | None = None) -> None:
-        """`Corpus.verify` of each corpus."""
-        for corpus in self.corpora:
-            corpus.verify(vocab_size)
-
-    def locate(self, numbers: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers (B,) -> corpus number (B,) and sample index in that corpus (B,), int64."""
-        i = np.asarray(numbers, dtype=np.int64)
-        if len(i) and (i.min() < 0 or not self.shuffle and i.max() >= len(self)):
-            raise IndexError(f"sample numbers {i.min()} to {i.max()}; there are {len(self)} from 0 on")
-        if not self.shuffle:
-            ends = np.cumsum(self.sizes)
-            corpus = np.searchsorted(ends, i, side="right")
-            return corpus, i - (ends - self.sizes)[corpus]
-        corpus, before = self._pattern.locate(i) if self._pattern else (np.zeros_like(i), i)
-        epoch, place = np.divmod(before, self.sizes[corpus])
-        key = epoch_key(self.seed, corpus, epoch)
-        index = np.empty_like(i)
-        for c, n in enumerate(self.sizes):
-            mine = corpus == c
-            if mine.any():
-                index[mine] = permute(place[mine], int(n), key[mine])
-        return corpus, index
-
-    def samples(self, first: int, count: int) -> list[tuple[int, int]]:
-        """(corpus number, sample index in it) of samples first .. first+count-1."""
-        corpus, index = self.locate(range(first, first + count))
-        return list(zip(corpus.tolist(), index.tolist(), strict=True))
-
-
-class Stream(Order):
-    """Samples of running text, for models that predict the next token.
-
-    seq_len: T, tokens predicted in a sample.
-    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], documents end to end. False: sample j is document j,
-        cut to T+1 tokens and padded (`pad_id`, else the end of document id, else 0).
-    eod_mask_loss: the token after an end of document, unpredictable, is no target.
-    reset_attention: rows carry `segment` and `position` too.
-    eod_id: only for corpora without a manifest.
-
-    BadInput besides Order's: a corpus shorter than a sample, a missing end of document id.
-    """
-
-    def __init__(
-        self,
-        data: Blend,
-        seq_len: int,
-        *,
-        pack: bool = True,
-        seed: int = 1234,
-        shuffle: bool = True,
-        eod_mask_loss: bool = False,
-        reset_attention: bool = False,
-        eod_id: int | None = None,
-        pad_id: int | None = None,
-    ):
-        self.seq_len, self.pack = seq_len, pack
-        self.eod_mask_loss, self.reset_attention = eod_mask_loss, reset_attention
-        super().__init__(data, seed=seed, shuffle=shuffle)
-        self.eod_id = self._one_eod(eod_id)
-        self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
-
-    def _one_eod(self, given: int | None) -> int | None:
-        known = [c for c in self.corpora if c.manifest]
-        eod_id = known[0].eod_id if known else given
-        if not (self.eod_mask_loss or self.reset_attention):
-            return eod_id
-        if eod_id is None:
-            remedy = "build the corpus with a tokenizer that has one (characters have none)"
-            if not known:
-                remedy = "give the tokenizer that it was made with, which has one: data.tokenizer=DIR"
-            raise BadInput(
-                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
-                f"it: set both to false, or {remedy}"
-            )
-        for corpus in self.corpora:
-            if not corpus.manifest:
-                _must_end_in(corpus, eod_id)
-        return eod_id
-
-    def _samples_in(self, corpus: Corpus) -> int:
-        samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
-        if samples < 1:
-            raise BadInput(
-                f"{corpus.prefix}: {corpus.tokens:,} tokens, less than one sample ({self.seq_len + 1:,}); "
-                "give more text or a smaller data.seq_len"
-            )
-        return samples
-
-    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
-        """The samples of these numbers:
-
-        tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
-        int64: inputs that are no padding;
-        with reset_attention also segment (B, T) int32: number in the row of the document that input t is of, and
-        position (B, T) int64: its place in that document.
-        """
-        corpus, index = self.locate(numbers)
-        tokens = np.full((len(index), self.seq_len + 1), self.pad_id, dtype=np.int64)
-        lengths = np.empty(len(index), dtype=np.int64)  # real tokens of each row
-        for row, (c, j) in enumerate(zip(corpus.tolist(), index.tolist(), strict=True)):
-            ids = self._ids(self.corpora[c], j)
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-        loss_mask = np.arange(1, self.seq_len + 1) < lengths[:, None]
-        out = {"tokens": tokens, "loss_mask": loss_mask, "lengths": np.minimum(lengths, self.seq_len)}
-        if self.eod_mask_loss:
-            loss_mask &= tokens[:, :-1] != self.eod_id
-        if self.reset_attention:
-            out["segment"], out["position"] = self._segments(tokens, lengths)
-        return out
-
-    def _ids(self, corpus: Corpus, j: int) -> np.ndarray:
-        if not self.pack:
-            return corpus.get(j, self.seq_len + 1)
-        return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
-
-    def _segments(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T+1) tokens, (B,) real lengths -> segment, position, each (B, T). Padding is one segment at most."""
-        places = np.arange(self.seq_len)
-        begins = np.zeros((len(tokens), self.seq_len), dtype=bool)
-        begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (places[:-1] < lengths[:, None])
-        start = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-        return np.cumsum(begins, axis=1, dtype=np.int32), places - start
-
-
-def _must_end_in(corpus: Corpus, eod_id: int, documents: int = 100) -> None:
-    """BadInput unless the first documents end in this id (Megatron's tool writes it with --append-eod alone)."""
-    for number in range(min(documents, corpus.documents)):
-        ids = corpus.get(number)
-        if len(ids) and ids[-1] != eod_id:
-            raise BadInput(
-                f"{corpus.prefix}: document {number} ends in id {ids[-1]}, the tokenizer's end of document is {eod_id}; "
-                "tokenize with it (Megatron's tool: --append-eod), give the tokenizer that it was made with "
-                "(data.tokenizer=DIR), or set data.eod_mask_loss and data.reset_attention to false"
-            )
-
-
-def _read_blend(data: Blend) -> tuple[list[str], list[float] | None]:
-    """Prefixes, and their weights where given."""
-    if isinstance(data, str | Path):
-        return [str(data)], None
-    pairs = [entry for entry in data if not isinstance(entry, str | Path)]
-    if not data or pairs and len(pairs) != len(data):
-        raise BadInput(f"data {list(data)!r}: give a prefix, a list of prefixes, or a list of [weight, prefix]")
-    if not pairs:
-        return [str(entry) for entry in data], None
-    if not all(len(pair) == 2 and isinstance(pair[0], int | float) and pair[0] > 0 for pair in pairs):
-        raise BadInput(f"data {list(data)!r}: each entry must be [weight above 0, prefix]")
-    return [str(pair[1]) for pair in pairs], [float(pair[0]) for pair in pairs]

@@ -1,0 +1,120 @@
+"""What GPT is pretrained on: windows of seq_len tokens over running text, or one document per sample.
+
+Letters in shapes: B samples asked for, T `seq_len`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.data.blended_dataset import Blend, Order
+from common.data.indexed_dataset import Corpus
+from common.errors import BadInput
+
+
+class Stream(Order):
+    """Samples of running text, for models that predict the next token.
+
+    seq_len: T, tokens predicted in a sample.
+    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], documents end to end. False: sample j is document j,
+        cut to T+1 tokens and padded (`pad_id`, else the end of document id, else 0).
+    eod_mask_loss: the token after an end of document, unpredictable, is no target.
+    reset_attention: rows carry `segment` and `position` too.
+    eod_id: only for corpora without a manifest.
+
+    BadInput besides Order's: a corpus shorter than a sample, a missing end of document id.
+    """
+
+    def __init__(
+        self,
+        data: Blend,
+        seq_len: int,
+        *,
+        pack: bool = True,
+        seed: int = 1234,
+        shuffle: bool = True,
+        eod_mask_loss: bool = False,
+        reset_attention: bool = False,
+        eod_id: int | None = None,
+        pad_id: int | None = None,
+    ):
+        self.seq_len, self.pack = seq_len, pack
+        self.eod_mask_loss, self.reset_attention = eod_mask_loss, reset_attention
+        super().__init__(data, seed=seed, shuffle=shuffle)
+        self.eod_id = self._one_eod(eod_id)
+        self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
+
+    def _one_eod(self, given: int | None) -> int | None:
+        known = [c for c in self.corpora if c.manifest]
+        eod_id = known[0].eod_id if known else given
+        if not (self.eod_mask_loss or self.reset_attention):
+            return eod_id
+        if eod_id is None:
+            remedy = "build the corpus with a tokenizer that has one (characters have none)"
+            if not known:
+                remedy = "give the tokenizer that it was made with, which has one: data.tokenizer=DIR"
+            raise BadInput(
+                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
+                f"it: set both to false, or {remedy}"
+            )
+        for corpus in self.corpora:
+            if not corpus.manifest:
+                _must_end_in(corpus, eod_id)
+        return eod_id
+
+    def _samples_in(self, corpus: Corpus) -> int:
+        samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
+        if samples < 1:
+            raise BadInput(
+                f"{corpus.prefix}: {corpus.tokens:,} tokens, less than one sample ({self.seq_len + 1:,}); "
+                "give more text or a smaller data.seq_len"
+            )
+        return samples
+
+    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+        """The samples of these numbers:
+
+        tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
+        int64: inputs that are no padding;
+        with reset_attention also segment (B, T) int32: number in the row of the document that input t is of, and
+        position (B, T) int64: its place in that document.
+        """
+        corpus, index = self.locate(numbers)
+        tokens = np.full((len(index), self.seq_len + 1), self.pad_id, dtype=np.int64)
+        lengths = np.empty(len(index), dtype=np.int64)  # real tokens of each row
+        for row, (c, j) in enumerate(zip(corpus.tolist(), index.tolist(), strict=True)):
+            ids = self._ids(self.corpora[c], j)
+            tokens[row, : len(ids)] = ids
+            lengths[row] = len(ids)
+        loss_mask = np.arange(1, self.seq_len + 1) < lengths[:, None]
+        out = {"tokens": tokens, "loss_mask": loss_mask, "lengths": np.minimum(lengths, self.seq_len)}
+        if self.eod_mask_loss:
+            loss_mask &= tokens[:, :-1] != self.eod_id
+        if self.reset_attention:
+            out["segment"], out["position"] = self._segments(tokens, lengths)
+        return out
+
+    def _ids(self, corpus: Corpus, j: int) -> np.ndarray:
+        if not self.pack:
+            return corpus.get(j, self.seq_len + 1)
+        return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
+
+    def _segments(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T+1) tokens, (B,) real lengths -> segment, position, each (B, T). Padding is one segment at most."""
+        places = np.arange(self.seq_len)
+        begins = np.zeros((len(tokens), self.seq_len), dtype=bool)
+        begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (places[:-1] < lengths[:, None])
+        start = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        return np.cumsum(begins, axis=1, dtype=np.int32), places - start
+
+
+def _must_end_in(corpus: Corpus, eod_id: int, documents: int = 100) -> None:
+    """BadInput unless the first documents end in this id (Megatron's tool writes it with --append-eod alone)."""
+    for number in range(min(documents, corpus.documents)):
+        ids = corpus.get(number)
+        if len(ids) and ids[-1] != eod_id:
+            raise BadInput(
+                f"{corpus.prefix}: document {number} ends in id {ids[-1]}, the tokenizer's end of document is {eod_id}; "
+                "tokenize with it (Megatron's tool: --append-eod), give the tokenizer that it was made with "
+                "(data.tokenizer=DIR), or set data.eod_mask_loss and data.reset_attention to false"
+            )
