@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -38,6 +39,17 @@ def _path(value: str) -> str:
 
 
 FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+
+
+def _corpus_command(value: str) -> str:
+    """`python -m data.NAME FOLDER [options]`, as one types it."""
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise ValueError(f"is not a command: {error}") from None
+    if words[:2] != ["python", "-m"] or len(words) < 4 or not re.fullmatch(r"data\.\w+", words[2]) or words[3].startswith("-"):
+        raise ValueError("must be a command that makes a corpus: python -m data.NAME FOLDER [options]")
+    return value
 
 
 def _blend(value: Any) -> str | list:
@@ -93,7 +105,9 @@ class Optim(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Count = 0
     decay_steps: Positive | None = None  # steps, warmup included, until min_lr; default: train.steps at the first start
-    schedule: Literal["cosine", "linear", "constant", "exponential", "inverse_sqrt"] = "cosine"  # optim.lr_at
+    schedule: Literal["cosine", "linear", "constant", "exponential", "inverse_sqrt", "wsd"] = "cosine"  # optim.lr_at
+    wsd_decay_steps: Positive | None = None  # wsd: how many of the decay_steps, the last ones, lower the rate
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"  # wsd: how they lower it
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.9  # exponential: lr is multiplied by it ...
     decay_interval: Positive = 250  # ... every so many steps
     begin_step: Count = 0  # steps before the schedule begins: a later phase may begin a schedule of its own
@@ -130,6 +144,18 @@ class Expect(Section):
     value: float
     tolerance: Annotated[float, Field(ge=0)]  # how far from it is still the same result, in the same unit
     source: str
+
+
+class Quickstart(Section):
+    """For scripts/quickstart.sh: the command that makes its corpus, and the text that its exports continue."""
+
+    corpus: Annotated[str, AfterValidator(_corpus_command)]  # python -m data.NAME FOLDER [options]
+    prompt: str = ""  # for scripts/generate.py
+
+    @property
+    def corpus_words(self) -> list[str]:
+        """[data.NAME, FOLDER, options ...]"""
+        return shlex.split(self.corpus)[2:]
 
 
 class Baseline(Section):
@@ -171,6 +197,7 @@ class Config(Section):
     phases: Annotated[list[dict[str, Any]], Field(max_length=100)] = []  # each is a start of all ranks
     init: Init = Init()
     expect: dict[str, Expect] = {}
+    quickstart: Quickstart | None = None
     baseline: Baseline = Baseline()
     deepspeed: DeepSpeed = DeepSpeed()
     megatron: Megatron = Megatron()
@@ -180,7 +207,7 @@ class Config(Section):
         values = self.model_dump(by_alias=True)
         own = type(self).model_fields.keys() - Config.model_fields.keys()
         first = {key: values[key] for key in ("model", "data", *sorted(own))}
-        return first | {key: value for key, value in values.items() if key != "phases" or value}
+        return first | {key: value for key, value in values.items() if key not in ("phases", "quickstart") or value}
 
     @property
     def last_step(self) -> int:
@@ -193,7 +220,7 @@ FREE = {
     "train": {"steps", "eval_every", "eval_samples", "save_every", "keep", "hang_seconds"},
     "data": {"train", "valid", "tokenizer"},
     "task": {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size", "answers", "max_new_tokens"},
-    "expect": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
+    "expect": ..., "quickstart": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
 }  # fmt: skip
 
 
@@ -418,6 +445,7 @@ def _names(error: Any) -> tuple[str, ...]:
     return tuple(name for name in error["loc"] if isinstance(name, str))
 
 
+FALLS_TO_MIN = ("cosine", "linear", "wsd")  # schedules that reach optim.min_lr at optim.decay_steps
 STEP_TOKENS = 2**31  # 600 times those of the largest published batches
 
 
@@ -439,6 +467,15 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}"
     if o.decay_steps is not None and o.decay_steps < o.warmup_steps:
         yield f"optim.decay_steps={o.decay_steps} is below optim.warmup_steps={o.warmup_steps}"
+    if o.schedule == "wsd" and o.wsd_decay_steps is None:
+        yield "optim.schedule=wsd: give optim.wsd_decay_steps, the steps in which the rate falls, the last of optim.decay_steps"
+    if o.schedule != "wsd" and o.wsd_decay_steps is not None:
+        yield f"optim.wsd_decay_steps={o.wsd_decay_steps}: is for optim.schedule=wsd, and the schedule is {o.schedule}"
+    if o.decay_steps is not None and o.warmup_steps <= o.decay_steps < o.warmup_steps + (o.wsd_decay_steps or 0):
+        yield (
+            f"optim.decay_steps={o.decay_steps} is below optim.warmup_steps={o.warmup_steps} + "
+            f"optim.wsd_decay_steps={o.wsd_decay_steps}"
+        )
     if not all(0 <= b < 1 for b in o.betas):
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
@@ -479,7 +516,7 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
         yield from sorted(told)
         if view.optim.begin_step > begins:
             yield f"{where}: optim.begin_step={view.optim.begin_step} is above {begins}, the step after which it begins"
-        falls_to_min = view.optim.schedule in ("cosine", "linear")
+        falls_to_min = view.optim.schedule in FALLS_TO_MIN
         if "optim.begin_step" in changes and falls_to_min and "optim.decay_steps" not in changes:
             yield f"{where}: optim.begin_step begins a schedule; give its optim.decay_steps (counted from there)"
         if view.data.seq_len != cfg.data.seq_len and getattr(cfg.model, "positions", 0) is None:

@@ -110,8 +110,11 @@ def prepare(
     recorded = _recorded(out_path, type(cfg), problems)
     model = cfg.model.resolve(cfg, known.get("size"))
     decay = cfg.optim.decay_steps or recorded and recorded.optim.decay_steps
-    decay = decay or max(cfg.last_step, cfg.optim.warmup_steps)  # a trial of few steps may end while it warms up
-    falls = cfg.optim.schedule in ("cosine", "linear") and cfg.optim.min_lr < cfg.optim.lr
+    # a trial of few steps may end while it warms up
+    decay = decay or max(cfg.last_step, cfg.optim.warmup_steps + (cfg.optim.wsd_decay_steps or 0))
+    if cfg.optim.schedule == "wsd" and not cfg.phases and cfg.last_step < decay:
+        notes.append(f"the run ends at step {cfg.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
+    falls = cfg.optim.schedule in config.FALLS_TO_MIN and cfg.optim.min_lr < cfg.optim.lr
     if recorded and not cfg.optim.decay_steps and falls and not cfg.phases and decay < cfg.last_step:
         notes.append(
             f"optim.decay_steps stays {decay}, the steps of the first start: from there on the rate is optim.min_lr; a longer "

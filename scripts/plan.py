@@ -4,10 +4,9 @@ python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
 """
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from common import config
+from common import config, families
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.planning import flops, memory
@@ -30,7 +29,7 @@ def main() -> None:
     if args.gpu and peak is None:
         raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/planning/flops.py has the table (A100, H100, L4, ...)")
 
-    task = task_module(family(args.config), config.read_yaml(args.config))
+    task = task_module(families.of_config(args.config), config.read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
     model = cfg.model.resolve(cfg, None)
     cfg = cfg.model_copy(update={"model": model})
@@ -57,14 +56,14 @@ def main() -> None:
     for number, phase in enumerate(views, 1):
         of = f", phase {number} ({phase.data.seq_len} tokens a sample)" if len(views) > 1 else ""
         print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{of}; * is what the config says")
-        table(phase, args.gpus)
+        table(phase, args.gpus, families.stacks(families.of_config(args.config)))
 
 
-def table(cfg: Config, gpus: int) -> None:
-    """A row for each layout: what of the GPUs' memory each part takes."""
+def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
+    """A row for each layout of these stacks: what of the GPUs' memory each part takes."""
     columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in (*memory.PARTS, "total"))
     print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
-    for name, stack, changed in layouts(cfg):
+    for name, stack, changed in layouts(cfg, stacks):
         try:
             shared = config.layout(changed, stack, gpus)
         except BadInput as error:
@@ -77,17 +76,9 @@ def table(cfg: Config, gpus: int) -> None:
         print(row + "".join(f"{'fits' if found['total'] < size * 1e9 else '-':>8}" for size in SIZES))
 
 
-def family(path: str) -> str:
-    """recipes/gpt/configs/x.yaml -> gpt"""
-    parts = Path(path).resolve().parts
-    if "recipes" not in parts[:-1]:
-        raise BadInput(f"{path}: a config is planned by the recipe it lies in: recipes/FAMILY/configs/NAME.yaml")
-    return parts[len(parts) - 1 - parts[::-1].index("recipes") + 1]
-
-
-def layouts(cfg: Config) -> Iterator[tuple[str, str, Config]]:
+def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:
     """(name, stack, config with that layout): what the config says, then the usual choices for each stack."""
-    for stack in config.STACKS:
+    for stack in stacks:
         yield f"* {name_of(cfg, stack)}", stack, cfg
         for change in CHOICES[stack]:
             system = getattr(cfg, stack).model_copy(update=change)

@@ -15,7 +15,9 @@ def lr_at(step: int, optim: Optim) -> float:
 
     Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts). Exponential as in DeepSpeed's BERT recipe (its schedule
     "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts from 0 and adds its lr_offset, our min_lr): a warmup
-    by the square, then decay_rate ^ (steps since / decay_interval), both above min_lr.
+    by the square, then decay_rate ^ (steps since / decay_interval), both above min_lr. WSD (warmup, stable, decay: MiniCPM,
+    arXiv:2404.06395, section 4) stays at lr until the last wsd_decay_steps, which fall to min_lr in one of the forms of
+    Megatron's OptimizerParamScheduler.
     """
     step -= optim.begin_step
     if optim.schedule == "exponential":
@@ -29,8 +31,17 @@ def lr_at(step: int, optim: Optim) -> float:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    done = min(1.0, (step - optim.warmup_steps) / max(1, optim.decay_steps - optim.warmup_steps))
-    share = 1.0 - done if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    form, begin = optim.schedule, optim.warmup_steps  # what falls, and the step after which it does
+    if optim.schedule == "wsd":
+        assert optim.decay_steps is not None and optim.wsd_decay_steps is not None  # resolved by common/preflight.py
+        form, begin = optim.wsd_decay_style, optim.decay_steps - optim.wsd_decay_steps
+    done = min(1.0, max(0, step - begin) / max(1, optim.decay_steps - begin))
+    share = {
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        "exponential": 2.0 * 0.5**done - 1.0,  # MiniCPM's 0.5^(steps / T), brought to 0 at the end
+        "minus_sqrt": 1.0 - math.sqrt(done),  # 1-sqrt of Haegele et al., arXiv:2405.18392, section 3
+    }[form]
     return optim.min_lr + share * (optim.lr - optim.min_lr)
 
 

@@ -1,0 +1,35 @@
+"""Which recipes there are: the families under recipes/, the stacks of each, and the family that a config belongs to.
+
+A family is a folder of recipes/ that has a task.py. A stack of a family is a folder there that has a pretrain.py. A copied
+recipe is therefore found without an edit, and a deleted stack is not looked for.
+"""
+
+from pathlib import Path
+
+from common.config import ROOT, STACKS
+from common.errors import BadInput
+
+RECIPES = ROOT / "recipes"
+
+
+def names() -> list[str]:
+    """The names of all families, sorted."""
+    return sorted(path.parent.name for path in RECIPES.glob("*/task.py"))
+
+
+def stacks(family: str) -> list[str]:
+    """The stacks that a family has, in the order of config.STACKS: the baseline first, where it is there."""
+    return [stack for stack in STACKS if (RECIPES / family / stack / "pretrain.py").is_file()]
+
+
+def of_config(config_path: str | Path) -> str:
+    """The family whose folder a config lies in: recipes/gpt/configs/tiny.yaml -> gpt. BadInput for a config elsewhere."""
+    parts = Path(config_path).resolve().parts
+    if "recipes" in parts[:-2]:
+        family = parts[len(parts) - 1 - parts[::-1].index("recipes") + 1]
+        if family in names():
+            return family
+    raise BadInput(
+        f"{config_path}: lies in no recipe, and its folder says which one it is for; "
+        f"put it into recipes/FAMILY/configs/, where FAMILY is {', '.join(names())}"
+    )
