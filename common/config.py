@@ -1,7 +1,7 @@
-"""A run's configuration: YAML values, a pydantic schema, `a.b=c` overrides. Torch-free, so that it is checked in a moment.
+"""A run's configuration: the schema of its sections, and the rules between their keys. Torch-free, so it is checked at once.
 
-`model`, `data`, `optim`, `train` and `init` are the science: they decide the loss. `baseline`, `deepspeed` and `megatron` are
-the systems: nothing in them may change it. Every problem is found and reported at once.
+`model`, `data`, `optim`, `train` and `init` are hyperparameters: they decide the loss. `baseline`, `deepspeed` and `megatron`
+are systems: nothing in them may change it. All problems are reported together.
 """
 
 import copy
@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from common.errors import BadInput, shortened
 from common.evaluation import metrics
 from common.stacks import extra
+from common.yaml_files import apply_overrides, read_yaml, to_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("baseline", "deepspeed", "megatron")
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]  # steps x samples, the largest product, is below 2^63
@@ -32,7 +31,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 def _path(value: str) -> str:
-    """A path that can be printed, and has no NUL. common/preflight.py bounds its length."""
+    """A path that can be printed, and has no NUL. common/paths.py bounds its length."""
     if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in value):
         raise ValueError("must be a path without control characters")
     return value
@@ -216,167 +215,12 @@ class Config(Section):
 
 
 # What a continued run may change without becoming another run. Paths under `data` are compared by content, not by name.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "train": {"steps", "eval_every", "eval_samples", "save_every", "keep", "hang_seconds"},
     "data": {"train", "valid", "tokenizer"},
     "task": {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size", "answers", "max_new_tokens"},
     "expect": ..., "quickstart": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
 }  # fmt: skip
-
-
-FILE_BYTES = 2**18  # of a config; the largest here has 3 KB
-VALUES = 10_000  # of a config, keys counted too; PyYAML reads as many in half a second
-DEPTH = 32  # of sections and lists in each other; the configs here have 4
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader for plain values. A few bytes stay a few values: no anchors, tags or deep nesting, and numbers as YAML 1.2 has
-    them (`010`, `1:30` and dates are text, `6e-4` is a number). A key that is given twice or is no word is refused."""
-
-    depth = 0
-    values = 0
-    yaml_implicit_resolvers: dict = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        problem = None
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"aliases (*{event.anchor}) are not read; write the value again"
-        elif getattr(event, "anchor", None):
-            problem = f"anchors (&{event.anchor}) are not read; write the value where it is used"
-        elif getattr(event, "tag", None) not in (None, "!"):
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            problem = f"tags ({tag}) are not read; write the value alone"
-        elif self.depth == DEPTH:
-            problem = f"nested more than {DEPTH} deep"
-        elif self.values == VALUES:
-            problem = f"more than {VALUES:,} values"
-        if problem:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        self.depth += 1
-        self.values += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):  # `on` is true, `1` a number
-                told = f"the key {key_node.value if isinstance(key_node, yaml.ScalarNode) else key!r} is no word"
-                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
-            if key in seen:
-                told = f"the key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = re.compile(
-    r"^([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-)
-# 40 digits are more than any key takes, and few enough to be written in a message
-_INT = re.compile(r"^([-+]?(0|[1-9][0-9_]{0,39})|0x[0-9a-fA-F]{1,16})$")
-_BOOL = re.compile(r"^(yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
-_NULL = re.compile(r"^(~|null|Null|NULL|)$")
-for _tag, _pattern, _first in (
-    ("bool", _BOOL, "yYnNtTfFoO"), ("float", _FLOAT, "-+0123456789."), ("int", _INT, "-+0123456789"), ("null", _NULL, "~nN"),
-):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first, *([""] if _tag == "null" else [])])
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that _Loader or another reader would take for something else, and writes no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def to_yaml(values: Any, **style: Any) -> str:
-    """The YAML of plain values, in their order."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, **style)
-
-
-def _parse(text: str) -> Any:
-    """The value of a YAML document. ValueError, in one line, if it is none that is read here."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise ValueError(told) from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise BadInput(no_such_config(path))
-        with open(path, "rb") as file:
-            content = file.read(FILE_BYTES + 1)
-        if len(content) > FILE_BYTES:
-            raise BadInput(f"{path}: more than {FILE_BYTES >> 10} KB; that is no config")
-        values = _parse(content.decode("utf-8-sig"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
-        raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {held}")
-    return values
-
-
-def no_such_config(path: Path) -> str:
-    """One line that lists the configs beside `path`, else those of the repository."""
-    what = "is a folder, not a config" if path.is_dir() else "no such config"
-    folder = path if path.is_dir() else path.parent
-    there = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
-    close = difflib.get_close_matches(path.name, [p.name for p in there], 1)
-    hint = next((f"; did you mean {p}?" for p in there if p.name in close), ";")
-    by_folder: dict[Path, list[str]] = {}
-    for p in there:
-        by_folder.setdefault(p.parent, []).append(p.name)
-    listed = " ".join(f"{folder} has: {', '.join(names)}" for folder, names in by_folder.items())
-    return f"{path}: {what}{hint} {listed}"
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set `a.b=c` in place, c read as YAML; returns the problems."""
-    problems = []
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        named = f"override {shortened(text)!r}"
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") >= DEPTH:
-            problems.append(f"{named}: must be section.key=value, for example train.steps=100")
-            continue
-        *sections, last = key.split(".")
-        node = values
-        for name in sections:
-            child = node.get(name)
-            if child is None:
-                child = node[name] = {}
-            if not isinstance(child, dict):
-                problems.append(f"{named}: {shortened(name)} is a value, not a section")
-                break
-            node = child
-        else:
-            try:
-                node[last] = _parse(value)
-            except ValueError as error:
-                told = str(error).partition(" at line ")[0]
-                if told.startswith(
-                    ("the key ", "aliases ", "anchors ", "tags ", "nested ", "more than ")
-                ):  # _Loader says what to do
-                    problems.append(f"{named}: {told}")
-                    continue
-                value = shortened(value)
-                problems.append(f"{named}: {value!r} is not a YAML value; quote it: {shortened(key)}='\"{value}\"'")
-    return problems
 
 
 def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
@@ -593,79 +437,6 @@ def written(value: Any) -> str:
     return shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
-class Layout(Section):
-    """How `world` ranks share one step."""
-
-    world: int
-    dp: int  # data-parallel replicas
-    tp: int
-    pp: int
-    micro_batch: int  # samples
-    accumulate: int  # micro batches a step and a replica
-
-
-def layout(cfg: Config, stack: str, world: int) -> Layout:
-    """The layout of `stack` on `world` ranks; BadInput if the batch or the ranks do not divide. Torch-free."""
-    system = getattr(cfg, stack)
-    tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
-    problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
-    if tp * pp > world:
-        problems.append(
-            f"{stack}.tp={tp} x {stack}.pp={pp} needs {tp * pp} processes and there are {world}; "
-            f"set NPROC={tp * pp} (or more nodes), or lower tp or pp"
-        )
-    elif world % (tp * pp):
-        problems.append(f"{world} processes are not a multiple of {stack}.tp={tp} x {stack}.pp={pp}")
-    dp = max(1, world // (tp * pp))
-    batch, micro = cfg.train.global_batch, system.micro_batch
-    if batch % (micro * dp):
-        problems.append(
-            f"train.global_batch={batch} is not a multiple of {stack}.micro_batch={micro} x {dp} data-parallel ranks; "
-            + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else "change the number of processes")
-        )
-    if problems:
-        raise BadInput(problems)
-    return Layout(world=world, dp=dp, tp=tp, pp=pp, micro_batch=micro, accumulate=batch // (micro * dp))
-
-
-# Optimizers that look at a whole parameter: layouts that hold parts of one cannot step it exactly.
-WHOLE = {
-    "lamb": "scales each parameter's update by the norms of the whole parameter",
-    "adafactor": "keeps the mean squares of the rows and columns of the whole parameter, and scales by its root mean square",
-}
-
-
-def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
-    name, system = cfg.optim.optimizer, getattr(cfg, stack)
-    if name not in WHOLE:
-        return
-    instead = "use deepspeed.zero_stage=0, the baseline, or optim.optimizer=adamw"
-    if stack == "megatron":
-        yield (
-            f"optim.optimizer={name} on megatron: it {WHOLE[name]}, and Megatron's layers fuse query, key and value into one "
-            f"parameter and tensor parallelism splits it; {instead}"
-        )
-    elif stack == "deepspeed" and system.zero_stage:
-        yield (
-            f"optim.optimizer={name} with deepspeed.zero_stage={system.zero_stage}: it {WHOLE[name]}, and ZeRO steps flat "
-            f"partitions; {instead}"
-        )
-    elif stack == "deepspeed" and system.tp > 1:
-        yield f"optim.optimizer={name} with deepspeed.tp={system.tp}: it {WHOLE[name]}; use deepspeed.tp=1"
-
-
-def _divisors(batch: int, dp: int) -> str:
-    """'1, 2 or 4': the micro batches that fit, the smallest 16 and the largest."""
-    share, rest = divmod(batch, dp)
-    if rest:
-        return ""
-    small = [m for m in range(1, math.isqrt(share) + 1) if share % m == 0]
-    fit = [str(m) for m in sorted({*small, *(share // m for m in small)})]
-    if len(fit) > 17:
-        fit[16:-1] = ["..."]
-    return " or ".join([", ".join(fit[:-1]), fit[-1]]) if len(fit) > 1 else fit[0]
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'model': {'layers': 4}} -> {'model.layers': 4}"""
     found: dict[str, Any] = {}
@@ -677,12 +448,12 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def science(cfg: Config) -> dict[str, Any]:
+def hyperparameters(cfg: Config) -> dict[str, Any]:
     """{'optim.lr': 6e-4, ...}: the keys that a continued run may not change."""
     keep = {}
     for key, value in flat(cfg.dump()).items():
         section, _, name = key.partition(".")
-        free = FREE.get(section, ())
+        free = MAY_CHANGE_ON_RESUME.get(section, ())
         if free is not ... and name not in free:
             keep[key] = value
     keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
@@ -692,15 +463,16 @@ def science(cfg: Config) -> dict[str, Any]:
     return keep
 
 
+def recorded[C: Config](path: Path, schema: type[C]) -> C:
+    """The config that a run has written to OUT. BadInput if it is not YAML, ValidationError if it is not such a config."""
+    return schema.model_validate(read_yaml(path))
+
+
 def write_yaml(cfg: Config, path: str | Path) -> None:
     """Write a config; a reader sees the old file or the new one, never half of it."""
     part = Path(f"{path}.tmp")
-    part.write_text(as_yaml(cfg), encoding="utf-8")
+    part.write_text(to_yaml(cfg.dump()), encoding="utf-8")
     part.replace(path)
-
-
-def as_yaml(cfg: Config) -> str:
-    return to_yaml(cfg.dump())
 
 
 def write_section(path: str | Path, name: str, section: Section) -> None:

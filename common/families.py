@@ -6,8 +6,9 @@ recipe is therefore found without an edit, and a deleted stack is not looked for
 
 from pathlib import Path
 
-from common.config import ROOT, STACKS
+from common.config import STACKS
 from common.errors import BadInput
+from common.paths import ROOT
 
 RECIPES = ROOT / "recipes"
 

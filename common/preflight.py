@@ -7,12 +7,8 @@ import contextlib
 import importlib
 import os
 import re
-import shutil
-import subprocess
 import tempfile
-import uuid
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -20,16 +16,14 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import ValidationError
 
 from common import config
-from common.checkpoints import checkpoint, integrity
-from common.checkpoints.integrity import read_object
-from common.config import Config, Layout
+from common.checkpoints import checkpoint, integrity, run_record
+from common.config import Config
 from common.data.indexed_dataset import Corpus
-from common.data.text_files import write_json
 from common.errors import BadInput, Missing
+from common.json_files import read_object
 from common.launch import lock
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
+from common.layout import Layout, layout_for
+from common.paths import SHOWN, Blend, find, find_blend, prefixes
 
 
 class Samples(Protocol):
@@ -57,7 +51,7 @@ class Run(NamedTuple):
     train: Samples | None  # None in a dry run whose corpus is not there yet
     valid: Samples | None
     tokenizer: str | Path | None  # folder or name, if config or corpus knows one
-    facts: dict[str, Any]  # what run.json holds: hashes, versions, commit
+    record: dict[str, Any]  # what run.json holds: hashes, versions, commit
     resume: checkpoint.Checkpoint | None
     notes: list[str]
 
@@ -134,16 +128,16 @@ def prepare(
     layout = None
     for number, view in enumerate(config.views(whole)):
         try:
-            found = config.layout(view, stack, world)
-            layout = found if view.train.steps == cfg.train.steps else layout
+            layout_of_phase = layout_for(view, stack, world)
+            layout = layout_of_phase if view.train.steps == cfg.train.steps else layout
         except BadInput as error:
             where = f"{config_path}: phases[{number - 1}]" if number else config_path
             problems += [line for p in error.problems if not any(p in told for told in problems) for line in [f"{where}: {p}"]]
 
-    facts = _facts(config_path, stack, task, train, valid, known) | {"init": _start_of(cfg)}
+    record = run_record.new(config_path, stack, task, cfg, train, valid, known.get("hash"))
     resume = None
     if recorded:
-        problems += _same_run(whole, recorded, facts, out_path)
+        problems += _same_run(whole, recorded, record, out_path)
     if not problems:
         resume = checkpoint.latest(out_path, notes)
         if resume is not None:
@@ -153,7 +147,7 @@ def prepare(
         problems += integrity.problems(find(cfg.init.from_), f"init.from={cfg.init.from_}")
     if problems:
         raise BadInput(problems)
-    return Run(cfg, whole, stack, out_path, layout, train, valid, folder, facts, resume, notes)
+    return Run(cfg, whole, stack, out_path, layout, train, valid, folder, record, resume, notes)
 
 
 def task_module(family: str, values: dict[str, Any]) -> ModuleType:
@@ -163,25 +157,6 @@ def task_module(family: str, values: dict[str, Any]) -> ModuleType:
         return importlib.import_module(f"recipes.{family}.{'finetune' if 'task' in values else 'task'}")
     except ModuleNotFoundError as error:
         raise BadInput(f"no recipe {family!r}: {error}") from None
-
-
-NAME_BYTES, PATH_BYTES = 255 - len(".crc32"), 4000  # of a file's name (NAME_MAX) and a path (PATH_MAX), endings included
-SHOWN = 60  # characters of a path that is too long
-
-
-def find(path: str) -> Path:
-    """A path of a config: as it stands from here, else from the repository's root. BadInput for one that is too long."""
-    longest = max(len(part.encode(errors="replace")) for part in path.split("/"))
-    if longest > NAME_BYTES or len(path) > PATH_BYTES:
-        what = f"a name in it has {longest:,} bytes; at most {NAME_BYTES}"
-        if longest <= NAME_BYTES:
-            what = f"has {len(path):,} bytes; at most {PATH_BYTES:,}"
-        raise BadInput(f"{path[:SHOWN]}...: {what}")
-
-    def there(place: Path) -> bool:
-        return any(os.path.exists(f"{place}{suffix}") for suffix in ("", ".bin", ".idx"))  # False for a name too long
-
-    return ROOT / path if there(ROOT / path) and not there(Path(path)) else Path(path)
 
 
 def _steps_done(out: Path) -> int:
@@ -200,7 +175,7 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
     missing: list[str] = []
     for key, spec, shuffle in (("data.train", cfg.data.train, True), ("data.valid", cfg.data.valid, False)):
         try:
-            stream = None if spec is None else task.stream(cfg, found(spec), shuffle)
+            stream = None if spec is None else task.stream(cfg, find_blend(spec), shuffle)
             if stream is not None:
                 stream.verify()
             made.append(stream)
@@ -212,23 +187,10 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
     return made[0], made[1], problems, missing
 
 
-def _with_key(problem: str, key: str, spec: str | list) -> str:
+def _with_key(problem: str, key: str, spec: Blend) -> str:
     """A problem of a corpus, with the key of the config that names the corpus; others name theirs."""
-    names = [spec] if isinstance(spec, str) else [entry if isinstance(entry, str) else entry[1] for entry in spec]
-    is_of_it = not re.match(r"[a-z]+\.\w+[=:]", problem) and any(name[:SHOWN] in problem for name in names)
+    is_of_it = not re.match(r"[a-z]+\.\w+[=:]", problem) and any(name[:SHOWN] in problem for name in prefixes(spec))
     return f"{key}: {problem}" if is_of_it else problem
-
-
-def first_prefix(spec: str | list) -> str:
-    """The first prefix of a blend."""
-    return spec if isinstance(spec, str) else spec[0] if isinstance(spec[0], str) else spec[0][1]
-
-
-def found(spec: str | list) -> str | list:
-    """A blend of a config with its paths found."""
-    if isinstance(spec, str):
-        return str(find(spec))
-    return [[e[0], str(find(e[1]))] if isinstance(e, list) else str(find(e)) for e in spec]
 
 
 def _tokenizer(
@@ -311,7 +273,7 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
             problems.append(f"{out / name}: is no folder, and a run writes one there; move it away, or choose another OUT")
     if (out / "config.yaml").is_file():
         try:
-            return schema.model_validate(config.read_yaml(out / "config.yaml"))
+            return config.recorded(out / "config.yaml", schema)
         except BadInput as error:
             problems += [f"{line}; restore that file, or choose another OUT" for line in error.problems]
         except ValidationError as error:
@@ -343,14 +305,14 @@ def unusable(out: Path) -> str | None:
     return None
 
 
-def _same_run(cfg: Config, recorded: Config, facts: dict[str, Any], out: Path) -> list[str]:
-    """A science key that differs from the run in OUT makes another run of it: name each."""
-    problems = _other_run(str(out), config.science(cfg), config.science(recorded))
+def _same_run(cfg: Config, recorded: Config, record: dict[str, Any], out: Path) -> list[str]:
+    """A hyperparameter that differs from the run in OUT makes another run of it: name each."""
+    problems = _other_run(str(out), config.hyperparameters(cfg), config.hyperparameters(recorded))
     known = read_object(out / "run.json") if (out / "run.json").exists() else {"data": {}}
     if known is None or not isinstance(known.get("data"), dict):
         return [*problems, f"{out / 'run.json'}: cannot be read; restore it, or choose another OUT"]
     for key, value in known["data"].items():
-        if facts["data"].get(key) not in (None, value):
+        if record["data"].get(key) not in (None, value):
             problems.append(f"{out} holds another run: the content of data.{key} has changed; choose another OUT")
     return problems
 
@@ -368,7 +330,7 @@ def _other_run(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list
 
 def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
     """Can this run go on from that checkpoint?"""
-    ours, theirs = config.science(cfg), resume.meta.get("science") or config.science(cfg)
+    ours, theirs = config.hyperparameters(cfg), resume.meta.get("science") or config.hyperparameters(cfg)
     if resume.meta.get("stack") == "huggingface":  # imported: only its shapes are given
         apart = ("model.dropout", "model.init_std")
         ours = {k: ours.get(k) for k in theirs if k not in apart}
@@ -381,151 +343,3 @@ def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
             f"give train.steps={resume.step} or more, or choose another OUT"
         )
     return problems
-
-
-def _facts(
-    config_path: str, stack: str, task: ModuleType, train: Samples | None, valid: Samples | None, known: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "config": Path(config_path).stem, "family": task.FAMILY, "stack": stack,
-        "data": {"train": train.content_hash if train else None, "valid": valid.content_hash if valid else None},
-        "tokenizer": known.get("hash"), "commit": _commit(), "versions": {p: _version(p) for p in PACKAGES},
-    }  # fmt: skip
-
-
-def _start_of(cfg: Config) -> dict[str, Any] | None:
-    """The run and step whose export init.from is: {"id", "step"}; None for any other beginning."""
-    known = None if cfg.init.from_ == "scratch" else read_object(find(cfg.init.from_) / "twinstack.json")
-    return {"id": known["id"], "step": known.get("step")} if known and "id" in known else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "--short=12", "HEAD") + changed or "unknown"
-    except OSError:
-        return "unknown"
-
-
-def begin(run: Run) -> None:
-    """Rank 0, once nothing can refuse the run any more: record its config, tokenizer and facts in OUT, each whole or not at
-    all, and remove what a killed run has left half written. BadInput where another run writes there."""
-    from common.data import tokenizer as tokenizers
-
-    if "TWINSTACK_EXIT_CODE" not in os.environ:  # else the launcher holds it
-        lock.hold(run.out)
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(run.out)
-        config.write_yaml(run.whole, run.out / "config.yaml")
-        if run.tokenizer is not None:
-            part = run.out / "tokenizer.tmp"
-            tokenizers.load(run.tokenizer).save(part)
-            integrity.replace_folder(part, run.out / "tokenizer")
-        recorded = read_object(run.out / "run.json") or {}
-        known = recorded.get("id")
-        # for life: the export and what begins from it name the run
-        run.facts["id"] = known if isinstance(known, str) and known else uuid.uuid4().hex
-        if recorded:
-            run.facts["init"] = recorded.get("init")  # where it began, whatever init.from holds since
-        before = recorded.get("stacks")
-        before = before if isinstance(before, list) else []
-        stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
-        write_json(run.out / "run.json", run.facts | {"stacks": stacks})
-    except OSError as error:
-        raise BadInput(f"{run.out}: {error.strerror}; choose another OUT") from None
-
-
-LEFTOVERS = (
-    *("step_*.tmp", "step_*.old.tmp", "hf.tmp", "hf.old.tmp", "adapter.tmp", "adapter.old.tmp"),
-    *("tokenizer.tmp", "tokenizer.old.tmp", "config.yaml.tmp", "run.json.part", "eval.json.part", "metrics.jsonl.part"),
-    *("best/step_*.tmp", "best/step_*.old.tmp"),
-)
-
-
-def _remove_leftovers(out: Path) -> None:
-    """What a killed process was writing under a temporary name. The lock is held: no other process writes them."""
-    for path in (path for pattern in LEFTOVERS for path in out.glob(pattern)):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def finished(run: Run) -> str | None:
-    """One line if OUT holds this run whole, with all that its end writes: nothing is left to do."""
-    record = (read_object(run.out / "run.json") or {}).get("finished")
-    if not run.resume or not isinstance(record, dict) or record.get("step") != run.resume.step:
-        return None
-    files = record.get("files")
-    if not isinstance(files, list) or not all(isinstance(name, str) and (run.out / name).is_file() for name in files):
-        return None
-    try:
-        recorded = type(run.whole).model_validate(config.read_yaml(run.out / "config.yaml"))
-    except (BadInput, ValueError):
-        return None
-    same = _without_systems(recorded) == _without_systems(run.whole)
-    export = run.out / "hf"
-    where = f"; its export is {export}" if export.is_dir() else ""
-    return f"complete: {run.out} is at its last step, {run.resume.step:,}{where}" if same else None
-
-
-def _without_systems(cfg: Config) -> dict[str, Any]:
-    """A config without what a run that has made all its steps does not look at: layouts, and how often it saves."""
-    values = cfg.dump()
-    kept = {key: value for key, value in values.items() if key not in (*config.STACKS, "expect")}
-    return kept | {"train": {k: v for k, v in kept["train"].items() if k not in ("hang_seconds", "save_every", "keep")}}
-
-
-def record_finished(run: Run) -> None:
-    """The launcher, once all ranks have ended well: the last step, and the files that the end of a run writes."""
-    last, facts = checkpoint.latest(run.out), read_object(run.out / "run.json")
-    if last is None or facts is None:
-        return
-    written = [*run.out.glob("hf/config.json"), *run.out.glob("adapter/adapter_config.json"), *run.out.glob("eval.json")]
-    written += [path for path in run.out.glob("predictions/*") if path.is_file()]
-    files = sorted(path.relative_to(run.out).as_posix() for path in written)
-    write_json(run.out / "run.json", facts | {"finished": {"step": last.step, "files": files}})
-    if run.resume and run.resume.step == last.step:  # no step was made: a run of an older version, or its export was lost
-        what = finished(run)
-        if what:
-            print(what, flush=True)
-
-
-def _gib(estimate: dict[str, int]) -> str:
-    parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items() if name != "total" and size)
-    return f"{estimate['total'] / 2**30:.2f} GiB estimated ({parts})"
-
-
-def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
-    """What --dry-run prints."""
-    import shlex
-
-    from common.planning import memory
-
-    model, layout, cfg = run.cfg.model, run.layout, run.cfg
-    flops = task.forward_backward_flops(model, cfg.data)
-    causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
-    lines = [config.to_yaml(run.whole.dump()).rstrip(), ""]
-    lines += [f"note: {note}" for note in run.notes]
-    lines += [
-        f"parameters        {model.parameters():,}",
-        f"FLOPs a token     {flops['full']:.4g} forward and backward{causal}",
-        f"tokens a step     {cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,}",
-        f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
-        f"{layout.accumulate} micro batches of {layout.micro_batch}",
-        f"memory a rank     {_gib(memory.estimate_for(cfg, model, run.stack, layout.world))}",
-        f"continues from    {run.resume.path if run.resume else 'nothing: a new run'}",
-        f"command           {shlex.join(command)}",
-    ]
-    return "\n".join(lines)

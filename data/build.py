@@ -33,8 +33,8 @@ import numpy as np
 
 from common.data import tokenizer as tokenizers
 from common.data.indexed_dataset import FILES, Corpus, Writer, write_manifest
-from common.data.text_files import write_json
 from common.errors import BadInput
+from common.json_files import write_json
 from data import sentences
 from data.sources import BETWEEN, JSON_MB, TEXT_MB, Document, Errors, Source
 

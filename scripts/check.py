@@ -42,6 +42,7 @@ from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
 from common.preflight import task_module
 from common.training import log
+from common.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = 3.0
@@ -157,7 +158,7 @@ def why_idle(claim: Claim, run: Finetuned | None) -> str:
 def claim_of(path: Path, family: str) -> Claim:
     """The config's `expect`, checked; nothing else of the config is read, and nothing fetched (finetuning's init.from)."""
     expect, problems = {}, []
-    for name, values in (config.read_yaml(path).get("expect") or {}).items():
+    for name, values in (read_yaml(path).get("expect") or {}).items():
         try:
             expect[name] = Expect.model_validate(values)
             problems += metrics.problems(name, expect[name].value)
@@ -171,7 +172,7 @@ def claim_of(path: Path, family: str) -> Claim:
 def named_config(claim: Claim, run: Path, schema: type[Config]) -> Config:
     """The config that a run is measured by. One of finetuning takes the model's shapes from init.from, and its beginning is
     free: both are the run's."""
-    words, given, recorded = [], config.read_yaml(claim.path), config.read_yaml(run / "config.yaml")
+    words, given, recorded = [], read_yaml(claim.path), read_yaml(run / "config.yaml")
     if "task" in given:
         own = given.get("model") or {}
         words = [f"model.{key}={config.written(value)}" for key, value in recorded["model"].items() if key not in own]
@@ -188,7 +189,7 @@ def seeds_of(run: Path) -> list[Path]:
 
 def finetuning(out: Path) -> list[Finetuned]:
     """The run in this folder if it is one of finetuning, else nothing."""
-    facts, values = facts_of(out), config.read_yaml(out / "config.yaml")
+    facts, values = facts_of(out), read_yaml(out / "config.yaml")
     if "task" not in values:
         return []
     # Its own `expect` says nothing here, and may have names of an earlier version
@@ -219,7 +220,7 @@ def judge(run: Path, claim: Claim, stack: str, finetuned: Sequence[Finetuned] = 
     if not claim.expect:
         return []
     facts, name = facts_of(run), claim.path.stem
-    schema = task_module(claim.family, config.read_yaml(run / "config.yaml")).Config
+    schema = task_module(claim.family, read_yaml(run / "config.yaml")).Config
     ours = config.load(run / "config.yaml", ["expect={}"], schema)  # of its own, which may have names of an earlier version
     try:
         if (facts["family"], config_name(facts), facts["stack"]) != (claim.family, name, stack):
@@ -261,7 +262,7 @@ def resolved(cfg: Config) -> dict[str, Any]:
     """The science with its defaults filled in, and what may change in a continued run but not in a published one."""
     model = cfg.model.resolve(cfg, None)
     optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
-    values = config.science(cfg.model_copy(update={"model": model, "optim": optim}))
+    values = config.hyperparameters(cfg.model_copy(update={"model": model, "optim": optim}))
     steps = {"train.steps": cfg.train.steps, "last step": cfg.last_step}
     return values | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
 

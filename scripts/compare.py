@@ -25,6 +25,7 @@ from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.preflight import task_module, unusable
 from common.training.log import count
+from common.yaml_files import read_yaml
 from scripts import heldout, plan, plot
 from scripts.check import read_json, read_lines
 
@@ -82,7 +83,7 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not isinstance(facts.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
-    values = config.read_yaml(run / "config.yaml")
+    values = read_yaml(run / "config.yaml")
     cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -103,7 +104,7 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
         name=name, layout=layout_of(run, cfg, facts["stack"]), steps=last,
         losses={line["step"]: line["loss"] for line in steps}, valid=valid.get(last), export=export,
         tokens_per_s=statistics.median(line["tokens_per_s"] for line in warm),
-        memory=max(line["mem_bytes"] for line in steps), science=config.science(cfg), facts=facts,
+        memory=max(line["mem_bytes"] for line in steps), science=config.hyperparameters(cfg), facts=facts,
     )  # fmt: skip
 
 

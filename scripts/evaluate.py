@@ -36,9 +36,9 @@ from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
 from common.huggingface import hf_folder
 from common.huggingface.pretrained import architecture_of, load, refuse_unknown
+from common.json_files import read_object
 from common.launch import processes
 from common.launch.processes import Ranks
-from common.preflight import read_object
 from recipes.bert import evaluate as heads
 from recipes.bert import kinds
 

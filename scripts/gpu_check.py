@@ -31,11 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import config as configs
-from common import preflight as runs
+from common.checkpoints import run_record
 from common.data import tokenizer as tokenizers
 from common.data.indexed_dataset import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import processes
+from common.paths import ROOT
 from common.planning import flops, memory
 from scripts.bench_speed import Enough, write_corpus
 
@@ -112,7 +113,6 @@ FP32: Layouts = {
 }
 BF16: Layouts = {name: FP32[name] for name in FP32 if name != "zero2"}
 STACKS = configs.STACKS
-ROOT = runs.ROOT
 
 LOSS, NORM = 1e-5, 1e-4  # fp32 against the plain loop: largest difference of loss; of gradient norm, relative
 FALL = 0.2  # at least, of the plain loop's loss
@@ -392,7 +392,7 @@ def machine(rehearsal: bool) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__, "python": platform.python_version(),
-        "commit": runs._commit(), "versions": {name: runs._version(name) for name in runs.PACKAGES},
+        "commit": run_record.commit(), "versions": {name: run_record.version(name) for name in run_record.PACKAGES},
     }  # fmt: skip
 
 

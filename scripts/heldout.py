@@ -18,10 +18,11 @@ import numpy as np
 
 from common import config
 from common.checkpoints import integrity
-from common.checkpoints.integrity import is_count, read_object
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
+from common.json_files import is_count, read_object
 from common.preflight import Samples, task_module
+from common.yaml_files import read_yaml
 from scripts.check import read_json
 
 TOKENS_AT_ONCE = 4096  # of one forward pass
@@ -53,12 +54,12 @@ def whole_number(text: str | None) -> int | None:
 
 def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> tuple[float, int]:
     """Mean loss over the targets, and how many there are. samples: None as the run has it, 0 all."""
-    from common.preflight import find
+    from common.paths import find
 
     facts = read_json(run / "run.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family; a RUN is an OUT folder of pretrain.sh")
-    values = config.read_yaml(run / "config.yaml")
+    values = read_yaml(run / "config.yaml")
     if "task" in values:
         name = values["task"].get("name") if isinstance(values["task"], dict) else "TASK"
         raise BadInput(f"{run}: was finetuned on {name}; its scores are in eval.json: python -m scripts.evaluate {run} {name}")

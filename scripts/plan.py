@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from common import config, families
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
+from common.layout import layout_for
 from common.planning import flops, memory
 from common.preflight import task_module
+from common.yaml_files import read_yaml
 
 SIZES = (40, 80, 141)  # GB of an A100-40GB, of an A100-80GB or H100, of an H200
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
@@ -29,7 +31,7 @@ def main() -> None:
     if args.gpu and peak is None:
         raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/planning/flops.py has the table (A100, H100, L4, ...)")
 
-    task = task_module(families.of_config(args.config), config.read_yaml(args.config))
+    task = task_module(families.of_config(args.config), read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
     model = cfg.model.resolve(cfg, None)
     cfg = cfg.model_copy(update={"model": model})
@@ -65,7 +67,7 @@ def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
     print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
     for name, stack, changed in layouts(cfg, stacks):
         try:
-            shared = config.layout(changed, stack, gpus)
+            shared = layout_for(changed, stack, gpus)
         except BadInput as error:
             if name.startswith("*"):
                 print(f"{name:<44} cannot: {error.problems[0]}")

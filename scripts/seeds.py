@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.data.text_files import write_json
 from common.errors import BadInput, exit_cleanly
+from common.json_files import write_json
 from common.launch import lock
 
 

@@ -23,7 +23,7 @@ import yaml
 from conftest import ROOT, Drive, case, losses
 
 from common import preflight
-from common.checkpoints import checkpoint, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data.indexed_dataset import Writer, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import launcher, lock
@@ -67,7 +67,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [n for n in os.environ if n.startswith("SLURM_")] + ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(preflight, "_commit", lambda: "none")  # git: a tenth of a second a row
+    monkeypatch.setattr(run_record, "commit", lambda: "none")  # git: a tenth of a second a row
     (tmp_path / "tiny.yaml").write_text(TEXT)
     corpus(tmp_path / "corpus/train")
     corpus(tmp_path / "corpus/valid", seed=1)
@@ -649,7 +649,7 @@ def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
 def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> None:
     """What a run leaves, without training: config, facts, checkpoints of two made-up parameters, a log."""
     run = preflight.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
-    preflight.begin(run)
+    run_record.begin(run)
     lock.release()
     for step in steps:
         folder = out / f"step_{step}"
@@ -829,7 +829,7 @@ def test_an_out_in_use_is_refused(place: Path, attempt: Try) -> None:
         refused(place, attempt, told)
         run = preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1)
         with pytest.raises(BadInput, match=re.escape(told)):  # a rank without a launcher
-            preflight.begin(run)
+            run_record.begin(run)
         code, _, started = attempt("--dry-run")
         assert (code, started) == (0, False)
         holder.kill()
@@ -844,7 +844,7 @@ def test_what_a_killed_run_left_half_written_is_removed(place: Path) -> None:
     for name in ("run.json.part", "config.yaml.tmp", "metrics.jsonl.part"):
         (place / "out" / name).write_text("{")
     (place / "out/mine.tmp").write_text("do not touch")
-    preflight.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+    run_record.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
     lock.release()
     assert snapshot(place) == before | {"out/mine.tmp": b"do not touch"}
 
@@ -861,7 +861,7 @@ def test_a_finished_run_says_so(place: Path, attempt: Try, capsys: pytest.Captur
     before = snapshot(place)
     assert attempt() == (0, [], False) and snapshot(place) == before
     run = preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1)
-    assert preflight.finished(run) == "complete: out is at its last step, 4; its export is out/hf"
+    assert run_record.finished(run) == "complete: out is at its last step, 4; its export is out/hf"
     assert attempt("baseline.micro_batch=4", "train.keep=5") == (0, [], False)  # nothing is trained: the record stays
     assert snapshot(place) == before
     assert attempt("train.steps=9") == (0, [LONGER], True)
@@ -901,7 +901,7 @@ def test_records_of_wrong_types(value: Any, place: Path, attempt: Try) -> None:
         assert (code, lines, started) == (0, [], True) or code == 2 and len(lines) == 1 and not started, (key, lines)
         path.write_text(json.dumps(facts | {key: value}))
         if code == 0:
-            preflight.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+            run_record.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
             lock.release()
 
 

@@ -21,6 +21,7 @@ from common import config, preflight
 from common.errors import BadInput
 from common.huggingface import interchange
 from common.stacks import mcore
+from common.yaml_files import read_yaml
 from recipes.bert import convert, task
 from scripts import heldout
 
@@ -224,7 +225,7 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("bert.embeddings.LayerNorm.weight", "bert.encoder.layer.1.output.LayerNorm.bias", "bert.pooler.dense.weight"):
         assert torch.equal(load_file(tmp_path / f"run/step_0/{name}.safetensors")["weight"], weights[name])
-    assert config.read_yaml(tmp_path / "run/model.yaml")["model"]["arch"] == "bert"
+    assert read_yaml(tmp_path / "run/model.yaml")["model"]["arch"] == "bert"
 
 
 def _cut(folder: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT
 
 from common import config, preflight
-from common.config import Layout
 from common.data import batches, tokenizer
 from common.data.indexed_dataset import Corpus, Writer, write_manifest
 from common.errors import BadInput
+from common.layout import Layout
 from recipes.bert import samples, task
 
 TOKENS = 1_000_000

@@ -18,6 +18,7 @@ from common import config
 from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.preflight import task_module
+from common.yaml_files import read_yaml
 from recipes.bert import kinds
 from scripts import check, evaluate, plot
 
@@ -42,7 +43,7 @@ def trained(step: int, loss: float) -> str:
 def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, float], steps: int, stack: str) -> Path:
     """An OUT: config.yaml resolved as a run records it, run.json, metrics.jsonl with training lines up to `steps`."""
     family = named.parent.parent.name
-    cfg = config.load(named, overrides, task_module(family, config.read_yaml(named)).Config)
+    cfg = config.load(named, overrides, task_module(family, read_yaml(named)).Config)
     optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
     out.mkdir(parents=True)
     config.write_yaml(cfg.model_copy(update={"model": cfg.model.resolve(cfg, 65), "optim": optim}), out / "config.yaml")
@@ -59,10 +60,10 @@ def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, f
 
 def finetuned(out: Path, run: Path, name: str, seed: int = 1234, **more: Any) -> Path:
     """An OUT of finetune.sh that begins from the last step of `run`, and ended."""
-    recorded = config.read_yaml(run / "config.yaml")
+    recorded = read_yaml(run / "config.yaml")
     family = json.loads((run / "run.json").read_text())["family"]
     named = ROOT / f"recipes/{family}/configs/finetune_{name}.yaml"
-    values = config.read_yaml(named)
+    values = read_yaml(named)
     shapes = {k: v for k, v in recorded["model"].items() if k not in {"pair_head", "dropout", "init_std"}}
     words = [f"model.{key}={config.written(value)}" for key, value in shapes.items()]
     words += [f"train.seed={seed}", "init.from=no/longer/there", *more.pop("overrides", [])]
@@ -251,7 +252,7 @@ def test_a_finetuning_is_evidence_as_a_run_is(bert: Path, tmp_path: Path) -> Non
         assert row.verdict in ("pass", "not-run")
         return row.reason
 
-    steps = config.read_yaml(ROOT / "recipes/bert/configs/finetune_mnli.yaml")["train"]["steps"]
+    steps = read_yaml(ROOT / "recipes/bert/configs/finetune_mnli.yaml")["train"]["steps"]
     lines = trained(steps, 0.4)
     assert reason("whole") == "dev"
     assert "deepspeed.extra was used" in reason(
@@ -376,13 +377,13 @@ def parts_of(name: str) -> Iterator[str]:
 
 
 def expecting() -> list[Path]:
-    return [path for path in sorted((ROOT / "recipes").glob("*/configs/*.yaml")) if config.read_yaml(path).get("expect")]
+    return [path for path in sorted((ROOT / "recipes").glob("*/configs/*.yaml")) if read_yaml(path).get("expect")]
 
 
 @pytest.mark.parametrize("named", expecting(), ids=lambda path: path.stem)
 def test_a_perfect_eval_json_passes(named: Path, emitted: dict[str, dict[str, float]], tmp_path: Path) -> None:
     """What is published, written into eval.json by the names of the evaluators: every row passes that one can measure."""
-    expect = config.read_yaml(named)["expect"]
+    expect = read_yaml(named)["expect"]
     cfg = config.load(named, [], task_module(named.parent.parent.name, {}).Config)
     losses = {}
     for name in {"val_loss", "best_val_loss"} & expect.keys():
@@ -503,7 +504,7 @@ def test_all_of_this_tree() -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, lines)) <= 80
-    expected = sum(3 * len(config.read_yaml(path)["expect"]) for path in expecting())
+    expected = sum(3 * len(read_yaml(path)["expect"]) for path in expecting())
     assert lines[-1] == f"3 pass, {expected - 3} not-run"
     assert lines.count("    pass         1.8970  baseline, deepspeed, megatron") == 1
     assert {line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "} >= {"pass", "not-run"}

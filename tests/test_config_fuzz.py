@@ -17,9 +17,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from common import config, errors, preflight
+from common import config, errors
+from common.checkpoints import run_record
 from common.data.indexed_dataset import Writer, write_manifest
 from common.launch import launcher
+from common.yaml_files import read_yaml, to_yaml
 from scripts import plan
 
 CONFIGS = sorted((ROOT / "recipes").glob("*/configs/*.yaml"))
@@ -117,7 +119,7 @@ def damaged(rng: random.Random, text: str) -> str:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to stand in, with a corpus of 4,000 ids below 128; without git, srun, network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preflight, "_commit", lambda: "none")
+    monkeypatch.setattr(run_record, "commit", lambda: "none")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("socket.getaddrinfo", _no_network)
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
@@ -191,8 +193,8 @@ def attempt(rng: random.Random, place: Path, watch: Watch, corpora: dict[str, Pa
     if out is not None:
         resolved = out.partition("\n\n")[0]
         (place / "again.yaml").write_text(resolved)
-        values = config.read_yaml(place / "again.yaml")
-        assert config.to_yaml(values).rstrip() == resolved, what
+        values = read_yaml(place / "again.yaml")
+        assert to_yaml(values).rstrip() == resolved, what
         assert {"model", "data", "optim", "train", *config.STACKS} <= values.keys(), what
 
 
@@ -280,11 +282,11 @@ def test_a_recorded_config_reads_as_it_was(place: Path) -> None:
         "'",
         "1_0",
     ]
-    (place / "x.yaml").write_text(config.to_yaml({"a": texts}))
-    assert config.read_yaml(place / "x.yaml") == {"a": texts}
+    (place / "x.yaml").write_text(to_yaml({"a": texts}))
+    assert read_yaml(place / "x.yaml") == {"a": texts}
     assert yaml.safe_load((place / "x.yaml").read_text()) == {"a": texts}
     same = ["x"]
-    assert "&" not in config.to_yaml({"a": same, "b": same})  # no anchors: they are not read
+    assert "&" not in to_yaml({"a": same, "b": same})  # no anchors: they are not read
     numbers = [0, -1, 10**20, 0.0, 1e-300, 6e-4, 1e22, True, None, [], {}]
-    (place / "x.yaml").write_text(config.to_yaml({"a": numbers}))
-    assert json.dumps(config.read_yaml(place / "x.yaml")) == json.dumps({"a": numbers})
+    (place / "x.yaml").write_text(to_yaml({"a": numbers}))
+    assert json.dumps(read_yaml(place / "x.yaml")) == json.dumps({"a": numbers})

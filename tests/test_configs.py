@@ -11,6 +11,7 @@ import pytest
 from common import config
 from common.config import Config
 from common.errors import BadInput
+from common.layout import layout_for
 from common.planning import flops
 from common.planning.memory import PARTS, estimate, estimate_for
 from common.training import optim
@@ -212,7 +213,7 @@ def test_the_layouts_divide_and_fit_an_80_gb_gpu(name: str) -> None:
         for stack in config.STACKS:
             if (name, stack) in REFUSED:
                 with pytest.raises(BadInput, match=REFUSED[name, stack]):
-                    config.layout(cfg, stack, gpus)
+                    layout_for(cfg, stack, gpus)
                 assert "is refused" in text.partition(f"\n{stack}:")[2], "the section says so"
                 continue
             total = estimate_for(cfg, cfg.model, stack, gpus)["total"]
@@ -408,7 +409,7 @@ def test_finetuning_configs_load_and_divide(name: str, bases: dict[str, Path]) -
     assert cfg.model.parameters() > 0
     for stack in config.STACKS:
         try:
-            assert config.layout(cfg, stack, 2).world == 2
+            assert layout_for(cfg, stack, 2).world == 2
         except BadInput as error:
             assert any(told in str(error) for told in ("lora on megatron", "optim.optimizer=adafactor on megatron")), error
     an_epoch, epochs = re.search(r"([\d,]+) steps an epoch", text), re.search(r"# (\d+) epochs?$", text, re.M)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from common import config
 from common.stacks import mcore
+from common.yaml_files import read_yaml
 from recipes.gpt import convert, task
 
 VOCAB = 1021  # a prime: does not divide by tp
@@ -143,7 +144,7 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     assert done.returncode == 0, done.stderr
     state = load_file(tmp_path / "run/step_0/model.norm.weight.safetensors")
     assert torch.equal(state["weight"], load_file(folders["tiny_llama"] / "model.safetensors")["model.norm.weight"])
-    assert config.read_yaml(tmp_path / "run/model.yaml")["model"]["kv_heads"] == 2
+    assert read_yaml(tmp_path / "run/model.yaml")["model"]["kv_heads"] == 2
 
 
 def test_commands_refuse_what_they_cannot_convert(tmp_path):

@@ -22,7 +22,7 @@ from test_check import run_folder
 from transformers import AutoModelForCausalLM
 
 from common import config, preflight
-from common.checkpoints import checkpoint, integrity
+from common.checkpoints import checkpoint, integrity, run_record
 from common.errors import BadInput
 from common.huggingface import export, interchange, pretrained
 from common.training import log
@@ -415,7 +415,7 @@ def read_all(out: Path) -> None:
         lambda: export._losses(out / "metrics.jsonl", 4),
         lambda: export.exported_step(out / "hf"),
         lambda: integrity.problems(out / "hf", "hf"),
-        lambda: preflight.finished(run),
+        lambda: run_record.finished(run),
     ):
         begin = time.monotonic()
         try:

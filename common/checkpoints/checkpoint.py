@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.checkpoints import integrity, parameters
 from common.checkpoints.parameters import Shapes
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, BadInput
+from common.json_files import is_count, read_object
 from common.launch import heartbeat
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _open(path: Path) -> Checkpoint | str:
     record = path / "state.json"
     if not record.exists():
         return f"{record} is missing"
-    meta = integrity.read_object(record)
+    meta = read_object(record)
     if meta is None or not _is_meta(meta):
         return f"{record} is not readable"
     if not integrity.is_whole(meta):
@@ -225,15 +226,15 @@ def _is_meta(meta: dict[str, Any]) -> bool:
     """Are the values of a state.json of the types that its readers take for granted?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
     return (
-        integrity.is_count(meta.get("step"))
+        is_count(meta.get("step"))
         and isinstance(files, dict)
         and all(isinstance(known, dict) for known in files.values())
-        and all(integrity.is_count(known.get(key)) for known in files.values() for key in ("bytes", "crc32"))
+        and all(is_count(known.get(key)) for known in files.values() for key in ("bytes", "crc32"))
         and all(isinstance(known.get("shape"), list) for known in files.values())
-        and all(integrity.is_count(size) for known in files.values() for size in known["shape"])
+        and all(is_count(size) for known in files.values() for size in known["shape"])
         and not any(os.sep in name for name in files)
         and isinstance(layout, dict)
-        and integrity.is_count(layout.get("world"))
+        and is_count(layout.get("world"))
         and isinstance(meta.get("science", {}), dict)
         and isinstance(meta.get("stack", ""), str)
     )

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.json_files import read_object
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,22 +25,6 @@ READ = (  # what transformers reads of a folder besides the weights
     "chat_template.jinja", "model.safetensors.index.json",
 )  # fmt: skip
 _CHUNK = 1 << 22  # bytes
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if it cannot be read."""
-    try:
-        if not path.is_file():  # reading a pipe would wait for its writer
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def is_count(value: Any) -> bool:
-    """A whole number from 0, of at most 63 bits; JSON's true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 # ---- records that carry a checksum of their own values

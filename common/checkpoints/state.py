@@ -14,7 +14,8 @@ from common.checkpoints.parameters import Shapes
 from common.config import Config
 from common.launch import heartbeat
 from common.launch.processes import Ranks
-from common.preflight import Run, find
+from common.paths import find
+from common.preflight import Run
 from common.training import init
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def meta(run: Run, step: int) -> dict[str, Any]:
     """What state.json says beside its files."""
     return {
         "step": step, "samples": run.samples(step).stop, "seed": run.cfg.train.seed, "stack": run.stack,
-        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.science(run.whole),
-        "commit": run.facts["commit"],
+        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.hyperparameters(run.whole),
+        "commit": run.record["commit"],
     }  # fmt: skip
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.config import Layout
 from common.errors import BadInput
 from common.launch import heartbeat
+from common.layout import Layout
 
 if TYPE_CHECKING:
     from common.preflight import Run, Samples

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from common.data.manifest import BLOCK, checksum, crc32, fingerprint, read_manifest, sha256, write_checksums
-from common.data.text_files import write_json
 from common.errors import BadInput, Missing
+from common.json_files import write_json
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, number of sequences, number of document bounds

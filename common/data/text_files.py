@@ -1,7 +1,6 @@
 """Text files as everything here reads them: UTF-8, and a byte order mark is no part of the text."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,3 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{path}:{number}: is not JSON ({error}); one object a line, none broken over lines") from None
-
-
-def write_json(path: str | Path, values: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

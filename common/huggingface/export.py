@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from common.checkpoints import checkpoint, integrity, parameters
 from common.checkpoints.checkpoint import Checkpoint
-from common.config import Config, to_yaml
+from common.config import Config
 from common.errors import BadInput
+from common.json_files import is_count, read_object
 from common.launch import heartbeat
 from common.launch.processes import Ranks
 from common.preflight import Run
 from common.training import log
+from common.yaml_files import to_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,7 @@ def to_hf(
             if last and exported_step(folder) != last.step:
                 for note in notes:
                     print(f"note: {note}", file=sys.stderr, flush=True)
-                write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.facts)
+                write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.record)
                 print(f"export    {folder}", flush=True)
         except BadInput as error:
             problems = [error.problems]
@@ -59,13 +61,13 @@ def to_hf(
 
 def exported_step(folder: Path) -> int | None:
     """Of which step an export is, by its twinstack.json; None where there is none that can be read."""
-    values = integrity.read_object(folder / integrity.RECORD)
+    values = read_object(folder / integrity.RECORD)
     step = values.get("step") if values and integrity.is_whole(values) else None
-    return step if integrity.is_count(step) else None
+    return step if is_count(step) else None
 
 
 def write(
-    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path, facts: dict[str, Any]
+    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path, record: dict[str, Any]
 ) -> None:
     """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json holds
     what it was made of, and bytes and checksum of its files."""
@@ -75,13 +77,13 @@ def write(
         tmp.mkdir(parents=True)
         weights = _weights(source, tmp)
         task.hf_config(cfg.model).save_pretrained(tmp)
-        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp, facts.get("tokenizer")))
+        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp, record.get("tokenizer")))
         _prove(source, cfg, task, tmp)
-        (tmp / "README.md").write_text(_card(source, cfg, task, facts), encoding="utf-8")
+        (tmp / "README.md").write_text(_card(source, cfg, task, record), encoding="utf-8")
         others = {path.name for path in tmp.iterdir()} - weights.keys() - set(UNCHECKED)
         files = weights | {name: integrity.checksum(tmp / name) for name in sorted(others)}
-        record = integrity.seal({"step": source.step, **facts, "files": files})
-        (tmp / integrity.RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        sealed = integrity.seal({"step": source.step, **record, "files": files})
+        (tmp / integrity.RECORD).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
         integrity.replace_folder(tmp, folder)
     except BadInput:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -194,7 +196,7 @@ def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, i
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: dict[str, Any]) -> str:
+def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, record: dict[str, Any]) -> str:
     """README.md of the export: what it is, on what it was trained, how, and what it reached."""
     losses = _losses(source.path.parent / "metrics.jsonl", source.step)
     trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported
@@ -202,14 +204,14 @@ def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, facts: d
         **task.card(cfg.model),
         "trained with": f"{source.meta['stack']} to step {source.step:,}" if trained else None,
         "training loss": losses.get("loss"), "validation loss": losses.get("valid_loss"),
-        "data": f"{cfg.data.train} (content {str((facts.get('data') or {}).get('train'))[:16]})" if trained else None,
-        "tokenizer": str(facts.get("tokenizer"))[:16] if trained else None,
-        "commit": facts.get("commit"), "config": facts.get("config"),
+        "data": f"{cfg.data.train} (content {str((record.get('data') or {}).get('train'))[:16]})" if trained else None,
+        "tokenizer": str(record.get("tokenizer"))[:16] if trained else None,
+        "commit": record.get("commit"), "config": record.get("config"),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     values = to_yaml(cfg.dump())
     return (
-        f"---\nlibrary_name: transformers\ntags: [{task.FAMILY}]\n---\n# {facts.get('config')}\n\n"
+        f"---\nlibrary_name: transformers\ntags: [{task.FAMILY}]\n---\n# {record.get('config')}\n\n"
         f"| | |\n|---|---|\n{table}\n\n```yaml\n{values}```\n"
     )
 

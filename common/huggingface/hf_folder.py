@@ -26,7 +26,8 @@ from pydantic import ValidationError
 
 from common.config import Config
 from common.errors import BadInput
-from common.preflight import ROOT, read_object
+from common.json_files import read_object
+from common.paths import ROOT
 
 JSON_BYTES = 2**26  # more than any config.json or index has
 HEADER_BYTES = 100_000_000  # safetensors' own limit

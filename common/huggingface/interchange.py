@@ -14,9 +14,11 @@ from common.checkpoints import checkpoint, integrity, parameters, state
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 from common.huggingface import export, hf_folder
+from common.json_files import read_object
 from common.launch import lock, processes
-from common.preflight import read_object, task_module
+from common.preflight import task_module
 from common.training import init
+from common.yaml_files import read_yaml
 
 SEED = 1234  # of heads that a folder lacks
 TOKENIZER = "imported_tokenizer"  # in OUT of from-hf: of the imported weights; a run that goes on has that of its corpus
@@ -39,22 +41,22 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     _check_new(folder)
     if is_import:
         cfg = Imported(_imported_model(run, task))
-        facts = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
+        record = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
         last = checkpoint.latest(run)
         _same_model(cfg.model, last, run / "model.yaml")
-        export.write(last, cfg, task, folder, run / TOKENIZER, facts)
+        export.write(last, cfg, task, folder, run / TOKENIZER, record)
         print(f"{folder}: the weights that from-hf put into {run}")
         return
-    task = task_module(task.FAMILY, config.read_yaml(run / "config.yaml"))  # of finetuning too
+    task = task_module(task.FAMILY, read_yaml(run / "config.yaml"))  # of finetuning too
     cfg = config.load(run / "config.yaml", [], task.Config)
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
     _same_model(cfg.model, last, run / "config.yaml")
-    facts = read_object(run / "run.json")
-    if facts is None:
+    record = read_object(run / "run.json")
+    if record is None:
         raise BadInput(f"{run}: its run.json is not there or cannot be read; the same pretrain.sh command again writes it")
-    export.write(last, cfg, task, folder, run / "tokenizer", facts)
+    export.write(last, cfg, task, folder, run / "tokenizer", record)
     print(f"{folder}: step {last.step:,} of {run}")
 
 
@@ -64,7 +66,7 @@ def _imported_model(run: Path, task: ModuleType) -> Any:
     if not path.is_file():
         raise BadInput(f"{run}: holds step_0 but no model.yaml; repeat from-hf into a new OUT")
     try:
-        return task.Model.model_validate(config.read_yaml(path).get("model"))
+        return task.Model.model_validate(read_yaml(path).get("model"))
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, e["loc"])) or "model" for e in error.errors()[:3])
         raise BadInput(

@@ -10,7 +10,7 @@ from common.checkpoints import integrity
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 from common.huggingface import hf_folder
-from common.preflight import read_object
+from common.json_files import read_object
 
 # tensors that a class may leave unread: masks and tables of numbers that older versions saved, heads of pretraining
 _UNREAD = re.compile(r"(^|.*\.)(pooler|cls)\..*|.*\b(attn\.bias|masked_bias|inv_freq|position_ids|token_type_ids)")

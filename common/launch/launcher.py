@@ -394,7 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)
 
-    from common.preflight import describe, finished, prepare, record_finished
+    from common.checkpoints.run_record import finished, record_finished
+    from common.launch.dry_run import describe
+    from common.preflight import prepare
 
     task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
     run = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)

@@ -20,7 +20,8 @@ Not counted: communication buckets, workspace, the CUDA context (about half a Gi
 
 from typing import Any
 
-from common.config import Config, layout
+from common.config import Config
+from common.layout import layout_for
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
@@ -102,8 +103,8 @@ def estimate(
 
 
 def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
-    """`estimate` for a resolved model trained by `cfg` on `world` ranks; BadInput as config.layout."""
-    shared, system = layout(cfg, stack, world), getattr(cfg, stack)
+    """`estimate` for a resolved model trained by `cfg` on `world` ranks; BadInput as layout_for."""
+    shared, system = layout_for(cfg, stack, world), getattr(cfg, stack)
     names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute")
     return estimate(
         stack=stack, parameters=model.parameters(), hidden=model.hidden, seq_len=cfg.data.seq_len,

@@ -40,10 +40,11 @@ from torch.overrides import TorchFunctionMode
 from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import PARTS, Entry
 from common.checkpoints.parameters import Shapes
-from common.config import Config, Layout
+from common.config import Config
 from common.errors import BadInput
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
+from common.layout import Layout
 from common.stacks.parameter_map import Rule, Rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

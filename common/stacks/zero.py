@@ -16,8 +16,9 @@ from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
 from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import Entry
 from common.checkpoints.parameters import Shapes
-from common.config import Config, Layout
+from common.config import Config
 from common.launch.processes import Ranks
+from common.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from common.config import Section
 from common.data import batches
-from common.data.text_files import write_json
 from common.errors import BadInput
 from common.evaluation import metrics
 from common.huggingface import export, hf_folder
+from common.json_files import read_object, write_json
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
-from common.preflight import Run, data_notes, find, read_object
+from common.preflight import Run, data_notes, find
 from common.training import log, lora
 
 if TYPE_CHECKING:

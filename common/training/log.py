@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from common.checkpoints.integrity import is_count
+from common.json_files import is_count
 from common.launch import heartbeat
 from common.launch.processes import Ranks
 from common.planning import flops
@@ -156,11 +156,11 @@ def _report_thread(args: "threading.ExceptHookArgs") -> None:
 
 def header(run: Run, gpu: str | None) -> str:
     """What a reader of the log needs to know to believe it."""
-    cfg, layout, facts = run.cfg, run.layout, run.facts
-    versions = "  ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    hashes = facts["data"] | {"tokenizer": facts["tokenizer"]}
+    cfg, layout, record = run.cfg, run.layout, run.record
+    versions = "  ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    hashes = record["data"] | {"tokenizer": record["tokenizer"]}
     rows = {
-        "model": f"{facts['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, "
+        "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, "
         f"vocabulary {cfg.model.vocab_size:,}",
         "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
         "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
@@ -169,7 +169,7 @@ def header(run: Run, gpu: str | None) -> str:
         f"{layout.accumulate} micro batches of {layout.micro_batch}  {getattr(cfg, run.stack).model_dump_json()}",
         "on": f"{layout.world} x {gpu}" if gpu else f"CPU ({os.cpu_count()} cores)",
         "versions": f"python {sys.version.split()[0]}  {versions}",
-        "commit": facts["commit"],
+        "commit": record["commit"],
         "from": str(run.resume.path) if run.resume else f"init.from={cfg.init.from_}",
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from common import config
 from common.errors import BadInput
 from common.huggingface import hf_folder
+from common.json_files import read_object
 from common.launch.processes import Ranks
-from common.preflight import read_object
+from common.yaml_files import read_yaml
 
 from . import finetune, kinds
 
@@ -56,7 +56,7 @@ def settings(
     given: Path, folder: Path, stored: dict[str, Any], name: str, data: Path | None, seq_len: int | None, split: str
 ) -> finetune.Config:
     """The config of the run where `given` is one of this task, else one of the task's defaults. stored: config.json."""
-    known = config.read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
+    known = read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = isinstance(known.get("task"), dict) and known["task"].get("name") == name
     task = dict(known["task"]) if own else {"name": name}
     key = kinds.OWN_LABELS.get(name)

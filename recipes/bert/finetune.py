@@ -19,7 +19,7 @@ from common.data import batches
 from common.errors import BadInput
 from common.evaluation import glue
 from common.huggingface import hf_folder
-from common.preflight import read_object
+from common.json_files import read_object
 from common.training import finetuning, init
 
 from . import kinds, samples, task
@@ -129,7 +129,7 @@ class Config(config.Config):
 def stream(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:
     """The examples of a split, tokenized. BadInput for a task, a file, a label or a tokenizer that does not do."""
     from common.data import tokenizer as tokenizers
-    from common.preflight import find
+    from common.paths import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:

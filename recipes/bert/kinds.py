@@ -22,7 +22,7 @@ import numpy as np
 from common.data import batches, examples
 from common.errors import BadInput
 from common.evaluation import glue, labelled, metrics, race, squad, tagging
-from common.preflight import find
+from common.paths import find
 
 from .samples import Special
 

@@ -18,9 +18,9 @@ from pydantic import model_validator
 from common import config
 from common.config import Count, FilePath, Positive, Section
 from common.data import examples
-from common.data.text_files import write_json
 from common.errors import BadInput
 from common.huggingface import export, pretrained
+from common.json_files import write_json
 from common.launch.processes import Ranks
 from common.training import finetuning
 from common.training.lora import Lora
@@ -131,7 +131,7 @@ def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
     that does not do."""
     from common.data import tokenizer as tokenizers
-    from common.preflight import find
+    from common.paths import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
@@ -231,7 +231,7 @@ def keep_template(run: Run) -> None:
     """Rank 0, after run.begin: what the export has beside the tokenizer. The chat template that the run learns, and in
     generation_config.json the ids that end what is written: those of the folder it begins from, and of the answers learnt."""
     from common.data import tokenizer as tokenizers
-    from common.preflight import find
+    from common.paths import find
 
     folder = run.out / "tokenizer"
     path = folder / "tokenizer_config.json"
@@ -264,7 +264,7 @@ class Question(NamedTuple):
 def questions(cfg: Config, template: samples.Template) -> list[Question]:
     """The first task.answers conversations of valid, to the last answer of each. Left out are those that training leaves out,
     that leave the model no room for an answer, and whose beginning the template does not write alone."""
-    from common.preflight import find
+    from common.paths import find
 
     d, found = cfg.data, []
     there = samples.read("sft", cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=False)

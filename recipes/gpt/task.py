@@ -136,7 +136,7 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> Stream:
 def _eod_id(given: str) -> int | None:
     """Of data.tokenizer: corpora of Megatron's own tool have no manifest that names theirs."""
     from common.data import tokenizer
-    from common.preflight import find
+    from common.paths import find
 
     return tokenizer.load(find(given) if find(given).is_dir() else given).eod_id
 

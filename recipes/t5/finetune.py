@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from common import config
 from common.config import FilePath, Positive, Section, Share
 from common.data import batches, examples
-from common.data.text_files import write_json
 from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.huggingface import export, pretrained
+from common.json_files import write_json
 from common.launch.processes import Ranks
 from common.preflight import Run, data_notes
 from common.training import finetuning
@@ -147,7 +147,7 @@ AT_ONCE = 10_000  # texts that are tokenized at once
 def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
     """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that does not do."""
     from common.data import tokenizer as tokenizers
-    from common.preflight import find
+    from common.paths import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
@@ -186,7 +186,7 @@ def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
 
 
 def read(cfg: Config, split: str) -> text.Examples:
-    from common.preflight import find
+    from common.paths import find
 
     t = cfg.task
     return text.read(t.name, find(t.data) if t.data else None, split, t.prefix, t.source, t.target)

@@ -148,7 +148,7 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import Corpus
-    from common.preflight import find, first_prefix
+    from common.paths import find, first_prefix
 
     corpus = Corpus(first_prefix(data))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir

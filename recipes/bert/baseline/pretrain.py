@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, state
+from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
 from common.training import init, optim
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
     log = Log(run, task, ranks)
 
     # ---- loop

@@ -13,7 +13,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.config import Layout
+from common.layout import Layout
 from common.stacks import mcore
 
 from .. import finetune, task

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
 from common import preflight
-from common.checkpoints import checkpoint, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
 from common.training import finetuning, init, lora, optim
 from common.training.log import Log
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     state.load(net, optimizer, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
         task.keep_template(run)
     log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
 

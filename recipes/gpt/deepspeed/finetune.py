@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common import preflight
-from common.checkpoints import checkpoint, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
 from common.stacks import zero
 from common.training import finetuning, lora, optim
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     zero.load_state(engine, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
         task.keep_template(run)
     log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
 

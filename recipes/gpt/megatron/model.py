@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.config import Layout
+from common.layout import Layout
 from common.stacks import mcore
 
 from .. import task

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, state
+from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
 from common.stacks import mcore
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
     log = Log(run, task, ranks)
 
     # ---- loop

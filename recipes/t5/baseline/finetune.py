@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, state
+from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.training import finetuning, init, optim
 from common.training.log import Log
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
     log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
 
     # ---- loop

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, state
+from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
 from common.stacks import zero
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
-        preflight.begin(run)
+        run_record.begin(run)
     log = Log(run, task, ranks)
 
     # ---- loop

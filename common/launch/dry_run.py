@@ -1,0 +1,34 @@
+"""What --dry-run prints: the resolved config, its size, its memory and the command that would be started."""
+
+import shlex
+from collections.abc import Sequence
+from types import ModuleType
+
+from common.planning import memory
+from common.preflight import Run
+from common.yaml_files import to_yaml
+
+
+def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
+    """The text of --dry-run for a run that `preflight.prepare` has checked."""
+    model, layout, cfg = run.cfg.model, run.layout, run.cfg
+    flops = task.forward_backward_flops(model, cfg.data)
+    causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
+    lines = [to_yaml(run.whole.dump()).rstrip(), ""]
+    lines += [f"note: {note}" for note in run.notes]
+    lines += [
+        f"parameters        {model.parameters():,}",
+        f"FLOPs per token   {flops['full']:.4g} forward and backward{causal}",
+        f"tokens per step   {cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,}",
+        f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
+        f"{layout.accumulate} micro batches of {layout.micro_batch}",
+        f"memory per rank   {_gib(memory.estimate_for(cfg, model, run.stack, layout.world))}",
+        f"continues from    {run.resume.path if run.resume else 'nothing: a new run'}",
+        f"command           {shlex.join(command)}",
+    ]
+    return "\n".join(lines)
+
+
+def _gib(estimate: dict[str, int]) -> str:
+    parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items() if name != "total" and size)
+    return f"{estimate['total'] / 2**30:.2f} GiB estimated ({parts})"

@@ -1,0 +1,80 @@
+"""How the processes of a run share one step: data, tensor and pipeline parallel, micro batches. Torch-free."""
+
+import math
+from collections.abc import Iterator
+
+from common.config import Config, Section
+from common.errors import BadInput
+
+
+class Layout(Section):
+    """How `world` ranks share one step."""
+
+    world: int
+    dp: int  # data-parallel replicas
+    tp: int
+    pp: int
+    micro_batch: int  # samples
+    accumulate: int  # micro batches per step and replica
+
+
+def layout_for(cfg: Config, stack: str, world: int) -> Layout:
+    """The layout of `stack` on `world` ranks; BadInput if the batch or the ranks do not divide. Torch-free."""
+    system = getattr(cfg, stack)
+    tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+    problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
+    if tp * pp > world:
+        problems.append(
+            f"{stack}.tp={tp} x {stack}.pp={pp} needs {tp * pp} processes and there are {world}; "
+            f"set NPROC={tp * pp} (or more nodes), or lower tp or pp"
+        )
+    elif world % (tp * pp):
+        problems.append(f"{world} processes are not a multiple of {stack}.tp={tp} x {stack}.pp={pp}")
+    dp = max(1, world // (tp * pp))
+    batch, micro = cfg.train.global_batch, system.micro_batch
+    if batch % (micro * dp):
+        problems.append(
+            f"train.global_batch={batch} is not a multiple of {stack}.micro_batch={micro} x {dp} data-parallel ranks; "
+            + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else "change the number of processes")
+        )
+    if problems:
+        raise BadInput(problems)
+    return Layout(world=world, dp=dp, tp=tp, pp=pp, micro_batch=micro, accumulate=batch // (micro * dp))
+
+
+# Optimizers that read a whole parameter: a layout that splits parameters cannot update them exactly.
+WHOLE = {
+    "lamb": "scales each parameter's update by the norms of the whole parameter",
+    "adafactor": "keeps the mean squares of the rows and columns of the whole parameter, and scales by its root mean square",
+}
+
+
+def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
+    name, system = cfg.optim.optimizer, getattr(cfg, stack)
+    if name not in WHOLE:
+        return
+    instead = "use deepspeed.zero_stage=0, the baseline, or optim.optimizer=adamw"
+    if stack == "megatron":
+        yield (
+            f"optim.optimizer={name} on megatron: it {WHOLE[name]}, and Megatron's layers fuse query, key and value into one "
+            f"parameter and tensor parallelism splits it; {instead}"
+        )
+    elif stack == "deepspeed" and system.zero_stage:
+        yield (
+            f"optim.optimizer={name} with deepspeed.zero_stage={system.zero_stage}: it {WHOLE[name]}, and ZeRO steps flat "
+            f"partitions; {instead}"
+        )
+    elif stack == "deepspeed" and system.tp > 1:
+        yield f"optim.optimizer={name} with deepspeed.tp={system.tp}: it {WHOLE[name]}; use deepspeed.tp=1"
+
+
+def _divisors(batch: int, dp: int) -> str:
+    """'1, 2 or 4': the micro batches that fit, the smallest 16 and the largest."""
+    share, rest = divmod(batch, dp)
+    if rest:
+        return ""
+    small = [m for m in range(1, math.isqrt(share) + 1) if share % m == 0]
+    fit = [str(m) for m in sorted({*small, *(share // m for m in small)})]
+    if len(fit) > 17:
+        fit[16:-1] = ["..."]
+    return " or ".join([", ".join(fit[:-1]), fit[-1]]) if len(fit) > 1 else fit[0]

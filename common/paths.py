@@ -1,0 +1,46 @@
+"""Where a path of a config or a command line points: from the current folder, else from the repository's root."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from common.errors import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME_BYTES = 255 - len(".crc32")  # of a file's name (NAME_MAX), endings included
+PATH_BYTES = 4000  # of a path (PATH_MAX is 4096), endings included
+SHOWN = 60  # characters of a path that is too long, in a message
+
+Blend = str | list[Any]  # a prefix, a list of prefixes, or a list of [weight, prefix]
+
+
+def find(path: str) -> Path:
+    """The path as it stands from the current folder, else from the repository's root. BadInput for one that is too long."""
+    longest = max(len(part.encode(errors="replace")) for part in path.split("/"))
+    if longest > NAME_BYTES or len(path) > PATH_BYTES:
+        what = f"a name in it has {longest:,} bytes; at most {NAME_BYTES}"
+        if longest <= NAME_BYTES:
+            what = f"has {len(path):,} bytes; at most {PATH_BYTES:,}"
+        raise BadInput(f"{path[:SHOWN]}...: {what}")
+
+    def exists(place: Path) -> bool:
+        return any(os.path.exists(f"{place}{suffix}") for suffix in ("", ".bin", ".idx"))  # False for a name too long
+
+    return ROOT / path if exists(ROOT / path) and not exists(Path(path)) else Path(path)
+
+
+def find_blend(blend: Blend) -> Blend:
+    """The blend of data.train with each of its paths as `find` gives it."""
+    if isinstance(blend, str):
+        return str(find(blend))
+    return [[entry[0], str(find(entry[1]))] if isinstance(entry, list) else str(find(entry)) for entry in blend]
+
+
+def prefixes(blend: Blend) -> list[str]:
+    """The prefixes of a blend, without their weights."""
+    return [blend] if isinstance(blend, str) else [entry if isinstance(entry, str) else entry[1] for entry in blend]
+
+
+def first_prefix(blend: Blend) -> str:
+    """The first prefix of a blend."""
+    return prefixes(blend)[0]

@@ -1,0 +1,166 @@
+"""The YAML of a config: plain values alone, `a.b=c` overrides, and the same values as text again. Knows no schema."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import BadInput, shortened
+from common.paths import ROOT
+
+FILE_BYTES = 2**18  # of a config; the largest here has 3 KB
+VALUES = 10_000  # of a config, keys counted too; PyYAML reads as many in half a second
+DEPTH = 32  # of sections and lists in each other; the configs here have 4
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader for plain values. A few bytes stay a few values: no anchors, tags or deep nesting, and numbers as YAML 1.2 has
+    them (`010`, `1:30` and dates are text, `6e-4` is a number). A key that is given twice or is no word is refused."""
+
+    depth = 0
+    values = 0
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases (*{event.anchor}) are not read; write the value again"
+        elif getattr(event, "anchor", None):
+            problem = f"anchors (&{event.anchor}) are not read; write the value where it is used"
+        elif getattr(event, "tag", None) not in (None, "!"):
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"tags ({tag}) are not read; write the value alone"
+        elif self.depth == DEPTH:
+            problem = f"nested more than {DEPTH} deep"
+        elif self.values == VALUES:
+            problem = f"more than {VALUES:,} values"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self.depth += 1
+        self.values += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):  # `on` is true, `1` a number
+                told = f"the key {key_node.value if isinstance(key_node, yaml.ScalarNode) else key!r} is no word"
+                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+            if key in seen:
+                told = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(
+    r"^([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
+# 40 digits are more than any key takes, and few enough to be written in a message
+_INT = re.compile(r"^([-+]?(0|[1-9][0-9_]{0,39})|0x[0-9a-fA-F]{1,16})$")
+_BOOL = re.compile(r"^(yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
+_NULL = re.compile(r"^(~|null|Null|NULL|)$")
+for _tag, _pattern, _first in (
+    ("bool", _BOOL, "yYnNtTfFoO"), ("float", _FLOAT, "-+0123456789."), ("int", _INT, "-+0123456789"), ("null", _NULL, "~nN"),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first, *([""] if _tag == "null" else [])])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that _Loader or another reader would take for something else, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def to_yaml(values: Any, **style: Any) -> str:
+    """The YAML of plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, **style)
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML document. ValueError, in one line, if it is none that is read here."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(told) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise BadInput(no_such_config(path))
+        with open(path, "rb") as file:
+            content = file.read(FILE_BYTES + 1)
+        if len(content) > FILE_BYTES:
+            raise BadInput(f"{path}: more than {FILE_BYTES >> 10} KB; that is no config")
+        values = _parse(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {held}")
+    return values
+
+
+def no_such_config(path: Path) -> str:
+    """One line that lists the configs beside `path`, else those of the repository."""
+    what = "is a folder, not a config" if path.is_dir() else "no such config"
+    folder = path if path.is_dir() else path.parent
+    there = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
+    close = difflib.get_close_matches(path.name, [p.name for p in there], 1)
+    hint = next((f"; did you mean {p}?" for p in there if p.name in close), ";")
+    by_folder: dict[Path, list[str]] = {}
+    for p in there:
+        by_folder.setdefault(p.parent, []).append(p.name)
+    listed = " ".join(f"{folder} has: {', '.join(names)}" for folder, names in by_folder.items())
+    return f"{path}: {what}{hint} {listed}"
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `a.b=c` in place, c read as YAML; returns the problems."""
+    problems = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        named = f"override {shortened(text)!r}"
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") >= DEPTH:
+            problems.append(f"{named}: must be section.key=value, for example train.steps=100")
+            continue
+        *sections, last = key.split(".")
+        node = values
+        for name in sections:
+            child = node.get(name)
+            if child is None:
+                child = node[name] = {}
+            if not isinstance(child, dict):
+                problems.append(f"{named}: {shortened(name)} is a value, not a section")
+                break
+            node = child
+        else:
+            try:
+                node[last] = _parse(value)
+            except ValueError as error:
+                told = str(error).partition(" at line ")[0]
+                if told.startswith(
+                    ("the key ", "aliases ", "anchors ", "tags ", "nested ", "more than ")
+                ):  # _Loader says what to do
+                    problems.append(f"{named}: {told}")
+                    continue
+                value = shortened(value)
+                problems.append(f"{named}: {value!r} is not a YAML value; quote it: {shortened(key)}='\"{value}\"'")
+    return problems
