@@ -27,19 +27,19 @@ from common.paths import SHOWN, Blend, find, find_blend, prefixes
 
 
 class Samples(Protocol):
-    """The samples of a run, as `task.stream` opens them: recipes/gpt/pretraining_samples.py has GPT's."""
+    """The samples of a run, as `task.dataset` opens them: recipes/gpt/pretraining_samples.py has GPT's."""
 
     corpora: list[Any]  # of type common.data.indexed_dataset.Corpus
     content_hash: str
-    vocab_size: int | None  # of the model, once `limit` says it: batches with other ids are refused
+    vocab_size: int | None  # of the model, once `limit_ids` says it: batches with other ids are refused
 
     def __len__(self) -> int: ...
 
     def verify(self) -> None: ...
 
-    def limit(self, vocab_size: int | None, key: str) -> None: ...
+    def limit_ids(self, vocab_size: int | None, key: str) -> None: ...
 
-    def rows(self, numbers: Any) -> dict[str, Any]: ...
+    def collate(self, numbers: Any) -> dict[str, Any]: ...
 
 
 class Run(NamedTuple):
@@ -122,7 +122,7 @@ def prepare(
         problems += [*missing, *_vocabulary(cfg, train, valid, known)]
     for key, stream in (("data.train", train), ("data.valid", valid)):
         if stream is not None:
-            stream.limit(cfg.model.vocab_size, key)
+            stream.limit_ids(cfg.model.vocab_size, key)
     problems += _begins_from(cfg, task, notes)
 
     layout = None
@@ -175,7 +175,7 @@ def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | N
     missing: list[str] = []
     for key, spec, shuffle in (("data.train", cfg.data.train, True), ("data.valid", cfg.data.valid, False)):
         try:
-            stream = None if spec is None else task.stream(cfg, find_blend(spec), shuffle)
+            stream = None if spec is None else task.dataset(cfg, find_blend(spec), shuffle)
             if stream is not None:
                 stream.verify()
             made.append(stream)

@@ -5,7 +5,7 @@
 Prints, as medians of RUNS measured in turn (the machine's drift hits both sides alike):
   steady        MB/s of data.build's pipeline, and of one bare `encode_batch_fast` over the same documents
   whole process seconds of `python -m data.text`, and of a script that loads the tokenizer and encodes the same files
-  reading       microseconds of `Stream.rows` for a batch of 8 x 257 tokens
+  reading       microseconds of `Stream.collate` for a batch of 8 x 257 tokens
 
 Goals: steady within 1.3 x, whole process within 1.5 x.
 """
@@ -75,8 +75,8 @@ def whole(source: list[str], paths: list[Path], tokenizer: Path, folder: Path, r
 def reading(prefix: Path, batches: int = 500) -> float:
     """Seconds a batch."""
     stream = Stream(prefix, 256)
-    stream.rows(range(8))
-    return seconds(lambda: [stream.rows(range(8 * k, 8 * k + 8)) for k in range(batches)]) / batches
+    stream.collate(range(8))
+    return seconds(lambda: [stream.collate(range(8 * k, 8 * k + 8)) for k in range(batches)]) / batches
 
 
 def main() -> None:

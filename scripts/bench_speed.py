@@ -255,7 +255,7 @@ class Rounds:
         done = len(self.seconds.get("recipe", []))
         if done == self.rounds:
             raise Enough
-        tokens = torch.from_numpy(run.train.rows(run.samples(done + 1))["tokens"]).to(device)  # (B, T + 1)
+        tokens = torch.from_numpy(run.train.collate(run.samples(done + 1))["tokens"]).to(device)  # (B, T + 1)
         order = list(self.others) if done % 2 else list(self.others)[::-1]
         for name in order:
             start = self._clock(device)

@@ -294,7 +294,7 @@ def scores_of(name: str, evidence: Evidence) -> Scores:
     """The scores TASK_METRIC of a run, by seed. NotEvidence where there is none to go by."""
     run, cfg = evidence.run, evidence.cfg
     if name == "parameters":
-        return Scores({cfg.train.seed: cfg.model.resolve(cfg, None).parameters()})
+        return Scores({cfg.train.seed: cfg.model.resolve(cfg, None).parameter_count()})
     if name in ("val_loss", "best_val_loss"):
         losses = {line["step"]: line["valid_loss"] for line in evidence.lines if "valid_loss" in line}
         if cfg.last_step not in losses:

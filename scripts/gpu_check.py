@@ -251,7 +251,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         per_token = task.forward_backward_flops(cfg.model, cfg.data)
         gpu = torch.cuda.get_device_name(device) if cuda else None
         return {
-            "ok": True, "config": name, "stack": stack, "micro_batch": micro, "parameters": cfg.model.parameters(),
+            "ok": True, "config": name, "stack": stack, "micro_batch": micro, "parameters": cfg.model.parameter_count(),
             "tokens_per_s": rate, "ms": statistics.median(seconds) * 1e3,
             "mfu": {kind: flops.mfu(value, rate, gpu, 1) for kind, value in per_token.items()},
             "tflops": {kind: value * rate / 1e12 for kind, value in per_token.items()},

@@ -73,8 +73,8 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     prefixes = [str(find(p)) for p in ([prefixes] if isinstance(prefixes, str) else prefixes)]
     task = task_module(facts["family"], values)
     cfg = config.at_step(cfg, cfg.last_step)
-    stream = task.stream(cfg, prefixes, shuffle=False)
-    stream.limit(cfg.model.vocab_size, "--data" if data else "data.valid")
+    stream = task.dataset(cfg, prefixes, shuffle=False)
+    stream.limit_ids(cfg.model.vocab_size, "--data" if data else "data.valid")
     theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
     if ours and theirs - {ours}:
         raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")
@@ -101,14 +101,14 @@ def mean_loss(export: Path, stream: Samples, samples: int, task: ModuleType, cfg
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = getattr(transformers, task.hf_class(cfg.model)).from_pretrained(export, dtype=torch.float32).to(device).eval()
+    model = getattr(transformers, task.hf_class_name(cfg.model)).from_pretrained(export, dtype=torch.float32).to(device).eval()
     sums = counts = torch.zeros((), dtype=torch.float64, device=device)  # of each part of the loss
     together = max(1, TOKENS_AT_ONCE // cfg.data.seq_len)
     for first in range(0, samples, together):
-        rows = stream.rows(np.arange(first, min(first + together, samples)))
-        batch = task.batch(rows, device)
+        rows = stream.collate(np.arange(first, min(first + together, samples)))
+        batch = task.make_batch(rows, device)
         with torch.no_grad():
-            more, targets = task.export_sums(model, batch)
+            more, targets = task.export_loss_sums(model, batch)
         sums, counts = sums + more, counts + targets
     if not counts.all():
         raise BadInput(f"{stream.corpora[0].prefix}: nothing to predict in its first {samples} samples")

@@ -38,7 +38,7 @@ def main() -> None:
     if model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
 
-    print(f"parameters     {model.parameters():,}")
+    print(f"parameters     {model.parameter_count():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0
     for phase in config.views(cfg):
         per_token = task.forward_backward_flops(model, phase.data)

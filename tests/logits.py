@@ -33,10 +33,10 @@ def main(path: str) -> None:
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
-        shapes = task.hf_parameters(cfg.model)
+        shapes = task.parameter_shapes(cfg.model)
         mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
         theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
-        tokens = torch.from_numpy(run.train.rows(range(4))["tokens"])[:, :-1]  # (B, T)
+        tokens = torch.from_numpy(run.train.collate(range(4))["tokens"])[:, :-1]  # (B, T)
         model.eval()
         with torch.no_grad(), mcore.device_names(ranks):
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -43,7 +43,7 @@ def main(path: str) -> None:
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
-        shapes = task.hf_parameters(cfg.model)
+        shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
         mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
         model.eval()
@@ -57,7 +57,7 @@ def main(path: str) -> None:
 
 
 def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run: preflight.Run, ranks: processes.Ranks) -> None:
-    batch = task.batch(run.train.rows(range(8)), "cpu")
+    batch = task.make_batch(run.train.collate(range(8)), "cpu")
     with mcore.device_names(ranks):
         shard, pairs = model(batch["tokens"], batch["token_types"], ~batch["attention_mask"][:, None, None], batch["predicted"])
     group = mcore.parallel_state.get_tensor_model_parallel_group()
@@ -65,10 +65,10 @@ def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run:
     dist.all_gather(shards, shard.contiguous(), group=group)
     ours = torch.cat(shards, -1)[:, : cfg.model.vocab_size]  # (N, V)
 
-    plain = filled(getattr(transformers, task.hf_class(cfg.model))(task.hf_config(cfg.model)), values)
+    plain = filled(getattr(transformers, task.hf_class_name(cfg.model))(task.hf_config(cfg.model)), values)
     out = plain(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
     expected = out.prediction_logits.flatten(0, 1)[batch["predicted"]]
-    recipe, recipe_pairs = filled(task.hf_model(cfg.model), values)(**task.inputs(batch))
+    recipe, recipe_pairs = filled(task.hf_model(cfg.model), values)(**task.model_inputs(batch))
     if ranks.rank == 0:
         for name, found, (mine, theirs) in (
             ("megatron", (ours, pairs), (expected, out.seq_relationship_logits)),

@@ -40,11 +40,11 @@ def main(path: str) -> None:
         net = megatron_model.build(cfg, layout)
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
-        shapes = task.hf_parameters(cfg.model)
+        shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
         mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
         model.eval()
-        batch = task.batch(run.train.rows(range(8)), "cpu")
+        batch = task.make_batch(run.train.collate(range(8)), "cpu")
         with torch.no_grad():
             with mcore.device_names(ranks):
                 shard = model(batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])
@@ -55,7 +55,7 @@ def main(path: str) -> None:
             plain = filled(plain_t5.net_of(cfg.model), values)
             mask = batch["attention_mask"].long()
             expected = plain(batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
-            recipe = filled(task.hf_model(cfg.model), values)(**task.inputs(batch)).logits
+            recipe = filled(task.hf_model(cfg.model), values)(**task.model_inputs(batch)).logits
         if ranks.rank == 0:
             counted = batch["loss_mask"]
             for name, found in (("megatron", ours), ("deepspeed", recipe)):

@@ -21,7 +21,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
     )  # fmt: skip
     model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
     net = task.hf_model(model).to(device).train()
-    draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
+    draw = init.scratch(cfg.train.seed, lambda name: task.initializer(model, name))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(draw(name, parameter.shape))
@@ -32,7 +32,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
     adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     made = []
     for step in range(1, cfg.train.steps + 1):
-        rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
+        rows = stream.collate(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
         tokens, mask = on_device["tokens"], on_device["loss_mask"]
         given = {"input_ids": tokens[:, :-1]}

@@ -19,10 +19,10 @@ CLASSES = {
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
     cfg = config.load(config_path, overrides, task.Config)
-    stream = task.stream(cfg, cfg.data.train, shuffle=True)
+    stream = task.dataset(cfg, cfg.data.train, shuffle=True)
     model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
     net = CLASSES[model.arch, model.pair_head](task.hf_config(model)).to(device).train()
-    draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
+    draw = init.scratch(cfg.train.seed, lambda name: task.initializer(model, name))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(draw(name, parameter.shape))
@@ -30,7 +30,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
     optimizer = torch_optimizer(net, o)
     made = []
     for step in range(1, cfg.train.steps + 1):
-        rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
+        rows = stream.collate(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
         tokens = on_device["tokens"]
         seen = (torch.arange(tokens.shape[1], device=device) < on_device["lengths"][:, None]).long()

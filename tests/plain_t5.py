@@ -65,17 +65,17 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
 def steps(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> Iterator[Step]:
     """Each step of the whole global batch at once, fp32, dropout 0."""
     cfg = config.load(config_path, overrides, task.Config)
-    stream = task.stream(cfg, cfg.data.train, shuffle=True)
+    stream = task.dataset(cfg, cfg.data.train, shuffle=True)
     model = cfg.model.resolve(cfg, stream.corpora[0].manifest["tokenizer_size"])
     net = net_of(model).to(device).train()
-    draw = init.scratch(cfg.train.seed, lambda name: task.initial(model, name))
+    draw = init.scratch(cfg.train.seed, lambda name: task.initializer(model, name))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(draw(name, parameter.shape))
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
     optimizer, kinks = torch_optimizer(net, o), Kinks(net)
     for step in range(1, cfg.train.steps + 1):
-        rows = stream.rows(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
+        rows = stream.collate(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
         tokens, mask = on_device["inputs"], on_device["loss_mask"]
         seen = (torch.arange(tokens.shape[1], device=device) < on_device["input_lengths"][:, None]).long()

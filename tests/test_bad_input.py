@@ -915,7 +915,7 @@ def checkpoint_of(out: Path, spoil: Callable[[str, Any], Any] = lambda name, wei
     finished_run(out, (2,))
     run = preflight.prepare("tiny.yaml", str(out), [], "baseline", task, 1)
     generator, files = torch.Generator().manual_seed(0), {}
-    for name, shape in task.hf_parameters(run.cfg.model).items():
+    for name, shape in task.parameter_shapes(run.cfg.model).items():
         weight = spoil(name, torch.randn(*shape, generator=generator) * 0.02)
         parts = {"weight": weight, "exp_avg": torch.zeros(*shape), "exp_avg_sq": torch.zeros(*shape)}
         files[name] = checkpoint._write(out / "step_2" / f"{name}.safetensors", parts)
@@ -958,9 +958,11 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     checkpoint_of(flipped)
     path = flipped / "step_2/transformer.ln_f.bias.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    size = row("size", "megatron", 2, r"code 2 .*transformer.ln_f.bias has shape \(3,\); in task.hf_parameters it is \(64,\)")
+    size = row(
+        "size", "megatron", 2, r"code 2 .*transformer.ln_f.bias has shape \(3,\); in task.parameter_shapes it is \(64,\)"
+    )
     checkpoint_of(size, lambda name, weight: torch.ones(3) if name.endswith("ln_f.bias") else weight)
-    whole = {name: torch.zeros(shape) for name, shape in task.hf_parameters(task.model_of(HF)).items()}
+    whole = {name: torch.zeros(shape) for name, shape in task.parameter_shapes(task.model_from_hf_config(HF)).items()}
     for name, tensors, words in (
         ("other", {"encoder.weight": torch.zeros(3)}, "code 2 .*holds encoder.weight, which this model does not have"),
         ("shape", whole | {"transformer.wte.weight": torch.zeros(3, 64)}, r"code 2 .*wte.weight is \(3, 64\), its config.json"),

@@ -55,7 +55,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ARCHS)
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name)
-    rules, shapes = convert.rules(model), task.hf_parameters(model)
+    rules, shapes = convert.rules(model), task.parameter_shapes(model)
     seen = set()
     for part in convert._layer(model):
         for leaf in ("weight", "bias"):

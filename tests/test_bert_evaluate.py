@@ -330,7 +330,7 @@ def test_tags_without_names_are_refused(scored):
 def test_training_labels_stay_beside_their_words(scored, models: Models):
     """As transformers' tokenizer aligns them: the first piece of each word that has one."""
     examples = opened(models.root / "models/ner", "ner", models.root / "data/ner", tags=TAGS)
-    rows = examples.rows(range(len(SENTENCES)))
+    rows = examples.collate(range(len(SENTENCES)))
     for row, (words, gold) in enumerate(zip(SENTENCES, gold_tags(models), strict=True)):
         places = models.words(words, is_split_into_words=True).word_ids()
         firsts = [place for place, word in enumerate(places) if word is not None and word not in places[:place]]
@@ -339,7 +339,7 @@ def test_training_labels_stay_beside_their_words(scored, models: Models):
 
 
 def opened(folder: Path, name: str, data: Path, split: str = "train", seq_len: int = 64, **task: Any) -> kinds.Kind:
-    return finetune.stream(settings(folder, name, data, seq_len, **task), split, shuffle=False)
+    return finetune.dataset(settings(folder, name, data, seq_len, **task), split, shuffle=False)
 
 
 def settings(folder: Path, name: str, data: Path, seq_len: int = 64, **task: Any) -> finetune.Config:

@@ -43,10 +43,10 @@ def test_masked_tokens_are_predicted_beyond_their_frequencies(source: Path, tmp_
     assert done.returncode == 0, done.stderr
     words = [f"data.{name}={tmp_path}/books/{name}" for name in ("train", "valid")]
     cfg = config.load(ROOT / "recipes/bert/configs/gutenberg_cpu.yaml", words, task.Config)
-    train, valid = task.stream(cfg, cfg.data.train, True), task.stream(cfg, cfg.data.valid, False)
+    train, valid = task.dataset(cfg, cfg.data.train, True), task.dataset(cfg, cfg.data.valid, False)
     for stack in STACKS:
         assert json.loads((RESULTS / stack / "run.json").read_text())["data"]["train"] == train.content_hash
-    rows = valid.rows(range(len(valid)))
+    rows = valid.collate(range(len(valid)))
     counts = np.bincount(rows["labels"][rows["mlm_mask"]])
     shares = counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log(shares)).sum())

@@ -22,7 +22,7 @@ TOKENS = 1_000_000
 def opened(prefix, *overrides, valid=False):
     settings = [f"data.train={prefix}", "data.valid=null", "data.seq_len=128", *overrides]
     cfg = config.load(ROOT / "recipes/bert/configs/tiny.yaml", settings, task.Config)
-    return task.stream(cfg, cfg.data.train, not valid)
+    return task.dataset(cfg, cfg.data.train, not valid)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def enough(stream):
     """Rows of samples with TOKENS tokens that may be masked, joined."""
     made, tokens, first = [], 0, 0
     while tokens < TOKENS:
-        rows = stream.rows(range(first, first + 512))
+        rows = stream.collate(range(first, first + 512))
         made.append(rows)
         special = 2 if stream.pair == "none" else 3
         tokens += int(rows["lengths"].sum()) - special * 512
@@ -110,7 +110,7 @@ def test_lengths_of_pieces(sentences, monkeypatch):
         return found
 
     monkeypatch.setattr(samples.np, "searchsorted", watched)
-    stream.rows(range(4000))
+    stream.collate(range(4000))
     total = sum(seen.values())
     assert total > 20_000
     for length, share in ((1, 6 / 11), (2, 3 / 11), (3, 2 / 11)):
@@ -121,7 +121,7 @@ def test_lengths_of_pieces(sentences, monkeypatch):
 def test_pairs(sentences, words, pair):
     """Segments, labels and types of pairs: half are changed; what is not changed follows in the text."""
     stream = opened(sentences / "train", f"objective.pair={pair}", "objective.masked_lm_prob=0.000001")
-    rows = stream.rows(range(2000))
+    rows = stream.collate(range(2000))
     text = stream.corpora[0].flat.tobytes()
     in_order = strange = 0
     for row in range(2000):
@@ -150,7 +150,7 @@ def test_the_length_of_a_sample_does_not_tell_its_label(words, tmp_path):
     documents = [[rng.integers(100, 200, n) for n in rng.integers(5, 60, count)] for count in rng.integers(2, 80, 300)]
     write(tmp_path / "drawn", documents)
     for seq_len in (64, 128, 512):
-        rows = bert(tmp_path / "drawn", words, "nsp", seq_len).rows(range(6000))
+        rows = bert(tmp_path / "drawn", words, "nsp", seq_len).collate(range(6000))
         label = rows["pair_label"].astype(bool)
         second = rows["token_types"].sum(1)
         for length in (rows["lengths"], second, rows["lengths"] - second):
@@ -161,7 +161,7 @@ def test_the_length_of_a_sample_does_not_tell_its_label(words, tmp_path):
 
 def test_full_sentences_fill_a_sample_across_documents(sentences, words):
     stream = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0", valid=True)
-    rows = stream.rows(range(len(stream)))
+    rows = stream.collate(range(len(stream)))
     ids = [row[1:n] for row, n in zip(rows["labels"], rows["lengths"], strict=True)]
     flat = stream.corpora[0].flat
     joined = np.concatenate([row[:-1] for row in ids])
@@ -177,9 +177,9 @@ def test_short_samples(sentences):
     for pair, least in (("none", 0.05), ("sop", 0.01)):  # some are short anyway; two sentences are never made shorter
         stream = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0.1")
         usual = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0")
-        shorter = (stream.rows(range(n))["lengths"] < usual.rows(range(n))["lengths"]).mean()
+        shorter = (stream.collate(range(n))["lengths"] < usual.collate(range(n))["lengths"]).mean()
         assert least < shorter < 0.1 + three_sigma(0.1, n)
-    with_one = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0.999").rows(range(500))
+    with_one = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0.999").collate(range(500))
     assert (with_one["mlm_mask"].sum(1) >= 1).all() and with_one["lengths"].min() >= 4
 
 
@@ -211,7 +211,7 @@ import sys, hashlib
 from common import config
 from recipes.bert import task
 cfg = config.load("recipes/bert/configs/tiny.yaml", [f"data.train={sys.argv[1]}", "data.valid=null"], task.Config)
-rows = task.stream(cfg, cfg.data.train, True).rows(range(64))
+rows = task.dataset(cfg, cfg.data.train, True).collate(range(64))
 print(hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest())
 """
 
@@ -219,15 +219,15 @@ print(hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).he
 def test_a_sample_is_a_function_of_seed_and_number(sentences):
     """Alone, in any company, in any order, by any thread or process, the same sample has the same mask and pair."""
     stream = opened(sentences / "train", "objective.masking=ngram")
-    together = stream.rows(range(40))
+    together = stream.collate(range(40))
     again = opened(sentences / "train", "objective.masking=ngram")
     with ThreadPoolExecutor(4) as pool:
-        apart = list(pool.map(lambda i: again.rows([i]), reversed(range(40))))[::-1]
+        apart = list(pool.map(lambda i: again.collate([i]), reversed(range(40))))[::-1]
     for name, values in together.items():
         assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
-    other = opened(sentences / "train", "objective.masking=ngram", "train.seed=1").rows(range(40))
+    other = opened(sentences / "train", "objective.masking=ngram", "train.seed=1").collate(range(40))
     assert (other["labels"] != together["labels"]).any()
-    later = stream.rows(range(len(stream), len(stream) + 40))  # the next pass: other masks
+    later = stream.collate(range(len(stream), len(stream) + 40))  # the next pass: other masks
     assert (later["mlm_mask"] != together["mlm_mask"]).any()
     prints = [
         subprocess.run([sys.executable, "-c", CODE, str(sentences / "train")], cwd=ROOT, capture_output=True, text=True).stdout
@@ -246,14 +246,14 @@ def test_layouts_share_out_the_same_samples(sentences):
         steps = {n: [next(batches.prefetch(run, n, rank)) for rank in range(dp)] for n in (0, 2)}
         for done, ranks in steps.items():
             numbers = sorted(tuple(row) for rank in ranks for rows in rank for row in rows["tokens"].tolist())
-            assert numbers == sorted(map(tuple, stream.rows(range(done * 8, done * 8 + 8))["tokens"].tolist()))
+            assert numbers == sorted(map(tuple, stream.collate(range(done * 8, done * 8 + 8))["tokens"].tolist()))
 
 
 def test_counts_leave_padding_and_repeats_out(sentences):
     stream = opened(sentences / "valid", valid=True)
     layout = Layout(world=2, dp=2, tp=1, pp=1, micro_batch=7, accumulate=1)
     rows = [r for rank in range(2) for r in batches.for_validation(stream, 23, layout, rank)]
-    once = stream.rows(range(23))
+    once = stream.collate(range(23))
     assert task.counts(rows) == [int(once["mlm_mask"].sum()), 23]
     assert batches.tokens([once]) == int((once["labels"] != stream.special.pad).sum())
 
@@ -286,7 +286,7 @@ def test_corpora_that_give_no_samples(tmp_path, words, sentences):
     assert len(mixed) == 3 and "3 documents of one sentence are left out" in mixed.notes[0]
     with pytest.raises(BadInput, match="data.seq_len=4: leaves 1 tokens"):
         bert(tmp_path / "mixed", words, seq_len=4)
-    rows = mixed.rows(range(64))  # a document of one sentence can still be the stranger
+    rows = mixed.collate(range(64))  # a document of one sentence can still be the stranger
     assert rows["lengths"].min() >= 5
 
 

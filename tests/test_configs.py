@@ -102,7 +102,7 @@ def phases(name: str) -> list[Config]:
 def counted_as_published(name: str) -> int:
     """Our parameters counted as the source counts them."""
     model = load(name).model
-    count, h = model.parameters(), model.hidden
+    count, h = model.parameter_count(), model.hidden
     if name.startswith(("gpt/shakespeare", "gpt/gpt2")):
         biases = model.layers * (3 * h + h + 4 * h + h) + (2 * model.layers + 1) * h  # attention, MLP; LayerNorms
         return count - biases - model.positions * h
@@ -122,7 +122,7 @@ def test_parameters_are_those_of_the_transformers_class(name: str) -> None:
     model = load(name).model
     with torch.device("meta"):
         made = family(name).hf_model(model)
-    assert sum(p.numel() for p in made.parameters()) == model.parameters()  # parameters() yields a tied weight once
+    assert sum(p.numel() for p in made.parameters()) == model.parameter_count()  # parameters() yields a tied weight once
 
 
 @pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
@@ -137,11 +137,11 @@ def test_parameters_are_those_published(name: str) -> None:
 
 
 def test_the_differences_to_the_sources_are_the_stated_ones() -> None:
-    assert load("gpt/gpt2_124m").model.parameters() - counted_as_published("gpt/gpt2_124m") == 102_144 + 1024 * 768
+    assert load("gpt/gpt2_124m").model.parameter_count() - counted_as_published("gpt/gpt2_124m") == 102_144 + 1024 * 768
     assert "102,144" in CONFIGS["gpt/gpt2_124m"].read_text()
-    assert load("gpt/megatron_355m").model.parameters() - counted_as_published("gpt/megatron_355m") == 943 * 1024
-    assert load("gpt/gpt3_175b").model.parameters() - counted_as_published("gpt/gpt3_175b") == 47 * 12288
-    assert load("bert/megatron_3.9b").model.parameters() - counted_as_published("bert/megatron_3.9b") == 70 * 2561
+    assert load("gpt/megatron_355m").model.parameter_count() - counted_as_published("gpt/megatron_355m") == 943 * 1024
+    assert load("gpt/gpt3_175b").model.parameter_count() - counted_as_published("gpt/gpt3_175b") == 47 * 12288
+    assert load("bert/megatron_3.9b").model.parameter_count() - counted_as_published("bert/megatron_3.9b") == 70 * 2561
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_bert_is_as_large_as_the_plain_class(name: str, encoder: int, whole: int
     with torch.device("meta"):
         net = BertForPreTraining(family(name).hf_config(load(name).model))
     assert sum(p.numel() for p in net.bert.parameters()) == counted_as_published(name) == encoder
-    assert sum(p.numel() for p in net.parameters()) == load(name).model.parameters() == whole
+    assert sum(p.numel() for p in net.parameters()) == load(name).model.parameter_count() == whole
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ def test_t5_is_as_large_as_the_plain_class(name: str, paper: float | None, whole
         net = T5ForConditionalGeneration(task.hf_config(model))
     counts = {key: p.numel() for key, p in net.named_parameters()}
     untied = model.vocab_size * model.hidden if model.arch == "t5_v1_1" else 0
-    assert sum(counts.values()) + untied == model.parameters() == whole
+    assert sum(counts.values()) + untied == model.parameter_count() == whole
     tables = [count for key, count in counts.items() if "relative_attention_bias" in key]
     assert tables == [32 * model.heads] * 2, "one for the encoder, one for the decoder, in their first layers"
     unpadded = model.model_copy(update={"vocab_size": 32_100})  # 32,000 and 100 sentinels
-    assert whole - unpadded.parameters() == 28 * model.hidden * (2 if untied else 1)
+    assert whole - unpadded.parameter_count() == 28 * model.hidden * (2 if untied else 1)
     if paper:
         twice = model.vocab_size * model.hidden if name == "t5/t5_large" else 0
         assert whole + twice == pytest.approx(paper, rel=0.03)
@@ -203,7 +203,7 @@ def test_parameters_follow_the_published_formula(name: str) -> None:
     cfg = load(name)
     layers, h = cfg.model.layers, cfg.model.hidden
     formula = 12 * layers * h**2 + 13 * layers * h + (cfg.model.vocab_size + cfg.data.seq_len) * h
-    assert cfg.model.parameters() - formula == 2 * h
+    assert cfg.model.parameter_count() - formula == 2 * h
 
 
 @pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
@@ -217,7 +217,7 @@ def test_the_layouts_divide_and_fit_an_80_gb_gpu(name: str) -> None:
                 assert "is refused" in text.partition(f"\n{stack}:")[2], "the section says so"
                 continue
             total = estimate_for(cfg, cfg.model, stack, gpus)["total"]
-            too_large = stack == "baseline" and 16 * cfg.model.parameters() > 80e9
+            too_large = stack == "baseline" and 16 * cfg.model.parameter_count() > 80e9
             assert (total > 80e9) == too_large, (stack, total)
             assert not too_large or "does not fit" in text
 
@@ -406,7 +406,7 @@ def test_finetuning_configs_load_and_divide(name: str, bases: dict[str, Path]) -
     start = [] if "from: scratch" in text else [f"init.from={bases[kind]}"]
     cfg = config.load(FINETUNES[name], start, module.Config)
     cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, 32_000)})
-    assert cfg.model.parameters() > 0
+    assert cfg.model.parameter_count() > 0
     for stack in config.STACKS:
         try:
             assert layout_for(cfg, stack, 2).world == 2

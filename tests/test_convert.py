@@ -47,7 +47,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name) if name == "tiny" or tp < 4 else resolved(name, "model.kv_heads=4")
     rules = convert.rules(model)
-    shapes = task.hf_parameters(model)
+    shapes = task.parameter_shapes(model)
     layer = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
     columns = {"self_attention.linear_qkv", "mlp.linear_fc1"}
     for block in layer:
@@ -119,7 +119,7 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     from recipes.gpt.pretraining_samples import Stream
 
     stream = Stream(str(corpus / "valid"), 64, shuffle=False)
-    tokens = torch.from_numpy(stream.rows(range(16))["tokens"])
+    tokens = torch.from_numpy(stream.collate(range(16))["tokens"])
     with torch.no_grad():
         logits = net(tokens[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -162,8 +162,8 @@ def test_commands_refuse_what_they_cannot_convert(tmp_path):
 
 def test_model_of_reads_the_configs_that_transformers_writes():
     for theirs in (GPT2Config(n_layer=2, n_embd=64, n_head=4), LlamaConfig(num_hidden_layers=2, rope_theta=5e5)):
-        model = task.model_of(json.loads(json.dumps(theirs.to_dict())))
+        model = task.model_from_hf_config(json.loads(json.dumps(theirs.to_dict())))
         with torch.device("meta"):
             net = (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(theirs)
-        ours = task.hf_parameters(model)
+        ours = task.parameter_shapes(model)
         assert ours == {name: tuple(p.shape) for name, p in net.named_parameters()}

@@ -322,8 +322,8 @@ def everything(prefix):
     found = []
     for pack in (True, False):
         stream = Stream(prefix, 32, pack=pack, shuffle=False)
-        stream.limit(500, "data.train")
-        found += [array.tobytes() for array in stream.rows(range(len(stream))).values()]
+        stream.limit_ids(500, "data.train")
+        found += [array.tobytes() for array in stream.collate(range(len(stream))).values()]
     corpus = stream.corpora[0]
     corpus.verify(500)
     told = {k: v for k, v in corpus.manifest.items() if k not in ("blocks", "checksum")}
@@ -381,20 +381,20 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     flip(tmp_path / "a.bin", 8 * (bad * manifest.BLOCK + 77))
     stream = Stream(prefix, 256, shuffle=False)
     stream.verify()  # samples do not see it
-    stream.limit(500, "data.train")
+    stream.limit_ids(500, "data.train")
     per_block = manifest.BLOCK // 2 // 256  # samples
-    stream.rows(range(bad * per_block - 1))
-    stream.rows(range((bad + 1) * per_block, len(stream)))
+    stream.collate(range(bad * per_block - 1))
+    stream.collate(range((bad + 1) * per_block, len(stream)))
     place = f"block {bad} .bytes {bad * manifest.BLOCK:,} to {(bad + 1) * manifest.BLOCK - 1:,}"
     for _ in range(2):  # not forgotten once told
         with pytest.raises(BadInput, match=rf"data\.train: .*a\.bin: {place}.*copy it again") as error:
-            stream.rows([bad * per_block])
+            stream.collate([bad * per_block])
         assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="block"), ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: stream.rows([k]), range((bad - 2) * per_block, (bad + 2) * per_block)))
+        list(pool.map(lambda k: stream.collate([k]), range((bad - 2) * per_block, (bad + 2) * per_block)))
     without_checksums(prefix)
     old = Stream(prefix, 256, shuffle=False)
-    assert old.rows([bad * per_block])["tokens"].shape == (1, 257)  # read with what it has
+    assert old.collate([bad * per_block])["tokens"].shape == (1, 257)  # read with what it has
     write_manifest(prefix, {})
     (tmp_path / "a.crc32").unlink()
     with pytest.raises(BadInput, match=r"a\.crc32: is missing beside .*a\.json"):
@@ -410,8 +410,8 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
         Path(f"{prefix}.json").write_text(json.dumps(values | {"max_token_id": 3}))
         stream = Stream(prefix, 16, shuffle=False)
         stream.verify(500)
-        stream.rows(range(3))  # no model is known yet
-        stream.limit(500, "data.valid")
+        stream.collate(range(3))  # no model is known yet
+        stream.limit_ids(500, "data.valid")
         with pytest.raises(BadInput, match=rf"data\.valid: .*{name}: document 1 holds token id 999, .* 0 to 499; ") as error:
             batches.rows_of(stream, np.arange(2))
         assert "\n" not in str(error.value)
@@ -420,16 +420,16 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
     with pytest.raises(BadInput, match=r"c\.bin: holds token id -5"):
         Corpus(prefix).verify(5000)
     stream = Stream(prefix, 16)
-    stream.limit(5000, "data.train")
+    stream.limit_ids(5000, "data.train")
     with pytest.raises(BadInput, match="document 1 holds token id -5, .* damaged"):
-        stream.rows(range(200))
+        stream.collate(range(200))
 
 
 def test_the_last_line_is_the_batch():
     """Whatever a family makes of its corpus or examples: no id beyond the model's embedding leaves for the device."""
 
     class Made(examples.Examples):
-        def rows(self, numbers):
+        def collate(self, numbers):
             ids = np.tile(np.arange(6), (len(numbers), 2, 1)) + 2 * self.locate(numbers)[:, None, None]
             return {self.name: ids, "other": ids + 10**6}
 
@@ -438,7 +438,7 @@ def test_the_last_line_is_the_batch():
         stream = Made(source, np.ones(9), seed=0, shuffle=False)
         stream.name = name
         assert batches.rows_of(stream, np.arange(9)).keys() == {name, "other"}
-        stream.limit(12, "data.train")
+        stream.limit_ids(12, "data.train")
         batches.rows_of(stream, np.arange(4))
         with pytest.raises(BadInput, match="sft train: example 4 holds token id 12, the model knows ids from 0 to 11"):
             batches.rows_of(stream, np.arange(9))
@@ -678,7 +678,7 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
     for first, count in ((0, 1), (n - 3, 7), (2 * n - 1, 2), (17, 40)):
         assert again.samples(first, count) == everything[first : first + count]
     numbers = np.random.default_rng(0).integers(0, 3 * n, 50)
-    rows, one = again.rows(numbers), [stream.rows([k]) for k in numbers]
+    rows, one = again.collate(numbers), [stream.collate([k]) for k in numbers]
     assert np.array_equal(rows["tokens"], np.concatenate([r["tokens"] for r in one]))
     assert Stream(prefix, 64, pack=pack, seed=1).samples(0, n) != everything[:n]
 
@@ -693,7 +693,7 @@ def test_packed_rows(documents, prefix):
     flat, T = np.concatenate(documents), 64
     stream = Stream(prefix, T, shuffle=False)
     assert len(stream) == (len(flat) - 1) // T
-    rows = stream.rows(range(len(stream)))
+    rows = stream.collate(range(len(stream)))
     assert rows.keys() == {"tokens", "loss_mask", "lengths"} and set(rows["lengths"]) == {T}
     assert rows["tokens"].dtype == np.int64 and rows["tokens"].shape == (len(stream), T + 1)
     assert rows["loss_mask"].dtype == bool and rows["loss_mask"].shape == (len(stream), T) and rows["loss_mask"].all()
@@ -704,13 +704,13 @@ def test_packed_rows(documents, prefix):
 def test_one_document_a_row(documents, prefix):
     T = 32
     stream = Stream(prefix, T, pack=False, shuffle=False)
-    rows = stream.rows(range(len(stream)))
+    rows = stream.collate(range(len(stream)))
     assert len(stream) == len(documents) and min(map(len, documents)) < T + 1 < max(map(len, documents))
     for tokens, mask, ids in zip(rows["tokens"], rows["loss_mask"], documents, strict=True):
         real = ids[: T + 1]
         assert tokens.tolist() == real.tolist() + [EOD] * (T + 1 - len(real))
         assert mask.tolist() == [t + 1 < len(real) for t in range(T)]
-    padded = Stream(prefix, T, pack=False, shuffle=False, pad_id=7).rows(range(len(stream)))["tokens"]
+    padded = Stream(prefix, T, pack=False, shuffle=False, pad_id=7).collate(range(len(stream)))["tokens"]
     assert set(padded[:, 1:][~rows["loss_mask"]]) == {7}
 
 
@@ -730,7 +730,7 @@ def oracle(tokens, real):
 @pytest.mark.parametrize("T", [1, 50])
 def test_segments_positions_and_mask(documents, prefix, pack, T):
     stream = Stream(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
-    rows = stream.rows(range(len(stream)))
+    rows = stream.collate(range(len(stream)))
     assert rows["segment"].dtype == np.int32 and rows["position"].dtype == np.int64
     for k, tokens in enumerate(rows["tokens"].tolist()):
         real = T + 1 if pack else min(T + 1, len(documents[k]))
@@ -747,7 +747,7 @@ def test_validation_is_file_order_without_end(prefix):
     assert stream.samples(0, len(stream)) == [(0, j) for j in range(len(stream))]
     for beyond in (len(stream), -1):
         with pytest.raises(IndexError):
-            stream.rows([beyond])
+            stream.collate([beyond])
 
 
 def test_blend_proportions_and_epochs(documents, tmp_path):

@@ -487,7 +487,7 @@ def test_no_conversation_ends_a_run_badly(name, configs, folders, data, tmp_path
 
 def stream(configs, kind: str, arch: str, overrides: Sequence[str] = (), shuffle: bool = True) -> samples.Packed:
     cfg = config.load(configs[kind, arch], overrides, finetune.Config)
-    return finetune.stream(cfg, "train", shuffle)
+    return finetune.dataset(cfg, "train", shuffle)
 
 
 def test_a_conversation_does_not_see_its_neighbours(configs, folders):
@@ -499,11 +499,11 @@ def test_a_conversation_does_not_see_its_neighbours(configs, folders):
     packed.shuffle = False
 
     def of(rows: dict) -> torch.Tensor:
-        made = task.batch(rows, "cpu")
+        made = task.make_batch(rows, "cpu")
         with torch.no_grad():
-            return F.cross_entropy(net(**task.inputs(made)).logits[0], made["targets"][0], reduction="none")
+            return F.cross_entropy(net(**task.model_inputs(made)).logits[0], made["targets"][0], reduction="none")
 
-    rows = packed.rows([busiest])
+    rows = packed.collate([busiest])
     together, at = of(rows), 0
     blind = of({name: values for name, values in rows.items() if name not in ("segment", "position")})
     for begin, end in packed.pieces[busiest]:
@@ -532,7 +532,7 @@ def test_an_epoch_has_each_conversation_once(configs):
     for epoch in (0, 3):
         found, targets = [], 0
         for number in range(epoch * len(packed), (epoch + 1) * len(packed)):
-            rows, pieces = packed.rows([number]), packed.pieces[packed.locate([number])[0]]
+            rows, pieces = packed.collate([number]), packed.pieces[packed.locate([number])[0]]
             mine = [packed.ids[b:e] for b, e in pieces]
             total = sum(map(len, mine))
             assert rows["tokens"][0, :total].tolist() == np.concatenate(mine).tolist()
@@ -550,7 +550,7 @@ def test_windows_predict_each_token_once(configs):
     for more in ([], ["data.reset_attention=true"]):
         packed = stream(configs, "lm", "tiny", more)
         packed.shuffle = False
-        rows = packed.rows(range(len(packed)))
+        rows = packed.collate(range(len(packed)))
         predicted = np.concatenate([t[1:][m] for t, m in zip(rows["tokens"], rows["loss_mask"], strict=True)])
         assert predicted.tolist() == packed.ids[1:].tolist()
         if more:

@@ -110,14 +110,14 @@ def logits(folder: Path, of: str) -> list[torch.Tensor]:
 def exported(folder: Path, out: Path, task: ModuleType) -> tuple[Path, str]:
     """What from-hf and to-hf make of a folder, and the class that loads it; BadInput where it is refused."""
     model, _ = hf_folder.model_in(folder, task, SEED)
-    anew = init.scratch(SEED, lambda name: task.initial(model, name))
-    source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
+    anew = init.scratch(SEED, lambda name: task.initializer(model, name))
+    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), anew)
     out.mkdir(parents=True, exist_ok=True)
-    named = {name: source(name, shape).clone() for name, shape in task.hf_parameters(model).items()}
+    named = {name: source(name, shape).clone() for name, shape in task.parameter_shapes(model).items()}
     save_file(named, out / "model.safetensors", metadata={"format": "pt"})
-    said = task.hf_config(model).to_dict() | task.export_config(model)
-    (out / "config.json").write_text(json.dumps(said | {"architectures": [task.hf_class(model)]}))
-    return out, task.hf_class(model)
+    said = task.hf_config(model).to_dict() | task.hf_config_overrides(model)
+    (out / "config.json").write_text(json.dumps(said | {"architectures": [task.hf_class_name(model)]}))
+    return out, task.hf_class_name(model)
 
 
 def refusal(folder: Path, task: ModuleType) -> list[str]:
@@ -182,7 +182,7 @@ def test_another_model_is_refused_by_both_doors(name: str, tmp_path: Path) -> No
     assert any(words in line for line in told), told
     if "give" not in words:
         theta = {"rope_theta": said["rope_theta"]} if "rope_theta" in said else {}  # model.* says it
-        model = task_of(arch).model_of(sound | theta)
+        model = task_of(arch).model_from_hf_config(sound | theta)
         problems, notes = [], []
         problems += hf_folder.check(folder, "init.from=hf", _config(model), task_of(arch), notes)
         assert [line.partition(": ")[2] for line in problems] == [line.partition(": ")[2] for line in told] and not notes
@@ -307,30 +307,30 @@ def test_variations_are_computed_as_transformers_does_or_refused(arch: str, tmp_
 
 @pytest.mark.parametrize("arch", SIZES)
 def test_the_list_of_tensors_is_that_of_the_class(arch: str) -> None:
-    """task.hf_tensors, which needs no torch, against the parameters of the transformers class."""
+    """task.parameter_patterns, which needs no torch, against the parameters of the transformers class."""
     task = task_of(arch)
-    model = task.model_of(stored(arch))
+    model = task.model_from_hf_config(stored(arch))
     every = [model]
     if task.FAMILY == "bert":
         every.append(model.model_copy(update={"pair_head": False}))
     if task.FAMILY == "gpt":
         every.append(model.model_copy(update={"tied": True}))
-    assert all(_whole(task, each) == task.hf_parameters(each) for each in every)
+    assert all(_whole(task, each) == task.parameter_shapes(each) for each in every)
 
 
 @pytest.mark.parametrize("arch", ["bert", "megatron-bert"])
 def test_the_list_of_tensors_with_the_heads_of_tasks(arch: str) -> None:
     from recipes.bert import finetune, kinds
 
-    shapes = task_of(arch).model_of(stored(arch)).model_dump(exclude={"pair_head"})
+    shapes = task_of(arch).model_from_hf_config(stored(arch)).model_dump(exclude={"pair_head"})
     for kind in kinds.KINDS:
         model = finetune.Model(**shapes, kind=kind, labels=["a", "b"], pair_head=False)
-        assert _whole(finetune, model) == finetune.hf_parameters(model)
+        assert _whole(finetune, model) == finetune.parameter_shapes(model)
 
 
 def _whole(task: ModuleType, model: Any) -> dict[str, tuple[int, ...]]:
     made = {}
-    for name, shape in task.hf_tensors(model).items():
+    for name, shape in task.parameter_patterns(model).items():
         layers = model.decoder_layers if name.startswith("decoder") else model.layers
         made |= {name.replace("*", str(i)): shape for i in range(layers if "*" in name else 1)}
     return made
@@ -396,7 +396,7 @@ def test_tensors_that_nobody_takes_or_fills_are_refused(name: str, tmp_path: Pat
     folder = change(folder_of(tmp_path / "hf", stored(arch)), edit)
     told = refusal(folder, task_of(arch))
     assert len(told) == 1 and words in told[0], told
-    model = task_of(arch).model_of(stored(arch))
+    model = task_of(arch).model_from_hf_config(stored(arch))
     problems = hf_folder.check(folder, str(folder), _config(model), task_of(arch), [])
     assert problems == told
 
@@ -461,7 +461,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
         assert not hf_folder.check(folder, "init.from=hf", _config(model), task, notes)
         assert notes == [f"init.from=hf: {line.replace('SEED', 'train.seed')}" for line in told]
 
-    shapes = task.model_of(stored("bert")).model_dump(exclude={"pair_head"})
+    shapes = task.model_from_hf_config(stored("bert")).model_dump(exclude={"pair_head"})
     model = finetune.Model(**shapes, kind="text", labels=["a", "b"], pair_head=False)
     replaced = model.model_copy(update={"new_head": True})
     pretraining = [unused.format(head) for head in ("cls.predictions.", "cls.seq_relationship.")]
@@ -614,7 +614,7 @@ def damage(rng: random.Random, folder: Path) -> str:
 def attempt(folder: Path, out: Path, arch: str, whole: bool) -> None:
     """Both doors and, if `whole`, the loading of scripts.evaluate and scripts.generate: BadInput or nothing."""
     task = task_of(arch)
-    problems = hf_folder.check(folder, "init.from=hf", _config(task.model_of(stored(arch))), task, [])
+    problems = hf_folder.check(folder, "init.from=hf", _config(task.model_from_hf_config(stored(arch))), task, [])
     told = BadInput(problems).problems  # as the terminal shows them
     assert all("\n" not in line and len(line) < 1000 for line in told), told
     with contextlib.suppress(BadInput):
@@ -676,7 +676,7 @@ from common.errors import BadInput
 from recipes.gpt import task
 for start in sys.argv[1:]:
     try:
-        run.prepare("run.yaml", "out", [f"init.from={start}"], "baseline", task, 1, dry_run=True)
+        preflight.prepare("run.yaml", "out", [f"init.from={start}"], "baseline", task, 1, dry_run=True)
         print("prepared")
     except BadInput as error:
         print(*error.problems, sep="\\n")

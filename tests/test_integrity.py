@@ -229,7 +229,7 @@ def exported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ch
     folder = out / "step_4"
     folder.mkdir()
     files = {}
-    for name, shape in task.hf_parameters(CFG.model).items():
+    for name, shape in task.parameter_shapes(CFG.model).items():
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(files))) * 0.02
         files[name] = checkpoint._write(folder / f"{name}.safetensors", {"weight": weight})
     (folder / "state.json").write_text(json.dumps(META | {"files": files}))

@@ -61,8 +61,8 @@ def test_an_imported_folder_comes_back_bit_for_bit(folders: Path, family: str, n
     given, back = folders / f"{family}_{name}", folders / f"{family}_{name}_back"
     before, after = load_file(given / "model.safetensors"), load_file(back / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    model_of = import_module(f"recipes.{family}.task").model_of
-    shapes = [model_of(json.loads((folder / "config.json").read_text())) for folder in (given, back)]
+    model_from_hf_config = import_module(f"recipes.{family}.task").model_from_hf_config
+    shapes = [model_from_hf_config(json.loads((folder / "config.json").read_text())) for folder in (given, back)]
     assert shapes[0] == shapes[1]
     text = "the value of a list is returned"
     ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (given, back)]

@@ -187,7 +187,7 @@ def test_answers_are_found_again(source: Path, tmp_path: Path):
     text += "train: {steps: 1, global_batch: 1}\n"
     (tmp_path / "c.yaml").write_text(text.replace("FOLDER", str(folder)).replace("DATA", str(source / "squad")))
     cfg = config.load(tmp_path / "c.yaml", ["task.stride=32"], finetune.Config)
-    dev, train = (finetune.stream(cfg, split, split == "train") for split in ("dev", "train"))
+    dev, train = (finetune.dataset(cfg, split, split == "train") for split in ("dev", "train"))
     assert len({w.question for w in dev.windows}) == len(dev.questions) == 745
     assert not {q.id for q in dev.questions} & {q.id for q in train.questions}
     assert len(dev.windows) > len(dev.questions)

@@ -23,7 +23,7 @@ def hf_model(model: Model) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**hf_config(model).to_dict()))
 
 
-def hf_parameters"""
+def parameter_shapes"""
 COUNTED = ("3 * h * f + 2 * h\n", "3 * h * f + 2 * h + 2 * h // self.heads\n")
 TIED_TWICE = ('_copy("model.norm.weight")', '_copy("model.layers.0.input_layernorm.weight")')
 TRANSPOSED = ('lambda i: _copy(*names(i, "mlp", "down_proj"))', 'lambda i: _transposed(*names(i, "mlp", "down_proj"))')
@@ -51,7 +51,7 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     house = tmp_path_factory.mktemp("house")
     for name in ("common", "tests"):
         (house / name).symlink_to(ROOT / name)
-    model = ("def hf_parameters", QWEN3.lstrip("\n"))
+    model = ("def parameter_shapes", QWEN3.lstrip("\n"))
     changed_recipe(house, "uncounted", task=(model,))
     changed_recipe(house, "norms", task=(model, COUNTED))
     changed_recipe(house, "twice", convert=(TIED_TWICE,))
@@ -91,13 +91,13 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return house / "out", done.stdout
 
 
-MISSING = r"model.layers.0.self_attn.q_norm.weight \(and 7 more\) is missing; task.hf_parameters has it"
+MISSING = r"model.layers.0.self_attn.q_norm.weight \(and 7 more\) is missing; task.parameter_shapes has it"
 UNKNOWN = (
     r"model.layers.0.self_attn.k_norm.weight \(and 7 more\) is unknown; LlamaForCausalLM, which loads the export, does not"
 )
 ON_MEGATRON = "the model on megatron: "
 REFUSED = {
-    "uncounted-baseline": r"Model.parameters of recipes.uncounted.task counts 311,872 .* task.hf_parameters lists 312,000",
+    "uncounted-baseline": r"Model.parameters of recipes.uncounted.task counts 311,872 .* task.parameter_shapes lists 312,000",
     "uncounted-deepspeed": "Model.parameters of recipes.uncounted.task counts",
     "uncounted-megatron": "Model.parameters of recipes.uncounted.task counts",
     "norms-megatron": ON_MEGATRON + MISSING,
@@ -132,7 +132,7 @@ def test_every_difference_is_one_line() -> None:
     with pytest.raises(BadInput) as refused:
         parameters.prove({"a": (3, 2), "d": (1,), "e": (1,)}, listed, "here")
     assert refused.value.problems == [
-        "here: b (and 1 more) is missing; task.hf_parameters has it",
-        "here: d (and 1 more) is unknown; task.hf_parameters does not have it",
-        "here: a has shape (3, 2); in task.hf_parameters it is (2, 3)",
+        "here: b (and 1 more) is missing; task.parameter_shapes has it",
+        "here: d (and 1 more) is unknown; task.parameter_shapes does not have it",
+        "here: a has shape (3, 2); in task.parameter_shapes it is (2, 3)",
     ]

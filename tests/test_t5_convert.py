@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         net = task.hf_model(resolved(name))
         with torch.no_grad():
             for key, parameter in net.named_parameters():
-                begins = task.initial(resolved(name), key)
+                begins = task.initializer(resolved(name), key)
                 spread = torch.randn_like(parameter)
                 parameter.copy_(1 + spread * 0.05 if begins == "ones" else spread * begins)
         made[name] = tmp_path_factory.mktemp("hf") / name
@@ -51,7 +51,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ARCHS)
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name)
-    rules, shapes, seen = convert.rules(model), task.hf_parameters(model), set()
+    rules, shapes, seen = convert.rules(model), task.parameter_shapes(model), set()
     for stack, layers in (("encoder", 3), ("decoder", 2)):
         for number in range(layers):
             for part in convert._layer(model, stack):

@@ -59,7 +59,7 @@ def folders(spans: Path, tmp_path_factory) -> dict[str, Path]:
     for name, arch in (("multi30k-en-de", "tiny_v1_1"), ("mrpc", "tiny")):
         cfg = config.load(ROOT / f"recipes/t5/configs/{arch}.yaml", ["model.vocab_size=768"], task.Config)
         model = cfg.model.resolve(cfg, None)
-        net, draw = task.hf_model(model), init.scratch(3, lambda name, model=model: task.initial(model, name))
+        net, draw = task.hf_model(model), init.scratch(3, lambda name, model=model: task.initializer(model, name))
         with torch.no_grad():
             for parameter, values in net.named_parameters():
                 values.copy_(draw(parameter, values.shape))
@@ -301,23 +301,23 @@ def test_evaluate_scores_glue_in_words(runs, data, tmp_path):
 
 def test_batches_are_sorted_and_padded_but_hold_the_same_samples(configs):
     cfg = config.load(configs["multi30k-en-de"], [], finetune.Config)
-    stream = finetune.stream(cfg, "train", shuffle=True)
+    stream = finetune.dataset(cfg, "train", shuffle=True)
     for step in range(20):
-        numbers = stream.arrange(range(8 * step, 8 * step + 8))
+        numbers = stream.batch_order(range(8 * step, 8 * step + 8))
         assert sorted(numbers) == list(range(8 * step, 8 * step + 8))
         assert (np.diff(stream.lengths[stream.locate(numbers)]) >= 0).all()
-        rows = stream.rows(numbers[2:5])
+        rows = stream.collate(numbers[2:5])
         for key, lengths in (("inputs", rows["input_lengths"]), ("targets", rows["loss_mask"].sum(1))):
             size = rows[key].shape[1]
             assert size == min({"inputs": 40, "targets": 24}[key], math.ceil(max(lengths) / 8) * 8)
             assert all((row[n:] == 0).all() and row[n - 1] == 1 for row, n in zip(rows[key], lengths, strict=True))
-    dev = finetune.stream(cfg, "dev", shuffle=False)
-    assert sorted(dev.locate(dev.arrange(range(21)))) == list(range(21))
+    dev = finetune.dataset(cfg, "dev", shuffle=False)
+    assert sorted(dev.locate(dev.batch_order(range(21)))) == list(range(21))
 
 
 def test_what_is_cut_is_told(configs):
     cfg = config.load(configs["multi30k-en-de"], ["data.target_len=8"], finetune.Config)
-    notes = finetune.stream(cfg, "train", shuffle=True).notes
+    notes = finetune.dataset(cfg, "train", shuffle=True).notes
     assert any(re.fullmatch(r"\d+ targets of train are cut to data.target_len=8", note) for note in notes)
 
 
@@ -447,7 +447,7 @@ def test_who_writes_the_targets_ids_has_an_exact_match(source: Path, configs, tm
     assert text.unknown(words, found.targets, "dev") == (note,)
     more = ["task.name=pairs", f"task.data={tmp_path}", f"data.tokenizer={source}/tokenizers/t5", "task.split=dev"]
     cfg = config.load(configs["multi30k-en-de"], more, finetune.Config)
-    notes = finetune.stream(cfg, "dev", shuffle=False).notes
+    notes = finetune.dataset(cfg, "dev", shuffle=False).notes
     assert note in notes and not any("inputs of dev hold" in told for told in notes)
 
 

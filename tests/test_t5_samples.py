@@ -14,7 +14,7 @@ from recipes.t5 import samples, task
 def opened(prefix, *overrides, valid=False):
     settings = [f"data.train={prefix}", "data.valid=null", *overrides]
     cfg = config.load(ROOT / "recipes/t5/configs/tiny.yaml", settings, task.Config)
-    return task.stream(cfg, cfg.data.train, not valid)
+    return task.dataset(cfg, cfg.data.train, not valid)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_ten_thousand_samples_splice_back_exactly(spans, words, pack):
     noise = raw = 0
     lengths = []
     for first in range(0, 10_000, 500):
-        rows = stream.rows(range(first, first + 500))
+        rows = stream.collate(range(first, first + 500))
         _, index = stream.locate(range(first, first + 500))
         for row, j in enumerate(index.tolist()):
             n = rows["input_lengths"][row]
@@ -83,7 +83,7 @@ def test_every_division_is_equally_likely():
 
 def test_prefix_cuts_the_text_in_two(spans, words):
     stream = opened(spans / "train", "objective.kind=prefix", "data.seq_len=40", "data.target_len=24")
-    rows = stream.rows(range(300))
+    rows = stream.collate(range(300))
     _, index = stream.locate(range(300))
     cuts = set()
     for row, j in enumerate(index.tolist()):
@@ -111,7 +111,7 @@ def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
     pairs(tmp_path / "pairs/train", words, [(range(10, 20), range(30, 34)), (range(11, 90), range(40, 80))] * 4)
     blend = f"[[3, {spans}/train], [1, {tmp_path}/pairs/train]]"
     stream = opened(blend)
-    rows = stream.rows(range(40))
+    rows = stream.collate(range(40))
     corpus, _ = stream.locate(range(40))
     assert corpus.sum() == 10
     for row in np.flatnonzero(corpus):
@@ -123,11 +123,11 @@ def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
 
 def test_a_sample_is_a_function_of_seed_and_number(spans):
     stream, again = opened(spans / "train"), opened(spans / "train")
-    together = stream.rows(range(40))
-    apart = [again.rows([i]) for i in reversed(range(40))][::-1]
+    together = stream.collate(range(40))
+    apart = [again.collate([i]) for i in reversed(range(40))][::-1]
     for name, values in together.items():
         assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
-    other = opened(spans / "train", "train.seed=1").rows(range(40))
+    other = opened(spans / "train", "train.seed=1").collate(range(40))
     assert (other["inputs"] != together["inputs"]).any()
 
 

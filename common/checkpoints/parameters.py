@@ -15,19 +15,19 @@ Shapes = Mapping[str, Sequence[int]]  # full shape by Hugging Face name
 
 
 def expected(model: Any, task: ModuleType) -> dict[str, tuple[int, ...]]:
-    """The family's list for a resolved model, `task.hf_parameters`; BadInput if `model.parameters()`, which the log, the model
-    card and the memory estimate quote, counts otherwise."""
-    shapes = task.hf_parameters(model)
-    counted, listed = model.parameters(), sum(map(prod, shapes.values()))
+    """The family's list for a resolved model, `task.parameter_shapes`; BadInput if `model.parameter_count()`, which the log,
+    the model card and the memory estimate quote, differs from its sum."""
+    shapes = task.parameter_shapes(model)
+    counted, listed = model.parameter_count(), sum(map(prod, shapes.values()))
     if counted != listed:
         raise BadInput(
-            f"Model.parameters of {task.__name__} counts {counted:,} parameters and task.hf_parameters lists {listed:,}; "
+            f"Model.parameters of {task.__name__} counts {counted:,} parameters and task.parameter_shapes lists {listed:,}; "
             "correct the one that is wrong"
         )
     return shapes
 
 
-LIST = "task.hf_parameters"
+LIST = "task.parameter_shapes"
 
 
 def prove(found: Shapes, shapes: Shapes, where: str, listed_by: str = LIST) -> None:

@@ -43,12 +43,12 @@ def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | N
 def _source(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> Values:
     if resume:
         return stored(resume, shapes)
-    source = init.scratch(cfg.train.seed, lambda name: task.initial(cfg.model, name))
+    source = init.scratch(cfg.train.seed, lambda name: task.initializer(cfg.model, name))
     if cfg.init.from_ != "scratch":
-        fresh = task.fresh(cfg.model) if hasattr(task, "fresh") else ()  # of finetuning
-        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.heads(cfg.model), source, fresh)
-        if hasattr(task, "ordered"):  # of finetuning: labels that the folder has in another order
-            source = task.ordered(cfg, find(cfg.init.from_), source)
+        fresh = task.new_head_prefixes(cfg.model) if hasattr(task, "new_head_prefixes") else ()  # of finetuning
+        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.optional_prefixes(cfg.model), source, fresh)
+        if hasattr(task, "reorder_labels"):  # of finetuning: labels that the folder has in another order
+            source = task.reorder_labels(cfg, find(cfg.init.from_), source)
     return lambda name, shape: {"weight": source(name, shape)}
 
 

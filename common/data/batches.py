@@ -28,10 +28,10 @@ def for_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) ->
 
 
 def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
-    """`stream.rows`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor parallelism
-    Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
+    """`dataset.collate`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor
+    parallelism Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
     (Corpus.read); this is the last line, for examples of finetuning and special tokens too."""
-    rows = stream.rows(numbers)
+    rows = stream.collate(numbers)
     for name in ("tokens", "inputs", "targets") if stream.vocab_size is not None else ():
         if name in rows and rows[name].size:
             ids = rows[name].view(f"u{rows[name].itemsize}")  # unsigned: ids below 0 become large
@@ -47,7 +47,7 @@ def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
 
 def arrange(stream: "Samples", numbers: range) -> np.ndarray:
     """Samples of unequal lengths in an order of their own (common/data/examples.py), all others as they come."""
-    return stream.arrange(numbers) if hasattr(stream, "arrange") else np.asarray(numbers)
+    return stream.batch_order(numbers) if hasattr(stream, "batch_order") else np.asarray(numbers)
 
 
 def for_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:

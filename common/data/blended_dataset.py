@@ -24,7 +24,7 @@ Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
 
 class Order:
     """The samples of one or several corpora, numbered 0, 1, 2, ... over all steps of a run: sample k of step s is
-    s * global_batch + k. A family says by `_samples_in` and `rows` what a sample is.
+    s * global_batch + k. A family says by `_samples_in` and `collate` what a sample is.
 
     data: prefix, list of prefixes (blended by their number of samples), or list of [weight, prefix].
     shuffle: True: endless; each pass over a corpus is a new permutation of its samples, given by (seed, pass).
@@ -37,7 +37,7 @@ class Order:
     def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
         self.corpora = [Corpus(prefix) for prefix in prefixes]
-        self.vocab_size: int | None = None  # of the model, once `limit` says it
+        self.vocab_size: int | None = None  # of the model, once `limit_ids` says it
         self.seed, self.shuffle = seed, shuffle
         self._one_tokenizer()
         self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
@@ -73,11 +73,11 @@ class Order:
         parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def limit(self, vocab_size: int | None, key: str) -> None:
-        """`Corpus.limit` of each corpus."""
+    def limit_ids(self, vocab_size: int | None, key: str) -> None:
+        """`Corpus.limit_ids` of each corpus."""
         self.vocab_size = vocab_size
         for corpus in self.corpora:
-            corpus.limit(vocab_size, key)
+            corpus.limit_ids(vocab_size, key)
 
     def where(self, number: int) -> str:
         """Sample `number`, for messages."""

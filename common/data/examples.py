@@ -22,7 +22,7 @@ class Source:
 
 
 class Examples:
-    """Examples in the order of a run. A subclass says by `rows` what a batch of them is.
+    """Examples in the order of a run. A subclass says by `collate` what a batch of them is.
 
     lengths: (N,) tokens of each example. shuffle: True: endless, each pass a new permutation given by (seed, pass). False: in
     order, once.
@@ -31,19 +31,19 @@ class Examples:
     def __init__(self, source: Source, lengths: np.ndarray, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
         self.corpora, self.content_hash, self.lengths, self.size = [source], source.content_hash, lengths, len(lengths)
         self.seed, self.shuffle, self.notes = seed, shuffle, list(notes)
-        self.vocab_size: int | None = None  # of the model, once `limit` says it
+        self.vocab_size: int | None = None  # of the model, once `limit_ids` says it
 
     def __len__(self) -> int:
         return self.size
 
-    def arrange(self, numbers: range) -> np.ndarray:
+    def batch_order(self, numbers: range) -> np.ndarray:
         """Sample numbers by length: micro batches of a step are of like lengths, and little is padding."""
         return np.asarray(numbers)[np.argsort(self.lengths[self.locate(numbers)], kind="stable")]
 
     def verify(self) -> None:
         """Read whole already."""
 
-    def limit(self, vocab_size: int | None, key: str) -> None:
+    def limit_ids(self, vocab_size: int | None, key: str) -> None:
         """What the model's embedding holds: batches with other ids are refused (common/data/batches.py)."""
         self.vocab_size = vocab_size
 

@@ -174,7 +174,7 @@ class Corpus:
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
-        self.key = ""  # of the config that names this corpus, for messages: see `limit`
+        self.key = ""  # of the config that names this corpus, for messages: see `limit_ids`
         self.vocab_size: int | None = None  # of the model; None: ids are not compared with it
         self._require_files()
         try:
@@ -320,7 +320,7 @@ class Corpus:
     def _name(self) -> str:
         return f"{self.key}: {self.prefix}" if self.key else self.prefix
 
-    def limit(self, vocab_size: int | None, key: str) -> None:
+    def limit_ids(self, vocab_size: int | None, key: str) -> None:
         """What the model's embedding holds: from here on `read` refuses ids outside it. key: of the config, for messages."""
         self.vocab_size, self.key = vocab_size, key
         self._checked[:] = False

@@ -103,7 +103,7 @@ def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder:
 
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        net = getattr(transformers, task.hf_class(cfg.model))(config)
+        net = getattr(transformers, task.hf_class_name(cfg.model))(config)
     names: dict[int, list[str]] = {}
     tensors = net.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -111,7 +111,7 @@ def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder:
     stored = source.shapes()
     loaded = [name for shared in names.values() for name in [n for n in shared if n in stored] or shared[:1]]
     shapes = {name: tuple(tensors[name].shape) for name in loaded}
-    parameters.prove(stored, shapes, str(source.path), f"{task.hf_class(cfg.model)}, which loads the export,")
+    parameters.prove(stored, shapes, str(source.path), f"{task.hf_class_name(cfg.model)}, which loads the export,")
 
 
 def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str, int]]:
@@ -191,8 +191,8 @@ def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, i
 def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, int]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    values |= {"architectures": [task.hf_class(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
-    values |= task.export_config(cfg.model)
+    values |= {"architectures": [task.hf_class_name(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
+    values |= task.hf_config_overrides(cfg.model)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -201,7 +201,7 @@ def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, record: 
     losses = _losses(source.path.parent / "metrics.jsonl", source.step)
     trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported
     rows = {
-        **task.card(cfg.model),
+        **task.model_card(cfg.model),
         "trained with": f"{source.meta['stack']} to step {source.step:,}" if trained else None,
         "training loss": losses.get("loss"), "validation loss": losses.get("valid_loss"),
         "data": f"{cfg.data.train} (content {str((record.get('data') or {}).get('train'))[:16]})" if trained else None,

@@ -2,8 +2,8 @@
 
 The configuration is compared key by key: what the folder's own `transformers` class reads from its config.json with what it
 reads from the config.json that an export of the model would have. A key may differ only if it is listed, with a reason, as one
-that changes no output: NO_EFFECT here, task.HF_KEYS for a family. Then every tensor must be a parameter of the model, a copy
-of one, or listed (task.HF_BUFFERS, task.HF_HEADS), and every parameter must be there.
+that changes no output: NO_EFFECT here, task.IGNORED_HF_KEYS for a family. Then every tensor must be a parameter of the model,
+a copy of one, or listed (task.HF_BUFFER_PATTERNS, task.IGNORED_HF_HEADS), and every parameter must be there.
 
 The launcher checks this on the host, where torch is not loaded: transformers reads the configurations in a process from which
 torch is hidden, in 1 s. Where torch is loaded, this process does it.
@@ -77,7 +77,7 @@ def check(folder: Path, name: str, cfg: Config, task: ModuleType, notes: list[st
         stored = read_config(folder, name, "give `scratch` or a Hugging Face folder")
     except BadInput as error:
         return error.problems
-    wanted = task.hf_type(cfg.model)
+    wanted = task.hf_model_type(cfg.model)
     if stored.get("model_type") != wanted:
         ours = f"the config's model.arch is {cfg.model.arch!r}"
         return [f"{name}: is a {_short(stored.get('model_type'))} model, {ours} ({wanted!r} in its config.json)"]
@@ -90,10 +90,10 @@ def model_in(folder: Path, task: ModuleType, seed: int) -> tuple[Any, list[str]]
     """The `model` section of a Hugging Face folder, all of whose weights are there, and notes as `check` gives them; BadInput
     says what is wrong with it. seed: of what the folder lacks."""
     stored = read_config(folder, str(folder), "give a Hugging Face folder")
-    if stored.get("model_type") not in task.MODEL_TYPES:
-        known = " and ".join(task.MODEL_TYPES)
+    if stored.get("model_type") not in task.HF_MODEL_TYPES:
+        known = " and ".join(task.HF_MODEL_TYPES)
         raise BadInput(f"{folder}: is a {_short(stored.get('model_type'))} model; this family knows {known}")
-    model = model_of(stored, str(folder), task.model_of)
+    model = model_from_hf_config(stored, str(folder), task.model_from_hf_config)
     notes: list[str] = []
     problems = [f"{folder}: {problem}" for problem in model.problems()]
     problems = problems or _problems(folder, str(folder), stored, task, model, f"seed {seed}", notes)
@@ -120,8 +120,8 @@ def _object(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def model_of(stored: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any]) -> Any:
-    """The `model` section for a config.json, by `of`, a family's model_of. BadInput where it lacks a shape."""
+def model_from_hf_config(stored: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any]) -> Any:
+    """The `model` section for a config.json, by `of`, a family's model_from_hf_config. BadInput where it lacks a shape."""
     try:
         return of(stored)
     except KeyError as error:
@@ -143,7 +143,7 @@ def _problems(
         shapes = {tensor: found.shape for tensor, found in held.items()}
         of_heads = list(task.head_problems(cfg, shapes, stored)) if hasattr(task, "head_problems") else []  # of finetuning
         problems += [f"{name}: {problem}" for problem in of_heads]
-        problems += _not_the_models(held, task, model, name, task.heads(model) if of_heads else ())
+        problems += _not_the_models(held, task, model, name, task.optional_prefixes(model) if of_heads else ())
     if not problems:
         notes += [f"{name}: {note}" for note in _notes(held, task, model, seed)]
         notes += [f"{name}: {note}" for note in task.head_notes(cfg, shapes, stored)] if hasattr(task, "head_notes") else []
@@ -183,7 +183,7 @@ def differences(stored: dict[str, Any], task: ModuleType, model: Any, name: str)
     theirs, ours = found["theirs"], found["ours"]
     wrong = []
     for key in sorted(theirs | ours):
-        if key in NO_EFFECT or key in task.HF_KEYS or theirs.get(key) == ours.get(key):
+        if key in NO_EFFECT or key in task.IGNORED_HF_KEYS or theirs.get(key) == ours.get(key):
             continue
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -206,7 +206,7 @@ def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, 
 
     def read(values: dict[str, Any]) -> dict[str, Any]:
         found = kind(**{key: value for key, value in values.items() if key not in _LEFT_OUT}).to_dict()
-        return task.hf_spelling({**OLDER, **found})
+        return task.normalized_hf_config({**OLDER, **found})
 
     from transformers.utils import logging
 
@@ -215,7 +215,7 @@ def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, 
     try:
         export = task.hf_config(model)
         kind = type(export)
-        ours = read({**export.to_dict(), **task.export_config(model)})
+        ours = read({**export.to_dict(), **task.hf_config_overrides(model)})
         what = "its config.json"
         theirs = read(json.loads(json.dumps(stored)))  # a copy: the class changes nested values
     except Exception as error:  # whatever the class raises for values of wrong types
@@ -343,7 +343,7 @@ class Place(NamedTuple):
 def place_of(model: Any, task: ModuleType) -> Callable[[str], Place | None]:
     """A tensor's name in a folder -> the model's parameter; None for a tensor that is no parameter."""
     places: dict[str, tuple[str, int]] = {}
-    for parameter in task.hf_tensors(model):
+    for parameter in task.parameter_patterns(model):
         for rank, stored in enumerate(task.stored_names(parameter)):
             places.setdefault(stored, (parameter, rank))
 
@@ -374,8 +374,10 @@ def _begins(name: str, starts: Sequence[str]) -> bool:
 def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
     """Tensors that the model does not have, parameters that the folder does not, and those of another shape or type, but for
     the shapes of the heads that are `refused` already."""
-    shapes, place, heads = task.hf_tensors(model), place_of(model, task), task.heads(model)
-    fresh = task.fresh(model) if hasattr(task, "fresh") else ()  # of finetuning: heads that are replaced
+    shapes, place, heads = task.parameter_patterns(model), place_of(model, task), task.optional_prefixes(model)
+    fresh = (
+        task.new_head_prefixes(model) if hasattr(task, "new_head_prefixes") else ()
+    )  # of finetuning: heads that are replaced
     stored: dict[tuple[str, int | None], str] = {}  # parameter, layer -> tensor
     unused = []
     for tensor, found in sorted(((t, place(t)) for t in held), key=lambda pair: (pair[1].rank if pair[1] else 0, pair[0])):
@@ -396,13 +398,15 @@ def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name:
     if wrong:
         return
 
-    copies, strangers = task.hf_copies(model), []
+    copies, strangers = task.duplicate_names(model), []
     for tensor in unused:
         original = stored.get((copies.get(tensor, ""), None))
         if original is not None:
             if not same_bytes(held[tensor], held[original]):
                 yield f"{name}: its {tensor} is not its {original}, to which its config.json ties it; it is another model"
-        elif not _begins(tensor, task.HF_HEADS) and not any(re.fullmatch(pattern, tensor) for pattern in task.HF_BUFFERS):
+        elif not _begins(tensor, task.IGNORED_HF_HEADS) and not any(
+            re.fullmatch(pattern, tensor) for pattern in task.HF_BUFFER_PATTERNS
+        ):
             strangers.append(tensor)
     if strangers:
         told = f"holds {min(strangers)}, which this model does not have"
@@ -446,15 +450,15 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 
 def _notes(held: dict[str, Tensor], task: ModuleType, model: Any, seed: str) -> Iterator[str]:
     """What begins from the seed, and which heads are not used."""
-    fresh = task.fresh(model) if hasattr(task, "fresh") else ()
-    for head in task.heads(model):
+    fresh = task.new_head_prefixes(model) if hasattr(task, "new_head_prefixes") else ()
+    for head in task.optional_prefixes(model):
         is_there = any(_begins(tensor, task.stored_names(head)) for tensor in held)
         if is_there and head in fresh:
             yield f"its {head}* is replaced; these parameters begin from {seed}"
         elif not is_there:
             yield f"holds no {head}*; these parameters begin from {seed}"
-    place, copies = place_of(model, task), task.hf_copies(model)
-    for head in task.HF_HEADS:
+    place, copies = place_of(model, task), task.duplicate_names(model)
+    for head in task.IGNORED_HF_HEADS:
         if any(_begins(tensor, (head,)) and tensor not in copies and place(tensor) is None for tensor in held):
             yield f"its {head}* is not used: this model has no such head"
 

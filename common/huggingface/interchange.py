@@ -108,8 +108,8 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
         raise BadInput(changed)
     for note in notes:
         print(f"note: {note}")
-    anew = init.scratch(SEED, lambda name: task.initial(model, name))
-    source = init.from_hf(folder, task.stored_names, task.heads(model), anew)
+    anew = init.scratch(SEED, lambda name: task.initializer(model, name))
+    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), anew)
 
     shapes = parameters.expected(model, task)
 

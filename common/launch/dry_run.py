@@ -17,7 +17,7 @@ def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
     lines = [to_yaml(run.whole.dump()).rstrip(), ""]
     lines += [f"note: {note}" for note in run.notes]
     lines += [
-        f"parameters        {model.parameters():,}",
+        f"parameters        {model.parameter_count():,}",
         f"FLOPs per token   {flops['full']:.4g} forward and backward{causal}",
         f"tokens per step   {cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,}",
         f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "

@@ -107,9 +107,9 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, i
     shared, system = layout_for(cfg, stack, world), getattr(cfg, stack)
     names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute")
     return estimate(
-        stack=stack, parameters=model.parameters(), hidden=model.hidden, seq_len=cfg.data.seq_len,
+        stack=stack, parameters=model.parameter_count(), hidden=model.hidden, seq_len=cfg.data.seq_len,
         vocab=model.vocab_size, micro_batch=shared.micro_batch, dtype=cfg.train.dtype, dropout=model.dropout > 0,
-        **({"layers": model.layers} | model.memory_shapes(cfg.data)),
+        **({"layers": model.layers} | model.layer_shapes(cfg.data)),
         dp=shared.dp, tp=shared.tp, pp=shared.pp, accumulate=shared.accumulate,
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

@@ -35,7 +35,7 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     """DeepSpeed's JSON, from our names. `deepspeed.extra` is merged last."""
     system = cfg.deepspeed
     # the buffer in which gradients are reduced is allocated whole, whatever the model needs of it
-    zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameters())}
+    zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameter_count())}
     if system.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     bf16 = cfg.train.dtype == "bf16"

@@ -67,7 +67,9 @@ class Selection:
 SHAPES = {"layers", "hidden", "heads"}
 
 
-def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], types: Sequence[str], own: set[str]) -> Any:
+def with_shapes(
+    values: Any, model_from_hf_config: Callable[[dict[str, Any]], Section], types: Sequence[str], own: set[str]
+) -> Any:
     """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
     says of the model counts more. types: that config.json may name; own: keys of the model that a folder does not decide.
     BadInput for a folder of another family, or for none where the config has no shapes."""
@@ -88,7 +90,7 @@ def with_shapes(values: Any, model_of: Callable[[dict[str, Any]], Section], type
         raise BadInput(f"init.from={start}: no config.json there that can be read; {wanted}")
     if stored.get("model_type") not in types:
         raise BadInput(f"init.from={start}: is a {stored.get('model_type')!r} model; give one of {' or '.join(types)}")
-    known = hf_folder.model_of(stored, f"init.from={start}", model_of)
+    known = hf_folder.model_from_hf_config(stored, f"init.from={start}", model_from_hf_config)
     shapes = known.model_dump(exclude=own)
     return values | {"model": shapes | given, "init": begin | {"from": str(folder)}}
 

@@ -160,7 +160,7 @@ def header(run: Run, gpu: str | None) -> str:
     versions = "  ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = record["data"] | {"tokenizer": record["tokenizer"]}
     rows = {
-        "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameters():,} parameters, "
+        "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameter_count():,} parameters, "
         f"vocabulary {cfg.model.vocab_size:,}",
         "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
         "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "

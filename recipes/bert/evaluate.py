@@ -47,7 +47,7 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
         order = finetune.head_order(cfg, stored)
     except BadInput as error:
         raise BadInput(f"{folder}: {error}, or finetune it on {name} first") from None
-    examples = finetune.stream(cfg, cfg.data.valid, shuffle=False)
+    examples = finetune.dataset(cfg, cfg.data.valid, shuffle=False)
     examples.notes += finetune.unnamed(cfg, stored)
     return Task(cfg, examples, order)
 
@@ -107,12 +107,12 @@ def predict(
 
     examples, does = task.examples, task.cfg.model.does
     n = min(limit or len(examples), len(examples))
-    ordered = examples.arrange(range(n))
+    ordered = examples.batch_order(range(n))
     found = torch.zeros(n, does.width(task.cfg), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, -(-n // batch), ranks.world):
         tell(number)
-        rows = examples.rows(ordered[number * batch : (number + 1) * batch])
-        given = finetune.batch(rows, ranks.device)
+        rows = examples.collate(ordered[number * batch : (number + 1) * batch])
+        given = finetune.make_batch(rows, ranks.device)
         mask = given["attention_mask"].long()  # (B, T), as plain transformers takes it
         with torch.no_grad():
             output = net(given["tokens"], token_type_ids=given["token_types"], attention_mask=mask)

@@ -25,14 +25,14 @@ from common.training import finetuning, init
 from . import kinds, samples, task
 from .task import (  # noqa: F401 (what stays as it is)
     FAMILY,
-    HF_BUFFERS,
-    HF_HEADS,
-    HF_KEYS,
-    MODEL_TYPES,
-    decays,
-    hf_copies,
-    hf_spelling,
-    hf_type,
+    HF_BUFFER_PATTERNS,
+    HF_MODEL_TYPES,
+    IGNORED_HF_HEADS,
+    IGNORED_HF_KEYS,
+    duplicate_names,
+    has_weight_decay,
+    hf_model_type,
+    normalized_hf_config,
     stored_names,
 )
 
@@ -81,7 +81,7 @@ class Model(task.Model):
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
         try:
             labels = kinds.labels(cfg.task)
-        except BadInput:  # of train, which `stream` has reported
+        except BadInput:  # of train, which `dataset` has reported
             labels = []
         update = {"labels": labels, "kind": kinds.KIND_OF[cfg.task.name]}
         return super().resolve(cfg, tokenizer_size).model_copy(update=update)
@@ -90,11 +90,11 @@ class Model(task.Model):
     def does(self) -> type[kinds.Kind]:
         return kinds.KINDS[self.kind]
 
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         h = self.hidden
         mlm_head = h * h + h + 2 * h + self.vocab_size
         pooler = h * h + h if self.does.pooled else 0
-        return super().parameters() - mlm_head + pooler + len(self.labels) * (h + 1)
+        return super().parameter_count() - mlm_head + pooler + len(self.labels) * (h + 1)
 
 
 class Data(config.Data):
@@ -123,10 +123,10 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetuning.with_shapes(values, task.model_of, MODEL_TYPES, {"pair_head", "dropout", "init_std"})
+        return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"pair_head", "dropout", "init_std"})
 
 
-def stream(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:
+def dataset(cfg: Config, split: str, shuffle: bool) -> kinds.Kind:
     """The examples of a split, tokenized. BadInput for a task, a file, a label or a tokenizer that does not do."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
@@ -162,19 +162,19 @@ def hf_model(model: Model) -> PreTrainedModel:
 
 
 def trained_class(model: Model) -> str:
-    return _class(model, model.does.hf_class)
+    return _class(model, model.does.hf_class_name)
 
 
 def _class(model: Model, kind: str) -> str:
     return ("Bert" if model.arch == "bert" else "MegatronBert") + kind
 
 
-def hf_class(model: Model) -> str:
+def hf_class_name(model: Model) -> str:
     """The `transformers` class that loads an export."""
     return _class(model, model.does.export_class)
 
 
-def export_config(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: Model) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config."""
     if not model.does.named:
         return {}
@@ -184,7 +184,7 @@ def export_config(model: Model) -> dict[str, Any]:
     return named | {"problem_type": "regression" if len(model.labels) == 1 else "single_label_classification"}
 
 
-def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, from the class itself on the meta device."""
     import torch
 
@@ -193,21 +193,21 @@ def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initial(model: Model, name: str) -> float | str:
-    """As task.initial; the new head as transformers has it, whatever the model began with."""
+def initializer(model: Model, name: str) -> float | str:
+    """As task.initializer; the new head as transformers has it, whatever the model began with."""
     if name == f"{model.does.parameter}.weight":
         return 0.02
-    return task.initial(model, name)
+    return task.initializer(model, name)
 
 
-def heads(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: those begin from the seed."""
     return f"{model.does.parameter}.", "bert.pooler."
 
 
-def fresh(model: Model) -> tuple[str, ...]:
+def new_head_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that begin from the seed whatever the folder holds."""
-    return (f"{model.does.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `stream` has refused
+    return (f"{model.does.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
 
 
 def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
@@ -222,7 +222,7 @@ def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[st
     if held[name] != (len(model.labels), model.hidden):
         yield f"its head {name} is {held[name]}, the task wants {(len(model.labels), model.hidden)}; {instead}"
     elif not architecture.endswith(model.does.export_class):
-        yield f"its head is of {architecture}, the task wants one of {hf_class(model)}; {instead}"
+        yield f"its head is of {architecture}, the task wants one of {hf_class_name(model)}; {instead}"
     else:
         try:
             head_order(cfg, stored)
@@ -261,7 +261,7 @@ def head_order(cfg: Config, stored: dict[str, Any]) -> list[int] | None:
     """
     if not cfg.model.does.named:
         return None
-    problem, wanted = stored.get("problem_type"), export_config(cfg.model).get("problem_type")
+    problem, wanted = stored.get("problem_type"), hf_config_overrides(cfg.model).get("problem_type")
     if None not in (problem, wanted) and problem != wanted:
         raise BadInput(f"its problem_type (config.json) is {problem}, {cfg.task.name} is {wanted}")
     names = label_names(stored)
@@ -287,7 +287,7 @@ def unnamed(cfg: Config, stored: dict[str, Any]) -> list[str]:
     return [f"the labels of its head have no names (id2label): taken for {', '.join(labels)}, in this order"]
 
 
-def ordered(cfg: Config, folder: Path, source: init.Source) -> init.Source:
+def reorder_labels(cfg: Config, folder: Path, source: init.Source) -> init.Source:
     """`source`, the parameters of a folder to begin from, with the outputs of its head in the order of the task's labels."""
     head, held = f"{cfg.model.does.parameter}.", hf_folder.tensors(folder, str(folder), [])
     begins_anew = cfg.model.new_head or f"{head}weight" not in held
@@ -302,15 +302,15 @@ def ordered(cfg: Config, folder: Path, source: init.Source) -> init.Source:
     return read
 
 
-def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """As task.hf_tensors, with the head of the task in place of those of pretraining."""
+def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+    """As task.parameter_patterns, with the head of the task in place of those of pretraining."""
     head = task.named_linear(model.does.parameter, model.hidden, len(model.labels))
     return task.encoder_tensors(model, model.does.pooled) | head
 
 
-def card(model: Model) -> dict[str, Any]:
+def model_card(model: Model) -> dict[str, Any]:
     """What the model card says of the architecture."""
-    return task.card(model) | {"labels": ", ".join(model.labels)}
+    return task.model_card(model) | {"labels": ", ".join(model.labels)}
 
 
 def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
@@ -323,7 +323,7 @@ def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
 # ---- batch and loss --------------------------------------------------------------------------------------------------
 
 
-def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of a kind -> the same as tensors, and attention_mask (B x C, T) bool in place of lengths."""
     import torch
 
@@ -332,7 +332,7 @@ def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, tor
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
 
 
-def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the `transformers` class takes."""
     mask = batch["attention_mask"][:, None, None, :]
     return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"], "attention_mask": mask}

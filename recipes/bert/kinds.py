@@ -57,8 +57,8 @@ class Reader(NamedTuple):
 class Kind(examples.Examples):
     """The examples of a split, and what their kind of head does. `open` reads them."""
 
-    hf_class = "ForSequenceClassification"  # trained, behind Bert or MegatronBert
-    export_class = hf_class  # what config.json of an export says
+    hf_class_name = "ForSequenceClassification"  # trained, behind Bert or MegatronBert
+    export_class = hf_class_name  # what config.json of an export says
     parameter = "classifier"  # name of the linear layer in transformers
     named = False  # do the outputs of the linear layer stand for labels, which id2label of an export names?
     pooled = True
@@ -192,7 +192,7 @@ class Text(Kind):
     def read(cls, reader: Reader) -> glue.Examples:
         return glue.read(reader.cfg.task.name, reader.folder, reader.split)
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64, or float32 of scores; loss_mask (B,) bool."""
         places = self.locate(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
@@ -279,7 +279,7 @@ class Choice(Kind):
         self.pieces, self.labels, self.high = pieces, found.labels[keep], found.high[keep]
         return self
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64; loss_mask (B,) bool."""
         places = self.locate(numbers)
         made = self.lay_out([piece for i in places.tolist() for piece in self.pieces[i]])
@@ -312,7 +312,7 @@ class Choice(Kind):
 class Token(Kind):
     """Tags of words; the first piece of a word speaks for it (Devlin et al., section 5.3). Logits (B, T, L)."""
 
-    hf_class = export_class = "ForTokenClassification"
+    hf_class_name = export_class = "ForTokenClassification"
     named = True
     pooled = False
 
@@ -352,7 +352,7 @@ class Token(Kind):
     def width(cls, cfg: finetune.Config) -> int:
         return cfg.data.seq_len
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, T) int64; loss_mask (B, T) bool: the first pieces of words."""
         places = self.locate(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
@@ -408,7 +408,7 @@ class Window(NamedTuple):
 class Span(Kind):
     """SQuAD: long contexts are cut into windows that move by task.stride tokens. Logits (B, T, 2)."""
 
-    hf_class = export_class = "ForQuestionAnswering"
+    hf_class_name = export_class = "ForQuestionAnswering"
     parameter = "qa_outputs"
     pooled = dropout = False
     unit = "windows"
@@ -448,7 +448,7 @@ class Span(Kind):
     def width(cls, cfg: finetune.Config) -> int:
         return 4
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, 2) int64: first and last token of the answer; loss_mask (B,) bool; begins, ends (B, T) bool:
         where an answer may begin and end."""
         places = self.locate(numbers)

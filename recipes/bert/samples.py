@@ -99,7 +99,7 @@ class Samples(Order):
 
     # ---- one sample
 
-    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+    def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
         """The samples of these numbers: tokens (B, T) int64 as the model sees them; labels (B, T) int64, the same before
         masking; mlm_mask (B, T) bool, the tokens to predict; token_types (B, T) int64, 0 and 1; lengths (B,) int64, without
         padding; with pairs also pair_label (B,) int64, 1 for a stranger or a swapped pair, and pair_mask (B,) bool.
@@ -275,7 +275,7 @@ def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -
     return kept[0], kept[1]
 
 
-def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:
+def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:
     """As recipes/bert/task.py's config says. name: of the tokenizer, for messages."""
     o = cfg.objective
     return Samples(

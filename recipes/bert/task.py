@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "bert"
-MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
+HF_MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
 
 
 class Model(Section):
@@ -89,11 +89,11 @@ class Model(Section):
             }
         )
 
-    def memory_shapes(self, data: config.Data) -> dict[str, Any]:
+    def layer_shapes(self, data: config.Data) -> dict[str, Any]:
         """What common/planning/memory.py needs to know of a resolved model's layers."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
 
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
@@ -119,7 +119,7 @@ class Config(config.Config):
     objective: Objective = Objective()
 
 
-def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import Corpus
@@ -130,7 +130,7 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     if folder is None:
         raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR")
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
-    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), corpus.prefix)
+    return samples.open_dataset(cfg, data, shuffle, tokenizer.load(folder), corpus.prefix)
 
 
 def hf_config(model: Model) -> PreTrainedConfig:
@@ -158,22 +158,22 @@ def hf_model(model: Model) -> PreTrainedModel:
     return m.use_sdpa((m.PairedMegatronBert if model.pair_head else m.SingleMegatronBert)(hf_config(model)))
 
 
-def hf_type(model: Model) -> str:
+def hf_model_type(model: Model) -> str:
     """`model_type` in a folder's config.json."""
     return model.arch
 
 
-def hf_class(model: Model) -> str:
+def hf_class_name(model: Model) -> str:
     """The `transformers` class that loads an export."""
     return ("Bert" if model.arch == "bert" else "MegatronBert") + ("ForPreTraining" if model.pair_head else "ForMaskedLM")
 
 
-def export_config(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: Model) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: nothing."""
     return {}
 
 
-def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -186,7 +186,7 @@ def _is_norm(name: str) -> bool:
     return "LayerNorm" in name or ".ln." in name
 
 
-def initial(model: Model, name: str) -> float | str:
+def initializer(model: Model, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
 
     BERT's code cuts the normal distribution at two deviations; here, as in transformers and Megatron, it is whole.
@@ -201,12 +201,12 @@ def initial(model: Model, name: str) -> float | str:
     return model.init_std
 
 
-def decays(name: str) -> bool:
+def has_weight_decay(name: str) -> bool:
     """Weight decay for matrices and embeddings; none for biases and norms."""
     return not (name.endswith(".bias") or _is_norm(name))
 
 
-def parts(cfg: Config) -> tuple[str, ...]:
+def loss_names(cfg: Config) -> tuple[str, ...]:
     """Names of the parts of the loss, each a mean over its own targets: masked tokens; pairs."""
     return ("mlm",) if cfg.objective.pair == "none" else ("mlm", cfg.objective.pair)
 
@@ -216,7 +216,7 @@ def counts(rows: list[batches.MicroBatch]) -> list[int]:
     return [batches.targets(rows, mask) for mask in ("mlm_mask", "pair_mask") if mask in rows[0]]
 
 
-def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of the corpus -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) places in the flat batch,
     labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
     import torch
@@ -228,7 +228,7 @@ def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, tor
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
 
 
-def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the classes of modeling.py take."""
     same = {name: batch[name] for name in ("attention_mask", "predicted")}
     return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"]} | same
@@ -255,7 +255,7 @@ def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
     return torch.stack([loss, ((pairs.argmax(-1) == label) & counted).sum().to(loss)])
 
 
-def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of an export in plain transformers: summed losses (P,) and targets (P,) of a batch."""
     import torch
 
@@ -267,9 +267,9 @@ def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[t
     return made, torch.tensor(targets, device=made.device)
 
 
-def told(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
+def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
     """(2 x P means in the order of `sums`) -> the loss, and its parts as a log line names them."""
-    names = parts(cfg)
+    names = loss_names(cfg)
     losses, right = values[: len(names)], values[len(names) :]
     named = {f"{name}_loss": value for name, value in zip(names, losses, strict=True)}
     return sum(losses), named | {f"{name}_accuracy": value for name, value in zip(names, right, strict=True)}
@@ -283,9 +283,9 @@ def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     return {"full": 6.0 * weights + 12.0 * model.layers * h * data.seq_len}
 
 
-def card(model: Model) -> dict[str, Any]:
+def model_card(model: Model) -> dict[str, Any]:
     """What the model card says of the architecture."""
-    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+    return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
@@ -293,24 +293,25 @@ def card(model: Model) -> dict[str, Any]:
 _BY_DROPOUT = "model.dropout is the config's own"
 _ID = "which ids are special is known by the tokenizer"
 _TENSORFLOW = "of the first release in TensorFlow; transformers never read it"
-HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "sep_token_id": _ID, "cls_token_id": _ID,
     "hidden_dropout_prob": _BY_DROPOUT, "attention_probs_dropout_prob": _BY_DROPOUT, "classifier_dropout": _BY_DROPOUT,
     "directionality": _TENSORFLOW, "pooler_fc_size": _TENSORFLOW, "pooler_num_attention_heads": _TENSORFLOW,
     "pooler_num_fc_layers": _TENSORFLOW, "pooler_size_per_head": _TENSORFLOW, "pooler_type": _TENSORFLOW,
 }  # fmt: skip
 # beginnings of names of heads that a folder may hold though the model has none: of pretraining, and of finetuned models
-HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
-HF_BUFFERS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)  # patterns of tensors that are no parameters: 0, 1, 2 ...
+IGNORED_HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
+# patterns of tensors that are not parameters: 0, 1, 2 ...
+HF_BUFFER_PATTERNS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)
 
 
-def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """A transformers configuration with one spelling for values that mean the same."""
     return {"position_embedding_type": "absolute", **values}  # the only kind that its classes still have
 
 
-def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
     h = model.hidden
     made = encoder_tensors(model, pooled=bool(model.pair_head))
     made |= named_linear("cls.predictions.transform.dense", h, h) | named_norm("cls.predictions.transform.LayerNorm", h)
@@ -319,7 +320,7 @@ def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def encoder_tensors(model: Model, pooled: bool) -> dict[str, tuple[int, ...]]:
-    """As hf_tensors, without heads."""
+    """As parameter_patterns, without heads."""
     h, f = model.hidden, model.ffn
     tables = {"word_embeddings": model.vocab_size, "position_embeddings": model.positions, "token_type_embeddings": 2}
     made: dict[str, tuple[int, ...]] = {f"bert.embeddings.{name}.weight": (rows, h) for name, rows in tables.items()}
@@ -342,13 +343,13 @@ def named_norm(name: str, hidden: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
 
 
-def hf_copies(model: Model) -> dict[str, str]:
+def duplicate_names(model: Model) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     decoder = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
     return {f"cls.predictions.decoder.{leaf}": name for leaf, name in decoder.items()}
 
 
-def model_of(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> Model:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
     return Model(
         arch=config["model_type"], layers=config["num_hidden_layers"], hidden=config["hidden_size"],
@@ -358,7 +359,7 @@ def model_of(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def heads(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack (an encoder alone): those begin from the seed."""
     return "cls.predictions.", *(("cls.seq_relationship.", "bert.pooler.") if model.pair_head else ())
 

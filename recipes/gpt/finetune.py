@@ -28,29 +28,29 @@ from common.training.lora import Lora
 from . import samples, task
 from .task import (  # noqa: F401 (what stays as it is)
     FAMILY,
-    HF_BUFFERS,
-    HF_HEADS,
-    HF_KEYS,
-    MODEL_TYPES,
-    batch,
-    card,
-    decays,
-    export_config,
-    export_sums,
+    HF_BUFFER_PATTERNS,
+    HF_MODEL_TYPES,
+    IGNORED_HF_HEADS,
+    IGNORED_HF_KEYS,
+    duplicate_names,
+    export_loss_sums,
     forward_backward_flops,
-    heads,
-    hf_class,
+    has_weight_decay,
+    hf_class_name,
     hf_config,
-    hf_copies,
+    hf_config_overrides,
     hf_model,
-    hf_parameters,
-    hf_spelling,
-    hf_tensors,
-    hf_type,
-    initial,
-    inputs,
+    hf_model_type,
+    initializer,
     loss_sum,
-    model_of,
+    make_batch,
+    model_card,
+    model_from_hf_config,
+    model_inputs,
+    normalized_hf_config,
+    optional_prefixes,
+    parameter_patterns,
+    parameter_shapes,
     stored_names,
 )
 
@@ -109,7 +109,7 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetuning.with_shapes(values, model_of, MODEL_TYPES, {"dropout", "init_std"})
+        return finetuning.with_shapes(values, model_from_hf_config, HF_MODEL_TYPES, {"dropout", "init_std"})
 
 
 def linear_layers(model: Model) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def weights_are_transposed(model: Model) -> bool:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
-def stream(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
+def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
     that does not do."""
     from common.data import tokenizer as tokenizers

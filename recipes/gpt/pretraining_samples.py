@@ -71,7 +71,7 @@ class Stream(Order):
             )
         return samples
 
-    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+    def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
         """The samples of these numbers:
 
         tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)

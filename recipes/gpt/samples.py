@@ -314,7 +314,7 @@ class Packed(examples.Examples):
         self.ids, self.counted, self.pieces = ids, counted, pieces
         self.seq_len, self.pad_id, self.within, self.whole = seq_len, pad_id, within, whole
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
         int64: inputs that are no padding; where `within`, segment (B, T) int32: number in the row of the document that input
         t is of, and position (B, T) int64: its place in that document."""

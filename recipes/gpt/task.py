@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "gpt"
-MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
+HF_MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
 
 
 class Model(Section):
@@ -98,12 +98,12 @@ class Model(Section):
             }
         )
 
-    def memory_shapes(self, data: config.Data) -> dict[str, Any]:
+    def layer_shapes(self, data: config.Data) -> dict[str, Any]:
         """What common/planning/memory.py needs to know of a resolved model's layers."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
 
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         if self.arch == "gpt2":
@@ -125,7 +125,7 @@ class Config(config.Config):
     data: Data
 
 
-def stream(cfg: Config, data: str | list, shuffle: bool) -> Stream:
+def dataset(cfg: Config, data: str | list, shuffle: bool) -> Stream:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     d = cfg.data
     masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
@@ -172,12 +172,12 @@ def hf_model(model: Model) -> PreTrainedModel:
     return GPT2LMHeadModel(shapes)
 
 
-def export_config(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: Model) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: nothing."""
     return {}
 
 
-def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -186,7 +186,7 @@ def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initial(model: Model, name: str) -> float | str:
+def initializer(model: Model, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
 
     GPT-2 section 2.3 and Megatron-LM (arXiv:1909.08053 section 5.1): residual projections are scaled by 1/sqrt(2 x layers).
@@ -200,12 +200,12 @@ def initial(model: Model, name: str) -> float | str:
     return model.init_std
 
 
-def decays(name: str) -> bool:
+def has_weight_decay(name: str) -> bool:
     """Weight decay for matrices and embeddings; none for biases and norms."""
     return not (name.endswith(".bias") or any(part in name for part in ("ln_", "norm")))
 
 
-def batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[str, torch.Tensor]:
+def make_batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of the corpus -> inputs (B, T), targets (B, T), loss_mask (B, T); with data.reset_attention also
     position_ids (B, T) and attention_mask (B, 1, T, T), True where a query may see a key."""
     import torch
@@ -228,15 +228,15 @@ def fixed_counts(cfg: Config) -> tuple[int, int] | None:
     return (size, size) if cfg.data.pack and not cfg.data.eod_mask_loss else None
 
 
-def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the `transformers` class takes."""
     given = {"input_ids": batch["inputs"]}
     return given | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
 
 
-def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
-    logits = net(**inputs(batch)).logits  # (B, T, V)
+    logits = net(**model_inputs(batch)).logits  # (B, T, V)
     return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
 
 
@@ -260,16 +260,16 @@ def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     return {"full": 6.0 * weights + attention, "causal": 6.0 * weights + attention / 2}
 
 
-def card(model: Model) -> dict[str, Any]:
+def model_card(model: Model) -> dict[str, Any]:
     """What the model card says of the architecture."""
-    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+    return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
 _BY_DROPOUT = "model.dropout is the config's own"
 _ID = "which ids are special is known by the tokenizer"
-HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "attn_pdrop": _BY_DROPOUT, "embd_pdrop": _BY_DROPOUT,
     "resid_pdrop": _BY_DROPOUT, "attention_dropout": _BY_DROPOUT, "summary_activation": "of GPT2DoubleHeadsModel's head",
     "summary_first_dropout": "as summary_activation", "summary_proj_to_labels": "as summary_activation",
@@ -278,14 +278,14 @@ HF_KEYS = {  # keys of config.json that change no output -> why; for those of ev
     "max_position_embeddings": "rotary positions have no table; gpt2 says n_positions", "is_llama_config": "as model_type",
     "pretraining_tp": "in how many pieces older versions multiplied: the same products",
 }  # fmt: skip
-HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
-HF_BUFFERS = (  # patterns of tensors that are no parameters: masks and tables that older versions saved, and none reads
+IGNORED_HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
+HF_BUFFER_PATTERNS = (  # patterns of tensors that are no parameters: masks and tables that older versions saved, and none reads
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
     r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )
 
 
-def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """A transformers configuration with one spelling for values that mean the same."""
     if "n_embd" in values:
         values["n_inner"] = 4 * values["n_embd"] if values["n_inner"] is None else values["n_inner"]
@@ -294,8 +294,8 @@ def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"rope_interleaved": values.get("rope_interleaved", False)}  # SmolLM's: not read by transformers
 
 
-def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
     h, f, v = model.hidden, model.ffn, model.vocab_size
     if model.arch == "gpt2":
         layer = {
@@ -318,13 +318,13 @@ def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     return made if model.tied else made | {"lm_head.weight": (v, h)}
 
 
-def hf_copies(model: Model) -> dict[str, str]:
+def duplicate_names(model: Model) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     embedding = "transformer.wte.weight" if model.arch == "gpt2" else "model.embed_tokens.weight"
     return {"lm_head.weight": embedding} if model.tied else {}
 
 
-def model_of(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> Model:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
     if config["model_type"] == "gpt2":
         hidden = config["n_embd"]
@@ -344,7 +344,7 @@ def model_of(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def heads(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
 
@@ -354,11 +354,11 @@ def stored_names(name: str) -> list[str]:
     return [name, name.removeprefix("transformer.").removeprefix("model.")]
 
 
-def hf_type(model: Model) -> str:
+def hf_model_type(model: Model) -> str:
     """`model_type` in a folder's config.json."""
     return model.arch
 
 
-def hf_class(model: Model) -> str:
+def hf_class_name(model: Model) -> str:
     """The `transformers` class that loads an export."""
     return "GPT2LMHeadModel" if model.arch == "gpt2" else "LlamaForCausalLM"

@@ -28,28 +28,28 @@ from common.training import finetuning
 from . import task
 from .task import (  # noqa: F401 (what stays as it is)
     FAMILY,
-    HF_BUFFERS,
-    HF_HEADS,
-    HF_KEYS,
-    MODEL_TYPES,
-    batch,
-    card,
-    decays,
-    export_config,
-    export_sums,
+    HF_BUFFER_PATTERNS,
+    HF_MODEL_TYPES,
+    IGNORED_HF_HEADS,
+    IGNORED_HF_KEYS,
+    duplicate_names,
+    export_loss_sums,
     forward_backward_flops,
-    heads,
-    hf_class,
+    has_weight_decay,
+    hf_class_name,
     hf_config,
-    hf_copies,
+    hf_config_overrides,
     hf_model,
-    hf_parameters,
-    hf_spelling,
-    hf_tensors,
-    hf_type,
-    initial,
-    inputs,
+    hf_model_type,
+    initializer,
     loss_sum,
+    make_batch,
+    model_card,
+    model_inputs,
+    normalized_hf_config,
+    optional_prefixes,
+    parameter_patterns,
+    parameter_shapes,
     stored_names,
 )
 
@@ -95,12 +95,12 @@ class Config(config.Config):
     @model_validator(mode="before")
     @classmethod
     def _shapes_of_the_folder(cls, values: Any) -> Any:
-        return finetuning.with_shapes(values, task.model_of, MODEL_TYPES, {"dropout"})
+        return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"dropout"})
 
 
-def model_of(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> Model:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
-    return Model(**task.model_of(config).model_dump())
+    return Model(**task.model_from_hf_config(config).model_dump())
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Samples(examples.Examples):
         (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
         self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
 
-    def rows(self, numbers: Any) -> batches.MicroBatch:
+    def collate(self, numbers: Any) -> batches.MicroBatch:
         """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
         bool, lengths (B,), tokens of both. T and S: the longest of these rounded up."""
         places = self.locate(numbers).tolist()
@@ -144,7 +144,7 @@ SUBSET_SEED = 1234
 AT_ONCE = 10_000  # texts that are tokenized at once
 
 
-def stream(cfg: Config, split: str, shuffle: bool) -> Samples:
+def dataset(cfg: Config, split: str, shuffle: bool) -> Samples:
     """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that does not do."""
     from common.data import tokenizer as tokenizers
     from common.paths import find

@@ -103,7 +103,7 @@ class Samples(Order):
             )
         return samples
 
-    def rows(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
+    def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
         """The samples of these numbers: inputs (B, T) int64 and targets (B, S) int64, both padded; input_lengths (B,) int64;
         loss_mask (B, S) bool, the targets that count; lengths (B,) int64, tokens of both without padding."""
         corpus, index = self.locate(numbers)
@@ -159,7 +159,7 @@ def pieces(tokens: int, number: int, rng: np.random.Generator) -> np.ndarray:
     return np.diff(bounds, prepend=0, append=tokens)
 
 
-def stream(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> Samples:
+def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> Samples:
     """As recipes/t5/task.py's config says. name: of the corpus, for messages."""
     o, d = cfg.objective, cfg.data
     if too_short(o, d):

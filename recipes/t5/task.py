@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILY = "t5"
-MODEL_TYPES = ("t5",)  # in the config.json of folders
+HF_MODEL_TYPES = ("t5",)  # in the config.json of folders
 
 
 class Model(Section):
@@ -102,7 +102,7 @@ class Model(Section):
     def gated(self) -> bool:
         return self.arch == "t5_v1_1"
 
-    def memory_shapes(self, data: Data) -> dict[str, Any]:
+    def layer_shapes(self, data: Data) -> dict[str, Any]:
         """What common/planning/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
         decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
         return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
@@ -114,7 +114,7 @@ class Model(Section):
         mlp = (3 if self.gated else 2) * self.hidden * self.ffn
         return attention + mlp, 2 * attention + mlp
 
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
         encoder, decoder = self._weights()
         norms = 2 * self.layers + 3 * self.decoder_layers + 2
@@ -144,7 +144,7 @@ class Config(config.Config):
     objective: Objective = Objective()
 
 
-def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import Corpus
@@ -156,7 +156,7 @@ def stream(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
         raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR")
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
     name = f"data.tokenizer={cfg.data.tokenizer}" if cfg.data.tokenizer else corpus.prefix
-    return samples.stream(cfg, data, shuffle, tokenizer.load(folder), name)
+    return samples.open_dataset(cfg, data, shuffle, tokenizer.load(folder), name)
 
 
 def hf_config(model: Model) -> PreTrainedConfig:
@@ -179,23 +179,23 @@ def hf_model(model: Model) -> PreTrainedModel:
     return (modeling.Untied if model.gated else modeling.Tied)(hf_config(model))
 
 
-def hf_type(model: Model) -> str:
+def hf_model_type(model: Model) -> str:
     """`model_type` in a folder's config.json."""
     return "t5"
 
 
-def hf_class(model: Model) -> str:
+def hf_class_name(model: Model) -> str:
     """The `transformers` class that loads an export."""
     return "T5ForConditionalGeneration"
 
 
-def export_config(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: Model) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: T5 begins with its padding, and only 1.0 is tied
     (transformers 5 says so of every T5, and other readers believe it)."""
     return {"bos_token_id": None, "tie_word_embeddings": not model.gated}
 
 
-def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -204,7 +204,7 @@ def hf_parameters(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initial(model: Model, name: str) -> float | str:
+def initializer(model: Model, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'ones', or the deviation of a normal distribution.
 
     As Mesh TensorFlow's T5 and transformers have it; the output weights of t5_v1_1 as t5x has them (transformers gives them
@@ -224,12 +224,12 @@ def initial(model: Model, name: str) -> float | str:
     return model.hidden**-0.5  # k, v, wi, relative biases, lm_head
 
 
-def decays(name: str) -> bool:
+def has_weight_decay(name: str) -> bool:
     """Weight decay for matrices and embeddings; none for norms."""
     return "layer_norm" not in name
 
 
-def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Rows of the corpus -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets moved right by one behind the
     padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
     import torch
@@ -244,7 +244,7 @@ def batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, tor
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
 
 
-def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the `transformers` class takes."""
     return {
         "input_ids": batch["inputs"], "attention_mask": batch["attention_mask"][:, None, None, :],
@@ -252,7 +252,7 @@ def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def export_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
     mask = batch["attention_mask"].long()
     logits = net(input_ids=batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
@@ -285,29 +285,29 @@ def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
     }
 
 
-def card(model: Model) -> dict[str, Any]:
+def model_card(model: Model) -> dict[str, Any]:
     """What the model card says of the architecture."""
-    return {"architecture": model.arch, "parameters": f"{model.parameters():,}"}
+    return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
-HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "dropout_rate": "model.dropout is the config's own", "classifier_dropout": "of T5ForSequenceClassification's head",
     "bos_token_id": "T5 begins with decoder_start_token_id", "n_positions": "relative positions have no table",
 }  # fmt: skip
-HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
+IGNORED_HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
 # patterns of tensors that are no parameters: a table of biases between the stacks, which Mesh TensorFlow saved and none reads
-HF_BUFFERS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+HF_BUFFER_PATTERNS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
 
-def hf_spelling(values: dict[str, Any]) -> dict[str, Any]:
+def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """A transformers configuration with one spelling for values that mean the same."""
     return {"decoder_start_token_id": values.get("pad_token_id"), **values}
 
 
-def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: hf_parameters without torch."""
+def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
     h, f, inner, table = model.hidden, model.ffn, model.heads * model.kv_channels, (model.vocab_size, model.hidden)
     made = {"shared.weight": table} | ({"lm_head.weight": table} if model.gated else {})
     for stack, attentions in {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}.items():
@@ -324,13 +324,13 @@ def hf_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def hf_copies(model: Model) -> dict[str, str]:
+def duplicate_names(model: Model) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *([] if model.gated else ["lm_head.weight"])]
     return dict.fromkeys(names, "shared.weight")
 
 
-def model_of(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> Model:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
     return Model(
         arch="t5_v1_1" if config.get("feed_forward_proj") == "gated-gelu" else "t5", layers=config["num_layers"],
@@ -341,7 +341,7 @@ def model_of(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def heads(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
 

@@ -49,13 +49,13 @@ def main(argv: list[str]) -> None:
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
-    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
     def loss_of(rows: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of one micro batch, and predictions (B, width)."""
-        batch = task.batch(rows, ranks.device)
-        logits = task.logits_of(model(**task.inputs(batch)))
+        batch = task.make_batch(rows, ranks.device)
+        logits = task.logits_of(model(**task.model_inputs(batch)))
         return kind.loss_sum(logits, batch), kind.predictions(logits.detach(), batch)
 
     @torch.no_grad()

@@ -47,15 +47,15 @@ def main(argv: list[str]) -> None:
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
-    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
-    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+    zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
     def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
-        batch = task.batch(rows, ranks.device)
-        mlm, pairs = model(**task.inputs(batch))  # (N, V), (B, 2)
+        batch = task.make_batch(rows, ranks.device)
+        mlm, pairs = model(**task.model_inputs(batch))  # (N, V), (B, 2)
         return task.sums(mlm, pairs, batch)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
             counts += torch.tensor(task.counts([rows]), device=ranks.device)
         dist.all_reduce(sums)
         dist.all_reduce(counts)
-        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
         log.valid(step, loss, int(counts[0]), **parts)
         model.train()
 
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
                 accelerator.backward((sums[0] / targets).sum() * layout.dp)
             means += sums.detach() / targets
         values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
-        loss, parts = task.told(cfg, values)
+        loss, parts = task.named_losses(cfg, values)
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()

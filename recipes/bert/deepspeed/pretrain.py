@@ -43,16 +43,16 @@ def main(argv: list[str]) -> None:
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
-    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+    zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
     def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
-        batch = task.batch(rows, ranks.device)
-        mlm, pairs = engine(**task.inputs(batch))  # (N, V), (B, 2)
+        batch = task.make_batch(rows, ranks.device)
+        mlm, pairs = engine(**task.model_inputs(batch))  # (N, V), (B, 2)
         return task.sums(mlm, pairs, batch)
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
             counts += torch.tensor(task.counts([rows]), device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
-        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
         log.valid(step, loss, int(counts[0]), **parts)
         engine.train()
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
         values, stop = processes.reduce_step(means.flatten() * reports, ranks, step, run.samples(step))
-        loss, parts = task.told(cfg, values)
+        loss, parts = task.named_losses(cfg, values)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()

@@ -53,14 +53,14 @@ def main(argv: list[str]) -> None:
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
-    zeros = torch.zeros(2, len(task.parts(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
+    zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
     schedule = get_forward_backward_func()  # with or without pipeline
 
     def forward(micro_batches: Iterator[Micro], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, weights, rows = next(micro_batches)
         mcore.begin_micro_batch(seed)
-        batch = task.batch(rows, ranks.device)
+        batch = task.make_batch(rows, ranks.device)
         mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
         output = model(batch["tokens"], batch["token_types"], mask, batch["predicted"])
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         counts = torch.tensor(task.counts(rows), device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
-        loss, parts = task.told(cfg, (sums / counts).flatten().tolist())
+        loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
         log.valid(step, loss, int(counts[0]), **parts)
         model.train()
 
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
         optimizer.zero_grad()
         means = run_schedule([(seed, weights, r) for seed, r in zip(seeds, rows, strict=True)], forward_only=False) / targets
         values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
-        loss, parts = task.told(cfg, values)
+        loss, parts = task.named_losses(cfg, values)
 
         grad_norm = mcore.update(optimizer, ranks)
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))

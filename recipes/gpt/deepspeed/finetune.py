@@ -45,14 +45,14 @@ def main(argv: list[str]) -> None:
     shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
-    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
     def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.batch(rows, ranks.device)
-        logits = engine(**task.inputs(batch)).logits  # (B, T, V)
+        batch = task.make_batch(rows, ranks.device)
+        logits = engine(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, rows = next(micro_batches)
         mcore.begin_micro_batch(seed)
-        batch = task.batch(rows, ranks.device)
+        batch = task.make_batch(rows, ranks.device)
         mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T, T), True: masked out
         places = batch.get("position_ids", positions[:, : batch["inputs"].size(1)])
         output = model(batch["inputs"], places, mask, labels=batch["targets"])

@@ -47,13 +47,13 @@ def main(argv: list[str]) -> None:
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
-    optimizer = optim.build(net.named_parameters(), task.decays, cfg.optim)
+    optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
     def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.batch(rows, ranks.device)
-        logits = model(**task.inputs(batch)).logits  # (B, T, V)
+        batch = task.make_batch(rows, ranks.device)
+        logits = model(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
     @torch.no_grad()

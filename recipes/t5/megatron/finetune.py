@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
         seed, rows = next(micro_batches)
         mcore.begin_micro_batch(seed)
-        batch = task.batch(rows, ranks.device)
+        batch = task.make_batch(rows, ranks.device)
         mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
         output = model(batch["inputs"], batch["decoder_inputs"], mask, labels=batch["targets"])
 
