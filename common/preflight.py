@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from common import config
 from common.checkpoints import checkpoint, integrity, run_record
 from common.config import Config
-from common.data.indexed_dataset import Corpus
+from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput, Missing
 from common.json_files import read_object
 from common.launch import lock
@@ -29,7 +29,7 @@ from common.paths import SHOWN, Blend, find, find_blend, prefixes
 class Samples(Protocol):
     """The samples of a run, as `task.dataset` opens them: recipes/gpt/pretraining_samples.py has GPT's."""
 
-    corpora: list[Any]  # of type common.data.indexed_dataset.Corpus
+    corpora: list[Any]  # of type common.data.indexed_dataset.IndexedDataset
     content_hash: str
     vocab_size: int | None  # of the model, once `limit_ids` says it: batches with other ids are refused
 
@@ -227,7 +227,7 @@ def _replaced(train: Samples | None, valid: Samples | None) -> list[str]:
     for key, stream in (("data.train", train), ("data.valid", valid)):
         for corpus in stream.corpora if stream else ():
             pair = corpus.tokenizer_dir, corpus.tokenizer_hash
-            if isinstance(corpus, Corpus) and pair not in done:
+            if isinstance(corpus, IndexedDataset) and pair not in done:
                 done.add(pair)
                 problems += [f"{key}: {problem}" for problem in corpus.tokenizer_problems()]
     return problems

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import FILES, Corpus, Writer, write_manifest
+from common.data.indexed_dataset import FILES, IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.json_files import write_json
 from data import sentences
@@ -246,7 +246,7 @@ def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
     _same(manifest["request"], request, f"{opt.out}: holds another corpus", "--force replaces it")
     for split in manifest["splits"]:
         try:
-            corpus = Corpus(opt.out / split)
+            corpus = IndexedDataset(opt.out / split)
             corpus.verify(manifest["tokenizer_size"])
             if corpus.tokenizer_problems():
                 raise BadInput(corpus.tokenizer_problems())
@@ -442,7 +442,10 @@ def by_tail(shares: dict[str, float]) -> Splitter:
 def _encode_batch(
     tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sequences: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Pieces of documents -> the arguments of Writer.append. last[k]: piece k ends its document. sequences: each is one."""
+    """Pieces of documents -> the arguments of IndexedDatasetWriter.append.
+
+    last[k]: piece k ends its document. sequences: each piece is a sequence.
+    """
     ids, lengths = tokenizer.encode_flat(pieces)
     ends = np.cumsum(lengths)
     if sequences:
@@ -457,7 +460,7 @@ class _Pipeline:
     """Reads ahead while batches are encoded, and writes them in the order they came in."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, writers: dict[str, Writer], append_eod: bool,
+        self, tokenizer: tokenizers.Tokenizer, writers: dict[str, IndexedDatasetWriter], append_eod: bool,
         cut: Callable[[str], list[str]] | None = None,
     ):  # fmt: skip
         """cut: a document into its sequences; None: it is one."""
@@ -525,7 +528,7 @@ def _encode(
     """Bring the state from where it is to `encoded`, saving it on the way."""
     dtype = tokenizers.token_dtype(tokenizer.size)
     names = ["train", *opt.shares] if None in source.parts else [part for part in source.parts if part]
-    writers = {name: Writer(partial / name, dtype, state["writers"].get(name)) for name in names}
+    writers = {name: IndexedDatasetWriter(partial / name, dtype, state["writers"].get(name)) for name in names}
     errors = Errors(opt.on_error, state["skipped"])
     pipeline = _Pipeline(tokenizer, writers, opt.append_eod, _cut(opt))
     progress = _Progress(source.total_bytes, state["bytes"])
@@ -592,7 +595,7 @@ def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.T
     splits = {}
     for name, counts in state["writers"].items():
         if not (partial / f"{name}.idx").exists():  # else interrupted behind it
-            Writer(partial / name, tokenizers.token_dtype(tokenizer.size), counts).finish()
+            IndexedDatasetWriter(partial / name, tokenizers.token_dtype(tokenizer.size), counts).finish()
         told = {"sentences": counts["sequences"]} if _cut(opt) else {}
         splits[name] = write_manifest(partial / name, facts | told)
     counted = ["tokens", "documents", *(["sentences"] if _cut(opt) else [])]

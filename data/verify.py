@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.data.indexed_dataset import Corpus, largest_id
+from common.data.indexed_dataset import IndexedDataset, largest_id
 from common.data.manifest import BLOCK
 from common.errors import BadInput, exit_cleanly
 
@@ -38,7 +38,7 @@ def corpora_in(given: str) -> list[str]:
     return found
 
 
-def problems_of(corpus: Corpus) -> list[str]:
+def problems_of(corpus: IndexedDataset) -> list[str]:
     """What differs from the manifest of a corpus that could be opened."""
     problems = [problem for suffix in ("bin", "idx") for problem in _file_problems(corpus, suffix)]
     if not problems:
@@ -48,7 +48,7 @@ def problems_of(corpus: Corpus) -> list[str]:
     return problems + corpus.tokenizer_problems()
 
 
-def _file_problems(corpus: Corpus, suffix: str) -> list[str]:
+def _file_problems(corpus: IndexedDataset, suffix: str) -> list[str]:
     path, expected = f"{corpus.prefix}.{suffix}", corpus.checksums(suffix)
     size, done, shown = os.path.getsize(path), 0, time.monotonic()
     digest, damaged = hashlib.sha256(), []
@@ -72,7 +72,7 @@ def _file_problems(corpus: Corpus, suffix: str) -> list[str]:
     return problems
 
 
-def _checked_by(corpus: Corpus) -> str:
+def _checked_by(corpus: IndexedDataset) -> str:
     if not corpus.manifest:
         return "index and ids sound; no manifest, so nothing to compare the contents with"
     return "whole: sha256" + (", checksums of blocks" if corpus.checksums("bin") is not None else "")
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems: list[str] = []
     for prefix in [prefix for given in parser.parse_args(argv).prefixes for prefix in corpora_in(given)]:
         try:
-            corpus = Corpus(prefix)
+            corpus = IndexedDataset(prefix)
             found = problems_of(corpus)
         except BadInput as error:
             found = error.problems

@@ -5,7 +5,7 @@
 Prints, as medians of RUNS measured in turn (the machine's drift hits both sides alike):
   steady        MB/s of data.build's pipeline, and of one bare `encode_batch_fast` over the same documents
   whole process seconds of `python -m data.text`, and of a script that loads the tokenizer and encodes the same files
-  reading       microseconds of `Stream.collate` for a batch of 8 x 257 tokens
+  reading       microseconds of `Samples.collate` for a batch of 8 x 257 tokens
 
 Goals: steady within 1.3 x, whole process within 1.5 x.
 """
@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import Writer
+from common.data.indexed_dataset import IndexedDatasetWriter
 from data.build import _Pipeline
 from data.sources import Errors, Files
-from recipes.gpt.pretraining_samples import Stream
+from recipes.gpt.pretraining_samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """
@@ -52,7 +52,7 @@ def in_turn(ours: Callable[[], object], bare: Callable[[], object], runs: int) -
 
 def steady(tokenizer: tokenizers.Tokenizer, texts: list[str], folder: Path, runs: int) -> tuple[float, float, float]:
     def pipeline() -> None:
-        writer = Writer(folder / "steady", tokenizers.token_dtype(tokenizer.size))
+        writer = IndexedDatasetWriter(folder / "steady", tokenizers.token_dtype(tokenizer.size))
         pipe = _Pipeline(tokenizer, {"train": writer}, append_eod=True)
         for text in texts:
             pipe.add("train", text)
@@ -74,7 +74,7 @@ def whole(source: list[str], paths: list[Path], tokenizer: Path, folder: Path, r
 
 def reading(prefix: Path, batches: int = 500) -> float:
     """Seconds a batch."""
-    stream = Stream(prefix, 256)
+    stream = Samples(prefix, 256)
     stream.collate(range(8))
     return seconds(lambda: [stream.collate(range(8 * k, 8 * k + 8)) for k in range(batches)]) / batches
 

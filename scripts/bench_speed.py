@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.launch import processes
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ Step = Callable[["torch.Tensor", "torch.Tensor"], float]  # inputs (B, T), targe
 def write_corpus(prefix: Path, tokens: int, vocab: int, document: int = 1000) -> None:
     """A synthetic corpus: few ids are frequent and most are rare, so that there is something to learn."""
     rng = np.random.default_rng(0)
-    writer = Writer(prefix, np.uint16 if vocab <= 2**16 else np.int32)
+    writer = IndexedDatasetWriter(prefix, np.uint16 if vocab <= 2**16 else np.int32)
     for _ in range(-(-tokens // document)):
         writer.add((rng.random(document) ** 4 * vocab).astype(np.int64))
     writer.finish()

@@ -33,7 +33,7 @@ import numpy as np
 from common import config as configs
 from common.checkpoints import run_record
 from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import processes
 from common.paths import ROOT
@@ -60,7 +60,7 @@ def write_sentences(prefix: Path, tokens: int, vocab: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = [*special, *(f"w{i}" for i in range(vocab - len(special)))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    writer = Writer(prefix, tokenizers.token_dtype(vocab))
+    writer = IndexedDatasetWriter(prefix, tokenizers.token_dtype(vocab))
     while writer.tokens < tokens:
         lengths = rng.integers(8, 40, 40)
         writer.add_sentences([5 + (rng.random(n) ** 4 * (vocab - 5)).astype(np.int64) for n in lengths])
@@ -81,7 +81,7 @@ def write_spans(prefix: Path, tokens: int, vocab: int) -> None:
     folder = prefix.with_name("tokenizer")
     tokenizers.Tokenizer(backend).save(folder)
     rng = np.random.default_rng(0)
-    writer = Writer(prefix, tokenizers.token_dtype(vocab))
+    writer = IndexedDatasetWriter(prefix, tokenizers.token_dtype(vocab))
     while writer.tokens < tokens:
         writer.add(len(special) + (rng.random(1000) ** 4 * words).astype(np.int64))
     writer.finish()

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from common import config
 from common.training import init, optim
 from recipes.gpt import task
-from recipes.gpt.pretraining_samples import Stream
+from recipes.gpt.pretraining_samples import Samples
 
 
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step: the whole global batch at once, fp32, dropout 0."""
     cfg = config.load(config_path, overrides, task.Config)
     data = cfg.data
-    stream = Stream(
+    stream = Samples(
         data.train, data.seq_len, pack=data.pack, seed=cfg.train.seed, eod_mask_loss=data.eod_mask_loss,
         reset_attention=data.reset_attention,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from conftest import ROOT, Drive, case, losses
 
 from common import preflight
 from common.checkpoints import checkpoint, run_record, state
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import launcher, lock
 from recipes.gpt import task
@@ -52,7 +52,7 @@ Try = Callable[..., Attempt]
 
 def corpus(prefix: Path, tokens: int = 4000, vocab: int = 128, seed: int = 0, manifest: bool = True, **facts: Any) -> None:
     """Random ids below `vocab` under `prefix`, in documents of 400."""
-    writer = Writer(prefix, np.uint16)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
     for document in np.random.default_rng(seed).integers(0, vocab, (tokens // 400, 400)):
         writer.add(document)
     writer.finish()

@@ -10,7 +10,7 @@ from conftest import case, losses
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
 from common.data import tokenizer
-from common.data.indexed_dataset import Corpus, Writer, write_manifest
+from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.data.manifest import checksum
 
 TEXT = """\
@@ -36,7 +36,7 @@ def home(place: Path, sentences: Path) -> Path:  # noqa: F811
 def documents(prefix: Path, lengths: list[int], tokens: int = 12) -> None:
     """A corpus of the same tokenizer, with documents of so many sentences."""
     facts = json.loads((prefix.parent / "train.json").read_text())
-    writer = Writer(prefix, np.uint16)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
     for count in lengths:
         writer.add_sentences([np.arange(100, 100 + tokens)] * count)
     writer.finish()
@@ -123,8 +123,8 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
     assert made.pad_id == made.size - 1
     new_id = np.argsort(np.array(order))
     for name in ("train", "valid"):
-        corpus = Corpus(home / f"words/{name}")
-        writer = Writer(moved / name, np.uint16)
+        corpus = IndexedDataset(home / f"words/{name}")
+        writer = IndexedDatasetWriter(moved / name, np.uint16)
         for first, end in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True):
             writer.add_sentences([new_id[corpus.flat[corpus.starts[s] : corpus.starts[s + 1]]] for s in range(first, end)])
         writer.finish()

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from common import config, preflight
 from common.data import batches, tokenizer
-from common.data.indexed_dataset import Corpus, Writer, write_manifest
+from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.layout import Layout
 from recipes.bert import samples, task
@@ -184,7 +184,7 @@ def test_short_samples(sentences):
 
 
 def test_chunks_hold_every_sentence_once(sentences):
-    corpus = Corpus(sentences / "train")
+    corpus = IndexedDataset(sentences / "train")
     for chunks, least in ((samples.pairs_of_sentences(corpus, 61), 2), (samples.whole_sentences(corpus, 62), 1)):
         first, end = chunks
         assert (end - first >= least).all() and (first[1:] == end[:-1]).all()
@@ -259,7 +259,7 @@ def test_counts_leave_padding_and_repeats_out(sentences):
 
 
 def write(prefix, documents, **facts):
-    writer = Writer(prefix, np.uint16)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
     for document in documents:
         writer.add_sentences([np.asarray(s) for s in document])
     writer.finish()

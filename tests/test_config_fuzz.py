@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from common import config, errors
 from common.checkpoints import run_record
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.launch import launcher
 from common.yaml_files import read_yaml, to_yaml
 from scripts import plan
@@ -124,7 +124,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("socket.getaddrinfo", _no_network)
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
-    writer = Writer(tmp_path / "corpus/train", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "corpus/train", np.uint16)
     for document in np.random.default_rng(0).integers(0, 128, (10, 400)):
         writer.add(document)
     writer.finish()

@@ -116,9 +116,9 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     net = AutoModelForCausalLM.from_pretrained(run / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     assert type(net).__name__ == ("GPT2LMHeadModel" if name == "tiny" else "LlamaForCausalLM")
-    from recipes.gpt.pretraining_samples import Stream
+    from recipes.gpt.pretraining_samples import Samples
 
-    stream = Stream(str(corpus / "valid"), 64, shuffle=False)
+    stream = Samples(str(corpus / "valid"), 64, shuffle=False)
     tokens = torch.from_numpy(stream.collate(range(16))["tokens"])
     with torch.no_grad():
         logits = net(tokens[:, :-1]).logits

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from common import preflight
 from common.data import batches, examples, indexed_dataset, manifest, sampler
 from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import Corpus, Writer, write_manifest
+from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.data.sampler import permute
 from common.errors import BadInput
 from recipes.gpt import task
-from recipes.gpt.pretraining_samples import Stream
+from recipes.gpt.pretraining_samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
@@ -44,7 +44,7 @@ def documents(source):
 
 
 def write(prefix, documents, dtype=np.uint16, manifest=True, **facts):
-    writer = Writer(prefix, dtype)
+    writer = IndexedDatasetWriter(prefix, dtype)
     for ids in documents:
         writer.add(ids)
     writer.finish()
@@ -89,12 +89,12 @@ def test_we_read_megatrons_and_write_the_same_bytes(megatron, documents, tmp_pat
     for ids in documents:
         builder.add_document(torch.from_numpy(ids), [len(ids)])
     builder.finalize(str(tmp_path / "theirs.idx"))
-    theirs = Corpus(tmp_path / "theirs")
+    theirs = IndexedDataset(tmp_path / "theirs")
     assert theirs.documents == len(documents) and theirs.tokens == sum(map(len, documents))
     assert all(np.array_equal(theirs.get(i), ids) for i, ids in enumerate(documents))
     assert np.array_equal(theirs.flat, np.concatenate(documents))
     assert theirs.manifest == {} and theirs.eod_id is None and theirs.max_token_id == max(map(max, documents))
-    ours = Corpus(write(tmp_path / "ours", documents, dtype))
+    ours = IndexedDataset(write(tmp_path / "ours", documents, dtype))
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
     assert ours.content_hash == theirs.content_hash  # from the manifest, and computed
@@ -107,7 +107,7 @@ def test_we_read_documents_of_several_sequences(megatron, documents, tmp_path):
     for ids in documents[:9]:
         builder.add_document(torch.from_numpy(ids), [1, len(ids) - 1])  # as BERT's sentences
     builder.finalize(str(tmp_path / "s.idx"))
-    corpus = Corpus(tmp_path / "s")
+    corpus = IndexedDataset(tmp_path / "s")
     assert corpus.documents == 9 and len(corpus.lengths) == 18
     assert all(np.array_equal(corpus.get(i), ids) for i, ids in enumerate(documents[:9]))
 
@@ -120,14 +120,14 @@ def sentences_of(documents):
 
 def read(prefix):
     """Documents of a corpus as lists of sentences."""
-    corpus = Corpus(prefix)
+    corpus = IndexedDataset(prefix)
     parts = [corpus.flat[a:b].tolist() for a, b in zip(corpus.starts[:-1], corpus.starts[1:], strict=True)]
     return [parts[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
 
 
 def test_megatron_reads_our_sentences(megatron, documents, tmp_path):
     told = sentences_of(documents)
-    writer = Writer(tmp_path / "s", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "s", np.uint16)
     for number, sentences in enumerate(told):
         empty = np.empty(0, np.uint16)
         writer.add_sentences([empty, *sentences, empty] if number % 5 == 0 else sentences)
@@ -136,7 +136,7 @@ def test_megatron_reads_our_sentences(megatron, documents, tmp_path):
             writer.add_sentences([])
     writer.finish()
     flat = [sentence.tolist() for sentences in told for sentence in sentences]
-    theirs, ours = megatron.IndexedDataset(str(tmp_path / "s")), Corpus(tmp_path / "s")
+    theirs, ours = megatron.IndexedDataset(str(tmp_path / "s")), IndexedDataset(tmp_path / "s")
     assert theirs.document_indices.tolist() == np.cumsum([0, *map(len, told)]).tolist()
     assert [theirs[i].tolist() for i in range(len(theirs))] == flat and min(theirs.sequence_lengths) > 0
     assert (ours.sentences, ours.documents, ours.has_sentence_bounds) == (len(flat), len(told), True)
@@ -149,14 +149,14 @@ def test_megatron_reads_our_sentences(megatron, documents, tmp_path):
 def test_one_sequence_a_document_is_the_plain_form(documents, prefix, tmp_path):
     """However they are told, and with the state of a version that knew no sentences."""
     ends = np.cumsum([len(ids) for ids in documents])
-    plain = Corpus(prefix)
+    plain = IndexedDataset(prefix)
     assert not plain.has_sentence_bounds and plain.sentences == plain.documents and "sentences" not in plain.manifest
-    writer = Writer(tmp_path / "a", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "a", np.uint16)
     writer.add_sentences([documents[0]])
     state = writer.sync()
     del state["sequences"]
     writer.close()
-    writer = Writer(tmp_path / "a", np.uint16, resume=state)
+    writer = IndexedDatasetWriter(tmp_path / "a", np.uint16, resume=state)
     writer.append(np.concatenate(documents[1:]), ends[1:] - ends[0], np.arange(1, len(ends)))
     writer.finish()
     for suffix in ("bin", "idx"):
@@ -170,13 +170,13 @@ def test_sentences_in_chunks_and_resumed_anywhere(tmp_path_factory, data):
     sizes = st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=8)
     told, folder = data.draw(sizes), tmp_path_factory.mktemp("resumed")
     cut = data.draw(st.integers(0, len(told)))
-    writer = Writer(folder / "s", np.uint16)
+    writer = IndexedDatasetWriter(folder / "s", np.uint16)
     for number, document in enumerate(told):
         if number == cut:
             state = json.loads(json.dumps(writer.sync()))
             writer.add_sentences([[9], [9, 9]])  # lost with the process
             writer.close()
-            writer = Writer(folder / "s", np.uint16, resume=state)
+            writer = IndexedDatasetWriter(folder / "s", np.uint16, resume=state)
         total, middle = sum(document), sum(document) // 2
         ends = np.cumsum(document, dtype=np.int64)
         early = ends[ends <= middle]
@@ -190,7 +190,7 @@ def test_sentences_in_chunks_and_resumed_anywhere(tmp_path_factory, data):
 def test_killed_inside_finish_sentences_go_on(documents, tmp_path):
     told = sentences_of(documents[:20])
     for name in ("whole", "killed"):
-        writer = Writer(tmp_path / name, np.uint16)
+        writer = IndexedDatasetWriter(tmp_path / name, np.uint16)
         for sentences in told:
             writer.add_sentences(sentences)
         state = writer.sync()
@@ -198,10 +198,10 @@ def test_killed_inside_finish_sentences_go_on(documents, tmp_path):
             writer.finish()
     writer.close()
     (tmp_path / "killed.bin.part").rename(tmp_path / "killed.bin")  # killed behind the first rename of `finish`
-    Writer(tmp_path / "killed", np.uint16, resume=state).finish()
+    IndexedDatasetWriter(tmp_path / "killed", np.uint16, resume=state).finish()
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"killed.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
-    writer = Writer(tmp_path / "open", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "open", np.uint16)
     writer.append(np.arange(3), [2, 3], [])
     with pytest.raises(ValueError, match="inside a document"):
         writer.sync()
@@ -217,7 +217,7 @@ def test_writing_in_chunks_and_resuming_gives_the_same_bytes(documents, tmp_path
     flat = np.concatenate(documents)
     ends = np.cumsum([len(ids) for ids in documents])
     middle = int(ends[len(ends) // 2])
-    writer = Writer(tmp_path / "parts", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "parts", np.uint16)
     for start in range(0, middle, 97):  # chunks that end inside documents
         stop = min(start + 97, middle)
         writer.append(flat[start:stop], ends[(ends > start) & (ends <= stop)] - start)
@@ -225,7 +225,7 @@ def test_writing_in_chunks_and_resuming_gives_the_same_bytes(documents, tmp_path
     writer.append(flat[middle : middle + 5], [])
     writer.close()  # killed here: what came after `sync` is dropped
     assert not (tmp_path / "parts.bin").exists() and not (tmp_path / "parts.idx").exists()
-    writer = Writer(tmp_path / "parts", np.uint16, resume=json.loads(json.dumps(state)))
+    writer = IndexedDatasetWriter(tmp_path / "parts", np.uint16, resume=json.loads(json.dumps(state)))
     writer.append(flat[middle:], ends[ends > middle] - middle)
     writer.finish()
     for suffix in ("bin", "idx"):
@@ -234,10 +234,10 @@ def test_writing_in_chunks_and_resuming_gives_the_same_bytes(documents, tmp_path
 
 
 def test_an_empty_corpus_is_readable(tmp_path):
-    corpus = Corpus(write(tmp_path / "empty", []))
+    corpus = IndexedDataset(write(tmp_path / "empty", []))
     assert (corpus.documents, corpus.tokens, corpus.max_token_id) == (0, 0, -1)
     with pytest.raises(BadInput, match="less than one sample"):
-        Stream(tmp_path / "empty", 8)
+        Samples(tmp_path / "empty", 8)
 
 
 def test_damaged_files_are_named(documents, tmp_path):
@@ -246,7 +246,7 @@ def test_damaged_files_are_named(documents, tmp_path):
 
     def complaint(prefix="a"):
         with pytest.raises(BadInput) as error:
-            Corpus(tmp_path / prefix).verify()
+            IndexedDataset(tmp_path / prefix).verify()
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -280,24 +280,24 @@ def test_damaged_files_are_named(documents, tmp_path):
 
 def test_swapped_files_of_one_size_are_found(documents, tmp_path):
     one, other = write(tmp_path / "a", documents), write(tmp_path / "b", [ids[::-1] for ids in documents])
-    assert Corpus(one).content_hash != Corpus(other).content_hash
-    Corpus(one).verify(500)
+    assert IndexedDataset(one).content_hash != IndexedDataset(other).content_hash
+    IndexedDataset(one).verify(500)
     (tmp_path / "b.bin").replace(tmp_path / "a.bin")
     with pytest.raises(BadInput, match=r"a\.bin is not the file"):
-        Corpus(one).verify()
+        IndexedDataset(one).verify()
 
 
 def test_an_id_the_model_does_not_know(documents, prefix, tmp_path):
     largest = int(max(map(max, documents)))
     bare = write(tmp_path / "bare", documents, manifest=False)
     for each in (prefix, bare):
-        Corpus(each).verify(largest + 1)
+        IndexedDataset(each).verify(largest + 1)
         with pytest.raises(BadInput, match=f"token id {largest}, the model knows ids below {largest:,}"):
-            Corpus(each).verify(largest)
+            IndexedDataset(each).verify(largest)
 
 
 def test_the_manifest_tells(documents, prefix):
-    corpus = Corpus(prefix)
+    corpus = IndexedDataset(prefix)
     assert corpus.manifest["documents"] == len(documents) and corpus.manifest["dtype"] == "uint16"
     assert corpus.tokenizer_dir.name == "tok" and corpus.tokenizer_hash == "h" and corpus.eod_id == EOD
     assert corpus.max_token_id == max(map(max, documents))
@@ -321,7 +321,7 @@ def everything(prefix):
     """All that a run reads of a corpus: rows, packed and by document, and what the manifest tells. BadInput where damaged."""
     found = []
     for pack in (True, False):
-        stream = Stream(prefix, 32, pack=pack, shuffle=False)
+        stream = Samples(prefix, 32, pack=pack, shuffle=False)
         stream.limit_ids(500, "data.train")
         found += [array.tobytes() for array in stream.collate(range(len(stream))).values()]
     corpus = stream.corpora[0]
@@ -379,7 +379,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     prefix = big(tmp_path / "a")
     bad = unsampled(prefix)[3]
     flip(tmp_path / "a.bin", 8 * (bad * manifest.BLOCK + 77))
-    stream = Stream(prefix, 256, shuffle=False)
+    stream = Samples(prefix, 256, shuffle=False)
     stream.verify()  # samples do not see it
     stream.limit_ids(500, "data.train")
     per_block = manifest.BLOCK // 2 // 256  # samples
@@ -393,12 +393,12 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     with pytest.raises(BadInput, match="block"), ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda k: stream.collate([k]), range((bad - 2) * per_block, (bad + 2) * per_block)))
     without_checksums(prefix)
-    old = Stream(prefix, 256, shuffle=False)
+    old = Samples(prefix, 256, shuffle=False)
     assert old.collate([bad * per_block])["tokens"].shape == (1, 257)  # read with what it has
     write_manifest(prefix, {})
     (tmp_path / "a.crc32").unlink()
     with pytest.raises(BadInput, match=r"a\.crc32: is missing beside .*a\.json"):
-        Corpus(prefix)
+        IndexedDataset(prefix)
 
 
 def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
@@ -408,7 +408,7 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
         prefix = write(tmp_path / name, documents, dtype)
         values = without_checksums(prefix)
         Path(f"{prefix}.json").write_text(json.dumps(values | {"max_token_id": 3}))
-        stream = Stream(prefix, 16, shuffle=False)
+        stream = Samples(prefix, 16, shuffle=False)
         stream.verify(500)
         stream.collate(range(3))  # no model is known yet
         stream.limit_ids(500, "data.valid")
@@ -418,8 +418,8 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
     documents[1][2] = -5
     prefix = write(tmp_path / "c", documents, np.int32, manifest=False)
     with pytest.raises(BadInput, match=r"c\.bin: holds token id -5"):
-        Corpus(prefix).verify(5000)
-    stream = Stream(prefix, 16)
+        IndexedDataset(prefix).verify(5000)
+    stream = Samples(prefix, 16)
     stream.limit_ids(5000, "data.train")
     with pytest.raises(BadInput, match="document 1 holds token id -5, .* damaged"):
         stream.collate(range(200))
@@ -549,11 +549,11 @@ def test_a_thousand_damaged_manifests(documents, tmp_path):
     (tmp_path / "a.idx").rename(tmp_path / "kept")
     os.symlink("/proc/self/mem", tmp_path / "a.idx")  # stands for a disk that fails
     with pytest.raises(BadInput, match=r"a: cannot be read \(Input/output error\)|a\.idx: "):
-        Corpus(prefix)
+        IndexedDataset(prefix)
     (tmp_path / "kept").replace(tmp_path / "a.idx")
     path.mkdir()
     with pytest.raises(BadInput, match=r"a\.json: is no file"):
-        Corpus(prefix)
+        IndexedDataset(prefix)
 
 
 def test_old_manifests_of_wrong_types(documents, tmp_path):
@@ -568,16 +568,16 @@ def test_old_manifests_of_wrong_types(documents, tmp_path):
         for value in given_:
             Path(f"{prefix}.json").write_text(json.dumps(values | {key: value}))
             with pytest.raises(BadInput, match=rf"a\.json.*{key}") as error:
-                Corpus(prefix)
+                IndexedDataset(prefix)
             assert "\n" not in str(error.value)
     Path(f"{prefix}.json").write_text(json.dumps(values))
-    assert Corpus(prefix).eod_id == EOD
+    assert IndexedDataset(prefix).eod_id == EOD
 
 
 def test_a_replaced_tokenizer_is_found(documents, tmp_path):
     one, other = (tokenizers.train_bpe([text], 300) for text in ("a b ab ab", "c d cd cd"))
     one.save(tmp_path / "tok")
-    corpus = Corpus(write(tmp_path / "a", documents, tokenizer_hash=one.hash))
+    corpus = IndexedDataset(write(tmp_path / "a", documents, tokenizer_hash=one.hash))
     assert corpus.tokenizer_problems() == []
     other.save(tmp_path / "tok")
     [line] = corpus.tokenizer_problems()
@@ -589,13 +589,13 @@ def test_a_replaced_tokenizer_is_found(documents, tmp_path):
 
 def test_a_large_index_opens_in_a_second(tmp_path):
     """2 million sequences, with checksums: the cost is in proportion, 10 million were 0.23 s and 0.11 s without."""
-    writer = Writer(tmp_path / "a", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "a", np.uint16)
     lengths = np.random.default_rng(0).integers(1, 4, 2_000_000)
     writer.append(np.ones(lengths.sum(), np.uint16), np.cumsum(lengths))
     writer.finish()
     write_manifest(tmp_path / "a", {})
     start = time.perf_counter()
-    assert Corpus(tmp_path / "a").documents == 2_000_000
+    assert IndexedDataset(tmp_path / "a").documents == 2_000_000
     assert time.perf_counter() - start < 1
 
 
@@ -668,30 +668,30 @@ def test_the_order_of_a_seed_never_changes():
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
-    stream = Stream(prefix, 64, pack=pack)
+    stream = Samples(prefix, 64, pack=pack)
     n = len(stream)
     everything = stream.samples(0, 3 * n)
     for epoch in range(3):
         assert sorted(j for _, j in everything[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert everything[:n] != everything[n : 2 * n] != sorted(everything[n : 2 * n])
-    again = Stream(prefix, 64, pack=pack)
+    again = Samples(prefix, 64, pack=pack)
     for first, count in ((0, 1), (n - 3, 7), (2 * n - 1, 2), (17, 40)):
         assert again.samples(first, count) == everything[first : first + count]
     numbers = np.random.default_rng(0).integers(0, 3 * n, 50)
     rows, one = again.collate(numbers), [stream.collate([k]) for k in numbers]
     assert np.array_equal(rows["tokens"], np.concatenate([r["tokens"] for r in one]))
-    assert Stream(prefix, 64, pack=pack, seed=1).samples(0, n) != everything[:n]
+    assert Samples(prefix, 64, pack=pack, seed=1).samples(0, n) != everything[:n]
 
 
 def test_the_order_is_the_same_in_another_process(prefix):
-    code = f"from recipes.gpt.pretraining_samples import Stream; print(Stream({prefix!r}, 64).samples(0, 50))"
+    code = f"from recipes.gpt.pretraining_samples import Samples; print(Samples({prefix!r}, 64).samples(0, 50))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.strip() == str(Stream(prefix, 64).samples(0, 50))
+    assert out.strip() == str(Samples(prefix, 64).samples(0, 50))
 
 
 def test_packed_rows(documents, prefix):
     flat, T = np.concatenate(documents), 64
-    stream = Stream(prefix, T, shuffle=False)
+    stream = Samples(prefix, T, shuffle=False)
     assert len(stream) == (len(flat) - 1) // T
     rows = stream.collate(range(len(stream)))
     assert rows.keys() == {"tokens", "loss_mask", "lengths"} and set(rows["lengths"]) == {T}
@@ -703,14 +703,14 @@ def test_packed_rows(documents, prefix):
 
 def test_one_document_a_row(documents, prefix):
     T = 32
-    stream = Stream(prefix, T, pack=False, shuffle=False)
+    stream = Samples(prefix, T, pack=False, shuffle=False)
     rows = stream.collate(range(len(stream)))
     assert len(stream) == len(documents) and min(map(len, documents)) < T + 1 < max(map(len, documents))
     for tokens, mask, ids in zip(rows["tokens"], rows["loss_mask"], documents, strict=True):
         real = ids[: T + 1]
         assert tokens.tolist() == real.tolist() + [EOD] * (T + 1 - len(real))
         assert mask.tolist() == [t + 1 < len(real) for t in range(T)]
-    padded = Stream(prefix, T, pack=False, shuffle=False, pad_id=7).collate(range(len(stream)))["tokens"]
+    padded = Samples(prefix, T, pack=False, shuffle=False, pad_id=7).collate(range(len(stream)))["tokens"]
     assert set(padded[:, 1:][~rows["loss_mask"]]) == {7}
 
 
@@ -729,7 +729,7 @@ def oracle(tokens, real):
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("T", [1, 50])
 def test_segments_positions_and_mask(documents, prefix, pack, T):
-    stream = Stream(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
+    stream = Samples(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
     rows = stream.collate(range(len(stream)))
     assert rows["segment"].dtype == np.int32 and rows["position"].dtype == np.int64
     for k, tokens in enumerate(rows["tokens"].tolist()):
@@ -743,7 +743,7 @@ def test_segments_positions_and_mask(documents, prefix, pack, T):
 
 
 def test_validation_is_file_order_without_end(prefix):
-    stream = Stream(prefix, 64, shuffle=False)
+    stream = Samples(prefix, 64, shuffle=False)
     assert stream.samples(0, len(stream)) == [(0, j) for j in range(len(stream))]
     for beyond in (len(stream), -1):
         with pytest.raises(IndexError):
@@ -755,7 +755,7 @@ def test_blend_proportions_and_epochs(documents, tmp_path):
     b = write(tmp_path / "b", documents[150:250])
     c = write(tmp_path / "c", documents[250:])
     weights = [0.5, 0.3, 0.2]
-    stream = Stream([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
+    stream = Samples([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
     which, index = stream.locate(range(25_000))
     seen = np.cumsum(which[:, None] == np.arange(3), axis=0)  # (samples, corpora)
     due = np.arange(1, len(which) + 1)[:, None] * np.array(weights)
@@ -770,18 +770,18 @@ def test_blend_proportions_and_epochs(documents, tmp_path):
 
 def test_a_blend_without_weights_goes_by_size(documents, tmp_path):
     a, b = write(tmp_path / "a", documents[:200]), write(tmp_path / "b", documents[200:250])
-    stream = Stream([a, b], 32)
+    stream = Samples([a, b], 32)
     which, _ = stream.locate(range(10_000))
     assert abs((which == 0).mean() - stream.sizes[0] / stream.sizes.sum()) < 1e-4
-    valid = Stream([a, b], 32, shuffle=False)
+    valid = Samples([a, b], 32, shuffle=False)
     assert valid.samples(0, len(valid)) == [(k, j) for k, n in enumerate(valid.sizes) for j in range(n)]
 
 
 def test_content_hash_of_a_stream(documents, prefix, tmp_path):
     copy = write(tmp_path / "elsewhere", documents)
-    assert Stream(copy, 64).content_hash == Stream(prefix, 64).content_hash
+    assert Samples(copy, 64).content_hash == Samples(prefix, 64).content_hash
     other = write(tmp_path / "other", documents[1:])
-    hashes = {Stream(data, 64).content_hash for data in (copy, other, [copy, other], [[1, copy], [2, other]])}
+    hashes = {Samples(data, 64).content_hash for data in (copy, other, [copy, other], [[1, copy], [2, other]])}
     assert len(hashes) == 4
 
 
@@ -802,9 +802,9 @@ def test_bad_streams(documents, prefix, tmp_path):
         ("no corpus at", [prefix, str(tmp_path / "nothing")], {}),
     ):
         with pytest.raises(BadInput, match=told) as error:
-            Stream(data, **{"seq_len": 64} | settings_)
+            Samples(data, **{"seq_len": 64} | settings_)
         assert "\n" not in str(error.value)
-    Stream(bare, 64, eod_mask_loss=True, eod_id=EOD)
+    Samples(bare, 64, eod_mask_loss=True, eod_id=EOD)
 
 
 def test_opening_is_light():

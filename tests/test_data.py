@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from common.data import indexed_dataset
 from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import Corpus
+from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
 from data import build, sentences, sources, verify, wiki_books
 from data.sources import Errors
@@ -74,7 +74,7 @@ def jsonl(speeches, tmp_path_factory):
 
 def texts(prefix, tokenizer):
     """The documents of a corpus as text, without their end."""
-    corpus = Corpus(prefix)
+    corpus = IndexedDataset(prefix)
     documents = [corpus.get(k).tolist() for k in range(corpus.documents)]
     if corpus.eod_id is not None:
         assert all(ids[-1] == corpus.eod_id and corpus.eod_id not in ids[:-1] for ids in documents)
@@ -84,7 +84,7 @@ def texts(prefix, tokenizer):
 
 def sentence_texts(prefix, tokenizer):
     """The documents of a corpus, each as the texts of its sentences."""
-    corpus = Corpus(prefix)
+    corpus = IndexedDataset(prefix)
     pairs = zip(corpus.starts[:-1], corpus.starts[1:], strict=True)
     found = [tokenizer.decode(corpus.flat[start:end]) for start, end in pairs]
     return [found[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
@@ -99,14 +99,14 @@ def contents(out):
 
 def test_tinyshakespeare_is_nanogpts(source, play, tmp_path, monkeypatch):
     make("tinyshakespeare", monkeypatch, tmp_path / "c", "--source", source / "tinyshakespeare")
-    train, valid = Corpus(tmp_path / "c" / "train"), Corpus(tmp_path / "c" / "valid")
+    train, valid = IndexedDataset(tmp_path / "c" / "train"), IndexedDataset(tmp_path / "c" / "valid")
     assert (train.tokens, valid.tokens, train.documents, train.eod_id) == (1_003_854, 111_540, 1, None)
     known = {character: i for i, character in enumerate(sorted(set(play)))}  # nanoGPT's prepare.py
     assert np.array_equal(train.flat, [known[c] for c in play[: int(len(play) * 0.9)]])
     assert np.array_equal(valid.flat, [known[c] for c in play[int(len(play) * 0.9) :]])
     gpt2 = source / "tokenizers" / "gpt2"
     make("tinyshakespeare", monkeypatch, tmp_path / "w", "--source", source / "tinyshakespeare", "--tokenizer", gpt2)
-    assert [Corpus(tmp_path / "w" / s).tokens for s in ("train", "valid")] == [301_966, 36_059]  # its readme.md
+    assert [IndexedDataset(tmp_path / "w" / s).tokens for s in ("train", "valid")] == [301_966, 36_059]  # its readme.md
 
 
 def test_documents_come_back_and_shares_hold(speeches, jsonl, words, tmp_path, monkeypatch):
@@ -117,12 +117,12 @@ def test_documents_come_back_and_shares_hold(speeches, jsonl, words, tmp_path, m
     assert sorted(sum(found.values(), [])) == sorted(speeches)
     assert [s for s in speeches if s in set(found["train"])] == found["train"]  # in the order of the source
     assert 0.08 < len(found["valid"]) / len(speeches) < 0.12 and 0.035 < len(found["test"]) / len(speeches) < 0.065
-    train, manifest = Corpus(out / "train"), json.loads((out / "manifest.json").read_text())
+    train, manifest = IndexedDataset(out / "train"), json.loads((out / "manifest.json").read_text())
     assert train.tokenizer_hash == tokenizer.hash == tokenizers.load(train.tokenizer_dir).hash
     assert (train.manifest["tokenizer_size"], train.manifest["eod_id"]) == (tokenizer.size, tokenizer.eod_id)
     assert manifest["splits"].keys() == found.keys() and manifest["documents"] == len(speeches)
     for split in found:
-        Corpus(out / split).verify(tokenizer.size)
+        IndexedDataset(out / split).verify(tokenizer.size)
 
 
 def test_a_document_stays_in_its_split(speeches, tmp_path):
@@ -175,7 +175,7 @@ def test_packed_files_and_folders_give_the_same_ids(speeches, jsonl, words, tmp_
     for name in (jsonl, tmp_path / "in", tmp_path / "b.jsonl.zst"):
         out = tmp_path / f"out{len(flats)}"
         make("text", monkeypatch, out, "--source", name, "--tokenizer", words)
-        flats.append(Corpus(out / "train").flat.tolist())
+        flats.append(IndexedDataset(out / "train").flat.tolist())
     assert flats[0] == flats[1] == flats[2]
     for packed, whole in ((".zst", b"".join(frames)), (".gz", gzip.compress(jsonl.read_bytes()))):
         damaged = tmp_path / f"damaged.jsonl{packed}"
@@ -204,14 +204,14 @@ def test_a_sentencepiece_of_the_text(speeches, jsonl, tmp_path, monkeypatch):
     make("text", monkeypatch, out, *args, "--vocab-size", 1000)
     tokenizer = tokenizers.load(out / "tokenizer")
     assert (tokenizer.kind, tokenizer.size, len(tokenizer.sentinels())) == ("unigram", 1000, 100)
-    assert Corpus(out / "train").eod_id == tokenizer.eod_id == 1
+    assert IndexedDataset(out / "train").eod_id == tokenizer.eod_id == 1
     found = sum((texts(out / split, tokenizer) for split in ("train", "valid")), [])
     assert sorted(found) == sorted(tokenizer.decode(tokenizer.encode(s)) for s in speeches)
     plain = {" ".join(s.split()) for s in speeches}  # an end of line is a blank to it
     assert sum(text in plain for text in found) > 0.95 * len(found)  # but for the rarest characters
     for split in ("train", "valid"):
-        Corpus(out / split).verify(tokenizer.size)
-        assert np.asarray(Corpus(out / split).flat).max() < tokenizer.sentinels().min()
+        IndexedDataset(out / split).verify(tokenizer.size)
+        assert np.asarray(IndexedDataset(out / split).flat).max() < tokenizer.sentinels().min()
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["request"]["tokenizer"] == "SentencePiece of 1000"
     with pytest.raises(BadInput, match="SentencePiece of 1000, is BPE of 1000"):
@@ -237,7 +237,7 @@ def test_pairs_are_two_sequences_each(translations, tmp_path, monkeypatch):
     make("pairs", monkeypatch, tmp_path / "out", *keys, "--prefix", "reverse: ", "--vocab-size", 160)
     tokenizer, back = tokenizers.load(tmp_path / "out/tokenizer"), []
     for split in ("train", "valid"):
-        corpus = Corpus(tmp_path / "out" / split)
+        corpus = IndexedDataset(tmp_path / "out" / split)
         assert (np.diff(corpus.bounds) == 2).all() and corpus.documents > 5
         back += [tokenizer.decode(corpus.flat[a:b].tolist()) for a, b in zip(corpus.starts, corpus.starts[1:], strict=False)]
     expected = [json.loads(line) for line in translations.read_text().splitlines()]
@@ -334,7 +334,7 @@ def test_sentences_of_documents(speeches, jsonl, tmp_path, monkeypatch, capsys):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["sentences"] == sum(map(len, told)) > manifest["documents"] == len(speeches)
     for split, documents in found.items():
-        corpus = Corpus(out / split)
+        corpus = IndexedDataset(out / split)
         assert corpus.eod_id is None and corpus.has_sentence_bounds
         counts = len(documents), sum(map(len, documents))
         assert (corpus.manifest["documents"], corpus.manifest["sentences"]) == counts
@@ -353,13 +353,13 @@ def test_a_corpus_without_sentences_asks_for_what_it_always_did(jsonl, words, tm
     assert manifest["request"].keys() == {
         "corpus", "source", "tokenizer", "shares", "split_by", "seed", "append_eod", "max_mb",
     }  # fmt: skip
-    assert "sentences" not in manifest | manifest["splits"]["train"] | Corpus(tmp_path / "out" / "train").manifest
+    assert "sentences" not in manifest | manifest["splits"]["train"] | IndexedDataset(tmp_path / "out" / "train").manifest
 
 
 def test_python_docs_in_sentences(tmp_path, monkeypatch):
     args = ("--max-mb", 1, "--vocab-size", 1024, "--sentences", "--tokenizer-type", "wordpiece")
     make("python_docs", monkeypatch, tmp_path / "out", *args)
-    corpus = Corpus(tmp_path / "out" / "train")
+    corpus = IndexedDataset(tmp_path / "out" / "train")
     assert corpus.manifest["tokenizer_size"] == 1024 and corpus.sentences > 20 * corpus.documents
     assert (np.asarray(corpus.flat) == 1).mean() < 0.001  # [UNK]
 
@@ -513,13 +513,13 @@ def dying(path, values):
 build.write_json = dying
 """
 AT_BATCH = """
-count, append = [0], build.Writer.append
+count, append = [0], build.IndexedDatasetWriter.append
 def dying(self, *args):
     count[0] += 1
     if count[0] == {at}:
         os._exit(9)
     append(self, *args)
-build.Writer.append = dying
+build.IndexedDatasetWriter.append = dying
 """
 AT_RENAME = """
 count, replace = [0], os.replace
@@ -562,7 +562,7 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(module, jsonl, tmp_p
     result = attempt(tmp_path / "killed", "")
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
-    assert Corpus(tmp_path / "killed" / "out" / "train").has_sentence_bounds == (module == "wiki_books")
+    assert IndexedDataset(tmp_path / "killed" / "out" / "train").has_sentence_bounds == (module == "wiki_books")
     assert not (tmp_path / "killed" / "out" / ".partial").exists()
     assert "already there" in attempt(tmp_path / "killed", "").stdout
 
@@ -579,7 +579,7 @@ def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, c
     assert contents(out) == before
     shares = ("--valid-share", 0, "--test-share", 0.3)
     make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares, "--force")
-    assert Corpus(out / "test").documents and not (out / "valid.bin").exists()  # nothing is left of the old one
+    assert IndexedDataset(out / "test").documents and not (out / "valid.bin").exists()  # nothing is left of the old one
     (out / "train.bin").write_bytes(bytes(len((out / "train.bin").read_bytes())))
     with pytest.raises(BadInput, match=r"train\.bin is not the file .*--force"):
         make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares)
@@ -721,7 +721,7 @@ def test_damaged_records_of_the_builder_are_one_line(jsonl, words, tmp_path, mon
         with pytest.raises(BadInput, match=r"progress\.json: not the state of an interrupted build"):
             make("text", monkeypatch, out, *args)
     make("text", monkeypatch, out, *args, "--force")
-    Corpus(out / "train").verify()
+    IndexedDataset(out / "train").verify()
 
 
 def test_verify_reads_everything(jsonl, words, tmp_path, monkeypatch, capsys):
@@ -784,7 +784,7 @@ def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path,
         made = {split: datasets.Dataset.from_dict({"text": texts_}) for split, texts_ in parts.items()}
         datasets.DatasetDict(made).save_to_disk(tmp_path / f"d{k}")
     make("tinyshakespeare", monkeypatch, tmp_path / "s", "--source", tmp_path / "t0.txt", tmp_path / "t1.txt")
-    assert Corpus(tmp_path / "s" / "train").documents == 2
+    assert IndexedDataset(tmp_path / "s" / "train").documents == 2
     make("c4", monkeypatch, tmp_path / "c", "--source", tmp_path / "d0", tmp_path / "d1", "--tokenizer", words)
     tokenizer = tokenizers.load(words)
     assert texts(tmp_path / "c" / "train", tokenizer) == [*speeches[:9], *speeches[10:19]]
@@ -861,7 +861,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(jsonl, words, tmp_pa
 
     assert "the same command continues" in complaint(run("text", *args, preexec_fn=small))
     assert run("text", *args).returncode == 0
-    Corpus(tmp_path / "out" / "train").verify()
+    IndexedDataset(tmp_path / "out" / "train").verify()
 
 
 def test_help_and_lean_start():

@@ -336,11 +336,11 @@ def test_kill_9_of_the_launcher_leaves_no_process(tmp_path: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A config of a few thousand parameters over a corpus of random ids."""
-    from common.data.indexed_dataset import Writer, write_manifest
+    from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 
     ids = np.random.default_rng(0).integers(0, 128, (2, 8, 400))
     for name, documents in zip(("train", "valid"), ids, strict=True):
-        writer = Writer(tmp_path / "corpus" / name, np.uint16)
+        writer = IndexedDatasetWriter(tmp_path / "corpus" / name, np.uint16)
         for document in documents:
             writer.add(document)
         writer.finish()

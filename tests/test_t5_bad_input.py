@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 
 TEXT = """\
 model: {arch: t5_v1_1, layers: 2, decoder_layers: 1, hidden: 32, heads: 2, ffn: 64}
@@ -33,7 +33,7 @@ def home(place: Path, spans: Path) -> Path:  # noqa: F811
 def of_sequences(prefix: Path, lengths: list[int]) -> None:
     """A corpus of the same tokenizer, whose documents are of so many sequences."""
     facts = json.loads((prefix.parent / "train.json").read_text())
-    writer = Writer(prefix, np.uint16)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
     for count in lengths:
         writer.add_sentences([np.arange(100, 112)] * count)
     writer.finish()

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 from common import config
 from common.data import tokenizer
-from common.data.indexed_dataset import Writer, write_manifest
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from recipes.t5 import samples, task
 
@@ -97,7 +97,7 @@ def test_prefix_cuts_the_text_in_two(spans, words):
 
 
 def pairs(prefix, words, documents):
-    writer = Writer(prefix, np.uint16)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
     for document in documents:
         writer.add_sentences([np.asarray(part) for part in document])
     writer.finish()

@@ -30,7 +30,7 @@ def for_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) ->
 def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
     """`dataset.collate`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor
     parallelism Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
-    (Corpus.read); this is the last line, for examples of finetuning and special tokens too."""
+    (IndexedDataset.read); this is the last line, for examples of finetuning and special tokens too."""
     rows = stream.collate(numbers)
     for name in ("tokens", "inputs", "targets") if stream.vocab_size is not None else ():
         if name in rows and rows[name].size:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.indexed_dataset import Corpus
-from common.data.sampler import _Pattern, epoch_key, permute
+from common.data.indexed_dataset import IndexedDataset
+from common.data.sampler import BlendPattern, epoch_key, permute
 from common.errors import BadInput
 
 Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
 """A prefix, a list of prefixes, or a list of [weight, prefix]."""
 
 
-class Order:
+class BlendedDataset:
     """The samples of one or several corpora, numbered 0, 1, 2, ... over all steps of a run: sample k of step s is
     s * global_batch + k. A family says by `_samples_in` and `collate` what a sample is.
 
@@ -36,7 +36,7 @@ class Order:
 
     def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
-        self.corpora = [Corpus(prefix) for prefix in prefixes]
+        self.corpora = [IndexedDataset(prefix) for prefix in prefixes]
         self.vocab_size: int | None = None  # of the model, once `limit_ids` says it
         self.seed, self.shuffle = seed, shuffle
         self._one_tokenizer()
@@ -45,12 +45,12 @@ class Order:
             raise BadInput(f"data {data!r}: weights have no meaning in file order (validation); give prefixes")
         self.given_weights = weights
         self.weights = [float(n) for n in self.sizes] if weights is None else weights
-        self._pattern = _Pattern(self.weights) if shuffle and len(prefixes) > 1 else None
+        self._pattern = BlendPattern(self.weights) if shuffle and len(prefixes) > 1 else None
         if self._pattern is not None and not self._pattern.counts.all():
             lost = prefixes[int(self._pattern.counts.argmin())]
             raise BadInput(f"{lost}: under 1/{self._pattern.length:,} of the blend; raise its weight or leave it out")
 
-    def _samples_in(self, corpus: Corpus) -> int:
+    def _samples_in(self, corpus: IndexedDataset) -> int:
         """How many samples a corpus has; BadInput if none."""
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ class Order:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def limit_ids(self, vocab_size: int | None, key: str) -> None:
-        """`Corpus.limit_ids` of each corpus."""
+        """`IndexedDataset.limit_ids` of each corpus."""
         self.vocab_size = vocab_size
         for corpus in self.corpora:
             corpus.limit_ids(vocab_size, key)
@@ -85,7 +85,7 @@ class Order:
         return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
 
     def verify(self, vocab_size: int | None = None) -> None:
-        """`Corpus.verify` of each corpus."""
+        """`IndexedDataset.verify` of each corpus."""
         for corpus in self.corpora:
             corpus.verify(vocab_size)
 

@@ -32,11 +32,12 @@ FILES = (".bin", ".idx", ".crc32", ".json")
 """Endings of the files of a corpus."""
 
 
-class Writer:
+class IndexedDatasetWriter:
     """Writes PREFIX.bin and PREFIX.idx under temporary names, which `finish` renames: half a corpus never looks whole.
 
-    A document is one sequence, or several where `append` is told so (BERT: a sentence is a sequence). `sync` returns a
-    state; `Writer(prefix, dtype, resume=state)` continues from it after an interruption, dropping what was written later.
+    A document is one sequence, or several where `append` gets `documents` (BERT: a sentence is a sequence). `sync` returns a
+    state; `IndexedDatasetWriter(prefix, dtype, resume=state)` continues from it after an interruption and drops what was
+    written later.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.generic], resume: dict[str, int] | None = None):
@@ -161,7 +162,7 @@ class Writer:
         Path(self.prefix + ".bounds.part").unlink(missing_ok=True)
 
 
-class Corpus:
+class IndexedDataset:
     """A corpus, read through a memory map. Opening it reads the index whole (10 million sequences: 0.3 s), and no ids.
 
     documents, tokens: counts. lengths: tokens of each sequence, int32. bounds: (documents + 1,) number of the first sequence
@@ -462,7 +463,7 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     prefix = str(prefix)
     for suffix in (".json", ".crc32"):
         Path(prefix + suffix).unlink(missing_ok=True)
-    corpus = Corpus(prefix)
+    corpus = IndexedDataset(prefix)
     manifest = (
         {
             "tokens": corpus.tokens,
@@ -482,7 +483,7 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def largest_id(corpus: Corpus, chunk: int = 2**24) -> int:
+def largest_id(corpus: IndexedDataset, chunk: int = 2**24) -> int:
     """The largest id, -1 when there is none. BadInput for one below 0."""
     largest = -1
     for start in range(0, corpus.tokens, chunk):

@@ -49,7 +49,7 @@ def epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
     return _mix(_mix(start + _GOLDEN * corpus.astype(np.uint64)) ^ (epoch.astype(np.uint64) * _GOLDEN))
 
 
-class _Pattern:
+class BlendPattern:
     """Which corpus sample i of a blend comes from: a cycle of `length`, in which each corpus has its exact share.
 
     The next place goes to the corpus that lags its share most, so every prefix is close to the shares too.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
 from common.launch import heartbeat, lock
-from common.training.init import hashed
+from common.seeding import derive_seed
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> in
     import torch
 
     heartbeat.beat(f"micro batch {micro_batch + 1}")
-    value = hashed("dropout", seed, step, micro_batch, dp_rank)
+    value = derive_seed("dropout", seed, step, micro_batch, dp_rank)
     torch.manual_seed(value)
     return value
 

@@ -1,23 +1,18 @@
 """Law 4: a parameter's first value depends on (seed, its Hugging Face name, its full shape) alone."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.checkpoints import integrity
 from common.errors import BadInput
+from common.seeding import derive_seed
 
 if TYPE_CHECKING:
     import torch
 
 Shape = Sequence[int]
 Source = Callable[[str, Shape], "torch.Tensor"]  # (Hugging Face name, full shape) -> fp32 tensor on the CPU
-
-
-def hashed(*parts: object) -> int:
-    """A 63-bit seed from whatever identifies a random stream."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
 def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
@@ -30,7 +25,7 @@ def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
             return torch.zeros(*shape)
         if kind == "ones":
             return torch.ones(*shape)
-        generator = torch.Generator().manual_seed(hashed("init", seed, name, tuple(shape)))
+        generator = torch.Generator().manual_seed(derive_seed("init", seed, name, tuple(shape)))
         return torch.empty(*shape).normal_(0.0, kind, generator=generator)
 
     return draw

@@ -20,7 +20,7 @@ from common.config import Config, NonEmpty, Positive, Section, Share
 from common.huggingface.export import write_tensors
 from common.launch.processes import Ranks
 from common.preflight import Run
-from common.training import init
+from common.seeding import derive_seed
 
 if TYPE_CHECKING:
     import peft
@@ -108,7 +108,7 @@ def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
 
     if ".lora_B." in name:
         return torch.zeros(*shape)
-    generator = torch.Generator().manual_seed(init.hashed("init", seed, name, tuple(shape)))
+    generator = torch.Generator().manual_seed(derive_seed("init", seed, name, tuple(shape)))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, Order
-from common.data.indexed_dataset import Corpus
+from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.indexed_dataset import IndexedDataset
 from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
-from common.training.init import hashed
+from common.seeding import derive_seed
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # words of one masked piece, at most
 RUN = 64  # without pairs: documents are laid end to end in runs of about so many samples
@@ -48,7 +48,7 @@ def special_ids(tokenizer: Tokenizer, name: str) -> Special:
     return Special(**found, continues=tokenizer.continues(), ordinary=ordinary)
 
 
-class Samples(Order):
+class Samples(BlendedDataset):
     """Samples of one or two segments with masked tokens.
 
     pair: 'nsp', 'sop' or 'none' (full sentences, across documents). masking: 'token', 'whole_word' or 'ngram'.
@@ -69,7 +69,7 @@ class Samples(Order):
 
     # ---- which sentences
 
-    def _samples_in(self, corpus: Corpus) -> int:
+    def _samples_in(self, corpus: IndexedDataset) -> int:
         if not corpus.has_sentence_bounds:
             raise BadInput(
                 f"{corpus.prefix}: holds no bounds of sentences (one sequence a document); build it again with --sentences"
@@ -82,7 +82,7 @@ class Samples(Order):
         self._chunks[corpus.prefix] = first, end
         return len(first)
 
-    def _pairs(self, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, corpus: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
         single = int((np.diff(corpus.bounds) < 2).sum())
         why = f"a pair needs two sentences of one document (objective.pair={self.pair})"
         instead = "give longer documents, or objective.pair=none"
@@ -114,11 +114,11 @@ class Samples(Order):
         if self.pair != "none":
             out |= {"pair_label": np.empty(len(index), np.int64), "pair_mask": np.ones(len(index), bool)}
         for row, (number, c, j) in enumerate(zip(numbers, corpus.tolist(), index.tolist(), strict=True)):
-            rng = np.random.Generator(np.random.Philox(key=hashed("bert", self.seed, int(number))))
+            rng = np.random.Generator(np.random.Philox(key=derive_seed("bert", self.seed, int(number))))
             self._fill(out, row, self.corpora[c], j, rng)
         return out
 
-    def _fill(self, out: dict[str, np.ndarray], row: int, corpus: Corpus, j: int, rng: np.random.Generator) -> None:
+    def _fill(self, out: dict[str, np.ndarray], row: int, corpus: IndexedDataset, j: int, rng: np.random.Generator) -> None:
         s = self.special
         chunk = tuple(int(bound[j]) for bound in self._chunks[corpus.prefix])
         if self.pair == "none":
@@ -144,14 +144,16 @@ class Samples(Order):
             return self.room
         return 2 + int(rng.random() * (self.room - 1))
 
-    def _single(self, corpus: Corpus, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
+    def _single(self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
         """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the room."""
         inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
         starts = corpus.starts
         ids = corpus.read(starts[first], starts[end]).astype(np.int64)
         return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
 
-    def _two(self, corpus: Corpus, first: int, end: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
+    def _two(
+        self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """Segment A, segment B, label. As many sentences of the chunk as reach the length, cut in two at a random one."""
         starts, target = corpus.starts, self._length(rng)
         enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))
@@ -166,7 +168,7 @@ class Samples(Order):
             b = self._stranger(corpus, first, max(1, min(target - len(a), len(b))), rng)
         return *shorten(a, b, self.room, rng), int(changed)
 
-    def _stranger(self, corpus: Corpus, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
+    def _stranger(self, corpus: IndexedDataset, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
         """From a random sentence of another document on, whole sentences that reach `tokens`; all of it if it is shorter."""
         mine = int(np.searchsorted(corpus.bounds, first, "right")) - 1
         other = int(rng.random() * (corpus.documents - 1))
@@ -218,7 +220,7 @@ class Samples(Order):
         return np.where(how < 0.8, self.special.mask, np.where(how < 0.9, others, ids))
 
 
-def pairs_of_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
+def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of at least two sentences within one document: first sentence and the one behind the last, (chunks,) int64.
 
     As many sentences as reach `room` tokens, so that pairs are cut to it: what is short ends its document or was asked to
@@ -230,7 +232,7 @@ def pairs_of_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarra
     return _walk(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
 
 
-def whole_sentences(corpus: Corpus, room: int) -> tuple[np.ndarray, np.ndarray]:
+def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of the sentences that fit `room` tokens, across documents, a bound between two of which takes one more."""
     bounds = corpus.bounds
     sentences = np.arange(len(corpus.starts))

@@ -122,10 +122,10 @@ class Config(config.Config):
 def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
-    from common.data.indexed_dataset import Corpus
+    from common.data.indexed_dataset import IndexedDataset
     from common.paths import find, first_prefix
 
-    corpus = Corpus(first_prefix(data))
+    corpus = IndexedDataset(first_prefix(data))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
     if folder is None:
         raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, Order
-from common.data.indexed_dataset import Corpus
+from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
 
 
-class Stream(Order):
+class Samples(BlendedDataset):
     """Samples of running text, for models that predict the next token.
 
     seq_len: T, tokens predicted in a sample.
@@ -22,7 +22,7 @@ class Stream(Order):
     reset_attention: rows carry `segment` and `position` too.
     eod_id: only for corpora without a manifest.
 
-    BadInput besides Order's: a corpus shorter than a sample, a missing end of document id.
+    BadInput besides BlendedDataset's: a corpus shorter than a sample, a missing end of document id.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Stream(Order):
                 _must_end_in(corpus, eod_id)
         return eod_id
 
-    def _samples_in(self, corpus: Corpus) -> int:
+    def _samples_in(self, corpus: IndexedDataset) -> int:
         samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
         if samples < 1:
             raise BadInput(
@@ -94,7 +94,7 @@ class Stream(Order):
             out["segment"], out["position"] = self._segments(tokens, lengths)
         return out
 
-    def _ids(self, corpus: Corpus, j: int) -> np.ndarray:
+    def _ids(self, corpus: IndexedDataset, j: int) -> np.ndarray:
         if not self.pack:
             return corpus.get(j, self.seq_len + 1)
         return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
@@ -108,7 +108,7 @@ class Stream(Order):
         return np.cumsum(begins, axis=1, dtype=np.int32), places - start
 
 
-def _must_end_in(corpus: Corpus, eod_id: int, documents: int = 100) -> None:
+def _must_end_in(corpus: IndexedDataset, eod_id: int, documents: int = 100) -> None:
     """BadInput unless the first documents end in this id (Megatron's tool writes it with --append-eod alone)."""
     for number in range(min(documents, corpus.documents)):
         ids = corpus.get(number)

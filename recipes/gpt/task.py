@@ -17,7 +17,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.training.loss import cross_entropy
 
-from .pretraining_samples import Stream
+from .pretraining_samples import Samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,12 +125,12 @@ class Config(config.Config):
     data: Data
 
 
-def dataset(cfg: Config, data: str | list, shuffle: bool) -> Stream:
+def dataset(cfg: Config, data: str | list, shuffle: bool) -> Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     d = cfg.data
     masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
     eod_id = _eod_id(d.tokenizer) if d.tokenizer and any(masks.values()) else None
-    return Stream(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
+    return Samples(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
 
 
 def _eod_id(given: str) -> int | None:

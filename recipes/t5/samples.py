@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, Order
-from common.data.indexed_dataset import Corpus
+from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
-from common.training.init import hashed
+from common.seeding import derive_seed
 
 
 def counts_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def too_short(objective: Any, data: Any) -> list[str]:
     ]
 
 
-class Samples(Order):
+class Samples(BlendedDataset):
     """kind: 'span' or 'prefix'. pack: True: documents end to end, cut every `raw` tokens. False: a document a sample.
 
     sentinels: their ids in order of use. BadInput for corpora without a sample, or a sample that needs more sentinels.
@@ -87,7 +87,7 @@ class Samples(Order):
             )
         super().__init__(data, seed=seed, shuffle=shuffle)
 
-    def _samples_in(self, corpus: Corpus) -> int:
+    def _samples_in(self, corpus: IndexedDataset) -> int:
         if corpus.has_sentence_bounds:
             if (np.diff(corpus.bounds) != 2).any():
                 raise BadInput(
@@ -120,14 +120,14 @@ class Samples(Order):
             "lengths": lengths.sum(1),
         }  # fmt: skip
 
-    def _sample(self, corpus: Corpus, j: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, corpus: IndexedDataset, j: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         if corpus.has_sentence_bounds:
             first, middle, end = corpus.starts[2 * j : 2 * j + 3]
             source = corpus.read(first, min(middle, first + self.seq_len - 1))
             target = corpus.read(middle, min(end, middle + self.target_len - 1))
             return self._ended(source), self._ended(target)
         ids = corpus.read(j * self.raw, (j + 1) * self.raw) if self.pack else corpus.get(j, self.raw)
-        rng = np.random.Generator(np.random.Philox(key=hashed("t5", self.seed, number)))
+        rng = np.random.Generator(np.random.Philox(key=derive_seed("t5", self.seed, number)))
         return self._spans(ids, rng) if self.kind == "span" else self._prefix(ids, rng)
 
     def _ended(self, ids: np.ndarray) -> np.ndarray:
