@@ -40,8 +40,16 @@ def _path(value: str) -> str:
 FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
+def _line(value: str) -> str:
+    """One line that can be printed."""
+    if not value.isprintable():
+        raise ValueError("must be one line without control characters")
+    return value
+
+
 def _corpus_command(value: str) -> str:
     """`python -m data.NAME FOLDER [options]`, as one types it."""
+    _line(value)
     try:
         words = shlex.split(value)
     except ValueError as error:
@@ -149,7 +157,7 @@ class Quickstart(Section):
     """For scripts/quickstart.sh: the command that makes its corpus, and the text that its exports continue."""
 
     corpus: Annotated[str, AfterValidator(_corpus_command)]  # python -m data.NAME FOLDER [options]
-    prompt: str = ""  # for scripts/generate.py
+    prompt: Annotated[str, AfterValidator(_line)] = ""  # for scripts/generate.py
 
     @property
     def corpus_words(self) -> list[str]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to one loss curve on three stacks: plain accelerate, DeepSpeed and Megatron Core. No GPU is needed.
+# From a fresh clone to one loss curve on all stacks of a recipe: plain accelerate, DeepSpeed, Megatron Core. No GPU is needed.
 #   bash scripts/quickstart.sh [FAMILY] [--source PATH ...] [--steps N] [--out DIR]
-# FAMILY    a folder of recipes/ that has configs/quickstart.yaml (default: gpt)
-# --source  text files or folders to train on, instead of Python's own library and reference texts
+# FAMILY    a folder of recipes/ that has configs/quickstart.yaml (default: gpt), whose `quickstart` section has the corpus
+# --source  text files or folders to train on, instead of the texts that the corpus command of the config reads
 # --steps   optimizer steps (default: the config's)
 # --out     where the runs go (default: out/quickstart/FAMILY); the same command again continues them
 # NPROC     processes (default: one a GPU, else 2)
@@ -63,7 +63,13 @@ out=${out:-out/quickstart/$family}
 
 # ---- how each stage is run
 
-total=7 stage=0 child='' stopped=''
+stacks=()
+for name in baseline deepspeed megatron; do
+  if [[ -f recipes/$family/$name/pretrain.sh ]]; then stacks+=("$name"); fi
+done
+((${#stacks[@]})) || fail "recipes/$family has no stack: no baseline, deepspeed or megatron folder with a pretrain.sh"
+
+total=$((4 + ${#stacks[@]})) stage=0 child='' stopped=''
 say() { # WHAT THE STAGE DOES
   stage=$((stage + 1))
   printf '\n[%d/%d %3ds] %s\n' "$stage" "$total" "$SECONDS" "$*"
@@ -113,7 +119,25 @@ python=.venv/bin/python
 export PYTHONPATH=$root PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 
 gpus=$("$python" -c 'import os; from common.launch.launcher import visible_gpus; print(visible_gpus(os.environ))')
-batch=$("$python" -c 'import sys; from common.config import read_yaml; print(read_yaml(sys.argv[1])["train"]["global_batch"])' "$config")
+settings=$("$python" - "$config" "$family" <<'PYTHON'
+import sys
+from common import config
+from common.errors import BadInput, exit_cleanly
+from common.preflight import task_module
+
+def main():
+    path, family = sys.argv[1:]
+    cfg = config.load(path, [], task_module(family, {}).Config)
+    if cfg.quickstart is None:
+        raise BadInput(f"{path}: has no quickstart section; give quickstart.corpus, the command that makes its corpus")
+    print(cfg.train.global_batch, cfg.last_step, cfg.quickstart.prompt, *cfg.quickstart.corpus_words, sep="\n")
+
+exit_cleanly(main)
+PYTHON
+) || exit
+mapfile -t settings <<<"$settings"
+batch=${settings[0]} last_step=${settings[1]} prompt=${settings[2]} module=${settings[3]} corpus=${settings[4]}
+how=("${settings[@]:5}") # the options of the corpus command
 if [[ -z ${NPROC:-} ]]; then
   NPROC=$((gpus ? gpus : 2))
   while ((batch % NPROC || NPROC > 1 && NPROC % 2)); do NPROC=$((NPROC - 1)); done # the batch is shared out evenly
@@ -131,48 +155,32 @@ layout() { # STACK: what of the config's layout, which is for 2 processes, is to
 
 # ---- 2
 
-how=()
-case $family in # MODULE of data/ and how it is told, FOLDER under corpora/, and what the exports continue or fill in
-  gpt) module=python_docs corpus=corpora/python prompt='def __init__(self' ;;
-  bert)
-    module=python_docs corpus=corpora/python_sentences how=(--sentences --tokenizer-type wordpiece)
-    prompt='def __init__ ( [MASK], value ) : [MASK]. value = value'
-    ;;
-  t5)
-    module=python_docs corpus=corpora/python_sentencepiece how=(--tokenizer-type sentencepiece)
-    prompt='def __init__(<extra_id_0>, value): <extra_id_1>.value = value'
-    ;;
-  *) fail "$family: its corpus is not known to this script (scripts/quickstart.sh, stage 2)" ;;
-esac
-text="Python's own library and reference texts" from=() changed=()
+text="by python -m $module" from=() changed=()
 if ((${#sources[@]})); then
-  id=$(printf '%s\n' "${sources[@]}" | cksum)
-  [[ $family == gpt ]] || id=${id%% *}_$family
+  id=$(printf '%s\n' "${sources[@]}" "$module" "${how[@]}" | cksum) # another tokenizer makes another corpus
   corpus=corpora/$(basename -- "${sources[0]}" | tr -c '[:alnum:]\n' _)_${id%% *}
-  text="${#sources[@]} of your own" from=(--source "${sources[@]}") prompt=''
+  text="${#sources[@]} of your own texts" from=(--source "${sources[@]}") prompt=''
   changed=("data.train=$corpus/train" "data.valid=$corpus/valid")
 fi
 if [[ $steps ]]; then changed+=("train.steps=$steps"); fi
 mkdir -p -- "$out" || fail "$out: cannot be made; choose another folder by --out DIR"
 
 say "corpus: $text, tokenized into $corpus"
-run "$out/corpus.log" "$python" -m "data.$module" "$corpus" "${how[@]}" "${from[@]}" ||
-  fail "the corpus could not be made (above); to make it anew, remove $corpus"
+run "$out/corpus.log" "$python" -m "$module" "$corpus" "${how[@]}" "${from[@]}" ||
+  fail "the corpus could not be made (above); to make it again, remove $corpus"
 
-# ---- 3, 4, 5
+# ---- a stage for each stack
 
 finished() { # STACK: is the last step exported?
-  local last
-  last=$("$python" -c 'import sys; from common.config import read_yaml; print(read_yaml(sys.argv[1])["train"]["steps"])' "$config")
-  grep -qs "\"step\": ${steps:-$last}," "$out/$1/hf/twinstack.json"
+  grep -qs "\"step\": ${steps:-$last_step}," "$out/$1/hf/twinstack.json"
 }
 
 pretrain() { # STACK: validated first, in a second, then trained
-  local command code=0 told
+  local command code=0 errors
   read -ra command <<<"$(layout "$1")"
   command=(env "NPROC=$NPROC" bash "recipes/$family/$1/pretrain.sh" "$config" "$out/$1" "${changed[@]}" "${command[@]}")
-  told=$("${command[@]}" --dry-run 2>&1 >/dev/null) ||
-    fail "${told#error: }" "$1 was not started; another folder for the runs is chosen by --out DIR"
+  errors=$("${command[@]}" --dry-run 2>&1 >/dev/null) ||
+    fail "${errors#error: }" "$1 was not started; another folder for the runs is chosen by --out DIR"
   if finished "$1"; then
     echo "already there: $out/$1"
     return
@@ -185,18 +193,28 @@ pretrain() { # STACK: validated first, in a second, then trained
 }
 
 on="$NPROC process$( ((NPROC > 1)) && echo es || true), $( ((gpus)) && echo "one a GPU" || echo "on the CPU")"
-say "baseline: plain data parallelism with accelerate, $on"
-pretrain baseline
-say "deepspeed: the same weights and samples with DeepSpeed ZeRO-1, $on"
-pretrain deepspeed
-say "megatron: the same with Megatron Core, tensor and sequence parallel on an even number of processes, $on"
-pretrain megatron
+declare -A about=(
+  [baseline]="plain data parallelism with accelerate"
+  [deepspeed]="DeepSpeed ZeRO"
+  [megatron]="Megatron Core, tensor and sequence parallel on an even number of processes"
+)
+runs=()
+for stack in "${stacks[@]}"; do
+  say "$stack: ${about[$stack]}, $on"
+  pretrain "$stack"
+  runs+=("$out/$stack")
+done
 
-# ---- 6, 7
+# ---- the last two
 
-runs=("$out/baseline" "$out/deepspeed" "$out/megatron")
-say "sample: each export goes on from '$prompt' (or fills it in) with plain transformers, same seed"
+say "sample: each export continues '$prompt' (or fills in what it leaves open) with plain transformers, same seed"
 run "$out/samples.txt" "$python" -m scripts.generate "${runs[@]/%//hf}" --prompt "$prompt" --tokens 60
-say "compare: each export evaluated on the held-out text with plain transformers in one process; table and picture"
-"$python" -m scripts.compare "${runs[@]}" --out "$out"
+if ((${#runs[@]} > 1)); then
+  say "compare: each export evaluated on the held-out text with plain transformers in one process; table and picture"
+  "$python" -m scripts.compare "${runs[@]}" --out "$out"
+else
+  say "compare: there is one stack; its export evaluated on the held-out text with plain transformers, and its curve"
+  "$python" -m scripts.heldout "${runs[@]}"
+  "$python" -m scripts.plot "${runs[@]}" --out "$out/curves.png"
+fi
 printf '\n%s\n' "done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Next: README.md, or $out/curves.png"

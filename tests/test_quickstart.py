@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-STACKS = ("baseline", "deepspeed", "megatron")
+from common import config, families
+from common.errors import BadInput
+from common.preflight import task_module
+
+FAMILIES = [name for name in families.names() if (ROOT / "recipes" / name / "configs/quickstart.yaml").is_file()]
+FIRST = "gpt" if "gpt" in FAMILIES else FAMILIES[0]  # the script's default
 
 
 def quickstart(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -42,7 +47,7 @@ def training(run: Path) -> dict[int, float]:
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "no such family": (["gtp"], "FAMILY can be: bert gpt"),
+    "no such family": (["gtp"], f"FAMILY can be: {' '.join(FAMILIES)}"),
     "two families": (["gpt", "bert"], "two families, gpt and bert"),
     "no such source": (["--source", "/nowhere/at/all"], "/nowhere/at/all: no such file or folder"),
     "source without a path": (["--source", "--steps", "3"], "--source needs a file or folder"),
@@ -68,7 +73,7 @@ def test_help_names_every_option() -> None:
 # ---- all stages, small -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["gpt", "bert"])
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=[] if f == FIRST else pytest.mark.slow) for f in FAMILIES])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str], str]]:
     """A quickstart of 4 steps on 300 kB of text: its OUT, its arguments and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
@@ -84,25 +89,30 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     shutil.rmtree(ROOT / made[1])
 
 
+def stacks_of(small: tuple[Path, list[str], str]) -> list[str]:
+    return families.stacks(small[1][0])
+
+
 def test_every_stage_says_what_it_does(small: tuple[Path, list[str], str]) -> None:
     told = small[2]
-    stages = re.findall(r"^\[(\d)/7 +\d+s\] (\w+): .+", told, re.M)
-    assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *STACKS, "sample", "compare"], 1)]
-    assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", told, re.M)) == 3
-    assert len(re.findall(r"^step +1/4 ", told, re.M)) == 3, "progress is on the screen"
+    stacks = stacks_of(small)
+    stages = re.findall(rf"^\[(\d)/{4 + len(stacks)} +\d+s\] (\w+): .+", told, re.M)
+    assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *stacks, "sample", "compare"], 1)]
+    assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", told, re.M)) == len(stacks)
+    assert len(re.findall(r"^step +1/4 ", told, re.M)) == len(stacks), "progress is on the screen"
 
 
 def test_three_runs_are_one_curve_and_their_exports_reach_it(small: tuple[Path, list[str], str]) -> None:
     out = small[0]
-    first = training(out / "baseline")
+    first = training(out / stacks_of(small)[0])
     assert list(first) == [1, 2, 3, 4]
-    for stack in STACKS:
+    for stack in stacks_of(small):
         run = out / stack
         assert max(abs(loss - first[step]) for step, loss in training(run).items()) <= 1e-5, stack
         (valid,) = [line for line in metrics(run) if "valid_loss" in line]
         held_out = json.loads((run / "hf/heldout.json").read_text(encoding="utf-8"))
         assert abs(held_out["loss"] - valid["valid_loss"]) <= 1e-5 and held_out["tokens"] == valid["valid_tokens"]
-    system = yaml.safe_load((out / "megatron/config.yaml").read_text(encoding="utf-8"))["megatron"]
+    system = yaml.safe_load((out / stacks_of(small)[-1] / "config.yaml").read_text(encoding="utf-8"))["megatron"]
     assert (system["tp"], system["sequence_parallel"], system["distributed_optimizer"]) == (2, True, True)
 
 
@@ -110,21 +120,22 @@ def test_table_picture_and_samples(small: tuple[Path, list[str], str]) -> None:
     out, _, told = small
     table = (out / "table.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[2:]] == [f"| {stack}" for stack in STACKS]
-    assert "megatron tp=2 sp dist-opt, 2 processes" in table and "deepspeed zero=1, 2 processes" in table
+    assert [row[0] for row in rows[2:]] == [f"| {stack}" for stack in stacks_of(small)]
+    layouts = {"megatron": "megatron tp=2 sp dist-opt, 2 processes", "deepspeed": "deepspeed zero=1, 2 processes"}
+    assert all(layouts.get(stack, stack) in table for stack in stacks_of(small))
     assert "Another experiment" not in table and "does not reach" not in table
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     samples = told.partition("[6/7")[2].partition("[7/7")[0]
-    assert all(f"---- {out / stack / 'hf'}" in samples for stack in STACKS)
+    assert all(f"---- {out / stack / 'hf'}" in samples for stack in stacks_of(small))
 
 
 def test_a_rerun_returns_at_once_with_the_same_table(small: tuple[Path, list[str], str]) -> None:
     out, arguments, _ = small
-    before = (out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in STACKS]
+    before = (out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in stacks_of(small)]
     done = quickstart(*arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("already there: ") == 4  # the corpus and three runs
-    assert ((out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in STACKS]) == before
+    assert done.stdout.count("already there: ") == 1 + len(stacks_of(small))  # the corpus and the runs
+    assert ((out / "table.md").read_text(encoding="utf-8"), [metrics(out / stack) for stack in stacks_of(small)]) == before
 
 
 def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str], str], tmp_path: Path) -> None:
@@ -135,7 +146,38 @@ def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str]
     shutil.rmtree(ROOT / made[1])
     assert done.returncode == 2
     assert "holds another run" in done.stderr and "--out DIR" in done.stderr
-    assert training(small[0] / "baseline").keys() == {1, 2, 3, 4}
+    assert training(small[0] / stacks_of(small)[0]).keys() == {1, 2, 3, 4}
+
+
+# ---- the corpus command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_corpus_is_that_of_the_config(family: str) -> None:
+    path = ROOT / "recipes" / family / "configs/quickstart.yaml"
+    cfg = config.load(path, [], task_module(family, {}).Config)
+    module, folder, *_ = cfg.quickstart.corpus_words
+    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+    assert (cfg.data.train, cfg.data.valid) == (f"{folder}/train", f"{folder}/valid")
+    assert not any(key.startswith("quickstart") for key in config.science(cfg))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{}", "quickstart.corpus: is missing"),
+        ("{corpus: make corpora/x}", "must be a command that makes a corpus: python -m data.NAME FOLDER"),
+        ("{corpus: python -m data.text}", "must be a command that makes a corpus"),
+        ("{corpus: python -m data.text --source x}", "must be a command that makes a corpus"),
+        ("{corpus: python -m data.text 'x}", "is not a command: No closing quotation"),
+        ('{corpus: python -m data.text x, prompt: "a\\nb"}', "must be one line without control characters"),
+    ],
+)
+def test_another_corpus_command_is_refused(value: str, message: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        path = ROOT / "recipes" / FIRST / "configs/quickstart.yaml"
+        config.load(path, [f"quickstart={value}"], task_module(FIRST, {}).Config)
+    assert len(refused.value.problems) == 1 and message in refused.value.problems[0]
 
 
 # ---- whole -----------------------------------------------------------------------------------------------------------
@@ -145,7 +187,11 @@ def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str]
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("family", "first_above", "last_below", "apart"),
-    [("gpt", 8.0, 5.0, 1e-3), ("bert", 8.5, 7.5, 5e-3), ("t5", 8.0, 5.0, 5e-3)],  # apart: rounding, grown over all steps
+    [  # apart: rounding, grown over all steps
+        values
+        for values in (("gpt", 8.0, 5.0, 1e-3), ("bert", 8.5, 7.5, 5e-3), ("t5", 8.0, 5.0, 5e-3))
+        if values[0] in FAMILIES
+    ],
 )
 def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, last_below: float, apart: float) -> None:
     """As a user runs it; its runs are held to what recipes/FAMILY/README.md says of them."""
@@ -154,8 +200,9 @@ def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, l
     seconds = time.monotonic() - start
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     print(f"{seconds:.0f} s")
-    first = training(tmp_path / "out/baseline")
-    for stack in STACKS:
+    stacks = families.stacks(family)
+    first = training(tmp_path / "out" / stacks[0])
+    for stack in stacks:
         losses = training(tmp_path / "out" / stack)
         assert max(abs(losses[step] - first[step]) for step in first) <= apart, stack
         assert max(abs(losses[step] - first[step]) for step in range(1, 21)) <= 1e-5, stack
@@ -176,12 +223,13 @@ def test_a_signal_is_passed_on_and_the_rerun_continues(tmp_path: Path) -> None:
     rest = process.stdout.read()
     assert process.wait() == 143, rest
     assert "the same command continues" in rest
-    (saved,) = (p for p in (tmp_path / "baseline").glob("step_*"))
-    done = training(tmp_path / "baseline")
+    run = tmp_path / families.stacks(FIRST)[0]
+    (saved,) = run.glob("step_*")
+    done = training(run)
     assert max(done) == int(saved.name[5:]) < 12
     again = quickstart("--steps", "12", "--out", tmp_path)
     assert again.returncode == 0, again.stderr
-    assert {k: v for k, v in training(tmp_path / "baseline").items() if k in done} == done
+    assert {k: v for k, v in training(run).items() if k in done} == done
 
 
 # ---- compare, on runs made by hand -----------------------------------------------------------------------------------
