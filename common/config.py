@@ -10,9 +10,9 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -79,9 +79,20 @@ def _blend(value: Any) -> str | list:
 
 
 class Section(BaseModel):
-    """Values as written: unknown keys and silent conversions ('4' for 4) are errors."""
+    """The keys of one section. Unknown keys and silent conversions ('4' for 4) are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    renamed: ClassVar[dict[str, str]] = {}  # keys of earlier versions -> their names now
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        """The keys that a continued run may change: they do not make it another run."""
+        return set()
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        """The keys that a phase may change."""
+        return set()
 
 
 class Data(Section):
@@ -91,6 +102,14 @@ class Data(Section):
     valid: FilePath | None = None
     seq_len: Positive  # tokens of a sample
     tokenizer: FilePath | None = None  # folder; default: the one that the corpus was made with
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return {"train", "valid", "tokenizer"}  # paths: their contents are compared
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return {"seq_len"}
 
     @property
     def sample_tokens(self) -> int:
@@ -124,6 +143,10 @@ class Optim(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0: no clipping
 
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return cls.model_fields.keys() - {"optimizer"}
+
 
 class Train(Section):
     steps: Positive  # optimizer steps in all
@@ -137,6 +160,14 @@ class Train(Section):
     # Seconds without progress of any rank (a micro batch, a parameter read or written) after which the launcher names the rank
     # and ends the run; 0: never. Below the 10 minutes after which NCCL by default ends every rank and names none.
     hang_seconds: Count = 540
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return cls.model_fields.keys() - {"global_batch", "dtype", "seed"}
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return {"steps", "global_batch"}
 
 
 class Init(Section):
@@ -159,18 +190,34 @@ class Quickstart(Section):
     corpus: Annotated[str, AfterValidator(_corpus_command)]  # python -m data.NAME FOLDER [options]
     prompt: Annotated[str, AfterValidator(_line)] = ""  # for scripts/generate.py
 
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
+
     @property
     def corpus_words(self) -> list[str]:
         """[data.NAME, FOLDER, options ...]"""
         return shlex.split(self.corpus)[2:]
 
 
-class Baseline(Section):
+class System(Section):
+    """The settings of one stack. None of them changes the loss."""
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
+
+
+class Baseline(System):
     micro_batch: Positive = 1
     recompute: bool = False
 
 
-class DeepSpeed(Section):
+class DeepSpeed(System):
     micro_batch: Positive = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     tp: Positive = 1
@@ -179,7 +226,7 @@ class DeepSpeed(Section):
     extra: dict[str, Any] = {}  # merged last into ds_config: the keys of common/stacks/extra.py; not for published rows
 
 
-class Megatron(Section):
+class Megatron(System):
     micro_batch: Positive = 1
     tp: Positive = 1
     pp: Positive = 1
@@ -222,21 +269,44 @@ class Config(Section):
         return self.phases[-1]["train.steps"] if self.phases else self.train.steps
 
 
-# What a continued run may change without becoming another run. Paths under `data` are compared by content, not by name.
-MAY_CHANGE_ON_RESUME = {
-    "train": {"steps", "eval_every", "eval_samples", "save_every", "keep", "hang_seconds"},
-    "data": {"train", "valid", "tokenizer"},
-    "task": {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size", "answers", "max_new_tokens"},
-    "expect": ..., "quickstart": ..., "baseline": ..., "deepspeed": ..., "megatron": ...,
-}  # fmt: skip
+def sections(schema: type[Config]) -> dict[str, type[Section]]:
+    """The sections of a family's config by name, those that may be left out included; not `expect` and `phases`."""
+    found: dict[str, type[Section]] = {}
+    for name, field in schema.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section) and get_origin(field.annotation) is not dict:
+                found[field.alias or name] = kind
+    return found
 
 
-def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
-    """Read, override and validate; BadInput carries every problem, one line each, that this module can see.
+def name_now(key: str, schema: type[Config]) -> str:
+    """objective.mask_share, of an earlier version -> objective.masked_lm_prob. Any other key as it is."""
+    section, dot, name = key.partition(".")
+    kind = sections(schema).get(section)
+    return f"{section}{dot}{kind.renamed.get(name, name)}" if kind else key
 
-    schema: the family's, `task.Config`.
+
+def under_names_now(values: dict[str, Any], schema: type[Config]) -> dict[str, Any]:
+    """The values of a config.yaml, or the hyperparameters of a state.json, of an earlier version, under the keys' names now."""
+    values = {name_now(key, schema): value for key, value in values.items()}
+    for section, kind in sections(schema).items():
+        if isinstance(values.get(section), dict):
+            values[section] = {kind.renamed.get(key, key): value for key, value in values[section].items()}
+    phases = values.get("phases")
+    if isinstance(phases, list):
+        values["phases"] = [
+            {name_now(key, schema): value for key, value in phase.items()} if isinstance(phase, dict) else phase
+            for phase in phases
+        ]
+    return values
+
+
+def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C], recorded: bool = False) -> C:
+    """Read a config, apply the overrides and validate it. BadInput carries all problems that this module can see, one per line.
+
+    schema: the family's, `task.Config`. recorded: of a config.yaml in OUT, which an earlier version may have written.
     """
-    values = read_yaml(path)
+    values = under_names_now(read_yaml(path), schema) if recorded else read_yaml(path)
     problems = apply_overrides(values, overrides)
     if values.get("phases") is None:
         values.pop("phases", None)
@@ -345,9 +415,10 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
         yield f"optim.begin_step={cfg.optim.begin_step}: the first schedule begins at 0; it is for a later phase"
     for number, changes in enumerate(cfg.phases):
         where = f"phases[{number}]"
-        bad = [key for key in changes if not key.startswith(PHASE_KEYS) or key == "optim.optimizer"]
+        bad = [key for key in changes if _is_fixed(key, type(cfg))]
         if bad:
-            yield f"{where}: {bad[0]} does not change within a run; a phase may give {', '.join(PHASE_KEYS)} keys"
+            allowed = ", ".join(_phase_keys(type(cfg)))
+            yield f"{where}: {shortened(bad[0])} cannot change within a run; a phase may give {allowed}"
         steps = changes.get("train.steps")
         if not isinstance(steps, int) or steps <= ends:
             yield f"{where}: train.steps={written(steps)}: must be given, the step at which it ends, above {ends}"
@@ -375,10 +446,24 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
             yield f"{where}: data.seq_len changes; give model.positions, which all phases share"
 
 
-PHASE_KEYS = (
-    "data.seq_len", "data.target_len", "optim.", "train.steps", "train.global_batch", "objective.", "baseline.", "deepspeed.",
-    "megatron.",
-)  # fmt: skip
+def _phase_keys(schema: type[Config]) -> list[str]:
+    """['data.seq_len', 'optim.*', ...]: what a phase may change; `*` where most keys of a section are allowed."""
+    names: list[str] = []
+    for section, kind in sections(schema).items():
+        keys = [key for key in kind.model_fields if key in kind.phase_keys()]
+        names += [f"{section}.*"] if len(keys) > len(kind.model_fields) // 2 else [f"{section}.{key}" for key in keys]
+    return names
+
+
+def _is_fixed(key: str, schema: type[Config]) -> bool:
+    """Must a phase not change this key? An unknown key of a section that phases may change is left to the schema."""
+    section, _, names = key.partition(".")
+    kind, name = sections(schema).get(section), names.partition(".")[0]
+    return kind is None or not kind.phase_keys() or name in kind.model_fields.keys() - kind.phase_keys()
+
+
+def _is_called(key: str, now: str, value: Any) -> str:
+    return f"{shortened(key)}: this key is called {now} now; give {now}={written(value)}"
 
 
 def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
@@ -424,11 +509,14 @@ def _known_keys(loc: Sequence[str], schema: type[BaseModel]) -> list[str]:
     return [f.alias or n for n, f in getattr(node, "model_fields", {}).items()]
 
 
-def _explain(error: Any, schema: type[BaseModel]) -> str:
-    *sections, last = _names(error)
-    name = ".".join(shortened(part) for part in [*sections, last])
+def _explain(error: Any, schema: type[Config]) -> str:
+    *parents, last = _names(error)
+    name = ".".join(shortened(part) for part in [*parents, last])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(sections, schema)
+        now = name_now(".".join([*parents, last]), schema)
+        if now != ".".join([*parents, last]):
+            return _is_called(name, now, error.get("input"))
+        known = _known_keys(parents, schema)
         close = difflib.get_close_matches(last, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(known)}"
@@ -436,7 +524,7 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if error["type"] == "model_type":
-        message = f"should be a section: {', '.join(_known_keys([*sections, last], schema))}"
+        message = f"should be a section: {', '.join(_known_keys([*parents, last], schema))}"
     return f"{name}={written(error.get('input'))}: {message}"
 
 
@@ -457,12 +545,12 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hyperparameters(cfg: Config) -> dict[str, Any]:
-    """{'optim.lr': 6e-4, ...}: the keys that a continued run may not change."""
+    """{'optim.lr': 6e-4, ...}: the values that a continued run may not change."""
+    kinds = sections(type(cfg))
     keep = {}
     for key, value in flat(cfg.dump()).items():
         section, _, name = key.partition(".")
-        free = MAY_CHANGE_ON_RESUME.get(section, ())
-        if free is not ... and name not in free:
+        if section != "expect" and not (section in kinds and name in kinds[section].resume_keys()):
             keep[key] = value
     keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
     if cfg.phases:  # where one phase gives way to the next decides the loss; only where the last one ends does not
@@ -473,7 +561,7 @@ def hyperparameters(cfg: Config) -> dict[str, Any]:
 
 def recorded[C: Config](path: Path, schema: type[C]) -> C:
     """The config that a run has written to OUT. BadInput if it is not YAML, ValidationError if it is not such a config."""
-    return schema.model_validate(read_yaml(path))
+    return schema.model_validate(under_names_now(read_yaml(path), schema))
 
 
 def write_yaml(cfg: Config, path: str | Path) -> None:

@@ -330,7 +330,8 @@ def _other_run(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list
 
 def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
     """Can this run go on from that checkpoint?"""
-    ours, theirs = config.hyperparameters(cfg), resume.meta.get("science") or config.hyperparameters(cfg)
+    ours = config.hyperparameters(cfg)
+    theirs = config.under_names_now(resume.hyperparameters, type(cfg)) or ours
     if resume.meta.get("stack") == "huggingface":  # imported: only its shapes are given
         apart = ("model.dropout", "model.init_std")
         ours = {k: ours.get(k) for k in theirs if k not in apart}

@@ -193,7 +193,7 @@ def finetuning(out: Path) -> list[Finetuned]:
     if "task" not in values:
         return []
     # Its own `expect` says nothing here, and may have names of an earlier version
-    cfg = config.load(out / "config.yaml", ["expect={}"], task_module(facts["family"], values).Config)
+    cfg = config.load(out / "config.yaml", ["expect={}"], task_module(facts["family"], values).Config, recorded=True)
     return [Finetuned(out, cfg, facts.get("init") or {})]
 
 
@@ -221,7 +221,7 @@ def judge(run: Path, claim: Claim, stack: str, finetuned: Sequence[Finetuned] = 
         return []
     facts, name = facts_of(run), claim.path.stem
     schema = task_module(claim.family, read_yaml(run / "config.yaml")).Config
-    ours = config.load(run / "config.yaml", ["expect={}"], schema)  # of its own, which may have names of an earlier version
+    ours = config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)
     try:
         if (facts["family"], config_name(facts), facts["stack"]) != (claim.family, name, stack):
             raise NotEvidence(f"its run.json says {facts['config']} of {facts['family']} on {facts['stack']}")

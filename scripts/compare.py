@@ -84,7 +84,7 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not isinstance(facts.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
     values = read_yaml(run / "config.yaml")
-    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
+    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config, recorded=True)
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     if not steps:

@@ -63,7 +63,7 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     if "task" in values:
         name = values["task"].get("name") if isinstance(values["task"], dict) else "TASK"
         raise BadInput(f"{run}: was finetuned on {name}; its scores are in eval.json: python -m scripts.evaluate {run} {name}")
-    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config)
+    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config, recorded=True)
     export = run / "hf"
     if not (export / "config.json").is_file():
         raise BadInput(f"{export}: no export there; finish the run: the same pretrain.sh command again")

@@ -232,13 +232,13 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a li
     # phases
     ("phases=[{train.steps: 4}]", ["phases[0]: train.steps=4: must be given, the step at which it ends, above 4"]),
     ("phases=[{data.seq_len: 16}]", ["phases[0]: train.steps=null: must be given, the step at which it ends, above 4"]),
-    ("phases=[{train.steps: 8, model.layers: 2}]", ["phases[0]: model.layers does not change within a run; a phase may"]),
+    ("phases=[{train.steps: 8, model.layers: 2}]", ["phases[0]: model.layers cannot change within a run; a phase may"]),
     ("phases=[{train.steps: 8, optim.lrr: 1.0}]", ["phases[0]: optim.lrr: unknown key; did you mean 'lr'?"]),
     ("phases=[{train.steps: 8, data.seq_len: 64}]", ["phases[0]: data.seq_len changes; give model.positions"]),
     ("phases=[{train.steps: 8, optim.begin_step: 4}]", ["phases[0]: optim.begin_step begins a schedule; give its optim.deca"]),
     ("phases=3", ["phases=3: should be a valid list"]),
     ("phases=[{train.steps: 8, optim.lr.x: 3}]", ["phases[0]: optim.lr.x: lr is a value, not a section"]),
-    ("phases=[{train.steps: 8, optim.optimizer: lamb}]", ["phases[0]: optim.optimizer does not change within a run"]),
+    ("phases=[{train.steps: 8, optim.optimizer: lamb}]", ["phases[0]: optim.optimizer cannot change within a run"]),
     (
         "phases=[{train.steps: 8, optim.begin_step: 5, optim.decay_steps: 4}]",
         ["phases[0]: optim.begin_step=5 is above 4, the step after which it begins"],
@@ -750,7 +750,7 @@ RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("facts cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
     ("facts of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
     (
-        "checkpoint of another model", _edit_state(4, science={"model.hidden": 128}),
+        "checkpoint of another model", _edit_state(4, hyperparameters={"model.hidden": 128}),
         "out/step_4 holds another run: model.hidden was 128, is 64",
     ),
 ]  # fmt: skip

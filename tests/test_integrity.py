@@ -33,7 +33,8 @@ CFG = config.load(ROOT / "recipes/gpt/configs/tiny.yaml", ["model.vocab_size=512
 CFG = CFG.model_copy(update={"model": CFG.model.resolve(CFG, None)})
 META = {
     "step": 4, "samples": 32, "seed": 1234, "stack": "baseline", "layout": {"world": 1, "dp": 1}, "dtype": "fp32",
-    "science": {"model.hidden": 64, "optim.lr": 0.001, "data.train": ["a", "b"], "phases": []}, "commit": "0123456789ab",
+    "hyperparameters": {"model.hidden": 64, "optim.lr": 0.001, "data.train": ["a", "b"], "phases": []},
+    "commit": "0123456789ab",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_one_curve_through_all_phases(out):
         assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
         assert [ours[s]["lr"] for s in ours] == [expected[s]["lr"] for s in expected]
     state = json.loads((out / "megatron/step_10/state.json").read_text())
-    assert (state["samples"], state["science"]["train.steps"]) == (64, 4)
+    assert (state["samples"], state["hyperparameters"]["train.steps"]) == (64, 4)
 
 
 def test_one_command_goes_through_all_phases_and_exports_once(out, settings, tmp_path):

@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
     """A finished step_N on disk."""
 
     path: Path
-    meta: dict[str, Any]  # step, samples, seed, stack, layout, science, files: {name: {bytes, crc32, shape}}; crc32 of these
+    meta: dict[str, Any]  # step, samples, seed, stack, layout, hyperparameters, files: {name: {bytes, crc32, shape}}, crc32
 
     @property
     def step(self) -> int:
@@ -68,6 +68,11 @@ class Checkpoint(NamedTuple):
                     f"{self.path} to continue from the step before, or begin in another OUT with a lower optim.lr"
                 )
         return read
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the run that wrote it, {section.key: value}, under the names that the keys had then."""
+        return _hyperparameters(self.meta)
 
     def names(self) -> list[str]:
         return list(self.meta["files"])
@@ -222,6 +227,10 @@ def _open(path: Path) -> Checkpoint | str:
     return Checkpoint(path, meta)
 
 
+def _hyperparameters(meta: dict[str, Any]) -> Any:
+    return meta.get("hyperparameters", meta.get("science", {}))  # `science`: the key of earlier versions
+
+
 def _is_meta(meta: dict[str, Any]) -> bool:
     """Are the values of a state.json of the types that its readers take for granted?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
@@ -235,6 +244,6 @@ def _is_meta(meta: dict[str, Any]) -> bool:
         and not any(os.sep in name for name in files)
         and isinstance(layout, dict)
         and is_count(layout.get("world"))
-        and isinstance(meta.get("science", {}), dict)
+        and isinstance(_hyperparameters(meta), dict)
         and isinstance(meta.get("stack", ""), str)
     )

@@ -68,7 +68,7 @@ def meta(run: Run, step: int) -> dict[str, Any]:
     """What state.json says beside its files."""
     return {
         "step": step, "samples": run.samples(step).stop, "seed": run.cfg.train.seed, "stack": run.stack,
-        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "science": config.hyperparameters(run.whole),
+        "layout": run.layout.model_dump(), "dtype": run.cfg.train.dtype, "hyperparameters": config.hyperparameters(run.whole),
         "commit": run.record["commit"],
     }  # fmt: skip
 

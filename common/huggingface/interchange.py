@@ -48,7 +48,7 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
         print(f"{folder}: the weights that from-hf put into {run}")
         return
     task = task_module(task.FAMILY, read_yaml(run / "config.yaml"))  # of finetuning too
-    cfg = config.load(run / "config.yaml", [], task.Config)
+    cfg = config.load(run / "config.yaml", [], task.Config, recorded=True)
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
@@ -77,7 +77,7 @@ def _imported_model(run: Path, task: ModuleType) -> Any:
 def _same_model(model: Any, last: checkpoint.Checkpoint, path: Path) -> None:
     """BadInput where a `model` section is not the one that the checkpoint recorded, under its checksum: keys such as norm_eps
     show in no shape."""
-    recorded = last.meta.get("science", {})
+    recorded = last.hyperparameters
     given = {f"model.{key}": config.written(value) for key, value in model.model_dump(by_alias=True).items()}
     wrong = [
         f"{path}: says {key}={value}, {last.path / 'state.json'} {key}={config.written(recorded[key])}; restore {path.name}"
@@ -119,8 +119,8 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
 
     processes.quiet()
     processes.start()
-    science = {f"model.{key}": value for key, value in model.model_dump().items()}
-    meta = {"step": 0, "samples": 0, "stack": "huggingface", "science": science}
+    hyperparameters = {f"model.{key}": value for key, value in model.model_dump().items()}
+    meta = {"step": 0, "samples": 0, "stack": "huggingface", "hyperparameters": hyperparameters}
     with lock.held(out):
         _check_new(out)
         try:

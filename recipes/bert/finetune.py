@@ -6,7 +6,7 @@ A task module as task.py is: what it leaves out it has from there; kinds.py has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,6 +113,10 @@ class Task(Section):
     stride: Positive = 128  # squad: tokens by which the window moves over a context
     question_len: Positive = 64  # squad: tokens of a question; more are cut
     null_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # squad2: no answer above it
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return {"data", "patience"}
 
 
 class Config(config.Config):

@@ -8,9 +8,9 @@ Shapes: B samples, T positions, H hidden, V vocabulary, N masked positions of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -111,6 +111,12 @@ class Objective(Section):
     masking: Literal["token", "whole_word", "ngram"] = "token"  # samples.py: what is masked together
     masked_lm_prob: Annotated[float, Field(gt=0, lt=1)] = MASK_SHARE
     short_seq_prob: Share = 0.1  # of the samples: any length from 2 tokens on
+
+    renamed: ClassVar[dict[str, str]] = {"mask_share": "masked_lm_prob", "short_share": "short_seq_prob"}
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
 
 
 class Config(config.Config):

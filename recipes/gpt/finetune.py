@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import model_validator
@@ -94,6 +94,12 @@ class Task(Section):
     patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
     answers: Count = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
     max_new_tokens: Positive = 128  # of such an answer at most
+
+    renamed: ClassVar[dict[str, str]] = {"answer_tokens": "max_new_tokens"}
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return {"data", "patience", "answers", "max_new_tokens"}
 
 
 class Config(config.Config):

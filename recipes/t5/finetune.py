@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -68,6 +69,10 @@ class Data(config.Data):
     seq_len: Positive = 512  # longer inputs are cut, and so are ...
     target_len: Positive = 128  # ... longer targets; what is written has at most so many tokens too
 
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return {"seq_len", "target_len"}
+
     @property
     def sample_tokens(self) -> int:
         return self.seq_len + self.target_len
@@ -85,6 +90,12 @@ class Task(Section):
     beams: Positive = 4
     length_penalty: Annotated[float, Field(ge=0)] = 0.6  # arXiv:1910.10683, section 3.1.2 and appendix E
     generation_batch_size: Positive = 32  # inputs at once when it is scored
+
+    renamed: ClassVar[dict[str, str]] = {"write_batch": "generation_batch_size"}
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size"}
 
 
 class Config(config.Config):

@@ -8,8 +8,8 @@ Shapes: B samples, T positions of the input, S of the target, H hidden, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Set
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -127,6 +127,10 @@ class Data(config.Data):  # seq_len: tokens of the input
     target_len: Positive  # tokens of the target: span corruption makes 114 for 512
     pack: bool = True  # running text: documents end to end; False: a document a sample
 
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return {"seq_len", "target_len"}
+
     @property
     def sample_tokens(self) -> int:
         return self.seq_len + self.target_len
@@ -136,6 +140,12 @@ class Objective(Section):
     kind: Literal["span", "prefix"] = "span"  # of running text; corpora of pairs are taken as they are (samples.py)
     noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
     mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0  # tokens
+
+    renamed: ClassVar[dict[str, str]] = {"noise_share": "noise_density", "mean_span": "mean_noise_span_length"}
+
+    @classmethod
+    def phase_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
 
 
 class Config(config.Config):
