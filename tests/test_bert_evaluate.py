@@ -472,14 +472,14 @@ def test_texts_and_pairs_with_labels_of_ones_own(scored, models: Models):
 
 
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("none", lambda d: labelled.read(None, "dev", MOODS), "is read from files of your own; give task.data=DIR"),
+    ("none", lambda d: labelled.read(None, "dev", MOODS), "is read from your own files; give task.data=DIR"),
     ("file", lambda d: labelled.read(d, "dev", MOODS), "does not hold valid.jsonl or valid.tsv or dev.jsonl or dev.tsv"),
     ("both", lambda d: labelled.read(d / "both", "train", MOODS), "holds train.jsonl and train.tsv; leave one of them"),
     ("json", lambda d: labelled.read(d / "a", "train", MOODS), "train.jsonl:2: is not JSON"),
-    ("text", lambda d: labelled.read(d / "b", "train", MOODS), "train.jsonl:1: is no object with a `text`"),
+    ("text", lambda d: labelled.read(d / "b", "train", MOODS), "train.jsonl:1: must be an object with a `text`"),
     ("kind", lambda d: labelled.read(d / "c", "train", MOODS), "its text_pair must be a string, its label a string"),
     ("mixed", lambda d: labelled.read(d / "d", "train", MOODS), "train.jsonl:2: has a text_pair, unlike"),
-    ("label", lambda d: labelled.read(d / "e", "train", MOODS), "train.jsonl:2: label 'glad' is none of calm, angry, sad"),
+    ("label", lambda d: labelled.read(d / "e", "train", MOODS), "train.jsonl:2: label 'glad' is not one of calm, angry, sad"),
     ("without", lambda d: labelled.read(d / "f", "train", MOODS), "train.jsonl:2: has no label; give each row one"),
     ("one", lambda d: labelled.label_set(d / "g"), "train.jsonl: has the label 'calm' alone; give each row one of two"),
     ("column", lambda d: labelled.read(d / "h", "train", MOODS), "train.tsv: has no column 'text'; it has sentence, label"),

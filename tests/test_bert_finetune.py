@@ -272,7 +272,7 @@ BAD = [
     ("label", lambda t: t.replace("\tnot_entailment", "\tmaybe", 1), "label 'maybe' is outside the set of rte: entailment"),
     ("column", lambda t: t.replace("sentence2", "second", 1), "has no column 'sentence2'; it has index, sentence1, second"),
     ("short", lambda t: t + "7\tonly\n", "2 columns, and 4 are needed"),
-    ("header", lambda t: t.splitlines()[0] + "\n", "holds no example"),
+    ("header", lambda t: t.splitlines()[0] + "\n", "has no examples"),
     ("empty", lambda t: "", "train.tsv: is empty"),
 ]
 

@@ -263,12 +263,18 @@ BAD = [
     (lambda d: squad.read("squad", (d / "y.json"), "train"), "has no 'paragraphs'"),
     (lambda d: squad.read("squad", (d / "z.json"), "train"), "z.json: is not JSON in SQuAD's format"),
     (lambda d: squad.read("squad", (d / "far.json"), "train"), "far.json: is not JSON in SQuAD's format"),
-    (lambda d: squad.read("squad", (d / "dev-v1.1.json"), "dev"), "several questions have the id 'same'; give each its own"),
-    (lambda d: race.read(d / "null", "train"), "is not an article with its questions, options and answers (not all are texts)"),
+    (
+        lambda d: squad.read("squad", (d / "dev-v1.1.json"), "dev"),
+        "several questions have the id 'same'; give each a different one",
+    ),
+    (
+        lambda d: race.read(d / "null", "train"),
+        "is not an article with its questions, options and answers",
+    ),
     (lambda d: race.read(d, "train"), "does not hold train/middle and train/high, which race is read from"),
     (lambda d: race.read(d / "race", "train"), "answer 'E' of 4 options; RACE has one of A B C D"),
     (lambda d: tagging.read(d, "train"), "does not hold train.txt, which ner is read from"),
-    (lambda d: tagging.read(d / "ner", "train"), "train.txt:2: 'alone' has no tag; a line is a word and its tag"),
+    (lambda d: tagging.read(d / "ner", "train"), "train.txt:2: 'alone' has no tag; a line must be a word and its tag"),
 ]
 
 

@@ -404,7 +404,11 @@ def test_a_list_of_targets_is_one_example_to_score_and_several_to_learn(tmp_path
     learnt = text.each_reference(found)
     assert list(zip(learnt.inputs, learnt.targets, strict=True)) == [("a", "b"), ("a", "c"), ("a", "d"), ("e", "f")]
     assert learnt.notes == ("1 of 3 inputs have several targets: 4 examples",)
-    for bad, told in (([], "is no text, but list"), (["b", 5], "is no text, but list"), (["b", " "], "target is blank")):
+    for bad, told in (
+        ([], "or a list of strings, is"),
+        (["b", 5], "or a list of strings, is"),
+        (["b", " "], "target is blank"),
+    ):
         (tmp_path / "dev.jsonl").write_text(json.dumps({"input": "a", "target": bad}))
         with pytest.raises(BadInput, match=told):
             text.read("pairs", tmp_path, "dev")
@@ -573,7 +577,7 @@ def test_texts_that_are_no_label_are_wrong():
 
 DAMAGE = [
     ("count", "train.de", lambda t: t + "more\n", "train.en has 60 lines and"),
-    ("blank", "val.en", lambda t: "\n" + t[t.index("\n") + 1 :], "val.en:1: the line is blank; each must hold a text"),
+    ("blank", "val.en", lambda t: "\n" + t[t.index("\n") + 1 :], "val.en:1: the line is blank; each must have a text"),
     ("missing", "test_2016_flickr.de", None, "has no test examples of multi30k-en-de: test_2016_flickr.en and test_2016_fl"),
     ("latin", "train.en", lambda t: t.replace("the", "th\u00e9").encode("latin-1"), "train.en: not UTF-8 (byte"),
 ]
@@ -594,10 +598,10 @@ def test_files_that_do_not_fit(file, damage, told, data: Path, configs, tmp_path
 JSON_LINES = [
     ("not_json", '{"input": "a", "target": "b"}\n{"input"\n', "train.jsonl:2: is not JSON"),
     ("no_key", '{"input": "a", "answer": "b"}\n', "no text under 'target'; it has input, answer: give task.target=KEY"),
-    ("a_list", "[1]\n", "train.jsonl:1: holds no object, but list"),
+    ("a_list", "[1]\n", "train.jsonl:1: must be an object, is list"),
     ("blank", '{"input": " ", "target": "b"}\n', "train.jsonl:1: input is blank"),
-    ("empty", "\n", "train.jsonl: holds no example"),
-    ("a_number", '{"input": 5, "target": "b"}\n', "what stands under 'input' is no text, but int"),
+    ("empty", "\n", "train.jsonl: has no examples"),
+    ("a_number", '{"input": 5, "target": "b"}\n', "'input' must be a string, is 5"),
 ]
 
 
@@ -646,7 +650,7 @@ def test_a_label_outside_the_set_is_refused(data: Path, configs, tmp_path: Path)
     refused(configs["mrpc"], tmp_path / "out", [f"task.data={tmp_path}"], told, "baseline")
     told = ["mrpc: the answers of its test set are not public; give task.split=dev"]
     refused(configs["mrpc"], tmp_path / "out", ["task.split=test"], told, "baseline")
-    refused(configs["mrpc"], tmp_path / "out", ["task.prefix=x"], ["mrpc: its inputs are T5's own; leave out"], "baseline")
+    refused(configs["mrpc"], tmp_path / "out", ["task.prefix=x"], ["mrpc: T5 defines its inputs; leave out"], "baseline")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Path):

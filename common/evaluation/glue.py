@@ -1,7 +1,7 @@
 """GLUE (Wang et al., arXiv:1804.07461): its nine tasks, their files and their metrics.
 
-A task is read from a folder of files, or from the hub (`nyu-mll/glue`). Files differ from publisher to publisher in their
-names, columns and whether they have a dev set; each known form is a line of FORMS.
+A task is read from a folder of files, or from the hub (`nyu-mll/glue`). Publishers' files differ in their names, in their
+columns and in whether they have a dev set; FORMS lists each known form.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ NLI = ("entailment", "neutral", "contradiction")
 
 class Task(NamedTuple):
     hub_columns: tuple[str, ...]  # one sentence or two
-    labels: tuple[str, ...]  # in the order of the hub's numbers; none: a number from 0 to 5 is predicted
+    labels: tuple[str, ...]  # in the order of the hub's numbers; (): a number from 0 to 5 is predicted
     metrics: tuple[str, ...]  # the first decides which checkpoint is the best
-    files: tuple[str, ...]  # of predictions, as the benchmark's server names them: one a dev set
+    files: tuple[str, ...]  # of predictions, as the benchmark's server names them: one per dev set
     dev: tuple[str, ...] = ("validation",)  # splits of the hub
 
 
@@ -47,7 +47,7 @@ TASKS = {
 }
 
 
-# What the files number, in words, as the hub has them: other models' heads name their labels so
+# The words for the numbers in the files, as on the hub: the heads of other models name their labels by them
 WORDS = {
     "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"), "mrpc": ("not_equivalent", "equivalent"),
     "qqp": ("not_duplicate", "duplicate"), "wnli": ("not_entailment", "entailment"),
@@ -55,15 +55,15 @@ WORDS = {
 
 
 class Form(NamedTuple):
-    """Tab-separated files. columns: names in the header, or numbers where there is none; the label last."""
+    """Tab-separated files. columns: names in the header, or indices where there is no header; the label comes last."""
 
     train: tuple[str, ...]
-    dev: tuple[str, ...]  # none: DEV_DRAWN examples are drawn from train
+    dev: tuple[str, ...]  # (): DEV_DRAWN examples are drawn from train
     columns: tuple[str, ...] | tuple[int, ...]
 
 
-# GLUE's own, whose answers only its server has; all have a header, and columns as the hub names them but for these
-TEST_FILES = {"mnli": ("test_matched.tsv", "test_mismatched.tsv")}  # of the others test.tsv
+# GLUE's own test files, whose answers only its server has. Their columns are named as on the hub, except for these
+TEST_FILES = {"mnli": ("test_matched.tsv", "test_mismatched.tsv")}  # the others: test.tsv
 TEST_COLUMNS = {"mrpc": ("#1 String", "#2 String"), "mnli": ("sentence1", "sentence2")}
 
 DEV_DRAWN = 408  # MRPC: as many as GLUE's dev set, whose ids (mrpc_dev_ids.tsv) are not part of the corpus
@@ -95,8 +95,8 @@ FORMS = {
 
 
 class Examples(NamedTuple):
-    """texts: one list a column; labels (N,) int64, or float32 from 0 to 5 (of test -1: unknown); sizes: of each file or split
-    that was read; hash: sha256 of what was read."""
+    """texts: one list per column; labels (N,) int64, or float32 from 0 to 5 (-1 in test: unknown); sizes: examples of each file
+    or split that was read; hash: sha256 of what was read."""
 
     texts: list[list[str]]
     labels: np.ndarray
@@ -123,23 +123,24 @@ def _test_from_files(name: str, folder: Path) -> Examples:
     parts = [[row for _, row in tab_separated(path, columns)] for path in paths]
     rows = [row for part in parts for row in part]
     if not rows:
-        raise BadInput(f"{paths[0]}: holds no example")
-    hashed = hashlib.sha256(json.dumps([name, "test", *map(fingerprint, paths)]).encode()).hexdigest()
+        raise BadInput(f"{paths[0]}: has no examples")
+    content = hashlib.sha256(json.dumps([name, "test", *map(fingerprint, paths)]).encode()).hexdigest()
     texts = [[row[column] for row in rows] for column in range(len(columns))]
-    return Examples(texts, np.full(len(rows), -1, np.int64), [len(part) for part in parts], hashed)
+    return Examples(texts, np.full(len(rows), -1, np.int64), [len(part) for part in parts], content)
 
 
 def _from_files(name: str, folder: Path, split: str) -> Examples:
     form = _form(name, folder, split)
-    drawn = not form.dev
-    files = [folder / file for file in (form.train if split == "train" or not form.dev else form.dev)]
-    short: list[str] | None = [] if name == "qqp" else None
-    parts = [tab_separated(path, form.columns, short) for path in files]
+    dev_is_drawn = not form.dev
+    files = [folder / file for file in (form.train if split == "train" or dev_is_drawn else form.dev)]
+    incomplete: list[str] | None = [] if name == "qqp" else None
+    parts = [tab_separated(path, form.columns, incomplete) for path in files]
     rows, sizes = [row for part in parts for row in part], [len(part) for part in parts]
-    note, hashed = None, [fingerprint(path) for path in files]
-    if short:
-        note = f"{split}: {len(short):,} lines that lack columns are left out ({short[0]} is the first)"
-    if drawn:
+    note: str | None = None
+    content: list[Any] = [fingerprint(path) for path in files]
+    if incomplete:
+        note = f"{split}: {len(incomplete):,} lines that lack columns are left out ({incomplete[0]} is the first)"
+    if dev_is_drawn:
         if len(rows) <= DEV_DRAWN:
             raise BadInput(f"{files[0]}: {len(rows)} examples, too few to draw a dev set of {DEV_DRAWN} from")
         chosen = np.random.default_rng(DRAW_SEED).permutation(len(rows))[:DEV_DRAWN]
@@ -147,12 +148,12 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
         rows = [row for row, dev in zip(rows, is_dev, strict=True) if dev == (split == "dev")]
         sizes = [len(rows)]
         note = f"{folder} has no dev set: {DEV_DRAWN} examples of train are it, drawn by seed {DRAW_SEED}"
-        hashed.append([split, DRAW_SEED, DEV_DRAWN])
+        content.append([split, DRAW_SEED, DEV_DRAWN])
     if not rows:
-        raise BadInput(f"{files[0]}: holds no example")
+        raise BadInput(f"{files[0]}: has no examples")
     texts = [[row[column] for _, row in rows] for column in range(len(form.columns) - 1)]
     labels = _labels(name, [row[-1] for _, row in rows], [where for where, _ in rows])
-    return Examples(texts, labels, sizes, hashlib.sha256(json.dumps([name, hashed]).encode()).hexdigest(), note)
+    return Examples(texts, labels, sizes, hashlib.sha256(json.dumps([name, content]).encode()).hexdigest(), note)
 
 
 def _form(name: str, folder: Path, split: str) -> Form:
@@ -161,36 +162,33 @@ def _form(name: str, folder: Path, split: str) -> Form:
     for form in FORMS[name]:
         if all((folder / file).is_file() for file in form.train + form.dev):
             return form
-    alone = [form for form in FORMS[name] if form.dev and all((folder / file).is_file() for file in form.dev)]
-    if split == "dev" and alone:  # to evaluate on
-        return alone[0]
+    dev_only = [form for form in FORMS[name] if form.dev and all((folder / file).is_file() for file in form.dev)]
+    if split == "dev" and dev_only:  # to evaluate on
+        return dev_only[0]
     wanted = " or ".join(" and ".join(form.train + form.dev) for form in FORMS[name])
     raise BadInput(f"task.data={folder}: does not hold {wanted}, which {name} is read from")
 
 
-def tab_separated(
-    path: Path, columns: Sequence[str] | Sequence[int], short: list[str] | None = None
-) -> list[tuple[str, list[str]]]:
-    """(file and line, values of the columns) of each line. No quoting: a quotation mark is a character of the text. A line that
-    lacks columns is refused, or left out and entered in `short`: GLUE's own QQP has some (TFDS leaves them out too)."""
+def tab_separated(path: Path, columns: Sequence[str | int], incomplete: list[str] | None = None) -> list[tuple[str, list[str]]]:
+    """(file and line, values of the columns) per line. No quoting: a quotation mark is a character of the text. A line that
+    lacks columns is refused, or left out and added to `incomplete`: GLUE's own QQP has some (TFDS leaves them out too)."""
     lines = [line.removesuffix("\r").split("\t") if line else [] for line in decoded(path).split("\n")]
-    first = 0
-    if isinstance(columns[0], str):
-        missing = [column for column in columns if column not in lines[0]]
-        if missing:
-            raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0])[:200]}")
-        columns, first = [lines[0].index(column) for column in columns], 1
-    found = []
-    for number, line in enumerate(lines[first:], first + 1):
+    has_header = isinstance(columns[0], str)
+    missing = [column for column in columns if isinstance(column, str) and column not in lines[0]]
+    if missing:
+        raise BadInput(f"{path}: has no column {missing[0]!r}; it has {', '.join(lines[0])[:200]}")
+    places = [lines[0].index(column) if isinstance(column, str) else column for column in columns]
+    rows = []
+    for number, line in enumerate(lines[has_header:], has_header + 1):
         if not line:
             continue
-        if len(line) <= max(columns):
-            if short is None:
-                raise BadInput(f"{path}:{number}: {len(line)} columns, and {max(columns) + 1} are needed")
-            short.append(f"{path.name}:{number}")
+        if len(line) <= max(places):
+            if incomplete is None:
+                raise BadInput(f"{path}:{number}: {len(line)} columns, and {max(places) + 1} are needed")
+            incomplete.append(f"{path.name}:{number}")
             continue
-        found.append((f"{path}:{number}", [line[column].strip() for column in columns]))
-    return found
+        rows.append((f"{path}:{number}", [line[place].strip() for place in places]))
+    return rows
 
 
 def decoded(path: Path) -> str:
@@ -204,16 +202,15 @@ def decoded(path: Path) -> str:
     return text
 
 
-def _labels(name: str, given: Sequence[str], where: Sequence[str]) -> np.ndarray:
+def _labels(name: str, texts: Sequence[str], where: Sequence[str]) -> np.ndarray:
     known = TASKS[name].labels
-    if known:
-        number = {label: i for i, label in enumerate(known)}
-        wrong = next((i for i, label in enumerate(given) if label not in number), None)
-        if wrong is not None:
-            raise BadInput(f"{where[wrong]}: label {given[wrong]!r} is outside the set of {name}: {', '.join(known)}")
-        return np.array([number[label] for label in given], np.int64)
-    values = np.array([_score(label, place) for label, place in zip(given, where, strict=True)], np.float32)
-    return values
+    if not known:
+        return np.array([_score(text, line) for text, line in zip(texts, where, strict=True)], np.float32)
+    number = {label: i for i, label in enumerate(known)}
+    wrong = next((i for i, text in enumerate(texts) if text not in number), None)
+    if wrong is not None:
+        raise BadInput(f"{where[wrong]}: label {texts[wrong]!r} is outside the set of {name}: {', '.join(known)}")
+    return np.array([number[text] for text in texts], np.int64)
 
 
 def _score(text: str, where: str) -> float:
@@ -222,7 +219,7 @@ def _score(text: str, where: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 5:
-        raise BadInput(f"{where}: score {text!r} is no number from 0 to 5")
+        raise BadInput(f"{where}: score {text!r} is not a number from 0 to 5")
     return value
 
 
@@ -232,16 +229,16 @@ def _from_hub(name: str, split: str) -> Examples:
     parts = [hub.rows(name, HUB, name, s) for s in splits]
     texts = [[text for part in parts for text in part[column]] for column in task.hub_columns]
     labels = np.array([label for part in parts for label in part["label"]], np.int64 if task.labels else np.float32)
-    hashed = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()
-    return Examples(texts, labels, [len(part) for part in parts], hashed)
+    content = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()
+    return Examples(texts, labels, [len(part) for part in parts], content)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def metrics(name: str, predictions: np.ndarray, labels: np.ndarray, sizes: Sequence[int] = ()) -> dict[str, float]:
-    """GLUE's of the task, from 0 to 1 (-1 to 1 for correlations). predictions, labels: (N,) classes or scores; sizes: of the
-    dev sets that they are (MNLI has two, whose accuracies are told apart)."""
+    """GLUE's metrics of the task, from 0 to 1 (correlations: -1 to 1). predictions, labels: (N,) classes or scores; sizes: of
+    the dev sets that are read one after the other (MNLI has two, each with its accuracy)."""
     if name == "mnli":
         first = counts(name, len(labels), sizes)["accuracy"]
         parts = {"accuracy": slice(first), "accuracy_mismatched": slice(first, None)}
@@ -250,7 +247,7 @@ def metrics(name: str, predictions: np.ndarray, labels: np.ndarray, sizes: Seque
 
 
 def counts(name: str, n: int, sizes: Sequence[int] = ()) -> dict[str, int]:
-    """{metric: examples that it is of}, of those that are of a part of the first n: MNLI's."""
+    """{metric: examples}, for the metrics that are computed from a part of the first n examples: MNLI's."""
     if name != "mnli":
         return {}
     first = min(sizes[0] if sizes else n, n)
@@ -258,15 +255,15 @@ def counts(name: str, n: int, sizes: Sequence[int] = ()) -> dict[str, int]:
 
 
 def files(name: str, predictions: np.ndarray, sizes: Sequence[int]) -> dict[str, str]:
-    """{file name: text} in the format of the benchmark's server. sizes: as `metrics` has them."""
-    labels, made, start = TASKS[name].labels, {}, 0
+    """{file name: text} in the format of the benchmark's server. sizes: as in `metrics`."""
+    labels, files, start = TASKS[name].labels, {}, 0
     texts = [labels[int(p)] for p in predictions] if labels else [f"{p:.6f}" for p in np.clip(predictions, 0, 5)]
     ends = [*np.cumsum(sizes[: len(TASKS[name].files) - 1]).tolist(), len(texts)]
     for file, end in zip(TASKS[name].files, ends, strict=True):
         lines = ["index\tprediction", *(f"{i}\t{text}" for i, text in enumerate(texts[start:end]))]
-        made[f"{file}.tsv"] = "\n".join(lines) + "\n"
+        files[f"{file}.tsv"] = "\n".join(lines) + "\n"
         start = end
-    return made
+    return files
 
 
 def _sklearn(metric: str) -> Callable[[Any, Any], float]:
@@ -282,7 +279,7 @@ def _scipy(metric: str) -> Callable[[Any, Any], float]:
     def value(labels: np.ndarray, predictions: np.ndarray) -> float:
         from scipy import stats
 
-        if not np.ptp(predictions) or not np.ptp(labels):  # a correlation with a constant is none
+        if not np.ptp(predictions) or not np.ptp(labels):  # a constant correlates with nothing
             return 0.0
         return getattr(stats, metric)(labels, predictions).statistic
 

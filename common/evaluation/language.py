@@ -1,6 +1,6 @@
 """Language modelling by the published protocols: which tokens are scored in which window, and what the sum is divided by.
 
-Perplexities of one model differ by the protocol more than models do. Each has a name here, and a result says which it is:
+Perplexities of one model under two protocols differ more than two models do. Each protocol has a name, which a result states:
 
 megatron-wikitext    Megatron-LM's (arXiv:1909.08053, section 5.3 and appendix E; tasks/zeroshot_gpt, deleted since): the
                      word-level file, detokenized, in overlapping windows that move by 32 tokens, the sum divided by the
@@ -10,11 +10,11 @@ token-perplexity     the mean over the tokens of windows that do not overlap; th
 bits-per-byte        every token but the first, each predicted once in windows end to end, in bits, over the bytes of the text:
                      comparable between tokenizers. A window's last token predicts the first of the next, which token-perplexity
                      leaves out.
---bos                a beginning-of-text token stands in the first place of every window, as models with one were trained: every
-                     token is predicted, the first of a window from this alone. A result says so; its sums are over all tokens.
+--bos                every window starts with a beginning-of-text token, as in the training of models that have one: every token
+                     is predicted, the first of a window from this token alone. A result says so; its sums are over all tokens.
 lambada-strict       the last word, all of its tokens, predicted greedily from the text before it (arXiv:1606.06031; Megatron's
                      --strict-lambada).
-lambada-last-token   the last token of the text alone: easier, and not comparable to the above.
+lambada-last-token   only the last token of the text: easier, and not comparable with lambada-strict.
 """
 
 import math
@@ -30,7 +30,7 @@ from common.errors import BadInput
 from common.launch.processes import Ranks
 from common.training.loss import cross_entropy
 
-WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, as of WikiText-2
+WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, which is WikiText-2's too
 OVERLAP = 32  # tokens that Megatron's window moves by
 
 
@@ -58,7 +58,7 @@ def overlapping(tokens: int, length: int, step: int) -> list[Window]:
 # ---- WikiText ---------------------------------------------------------------------------------------------------------
 
 # What Megatron's wikitext_detokenizer undoes, in its order, which matters (two marks share the space between them). The result
-# is running text, as models are trained on.
+# is plain text, as in the training data of models.
 _UNDO: list[tuple[str, str]] = [
     (r"s '", "s'"),
     (r" @-@ ", "-"), (r" @,@ ", ","), (r" @\.@ ", "."),
@@ -73,12 +73,12 @@ _UNDO: list[tuple[str, str]] = [
 
 
 def of_hub(rows: Sequence[str]) -> str:
-    """The file's text from the rows of the hub's `Salesforce/wikitext`, which holds its blank lines, a space each, as ''."""
+    """The file's text from the rows of the hub's `Salesforce/wikitext`, in which its blank lines (one space each) are ''."""
     return "".join(row or " \n" for row in rows)
 
 
 def detokenized(text: str) -> str:
-    """WikiText's words as running text, by Megatron's rules."""
+    """WikiText as plain text, by Megatron's rules."""
     for pattern, new in _UNDO:
         text = re.sub(pattern, new, text)
     return text
@@ -93,20 +93,20 @@ def words_of(text: str) -> int:
 
 
 def lambada(path: Path) -> list[str]:
-    """The passages of a .jsonl with a `text` each."""
+    """The passages of a .jsonl file whose rows have a `text`."""
     try:
         texts = [row["text"] for _, row in json_lines(path)]
         if not texts or not all(len(text.split()) > 1 for text in texts):  # something to read, and a word to predict
             raise ValueError
-        "".join(texts).encode()  # half of a surrogate pair is no text
+        "".join(texts).encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
     except (BadInput, ValueError, KeyError, TypeError, AttributeError):
-        told = "not JSON lines with a `text` of two words or more each"
-        raise BadInput(f"{path}: {told}; give OpenAI's lambada_test.jsonl") from None
+        problem = "not JSON lines with a `text` of two words or more each"
+        raise BadInput(f"{path}: {problem}; give OpenAI's lambada_test.jsonl") from None
     return texts
 
 
 def last_word(text: str) -> tuple[str, str]:
-    """(context, ' ' + last word). The word is what follows the last blank; the context is stripped."""
+    """(context, ' ' + last word). The word is what follows the last white space; the context is stripped."""
     word = text.split()[-1]
     return text[: text.rfind(word)].strip(), " " + word
 
@@ -115,12 +115,12 @@ def last_word(text: str) -> tuple[str, str]:
 
 
 def perplexity(total: float, count: float) -> float:
-    """exp of the mean; Megatron's bound of exp(20) keeps an untrained model's finite."""
+    """exp of the mean, at most exp(20) as in Megatron, so that an untrained model's is finite."""
     return math.exp(min(20.0, total / count))
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """(B, T) int64 of rows of different lengths, filled up on the right with 0, which no causal model looks back from."""
+    """Rows of different lengths -> (B, T) int64, padded with 0 on the right, where a causal model does not see it."""
     out = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
@@ -128,29 +128,29 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def shared_out(
-    batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, tell: Callable[[int], None], each: int = 1
+    batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, report: Callable[[int], None], each: int = 1
 ) -> np.ndarray:
-    """The values of every batch, `each` for one of its items, in order, on every rank. Batches are the same whatever the number
-    of ranks, each is done by one, and none twice: so 2 ranks give what 1 gives, bit for bit."""
+    """The values of all batches, `each` per item of a batch, in order, on every rank. The batches do not depend on the number
+    of ranks, and each is scored by one: so 2 ranks give what 1 gives, bit for bit. report: called with each batch's number."""
     import torch
     import torch.distributed as dist
 
     ends = np.cumsum([len(batch) * each for batch in batches])
     values = torch.zeros(int(ends[-1]), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, len(batches), ranks.world):
-        tell(number)
+        report(number)
         part = score(batches[number])
         values[ends[number] - len(part) : ends[number]] = torch.tensor(part, dtype=torch.float64)
     if ranks.world > 1:
-        dist.all_reduce(values)  # each value and zeros: exact
+        dist.all_reduce(values)  # each value plus zeros: exact
     return values.cpu().numpy()
 
 
 def window_losses(
     net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any, bound: int | None = None, bos: int | None = None
 ) -> list[float]:
-    """Summed cross entropy, in nats, of what each of the windows (one batch) scores. Logits in fp32. bound: two sums a window,
-    of its targets before this place and of the others. bos: stands in place of each window's first input."""
+    """Summed cross entropy, in nats, of the scored targets of each window (one batch). Logits in fp32. bound: two sums per
+    window, of its targets before this position and of the others. bos: replaces the first input of each window."""
     import torch
 
     rows = padded([tokens[w.start : w.start + w.length] for w in windows])
@@ -169,10 +169,10 @@ def window_losses(
 
 
 def answers(net: Any, passages: Sequence[tuple[np.ndarray, np.ndarray]], device: Any) -> list[list[int]]:
-    """For each (context, label) of one batch the likeliest token at each place of the label, under teacher forcing."""
+    """For each (context, label) of one batch the most likely token at each position of the label, under teacher forcing."""
     import torch
 
     rows = [np.concatenate([context, label]) for context, label in passages]
     with torch.no_grad():
-        likeliest = net(input_ids=torch.from_numpy(padded(rows)).to(device)).logits.argmax(-1).tolist()  # (B, T)
-    return [row[len(c) - 1 : len(c) + len(w) - 1] for row, (c, w) in zip(likeliest, passages, strict=True)]
+        predicted = net(input_ids=torch.from_numpy(padded(rows)).to(device)).logits.argmax(-1).tolist()  # (B, T)
+    return [row[len(c) - 1 : len(c) + len(w) - 1] for row, (c, w) in zip(predicted, passages, strict=True)]

@@ -1,8 +1,8 @@
 """The vocabulary of scores: the metrics of every task, the unit of each, and the averages that are computed from them.
 
-Evaluators name what they write into eval.json by this table (`row` refuses any other name). A config's `expect` is checked
-against it when the config is loaded (`problems`), and scripts/check.py looks the scores up by it. The key of an `expect` is
-TASK_METRIC, its value is in the unit below: `lambada_accuracy: {value: 0.4518, ...}`, `squad_f1: {value: 88.5, ...}`.
+Evaluators name the scores in eval.json by this table (`row` refuses any other name). A config's `expect` is checked against it
+when the config is loaded (`problems`), and scripts/check.py looks scores up in it. The key of an `expect` is TASK_METRIC, its
+value is in the unit below: `lambada_accuracy: {value: 0.4518, ...}`, `squad_f1: {value: 88.5, ...}`.
 
 fraction      0 to 1: 0.844 is published as 84.4 %
 correlation   -1 to 1
@@ -40,7 +40,7 @@ _SQUAD = {"f1": PERCENT, "exact_match": PERCENT}
 _BLEU = {"bleu": PERCENT, "bleu_intl": PERCENT, "chrf": PERCENT}
 _ROUGE = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), PERCENT)
 
-# Of a task, the first metric decides which checkpoint of a finetuning is the best.
+# The first metric of a task decides which checkpoint of a finetuning run is the best.
 TASKS: dict[str, dict[str, Unit]] = {
     "wikitext103": _WORDS, "wikitext2": _WORDS, "wikitext2-raw": _TOKENS, "text": _TOKENS,
     "lambada": {"accuracy": FRACTION, "last_token_accuracy": FRACTION},
@@ -68,8 +68,8 @@ TASKS: dict[str, dict[str, Unit]] = {
 # From a run's own metrics.jsonl and config.yaml.
 RUN = {"val_loss": NATS, "best_val_loss": NATS, "parameters": COUNT}
 
-# GLUE's score (Wang et al., arXiv:1804.07461, section 3): the mean over the tasks, where a task with two metrics or two dev
-# sets counts with their mean. WNLI is left out, as by Devlin et al. and Raffel et al. (arXiv:1910.10683, section 2.3).
+# GLUE's score (Wang et al., arXiv:1804.07461, section 3): the mean over the tasks; a task with two metrics or two dev sets
+# counts with their mean. WNLI is left out, as by Devlin et al. and Raffel et al. (arXiv:1910.10683, section 2.3).
 AVERAGES: dict[str, tuple[str, ...]] = {
     "mrpc_average": ("mrpc_f1", "mrpc_accuracy"),
     "stsb_average": ("stsb_pearson", "stsb_spearman"),
@@ -81,7 +81,7 @@ AVERAGES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Published scores that a config may expect and no evaluator here measures, all of them fractions: what is missing.
+# Published scores that a config may expect but no evaluator here measures, all of them fractions -> what is missing.
 MISSING: dict[str, str] = {
     "hellaswag_acc_norm": "HellaSwag, by the log-likelihoods of its endings divided by their lengths",
     "superglue_average": "the eight tasks of SuperGLUE in words",
@@ -91,7 +91,7 @@ MISSING: dict[str, str] = {
 # {TASK_METRIC: (task, metric)}
 NAMES = {f"{task}_{metric}": (task, metric) for task, metrics in TASKS.items() for metric in metrics}
 
-# Examples of the published test or dev sets, the `n` of a score that can be compared with a published one.
+# Sizes of the published test or dev sets: the `n` of a score that can be compared with a published one.
 SIZES = {
     "wikitext103_word_perplexity": 245_565, "lambada_accuracy": 5_153, "lambada_last_token_accuracy": 5_153,
     "cola": 1_043, "sst2": 872, "mrpc": 408, "stsb": 1_500, "qqp": 40_430, "mnli_accuracy": 9_815,
@@ -100,7 +100,7 @@ SIZES = {
     "squad2_no_answer_exact": 5_945,
 }  # fmt: skip
 
-# What a protocol says of a score that is not of the whole published set.
+# How a protocol says that a score is not computed on the whole published set.
 _PARTS = re.compile(
     r"the first [\d,]+ of [\d,]+ ?\w*|\S* ?has no dev set|[\d,]+ of its [\d,]+ paragraphs are dev|not the published test file"
 )
@@ -115,7 +115,7 @@ def unit_of(name: str) -> Unit | None:
 
 
 def problems(name: str, value: float) -> Iterator[str]:
-    """What is wrong with an `expect`: a name that nothing writes, a value that cannot be in its unit."""
+    """What is wrong with an `expect`: a name that no evaluator writes, a value that its unit cannot have."""
     unit = unit_of(name)
     if unit is None:
         known = [*RUN, *NAMES, *AVERAGES, *MISSING]
@@ -132,16 +132,16 @@ def problems(name: str, value: float) -> Iterator[str]:
 
 
 def row(task: str, metric: str, value: float, n: int, protocol: str) -> dict[str, Any]:
-    """A row of eval.json. KeyError for a score that the table does not have: add it there, with its unit."""
+    """A row of eval.json. KeyError for a score that is not in the table: add it there, with its unit."""
     if metric not in TASKS[task]:
         raise KeyError(f"{task}: {metric} is not in common/evaluation/metrics.py")
     return {"task": task, "metric": metric, "value": value, "n": n, "protocol": protocol}
 
 
 def not_comparable(name: str, n: int, protocol: str) -> str | None:
-    """Why a score TASK_METRIC on n examples says nothing about a published one; None if it does."""
-    found = _PARTS.search(protocol)
-    if found:
-        return found[0]
+    """Why a score TASK_METRIC on n examples cannot be compared with a published one; None if it can."""
+    part = _PARTS.search(protocol)
+    if part:
+        return part[0]
     size = SIZES.get(name) or SIZES.get(NAMES[name][0])
     return f"n is {n:,}, the published set has {size:,}" if size and n != size else None

@@ -1,8 +1,8 @@
-"""SQuAD 1.1 and 2.0 (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822): its files, and the scores of its evaluation
-scripts. Scores are percentages, as those scripts print them.
+"""SQuAD 1.1 and 2.0 (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822): the files, and the scores of the official
+evaluation scripts, in percent as those scripts print them.
 
-Read from a folder with train-v1.1.json and dev-v1.1.json (2.0: -v2.0), from one file in that format, of which a tenth of the
-paragraphs is then the dev set, or from the hub (`rajpurkar/squad`, `rajpurkar/squad_v2`).
+Read from a folder with train-v1.1.json and dev-v1.1.json (2.0: -v2.0), from a single file in that format (a tenth of its
+paragraphs becomes the dev set), or from the hub (`rajpurkar/squad`, `rajpurkar/squad_v2`).
 """
 
 import hashlib
@@ -30,9 +30,9 @@ DRAW_SEED, DEV_SHARE = 1234, 0.1  # of the paragraphs of a single file
 class Question(NamedTuple):
     id: str
     text: str
-    context: int  # place in Questions.contexts
-    answers: list[str]  # none: it has none in its context (2.0)
-    span: tuple[int, int] | None  # first and last + 1 character of the first answer that stands where the file says
+    context: int  # index in Questions.contexts
+    answers: list[str]  # []: the context has no answer (2.0)
+    span: tuple[int, int] | None  # characters [start, end) of the first answer whose text is where the file says
 
 
 class Questions(NamedTuple):
@@ -43,11 +43,11 @@ class Questions(NamedTuple):
 
 
 def read(name: str, data: Path | None, split: str) -> Questions:
-    """name: 'squad' or 'squad2'; split: 'train' or 'dev'. BadInput for what is no such file.
+    """name: 'squad' or 'squad2'; split: 'train' or 'dev'. BadInput for a missing file or another format.
 
-    An answer that does not stand in its context where the file says is counted in the notes. It is not trained on (a question
-    without another is left out of train); in dev its text counts as every answer's does. For 'squad' questions that have no
-    answer are left out and counted too.
+    Answers whose text is not where the file says are counted in the notes. They are not trained on (a question without another
+    answer is left out of train); in dev their texts count like every answer's. For 'squad', questions without an answer are
+    left out and counted too.
     """
     notes: list[str] = []
     if data is None:
@@ -64,29 +64,31 @@ def read(name: str, data: Path | None, split: str) -> Questions:
             chosen = order[:count] if split == "dev" else order[count:]
             paragraphs = [paragraphs[i] for i in np.sort(chosen)]
             notes.append(f"{path.name}: {count} of its {len(order):,} paragraphs are dev, drawn by seed {DRAW_SEED}")
-    found, lost, unanswered = [], 0, 0
+    questions: list[Question] = []
+    misplaced = unanswered = 0
     for number, (context, asked) in enumerate(paragraphs):
         for key, text, answers in asked:
             spans = [(answer, start, start + len(answer)) for answer, start in answers]
-            good = [(start, end) for answer, start, end in spans if answer and context[start:end] == answer]
-            lost += len(answers) - len(good)
+            valid = [(start, end) for answer, start, end in spans if answer and context[start:end] == answer]
+            misplaced += len(answers) - len(valid)
             unanswered += name == "squad" and not answers
-            if good or (answers and split == "dev") or (not answers and name == "squad2"):
-                found.append(Question(key, text, number, [answer for answer, _ in answers], good[0] if good else None))
-    twice = next((key for key, count in Counter(q.id for q in found).items() if count > 1), None)
-    if twice is not None and split == "dev":  # answers are told by the id
-        raise BadInput(f"{where}: several questions have the id {twice!r}; give each its own")
-    if lost:
-        notes.append(f"{split}: {lost:,} answers do not stand in their context where the file says; not trained on")
+            if valid or (answers and split == "dev") or (not answers and name == "squad2"):
+                questions.append(Question(key, text, number, [answer for answer, _ in answers], valid[0] if valid else None))
+    twice = next((key for key, count in Counter(q.id for q in questions).items() if count > 1), None)
+    if twice is not None and split == "dev":  # predictions are stored by id
+        raise BadInput(f"{where}: several questions have the id {twice!r}; give each a different one")
+    if misplaced:
+        notes.append(f"{split}: {misplaced:,} answers do not stand in their context where the file says; not trained on")
     if unanswered:
         notes.append(f"{split}: {unanswered:,} questions have no answer and are left out (squad2 has such)")
-    if not found:
-        raise BadInput(f"{where}: holds no question with an answer")
-    return Questions([c for c, _ in paragraphs], found, hashlib.sha256(f"{name} {split} {content}".encode()).hexdigest(), notes)
+    if not questions:
+        raise BadInput(f"{where}: has no question with an answer")
+    content_hash = hashlib.sha256(f"{name} {split} {content}".encode()).hexdigest()
+    return Questions([context for context, _ in paragraphs], questions, content_hash, notes)
 
 
 def _file(name: str, data: Path, split: str) -> tuple[Path, bool]:
-    """The file of a split, and whether the split is to be drawn from it. A dev file alone is dev, and no train."""
+    """The file of a split, and whether the split is drawn from it. A dev file alone has no train."""
     if data.is_file():
         return _single(name, data, split)
     if not data.is_dir():
@@ -119,8 +121,8 @@ def _paragraphs(path: Path, raw: bytes) -> list[Paragraph]:
 
 
 def _asked(q: dict[str, Any]) -> tuple[str, str, list[tuple[str, int]]]:
-    none = bool(q.get("is_impossible"))  # its plausible answers are no answers
-    answers = [] if none else [(_text(a["text"]), int(a["answer_start"])) for a in q["answers"]]
+    impossible = bool(q.get("is_impossible"))  # the file lists plausible answers, which are wrong
+    answers = [] if impossible else [(_text(a["text"]), int(a["answer_start"])) for a in q["answers"]]
     return str(q["id"]), _text(q["question"]), answers
 
 
@@ -131,12 +133,12 @@ def _text(value: Any) -> str:
 
 
 def _from_hub(name: str, split: str) -> tuple[list[Paragraph], str]:
-    by_context: dict[str, list] = {}
+    by_context: dict[str, list[tuple[str, str, list[tuple[str, int]]]]] = {}
     for row in hub.rows(name, HUB[name], None, "train" if split == "train" else "validation"):
         answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
         by_context.setdefault(row["context"], []).append((row["id"], row["question"], answers))
-    made = list(by_context.items())
-    return made, hashlib.sha256(json.dumps(made).encode()).hexdigest()
+    paragraphs = list(by_context.items())
+    return paragraphs, hashlib.sha256(json.dumps(paragraphs).encode()).hexdigest()
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -156,20 +158,20 @@ def exact(prediction: str, answer: str) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Of the words in common; 0 where there are none."""
-    ours, theirs = normalized(prediction).split(), normalized(answer).split()
-    common = sum((Counter(ours) & Counter(theirs)).values())
+    """F1 of the words in common; 0 where there are none."""
+    predicted, expected = normalized(prediction).split(), normalized(answer).split()
+    common = sum((Counter(predicted) & Counter(expected)).values())
     if not common:
         return 0.0
-    precision, recall = common / len(ours), common / len(theirs)
+    precision, recall = common / len(predicted), common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
 def scores(name: str, prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1) of 'squad' or 'squad2': the best over the answers, as the version's own script has them.
+    """(exact match, F1) of 'squad' or 'squad2': the best over the answers, as in the official script of that version.
 
-    The scripts differ on answers that are articles and marks alone. To evaluate-v1.1.py each is an answer, without words: its
-    F1 is 0. evaluate-v2.0.py drops them; where no other is left, the right answer is '', and F1 is the exact match.
+    The scripts differ on answers that consist of articles and punctuation alone. In evaluate-v1.1.py such an answer has no
+    words: its F1 is 0. evaluate-v2.0.py drops them; where no other is left, the right answer is '', and F1 is the exact match.
     """
     if name == "squad2":
         answers = [a for a in answers if normalized(a)]
@@ -180,40 +182,40 @@ def scores(name: str, prediction: str, answers: Sequence[str]) -> tuple[float, f
 
 
 def metrics(name: str, questions: Iterable[Question], predictions: dict[str, str]) -> dict[str, float]:
-    """{question id: text} -> f1 and exact_match, in percent; where some questions have no answer, also of either kind."""
-    found = [(bool(q.answers), *scores(name, predictions[q.id], q.answers)) for q in questions]
-    table = np.array(found, float)
-    made = {"f1": 100 * float(table[:, 2].mean()), "exact_match": 100 * float(table[:, 1].mean())}
+    """{question id: text} -> f1 and exact_match, in percent; where some questions have no answer, also for the questions with
+    and without an answer."""
+    table = np.array([(bool(q.answers), *scores(name, predictions[q.id], q.answers)) for q in questions], float)
+    values = {"f1": 100 * float(table[:, 2].mean()), "exact_match": 100 * float(table[:, 1].mean())}
     has = table[:, 0] > 0
     if not has.all():
-        for kind, rows in (("has_answer", table[has]), ("no_answer", table[~has])):
+        for part, rows in (("has_answer", table[has]), ("no_answer", table[~has])):
             if len(rows):
-                made |= {f"{kind}_f1": 100 * float(rows[:, 2].mean()), f"{kind}_exact": 100 * float(rows[:, 1].mean())}
-    return made
+                values |= {f"{part}_f1": 100 * float(rows[:, 2].mean()), f"{part}_exact": 100 * float(rows[:, 1].mean())}
+    return values
 
 
 def counts(questions: Sequence[Question]) -> dict[str, int]:
-    """{metric: questions that it is a mean of}, of those that `metrics` gives of a part of them."""
+    """{metric: questions}, for the metrics that are computed from a part of the questions."""
     has = sum(bool(q.answers) for q in questions)
-    kinds = (("has_answer", has), ("no_answer", len(questions) - has))
-    return {f"{kind}_{metric}": n for kind, n in kinds for metric in ("f1", "exact")}
+    parts = (("has_answer", has), ("no_answer", len(questions) - has))
+    return {f"{part}_{metric}": n for part, n in parts for metric in ("f1", "exact")}
 
 
 def best_thresholds(questions: Sequence[Question], texts: dict[str, str], null_odds: dict[str, float]) -> dict[str, float]:
-    """best_f1 and best_exact, in percent, and the threshold of each: 'no answer' is said above it (evaluate-v2.0.py,
-    find_best_thresh). Where to say it always is best, that script gives 0.0; here the threshold is below all odds.
+    """best_f1 and best_exact, in percent, and the threshold of each: the prediction is 'no answer' above it (evaluate-v2.0.py,
+    find_best_thresh). Where 'no answer' is always best, that script gives 0.0; here the threshold is below all odds.
 
     texts: the best answers that are not empty. null_odds: score of no answer less the best answer's.
     """
     raw = {q.id: scores("squad2", texts[q.id], q.answers) for q in questions}
     ordered = sorted(questions, key=lambda q: null_odds[q.id])
-    made = {}
-    for metric, place in (("f1", 1), ("exact", 0)):
-        total = float(sum(not q.answers for q in ordered))  # all are said to have none
+    values: dict[str, float] = {}
+    for metric, column in (("f1", 1), ("exact", 0)):
+        total = float(sum(not q.answers for q in ordered))  # with 'no answer' for all questions
         best, threshold = total, min(0.0, null_odds[ordered[0].id] - 1)
-        for q in ordered:  # one after the other is answered
-            total += raw[q.id][place] if q.answers else -1.0 if texts[q.id] else 0.0
+        for q in ordered:  # from here on this one is answered too
+            total += raw[q.id][column] if q.answers else -1.0 if texts[q.id] else 0.0
             if total > best:
                 best, threshold = total, null_odds[q.id]
-        made |= {f"best_{metric}": 100 * best / len(ordered), f"best_{metric}_threshold": threshold}
-    return made
+        values |= {f"best_{metric}": 100 * best / len(ordered), f"best_{metric}_threshold": threshold}
+    return values

@@ -1,5 +1,5 @@
-"""Token classification: words with a tag each, as CoNLL-2003's files have them (Tjong Kim Sang and De Meulder, 2003): a word
-and its tag a line, the first and the last column; an empty line ends a sentence.
+"""Token classification: words with one tag each, in the format of CoNLL-2003 (Tjong Kim Sang and De Meulder, 2003): one word
+per line, in the first column, and its tag in the last; an empty line ends a sentence.
 
 Read from a folder with train.txt, valid.txt (or dev.txt) and test.txt, or from the hub (`tomaarsen/conll2003`).
 """
@@ -27,7 +27,7 @@ def read(folder: Path | None, split: str) -> Sentences:
     """split: 'train', 'dev' or 'test'. BadInput for missing files, or a line without a tag."""
     words, tags = _from_hub(split) if folder is None else _from_files(folder, split)
     if not words:
-        raise BadInput(f"{folder or HUB}: holds no sentence of {split}")
+        raise BadInput(f"{folder or HUB}: has no sentences of {split}")
     return Sentences(words, tags, hashlib.sha256(json.dumps([split, words, tags]).encode()).hexdigest())
 
 
@@ -49,16 +49,16 @@ def _from_files(folder: Path, split: str) -> tuple[list[list[str]], list[list[st
                 tags.append([])
             continue
         if len(columns) < 2:
-            raise BadInput(f"{path}:{number}: {line!r} has no tag; a line is a word and its tag")
+            raise BadInput(f"{path}:{number}: {line!r} has no tag; a line must be a word and its tag")
         words[-1].append(columns[0])
         tags[-1].append(columns[-1])
     return [w for w in words if w], [t for t in tags if t]
 
 
 def _from_hub(split: str) -> tuple[list[list[str]], list[list[str]]]:
-    found = hub.rows("ner", HUB, None, hub.SPLITS[split])
-    names = found.features["ner_tags"].feature.names
-    return [list(row["tokens"]) for row in found], [[names[i] for i in row["ner_tags"]] for row in found]
+    rows = hub.rows("ner", HUB, None, hub.SPLITS[split])
+    names = rows.features["ner_tags"].feature.names
+    return [list(row["tokens"]) for row in rows], [[names[i] for i in row["ner_tags"]] for row in rows]
 
 
 def metrics(predictions: list[list[str]], tags: list[list[str]]) -> dict[str, float]:

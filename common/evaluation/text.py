@@ -1,7 +1,7 @@
-"""Text-to-text tasks: their examples as T5 is given them, beam search shared among processes, and the published scores.
+"""Text-to-text tasks: their examples in T5's form, beam search shared among processes, and the published scores.
 
 Inputs and targets are those of Raffel et al. (arXiv:1910.10683, appendix D). Scores: BLEU and chrF by sacrebleu (Post,
-arXiv:1804.08771), whose signature is the protocol; ROUGE by Google's rouge_score; GLUE's own for its words, mapped back.
+arXiv:1804.08771), whose signature is the protocol; ROUGE by Google's rouge_score; GLUE's metrics, with words mapped to labels.
 """
 
 import csv
@@ -26,7 +26,8 @@ DEV = ("val", "valid", "validation", "dev")
 
 
 class Task(NamedTuple):
-    """source, target: columns, or the suffixes of two files of equal lines. files: their names by split, without suffix."""
+    """source, target: columns, or the suffixes of two files with the same number of lines. dev, test: names of files, without
+    suffix, the first that exists counts."""
 
     prefix: str
     source: str
@@ -44,7 +45,7 @@ LANGUAGES = {"en": "English", "de": "German"}
 
 
 def _translations(name: str, **more: Any) -> dict[str, Task]:
-    """Between English and German, both ways."""
+    """Between English and German, in both directions."""
     return {
         f"{name}-{a}-{b}": Task(f"translate {LANGUAGES[a]} to {LANGUAGES[b]}: ", a, b, ("bleu", "chrf"), **more)
         for a, b in (("en", "de"), ("de", "en"))
@@ -58,8 +59,8 @@ PAIRS: dict[str, Task] = {
     "xsum": Task("summarize: ", "document", "summary", ("rouge",), ("EdinburghNLP/xsum", None)),
     "pairs": Task("", "input", "target", ("exact_match", "bleu", "chrf", "rouge")),
 }
-# GLUE's labels in words, in the order of glue.TASKS; STS-B: the score in steps of 0.2. Not WNLI: T5 casts it as another task
-# (its pronoun's noun is written), and the paper leaves it out of its average.
+# GLUE's labels in words, in the order of glue.TASKS; STS-B: the score in steps of 0.2. Not WNLI: T5 treats it as another task
+# (it writes the noun that a pronoun stands for), and the paper leaves it out of its average.
 WORDS: dict[str, tuple[str, ...]] = {
     "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"), "mrpc": ("not_equivalent", "equivalent"),
     "stsb": (), "qqp": ("not_duplicate", "duplicate"), "mnli": glue.NLI, "qnli": ("entailment", "not_entailment"),
@@ -69,16 +70,16 @@ NAMES = (*PAIRS, *WORDS, "squad")
 
 
 class Examples(NamedTuple):
-    """inputs, targets (N,) texts; references: what a prediction is compared with, one text or more each, of which the target is
-    the first; labels: GLUE's."""
+    """inputs, targets (N,) texts; references: one text or more per example that a prediction is compared with, the target
+    first; labels: GLUE's."""
 
     inputs: list[str]
     targets: list[str]
     references: list[list[str]]
-    hash: str  # of what was read
+    hash: str  # sha256 of what was read
     labels: np.ndarray | None = None
-    sizes: tuple[int, ...] = ()  # of the sets that are read together: MNLI's two
-    ids: tuple[str, ...] = ()  # SQuAD's, of the questions
+    sizes: tuple[int, ...] = ()  # examples of each set that is read: MNLI has two
+    ids: tuple[str, ...] = ()  # of SQuAD's questions
     notes: tuple[str, ...] = ()
 
 
@@ -87,30 +88,31 @@ def read(
 ) -> Examples:
     """The examples of a split, 'train', 'dev' or 'test', from a folder of files or from the hub.
 
-    prefix, source, target: in place of the task's own. BadInput for an unknown task or split, for missing or damaged files.
+    prefix, source, target: replace the task's own. BadInput for an unknown task or split, for missing or damaged files.
     """
     if name not in NAMES:
         raise BadInput(f"{name}: no such task; there is {', '.join(NAMES)}")
     if split not in hub.SPLITS:
-        raise BadInput(f"{name}: no such split as {split!r}; there is {', '.join(hub.SPLITS)}")
+        raise BadInput(f"{name}: no such split: {split!r}; there is {', '.join(hub.SPLITS)}")
     if name not in PAIRS:
         if not prefix is source is target is None:
-            raise BadInput(f"{name}: its inputs are T5's own; leave out task.prefix, task.source and task.target")
+            raise BadInput(f"{name}: T5 defines its inputs; leave out task.prefix, task.source and task.target")
         if split == "test":
             raise BadInput(f"{name}: the answers of its test set are not public; give task.split=dev")
         return _glue(name, folder, split) if name in WORDS else _squad(folder, split)
-    task = PAIRS[name]._replace(**{k: v for k, v in (("source", source), ("target", target)) if v})
+    task = PAIRS[name]
+    task = task._replace(source=source or task.source, target=target or task.target)
     start = task.prefix if prefix is None else prefix
-    inputs, targets, found = _from_hub(name, task, split) if folder is None else _from_files(name, task, folder, split)
-    return Examples([start + text for text in inputs], [known[0] for known in targets], targets, found)
+    inputs, targets, content = _from_hub(name, task, split) if folder is None else _from_files(name, task, folder, split)
+    return Examples([start + text for text in inputs], [texts[0] for texts in targets], targets, content)
 
 
 def each_reference(examples: Examples) -> Examples:
-    """With an example for every reference: what is learnt of those that have several."""
-    pairs = [(given, text) for given, known in zip(examples.inputs, examples.references, strict=True) for text in known]
-    several = sum(len(known) > 1 for known in examples.references)
+    """One example per reference: what is trained on where inputs have several references."""
+    pairs = [(source, text) for source, texts in zip(examples.inputs, examples.references, strict=True) for text in texts]
+    several = sum(len(texts) > 1 for texts in examples.references)
     note = f"{several:,} of {len(examples.inputs):,} inputs have several targets: {len(pairs):,} examples"
-    inputs, targets = map(list, zip(*pairs, strict=True))
+    inputs, targets = [source for source, _ in pairs], [target for _, target in pairs]
     notes = (*examples.notes, note) if several else examples.notes
     return examples._replace(inputs=inputs, targets=targets, references=[[text] for text in targets], notes=notes)
 
@@ -119,22 +121,25 @@ Sides = tuple[list[str], list[list[str]], str]  # inputs, targets (one or more e
 
 
 def _from_files(name: str, task: Task, folder: Path, split: str) -> Sides:
-    """Of the first name that is there."""
+    """Of the first of the split's names that exists."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
     for stem in task.names(split):
         two = [folder / f"{stem}.{task.source}", folder / f"{stem}.{task.target}"]
         if all(path.is_file() for path in two):
-            inputs, targets = _lines(*two)
-            return inputs, [[text] for text in targets], _hash(name, split, [fingerprint(path) for path in two])
+            sources, lines = _lines(*two)
+            return sources, [[line] for line in lines], _hash(name, split, [fingerprint(path) for path in two])
         for suffix, rows_of in ((".jsonl", json_lines), (".csv", _csv_rows)):
             path = folder / (stem + suffix)
             if path.is_file():
                 rows = [_texts(where, row, task) for where, row in rows_of(path)]
                 if not rows:
-                    raise BadInput(f"{path}: holds no example")
-                inputs, targets = map(list, zip(*rows, strict=True))
-                return inputs, targets, _hash(name, split, [fingerprint(path), task.source, task.target])
+                    raise BadInput(f"{path}: has no examples")
+                return (
+                    [source for source, _ in rows],
+                    [targets for _, targets in rows],
+                    _hash(name, split, [fingerprint(path), task.source, task.target]),
+                )
     stem, *others = task.names(split)
     wanted = f"{stem}.{task.source} and {stem}.{task.target}, {stem}.jsonl or {stem}.csv"
     instead = f" (or {', '.join(others)} in place of {stem})" if others else ""
@@ -146,19 +151,19 @@ def _hash(*parts: Any) -> str:
 
 
 def _lines(*paths: Path) -> list[list[str]]:
-    """The lines of files whose lines belong together."""
-    found = [read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
-    counts = [len(lines) for lines in found]
+    """The lines of parallel files."""
+    files = [read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
+    counts = [len(lines) for lines in files]
     if len(set(counts)) > 1:
-        told = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
-        raise BadInput(f"{told}; each line of one must belong to the same line of the other")
-    for path, lines in zip(paths, found, strict=True):
+        sizes = " and ".join(f"{path} has {count:,} lines" for path, count in zip(paths, counts, strict=True))
+        raise BadInput(f"{sizes}; each line of one must belong to the same line of the other")
+    for path, lines in zip(paths, files, strict=True):
         if lines == [""]:
             raise BadInput(f"{path}: is empty")
         blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
         if blank:
-            raise BadInput(f"{path}:{blank}: the line is blank; each must hold a text")
-    return found
+            raise BadInput(f"{path}:{blank}: the line is blank; each must have a text")
+    return files
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -171,98 +176,103 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _texts(where: str, row: Any, task: Task) -> tuple[str, list[str]]:
-    """Input and targets of a row. Under `target` may stand a list: texts that are right alike."""
+    """Input and targets of a row. `target` may be a list: alternatives, all of which are right."""
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: holds no object, but {type(row).__name__}")
-    for option, key in (("source", task.source), ("target", task.target)):
-        texts = row.get(key)
-        several = option == "target" and isinstance(texts, list) and texts
-        if not all(isinstance(text, str) for text in (texts if several else [texts])):
-            has = ", ".join(map(str, row)) or "nothing"
-            if key in row:
-                raise BadInput(f"{where}: what stands under {key!r} is no text, but {type(row[key]).__name__}")
-            raise BadInput(f"{where}: no text under {key!r}; it has {has}: give task.{option}=KEY")
-        if not all(text.strip() for text in (texts if several else [texts])):
-            raise BadInput(f"{where}: {key} is blank; each must hold a text")
-    target = row[task.target]
-    return row[task.source], target if isinstance(target, list) else [target]
+        raise BadInput(f"{where}: must be an object, is {type(row).__name__}")
+    [source] = _strings(where, row, "source", task.source)
+    return source, _strings(where, row, "target", task.target)
+
+
+def _strings(where: str, row: dict[str, Any], option: str, key: str) -> list[str]:
+    value = row.get(key)
+    texts: list[Any] = value if option == "target" and isinstance(value, list) and value else [value]
+    if not all(isinstance(text, str) for text in texts):
+        has = ", ".join(map(str, row)) or "nothing"
+        if key in row:
+            allowed = "a string or a list of strings" if option == "target" else "a string"
+            raise BadInput(f"{where}: {key!r} must be {allowed}, is {json.dumps(value, ensure_ascii=False)[:40]}")
+        raise BadInput(f"{where}: no text under {key!r}; it has {has}: give task.{option}=KEY")
+    if not all(text.strip() for text in texts):
+        raise BadInput(f"{where}: {key} is blank; each must have a text")
+    return texts
 
 
 def _from_hub(name: str, task: Task, split: str) -> Sides:
     if task.hub is None:
         raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
     rows = hub.rows(name, *task.hub, hub.SPLITS[split])
-    pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} a row
+    pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} per row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
     return inputs, [[text] for text in targets], _hash(name, split, inputs, targets)
 
 
 def _glue(name: str, folder: Path | None, split: str) -> Examples:
-    """'mrpc sentence1: ... sentence2: ...' -> 'equivalent': columns in the order of their names, as T5's code has them."""
-    found = glue.read(name, folder, split)
-    columns = sorted(zip(glue.TASKS[name].hub_columns, found.texts, strict=True))
+    """'mrpc sentence1: ... sentence2: ...' -> 'equivalent': columns in the order of their names, as in T5's code."""
+    examples = glue.read(name, folder, split)
+    columns = sorted(zip(glue.TASKS[name].hub_columns, examples.texts, strict=True))
     inputs = [
         " ".join([name, *(f"{column}: {text}" for (column, _), text in zip(columns, row, strict=True))])
         for row in zip(*(texts for _, texts in columns), strict=True)
     ]
     words = WORDS[name]
-    targets = [words[int(y)] if words else f"{np.round(y * 5) / 5:.1f}" for y in found.labels]
-    notes = (found.note,) if found.note else ()
-    return Examples(inputs, targets, [[t] for t in targets], found.hash, found.labels, tuple(found.sizes), notes)
+    targets = [words[int(y)] if words else f"{np.round(y * 5) / 5:.1f}" for y in examples.labels]
+    notes = (examples.note,) if examples.note else ()
+    references = [[target] for target in targets]
+    return Examples(inputs, targets, references, examples.hash, examples.labels, tuple(examples.sizes), notes=notes)
 
 
 def _squad(folder: Path | None, split: str) -> Examples:
     """'question: ... context: ...' -> the first answer; all answers are references."""
-    found = squad.read("squad", folder, split)
-    asked = [q for q in found.questions if q.answers]
-    inputs = [f"question: {q.text} context: {found.contexts[q.context].strip()}" for q in asked]
-    references = [q.answers for q in asked]
-    ids = tuple(q.id for q in asked)
-    return Examples(inputs, [known[0] for known in references], references, found.hash, notes=tuple(found.notes), ids=ids)
+    read = squad.read("squad", folder, split)
+    answered = [q for q in read.questions if q.answers]
+    inputs = [f"question: {q.text} context: {read.contexts[q.context].strip()}" for q in answered]
+    references = [q.answers for q in answered]
+    ids = tuple(q.id for q in answered)
+    return Examples(inputs, [answers[0] for answers in references], references, read.hash, notes=tuple(read.notes), ids=ids)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
-Score = tuple[str, float, str]  # metric, value, how it was worked out
+Score = tuple[str, float, str]  # metric, value, how it was computed
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """As sacrebleu takes them: all first references, all second ones, ...; None where an example has no more."""
+    """In sacrebleu's form: all first references, all second ones, ...; None where an example has no more."""
     return [list(texts) for texts in zip_longest(*references)]
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    """sacrebleu's default, and with the tokenizer `intl`, which T5's paper reports."""
+    """With sacrebleu's default tokenizer, and with `intl`, as in T5's paper."""
     from sacrebleu.metrics import BLEU
 
-    made = []
+    scores = []
     for name, tokenizer in (("bleu", "13a"), ("bleu_intl", "intl")):
         metric = BLEU(tokenize=tokenizer)
-        found = metric.corpus_score(list(predictions), _streams(references))
-        made.append((name, found.score, f"sacrebleu {metric.get_signature()}"))
-    return made
+        score = metric.corpus_score(list(predictions), _streams(references))
+        scores.append((name, score.score, f"sacrebleu {metric.get_signature()}"))
+    return scores
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
-    found = metric.corpus_score(list(predictions), _streams(references))
-    return [("chrf", found.score, f"sacrebleu {metric.get_signature()}")]
+    score = metric.corpus_score(list(predictions), _streams(references))
+    return [("chrf", score.score, f"sacrebleu {metric.get_signature()}")]
 
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    """Mean F in percent, with Porter's stemmer; of several references the best. rougeLsum goes by sentences, whose ends are
-    ' . ', as CNN/DM has them and T5's code finds them."""
+    """Mean F in percent, with Porter's stemmer; the best over several references. rougeLsum takes ' . ' as the end of a
+    sentence, as in CNN/DM and in T5's code."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     rows = [
-        scorer.score_multi([_sentences(text) for text in known], _sentences(prediction))
-        for prediction, known in zip(predictions, references, strict=True)
+        scorer.score_multi([_sentences(text) for text in texts], _sentences(prediction))
+        for prediction, texts in zip(predictions, references, strict=True)
     ]
     return [(name, 100 * float(np.mean([row[name].fmeasure for row in rows])), "rouge_score, stemmed") for name in ROUGE]
 
@@ -272,7 +282,7 @@ def _sentences(text: str) -> str:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    right = [_words(prediction) in map(_words, known) for prediction, known in zip(predictions, references, strict=True)]
+    right = [_words(prediction) in map(_words, texts) for prediction, texts in zip(predictions, references, strict=True)]
     return [("exact_match", 100 * float(np.mean(right)), "the text of a reference, as the vocabulary writes it, blanks as one")]
 
 
@@ -282,7 +292,7 @@ def _words(text: str) -> str:
 
 def answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
     """SQuAD's F1 and exact match, the best over the references."""
-    rows = [squad.scores("squad", prediction, known) for prediction, known in zip(predictions, references, strict=True)]
+    rows = [squad.scores("squad", prediction, texts) for prediction, texts in zip(predictions, references, strict=True)]
     exact, f1 = (100 * float(np.mean(column)) for column in zip(*rows, strict=True))
     return [("f1", f1, "squad-v1.1"), ("exact_match", exact, "squad-v1.1")]
 
@@ -293,7 +303,8 @@ SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[Score]
 
 
 def classes(name: str, predictions: Sequence[str], labels: np.ndarray) -> np.ndarray:
-    """Texts -> GLUE's labels (N,). A text that is no label is another label than the right one; no score is -1 (T5's code)."""
+    """Texts -> GLUE's labels (N,). A text that is not a label becomes a wrong label, one that is not a score -1 (as in T5's
+    code)."""
     words = WORDS[name]
     if not words:
         return np.array([_number(text) for text in predictions])
@@ -311,28 +322,29 @@ def _number(text: str) -> float:
 
 
 def scores(name: str, predictions: Sequence[str], examples: Examples, tokenizer: Any = None) -> list[Score]:
-    """All of a task's. GLUE's are from 0 to 1, the others percentages, as each is published.
+    """All scores of a task. GLUE's are from 0 to 1, the others percentages, as they are published.
 
-    tokenizer: of the model. An exact match is asked for as its vocabulary can write it; `unknown` counts what that leaves out.
+    tokenizer: of the model. An exact match compares with the reference as its vocabulary can write it; `unknown` counts the
+    references that it cannot write.
     """
     if examples.labels is not None:
-        found = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels, examples.sizes)
+        values = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels, examples.sizes)
         unknown = sum(text.strip() not in WORDS[name] for text in predictions) if WORDS[name] else 0
-        return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in found.items()]
-    kinds = PAIRS[name].scores if name in PAIRS else ("answers",)
-    written = {kind: examples.references for kind in kinds}
-    if tokenizer and "exact_match" in kinds:
-        written["exact_match"] = [_decoded(tokenizer, tokenizer(known)["input_ids"]) for known in examples.references]
-    return [score for kind in kinds for score in SCORES[kind](predictions, written[kind])]
+        return [(metric, value, f"{unknown} texts are no label: wrong") for metric, value in values.items()]
+    names = PAIRS[name].scores if name in PAIRS else ("answers",)
+    references = dict.fromkeys(names, examples.references)
+    if tokenizer and "exact_match" in names:
+        references["exact_match"] = [_decoded(tokenizer, tokenizer(texts)["input_ids"]) for texts in examples.references]
+    return [score for each in names for score in SCORES[each](predictions, references[each])]
 
 
 def counts(name: str, n: int, examples: Examples) -> dict[str, int]:
-    """{metric: examples that it is of}, for those of the first n examples that are of a part of them: MNLI's."""
+    """{metric: examples}, for the metrics that are computed from a part of the first n examples: MNLI's."""
     return glue.counts(name, n, examples.sizes)
 
 
 def unknown(tokenizer: Any, targets: Sequence[str], split: str) -> tuple[str, ...]:
-    """A note where targets hold what the vocabulary of a tokenizer of transformers cannot write."""
+    """A note where targets hold text that the vocabulary of a transformers tokenizer cannot write."""
     count = sum(tokenizer.unk_token_id in ids for ids in tokenizer(list(targets), verbose=False)["input_ids"])
     return (unknown_note(count, len(targets), f"targets of {split}"),) if count else ()
 
@@ -342,8 +354,8 @@ def unknown_note(count: int, whole: int, what: str) -> str:
 
 
 def files(name: str, predictions: Sequence[str], examples: Examples) -> dict[str, str]:
-    """{file name: text} as the benchmark has them: GLUE's labels, by `classes`, and SQuAD's answers by question."""
-    if name in WORDS:
+    """{file name: text} in the format of the benchmark: GLUE's labels, by `classes`, and SQuAD's answers by question."""
+    if examples.labels is not None:
         return glue.files(name, classes(name, predictions, examples.labels), examples.sizes)
     if name == "squad":
         return {"predictions.json": json.dumps(dict(zip(examples.ids, predictions, strict=True)), indent=1, ensure_ascii=False)}
@@ -356,8 +368,8 @@ def files(name: str, predictions: Sequence[str], examples: Examples) -> dict[str
 class Search(NamedTuple):
     beams: int
     length_penalty: float  # log probabilities are divided by length ^ this
-    tokens: int  # at most, the end included
-    batch: int  # inputs at once
+    tokens: int  # at most, the end of sequence included
+    batch: int  # inputs per batch
 
     def __str__(self) -> str:
         return f"beam {self.beams}, length penalty {self.length_penalty:g}, at most {self.tokens} tokens"
@@ -365,12 +377,13 @@ class Search(NamedTuple):
 
 def write(
     net: Any, tokenizer: Any, inputs: Sequence[str], seq_len: int | None, search: Search, ranks: Ranks,
-    tell: Callable[[int], bool | None],
+    report: Callable[[int], bool | None],
 ) -> list[str]:  # fmt: skip
-    """What an encoder-decoder of transformers writes to each input, on every rank. Inputs are cut to seq_len tokens.
+    """The output of a transformers encoder-decoder for each input, on every rank. Inputs are cut to seq_len tokens.
 
-    Batches, of inputs of like length, are the same whatever the number of ranks, and each is done by one: so 2 ranks give
-    what 1 gives. tell: called before each batch with its number; where it says True, this rank's other texts stay empty.
+    The batches, of inputs of similar lengths, do not depend on the number of ranks, and each is generated by one rank: so 2
+    ranks give what 1 gives. report: called with the number of each batch; where it returns True, this rank stops, and its
+    other texts stay empty.
     """
     import torch
     import torch.distributed as dist
@@ -381,16 +394,16 @@ def write(
     pad = tokenizer.pad_token_id
     written = torch.zeros(len(ids), search.tokens + 1, dtype=torch.int64, device=ranks.device)  # ids less pad
     for number in range(ranks.rank, len(batches), ranks.world):
-        if tell(number):
+        if report(number):
             break
-        given = tokenizer.pad({"input_ids": [ids[i] for i in batches[number]]}, return_tensors="pt").to(ranks.device)
-        made = net.generate(
-            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=search.tokens,
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in batches[number]]}, return_tensors="pt").to(ranks.device)
+        output = net.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=search.tokens,
             num_beams=search.beams, length_penalty=search.length_penalty, do_sample=False,
         )  # fmt: skip
-        written[batches[number], : made.shape[1]] = made - pad  # (B, begin and tokens)
+        written[batches[number], : output.shape[1]] = output - pad  # (B, decoder start and tokens)
     if ranks.world > 1:
-        dist.all_reduce(written)  # each row and zeros: exact
+        dist.all_reduce(written)  # each row plus zeros: exact
     return _decoded(tokenizer, (written + pad).tolist())
 
 
