@@ -266,7 +266,7 @@ class Choice(Kind):
         ]  # fmt: skip
         asked, seq_len = reader.tokenizer.encode_batch(texts), reader.cfg.data.seq_len
         pieces = [
-            [cut((articles[found.places[i]], ids), seq_len) for ids in asked[cls.sequences * i : cls.sequences * (i + 1)]]
+            [cut((articles[found.article_of[i]], ids), seq_len) for ids in asked[cls.sequences * i : cls.sequences * (i + 1)]]
             for i in keep.tolist()
         ]
         lengths = np.array([max(len(a) + len(b) for a, b in four) for four in pieces])
