@@ -1,36 +1,37 @@
-"""Did a run reach its published numbers? The verdicts are computed from the run's own logs each time and never stored.
+"""Check runs against their published numbers. Verdicts are computed from the runs' files each time and never stored.
 
-python -m scripts.check RUN...     OUT folders: of pretrain.sh, and of the finetune.sh runs that begin from them (an OUT of
-                                   scripts.seeds stands for the runs of all its seeds)
-python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, on every stack, from
-                                   recipes/FAMILY/results/NAME/STACK/{config.yaml,run.json,metrics.jsonl,eval.json}
+python -m scripts.check RUN...     OUT folders of pretrain.sh, and of the finetune.sh runs that start from them (an OUT of
+                                   scripts.seeds stands for the runs of all its seeds), or records of docs/results
+python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, on every stack of that family, from
+                                   the records in docs/results/FAMILY/NAME/STACK (scripts/publish.py writes them)
 
 `expect` holds TASK_METRIC: {value, tolerance, source}. The names and their units are in common/evaluation/metrics.py. A score
 is looked up in three places: val_loss (the validation after the last step), best_val_loss (the lowest) and parameters in the
 run itself; any other in the run's eval.json, which scripts/evaluate.py writes; else in the eval.json of the finished
-finetuning on that task whose run.json names this run and its last step as its beginning. Averages are computed, and only
-from all of their parts. With --all finetunings are searched for anywhere under recipes/FAMILY/results.
+finetuning run on that task whose run.json names this run and its last step as its start. Averages are computed, and only
+from all of their parts. With --all, finetuning runs are searched for anywhere under docs/results/FAMILY.
 
-pass       |ours - published| <= tolerance. Two-sided: a score that is better by more than the tolerance is not a
+pass       |measured - published| <= tolerance. Two-sided: a score that is better by more than the tolerance is not a
            reproduction either.
-           Of n >= 2 seeds the mean must be shown to be within the tolerance, by the one-sided z-test of modded-nanogpt's
+           With n >= 2 seeds the mean must be shown to be within the tolerance, by the one-sided z-test of modded-nanogpt's
            records with sigma, the standard deviation of the seeds: from the nearer bound, published +- tolerance,
            distance * sqrt(n) >= 3 sigma. The inequality is printed.
-fail       outside; of several seeds -distance * sqrt(n) >= 3 sigma.
+fail       outside; with several seeds -distance * sqrt(n) >= 3 sigma.
 undecided  several seeds show neither: run more seeds.
 not-run    no evidence, and why. A run is evidence if it is finished, has the config's science and steps, and no `extra`;
            a score, if it was measured on the whole published set.
 
-Exit 0 if no row fails, 1 if one does, 2 on bad input.
+The exit code is 0 if no row fails, 1 if one does, 2 on bad input.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = 3.0
 WIDTH = 80
 VERDICTS = ("pass", "fail", "undecided", "not-run")
+SYSTEMS = {"expect", "quickstart", *STACKS}  # sections of a config that do not decide the loss
 
 
 class Row(NamedTuple):
@@ -56,7 +58,7 @@ class Row(NamedTuple):
     published: str
     stack: str
     verdict: str  # of VERDICTS
-    ours: str = "-"
+    measured: str = "-"
     reason: str = ""  # of a not-run; else the seeds' inequality, the protocol
 
 
@@ -64,21 +66,26 @@ class NotEvidence(Exception):
     """Why a run says nothing about the published number."""
 
 
-class Finetuned(NamedTuple):
+class Finetuning(NamedTuple):
     """A run of finetune.sh."""
 
-    out: Path
+    folder: Path
     cfg: Config
-    start: dict[str, Any]  # {"id", "step"} of the run that it begins from; empty for any other beginning
+    start: dict[str, Any]  # {"id", "step"} of the run that it starts from; empty for any other start
+
+    @property
+    def task(self) -> str:
+        name: str = task_section(self.cfg)["name"]
+        return name
 
 
 class Evidence(NamedTuple):
-    """A finished run, and the finetunings that begin from its last step."""
+    """A finished run, and the finetuning runs that start from its last step."""
 
     run: Path
     cfg: Config
-    lines: list[dict[str, Any]]  # of metrics.jsonl
-    finetuned: list[Finetuned]
+    lines: list[dict[str, Any]]  # of metrics.jsonl or loss.tsv
+    finetunings: list[Finetuning]
 
 
 class Claim(NamedTuple):
@@ -91,7 +98,7 @@ class Claim(NamedTuple):
 
 class Scores(NamedTuple):
     values: dict[int, float]  # by seed
-    how: str = ""  # the protocol
+    protocol: str = ""
 
 
 def main() -> int:
@@ -99,7 +106,7 @@ def main() -> int:
         prog="python -m scripts.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN")
-    parser.add_argument("--all", action="store_true", help="every config with `expect`, from recipes/*/results")
+    parser.add_argument("--all", action="store_true", help="every config with `expect`, from docs/results")
     args = parser.parse_args()
     if args.all == bool(args.runs):
         raise BadInput("give RUN folders, or --all")
@@ -112,39 +119,47 @@ def main() -> int:
 
 
 def all_rows(root: Path) -> list[Row]:
+    """A row per stack that a family has and per published number: results of a stack that was deleted count for nothing."""
     rows = []
     for family in sorted(path.name for path in (root / "recipes").iterdir() if (path / "configs").is_dir()):
-        results = root / "recipes" / family / "results"
-        finetuned = [run for facts in sorted(results.rglob("run.json")) for run in finetuning(facts.parent)]
+        results = root / "docs/results" / family
+        records = [path.parent for path in sorted(results.rglob("run.json"))]
+        started = [record for record in records if run_json(record).get("init")]  # from a run
+        finetunings = [run for record in started for run in finetuning(record, root)]
         for path in sorted((root / "recipes" / family / "configs").glob("*.yaml")):
             claim = claim_of(path, family)
-            for stack in STACKS if claim.expect else ():
+            for stack in stacks_of(root / "recipes" / family) if claim.expect else ():
                 run = results / path.stem / stack
-                rows += judge(run, claim, stack, finetuned) if run.is_dir() else not_run(claim, stack, "no run")
+                rows += judge(run, claim, stack, finetunings, root) if run.is_dir() else not_run(claim, stack, "no run")
     return rows
+
+
+def stacks_of(recipe: Path) -> Iterator[str]:
+    return (stack for stack in STACKS if (recipe / stack / "pretrain.py").is_file())
 
 
 def run_rows(given: Sequence[Path]) -> list[Row]:
     """The rows of OUT folders, each against the config that its run.json names."""
-    outs = [out for run in given for out in seeds_of(run)]
-    finetuned = {out: run for out in outs for run in finetuning(out)}
-    ids = {facts_of(out).get("id") for out in outs} - {None}
-    rows, problems = [], []
-    for out in outs:
-        facts = facts_of(out)
+    runs = [run for folder in given for run in seeds_of(folder)]
+    finetunings = {run: found for run in runs for found in finetuning(run)}
+    ids = {run_json(run).get("id") for run in runs} - {None}
+    rows: list[Row] = []
+    problems: list[str] = []
+    for run in runs:
+        facts = run_json(run)
         path = ROOT / "recipes" / facts["family"] / "configs" / f"{config_name(facts)}.yaml"
         claim = claim_of(path, facts["family"]) if path.is_file() else Claim(path, facts["family"], {})
-        rows += judge(out, claim, facts["stack"], list(finetuned.values()))
-        start = finetuned[out].start if out in finetuned else {}
+        rows += judge(run, claim, facts["stack"], list(finetunings.values()))
+        start = finetunings[run].start if run in finetunings else {}
         if not claim.expect and start.get("id") not in ids:
-            problems.append(f"{out}: nothing to check: {why_idle(claim, finetuned.get(out))}")
+            problems.append(f"{run}: nothing to check: {why_idle(claim, finetunings.get(run))}")
     if problems:
         raise BadInput(problems)
     return rows
 
 
-def why_idle(claim: Claim, run: Finetuned | None) -> str:
-    """Of a run that has no row and gives none to another."""
+def why_idle(claim: Claim, run: Finetuning | None) -> str:
+    """Why a run has no row and gives none to another run."""
     folder = f"recipes/{claim.family}/configs"
     why = f"{folder}/{claim.path.name} has no `expect`"
     if not claim.path.is_file():
@@ -152,12 +167,17 @@ def why_idle(claim: Claim, run: Finetuned | None) -> str:
     if run is None:
         return why
     start = f"init.from={run.cfg.init.from_}"
-    return f"{why}; give the run that it begins from too ({start})" if run.start else f"{why}, and {start} is no run's export"
+    return (
+        f"{why}; give the run that it starts from too ({start})"
+        if run.start
+        else f"{why}, and {start} is not the export of a run"
+    )
 
 
 def claim_of(path: Path, family: str) -> Claim:
     """The config's `expect`, checked; nothing else of the config is read, and nothing fetched (finetuning's init.from)."""
-    expect, problems = {}, []
+    expect: dict[str, Expect] = {}
+    problems: list[str] = []
     for name, values in (read_yaml(path).get("expect") or {}).items():
         try:
             expect[name] = Expect.model_validate(values)
@@ -169,41 +189,32 @@ def claim_of(path: Path, family: str) -> Claim:
     return Claim(path, family, expect)
 
 
-def named_config(claim: Claim, run: Path, schema: type[Config]) -> Config:
-    """The config that a run is measured by. One of finetuning takes the model's shapes from init.from, and its beginning is
-    free: both are the run's."""
-    words, given, recorded = [], read_yaml(claim.path), read_yaml(run / "config.yaml")
-    if "task" in given:
-        own = given.get("model") or {}
-        words = [f"model.{key}={config.written(value)}" for key, value in recorded["model"].items() if key not in own]
-        words.append(f"init.from={config.written(recorded['init']['from'])}")
-    return config.load(claim.path, words, schema)
-
-
 def seeds_of(run: Path) -> list[Path]:
-    """The runs that an OUT of scripts/seeds.py holds; any other folder is one run itself."""
+    """The runs in an OUT of scripts/seeds.py; any other folder is one run itself."""
     if not (run / "seeds.json").is_file():
         return [run]
     return sorted(path.parent for path in run.glob("seed_*/run.json"))
 
 
-def finetuning(out: Path) -> list[Finetuned]:
+def finetuning(run: Path, root: Path = ROOT) -> list[Finetuning]:
     """The run in this folder if it is one of finetuning, else nothing."""
-    facts, values = facts_of(out), read_yaml(out / "config.yaml")
-    if "task" not in values:
+    facts = run_json(run)
+    if "task" not in recorded_values(run, facts, root):
         return []
-    # Its own `expect` says nothing here, and may have names of an earlier version
-    cfg = config.load(out / "config.yaml", ["expect={}"], task_module(facts["family"], values).Config, recorded=True)
-    return [Finetuned(out, cfg, facts.get("init") or {})]
+    return [Finetuning(run, recorded_config(run, facts, root), facts.get("init") or {})]
 
 
-def facts_of(run: Path) -> dict[str, Any]:
-    facts = read_json(run / "run.json")
+# ---- the config of a run ---------------------------------------------------------------------------------------------
+
+
+def run_json(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    facts = read_json(path)
     strings = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("config", "family", "stack"))
     if not strings or facts["stack"] not in STACKS:
-        raise BadInput(f"{run / 'run.json'}: must hold config, family and stack (one of {', '.join(STACKS)})")
+        raise BadInput(f"{path}: must hold config, family and stack (one of {', '.join(STACKS)})")
     if not isinstance(facts.get("id"), str | None) or not isinstance(facts.get("init"), dict | None):
-        raise BadInput(f"{run / 'run.json'}: its id must be a string and its init an object; restore it")
+        raise BadInput(f"{path}: its id must be a string and its init an object; restore it")
     return facts
 
 
@@ -212,64 +223,139 @@ def config_name(facts: dict[str, Any]) -> str:
     return Path(facts["config"]).name.removesuffix(".yaml")
 
 
+def record_of(run: Path) -> dict[str, Any] | None:
+    """What record.yaml holds, None for an OUT folder, which has the resolved config instead."""
+    path = run / "record.yaml"
+    if not path.is_file():
+        return None
+    record = read_yaml(path)
+    words = record.get("overrides")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or "config_sha256" not in record:
+        raise BadInput(f"{path}: must hold overrides (a list of a.b=c) and config_sha256")
+    return record
+
+
+def recorded_values(run: Path, facts: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """The values of a run's config as they are in a file: the resolved one of an OUT folder, that of a record's recipe."""
+    path = run / "config.yaml"
+    return read_yaml(path if record_of(run) is None else recipe_config(run, facts, root))
+
+
+def recorded_config(run: Path, facts: dict[str, Any], root: Path = ROOT) -> Config:
+    """The config of a run. Its own `expect` is left out: it proves nothing, and may have names of an earlier version."""
+    record, values = record_of(run), recorded_values(run, facts, root)
+    schema: type[Config] = task_module(facts["family"], values).Config
+    if record is None:
+        return config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)
+    return config.load(recipe_config(run, facts, root), [*record["overrides"], "expect={}"], schema)
+
+
+def recipe_config(run: Path, facts: dict[str, Any], root: Path) -> Path:
+    path = root / "recipes" / facts["family"] / "configs" / f"{config_name(facts)}.yaml"
+    if not path.is_file():
+        raise BadInput(f"{run / 'run.json'}: names a config that is not there: {path}")
+    return path
+
+
+def config_sha256(path: Path) -> str:
+    """Of the values that decide the loss. A record keeps it, since its overrides mean nothing against a config that changed."""
+    values = {section: value for section, value in read_yaml(path).items() if section not in SYSTEMS}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def unchanged(run: Path, path: Path) -> None:
+    """NotEvidence if the config has changed since the record was written."""
+    record = record_of(run)
+    digest = config_sha256(path)
+    if record is not None and record["config_sha256"] != digest:
+        raise NotEvidence(f"{path.name} has changed since this run; run it again, or, if no value changed, correct "
+                          f"config_sha256 in {run / 'record.yaml'} to {digest}")  # fmt: skip
+
+
+def beginning(path: Path, recorded: dict[str, Any]) -> list[str]:
+    """The overrides that give a finetuning config the model's shapes and the start of a run, which it takes from init.from."""
+    values = read_yaml(path)
+    if "task" not in values:
+        return []
+    own = values.get("model") or {}
+    shapes = {key: value for key, value in recorded["model"].items() if key not in own}
+    return [override(f"model.{key}", value) for key, value in shapes.items()] + [
+        override("init.from", recorded["init"]["from"])
+    ]
+
+
+def override(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"
+
+
+def task_section(cfg: Config) -> dict[str, Any]:
+    """The values of `task`, empty for a pretraining config."""
+    values: dict[str, Any] = cfg.dump().get("task", {})
+    return values
+
+
 # ---- what a run says -------------------------------------------------------------------------------------------------
 
 
-def judge(run: Path, claim: Claim, stack: str, finetuned: Sequence[Finetuned] = ()) -> list[Row]:
+def judge(run: Path, claim: Claim, stack: str, finetunings: Sequence[Finetuning] = (), root: Path = ROOT) -> list[Row]:
     """The rows of `run` against a config."""
     if not claim.expect:
         return []
-    facts, name = facts_of(run), claim.path.stem
-    schema = task_module(claim.family, read_yaml(run / "config.yaml")).Config
-    ours = config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)
+    facts, name = run_json(run), claim.path.stem
     try:
         if (facts["family"], config_name(facts), facts["stack"]) != (claim.family, name, stack):
             raise NotEvidence(f"its run.json says {facts['config']} of {facts['family']} on {facts['stack']}")
-        same_experiment(ours, named_config(claim, run, schema), stack)
-        lines = finished(run, ours)
+        unchanged(run, claim.path)
+        cfg = recorded_config(run, facts, root)
+        words = beginning(claim.path, cfg.dump())
+        same_experiment(cfg, config.load(claim.path, words, type(cfg)), stack)
+        lines = finished(run, cfg)
     except NotEvidence as reason:
         return not_run(claim, stack, str(reason))
-    begun = {"id": facts.get("id"), "step": ours.last_step}
-    evidence = Evidence(run, ours, lines, [other for other in finetuned if other.start == begun])
+    start = {"id": facts.get("id"), "step": cfg.last_step}
+    evidence = Evidence(run, cfg, lines, [other for other in finetunings if other.start == start])
     rows = []
     for metric, expect in claim.expect.items():
         try:
-            found = scores_of(metric, evidence)
-            rows.append(Row(*heading(claim, metric), stack, *verdict(metric, expect, found)))
+            scores = scores_of(metric, evidence)
+            rows.append(Row(*heading(claim, metric), stack, *verdict(metric, expect, scores)))
         except NotEvidence as reason:
             rows.append(Row(*heading(claim, metric), stack, "not-run", reason=str(reason)))
     return rows
 
 
-def same_experiment(ours: Config, named: Config, stack: str) -> None:
-    """NotEvidence if the run is not what the config says."""
-    no_extra(ours, stack)
-    theirs, mine = resolved(named), resolved(ours)
+def same_experiment(cfg: Config, published: Config, stack: str) -> None:
+    """NotEvidence if the run with `cfg` is not what the published config says."""
+    no_extra(cfg, stack)
+    expected, actual = resolved(published), resolved(cfg)
     # A default that only the tokenizer knows (model.vocab_size) is the run's own.
-    differing = [key for key in theirs if theirs[key] is not None and theirs[key] != mine.get(key)]
+    differing = [key for key in expected if expected[key] is not None and expected[key] != actual.get(key)]
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise NotEvidence(f"another experiment: {key} is {mine.get(key)!r}, the config says {theirs[key]!r}{more}")
+        raise NotEvidence(f"another experiment: {key} is {actual.get(key)!r}, the config says {expected[key]!r}{more}")
 
 
 def no_extra(cfg: Config, stack: str) -> None:
-    if getattr(getattr(cfg, stack), "extra", None):
+    if cfg.dump()[stack].get("extra"):
         raise NotEvidence(f"{stack}.extra was used")
+
+
+def with_defaults(cfg: Config) -> Config:
+    """The config with the defaults that follow from other keys filled in."""
+    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
+    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, None), "optim": optim})
 
 
 def resolved(cfg: Config) -> dict[str, Any]:
     """The science with its defaults filled in, and what may change in a continued run but not in a published one."""
-    model = cfg.model.resolve(cfg, None)
-    optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
-    values = config.hyperparameters(cfg.model_copy(update={"model": model, "optim": optim}))
     steps = {"train.steps": cfg.train.steps, "last step": cfg.last_step}
-    return values | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
+    return config.hyperparameters(with_defaults(cfg)) | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
 
 
 def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; NotEvidence where it is not finished."""
-    lines = read_lines(run / "metrics.jsonl")
+    """What a run logged per step; NotEvidence if it is not finished."""
+    lines = logged(run)
     done = max((line["step"] for line in lines if "loss" in line), default=0)
     if done < cfg.last_step and not stopped_early(cfg, lines):
         raise NotEvidence(f"stopped at step {done} of {cfg.last_step}")
@@ -277,21 +363,22 @@ def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
 
 
 def stopped_early(cfg: Config, lines: Sequence[dict[str, Any]]) -> bool:
-    """Did a finetuning end by task.patience? As common/training/finetuning.py decides it."""
-    task = getattr(cfg, "task", None)
-    if task is None or not task.patience:
+    """Did a finetuning run end by task.patience? As common/training/finetuning.py decides it."""
+    task = task_section(cfg)
+    if not task.get("patience"):
         return False
-    first, unit = next(iter(metrics.TASKS[task.name].items()))
+    first, unit = next(iter(metrics.TASKS[task["name"]].items()))
     key, sign = f"valid_{first}", unit.better
     if not any(key in line for line in lines):
         key, sign = "valid_loss", -1
     values = {line["step"]: sign * line[key] for line in lines if key in line}
     best = max(values, key=lambda step: (values[step], -step), default=0)
-    return sum(step > best for step in values) >= task.patience
+    later = sum(step > best for step in values)
+    return later >= int(task["patience"])
 
 
 def scores_of(name: str, evidence: Evidence) -> Scores:
-    """The scores TASK_METRIC of a run, by seed. NotEvidence where there is none to go by."""
+    """The scores TASK_METRIC of a run, by seed. NotEvidence if there are none."""
     run, cfg = evidence.run, evidence.cfg
     if name == "parameters":
         return Scores({cfg.train.seed: cfg.model.resolve(cfg, None).parameter_count()})
@@ -304,42 +391,42 @@ def scores_of(name: str, evidence: Evidence) -> Scores:
         raise NotEvidence(no_evaluator(name))
     if name in metrics.AVERAGES:
         return average(name, evidence)
-    own = evaluated(name, run, None if hasattr(cfg, "task") else cfg.last_step)
+    own = evaluated(name, run, None if task_section(cfg) else cfg.last_step)
     if own:
         return Scores({cfg.train.seed: own[0]}, own[1])
     task, _ = metrics.NAMES[name]
-    runs = [other for other in evidence.finetuned if other.cfg.task.name == task]
+    runs = [other for other in evidence.finetunings if other.task == task]
     if not runs:
         raise NotEvidence(f"no score: neither its eval.json nor a finetuning on {task} from its last step has one")
     return of_seeds(name, runs)
 
 
-def of_seeds(name: str, runs: Sequence[Finetuned]) -> Scores:
-    """The score of finetunings that differ in their seeds alone."""
+def of_seeds(name: str, runs: Sequence[Finetuning]) -> Scores:
+    """The score of finetuning runs that differ in their seeds alone."""
     values: dict[int, float] = {}
-    how, first = "", resolved(runs[0].cfg)
-    for out, cfg, _ in runs:
+    protocol, first = "", resolved(runs[0].cfg)
+    for run, cfg, _ in runs:
         science = resolved(cfg)
-        apart = [key for key in first if key not in ("train.seed", "init.from") and science.get(key) != first[key]]
-        if apart:
-            raise NotEvidence(f"{runs[0].out} and {out} are two experiments: {apart[0]} differs; give one of them")
+        differing = [key for key in first if key not in ("train.seed", "init.from") and science.get(key) != first[key]]
+        if differing:
+            raise NotEvidence(f"{runs[0].folder} and {run} are two experiments: {differing[0]} differs; give one of them")
         if cfg.train.seed in values:
             raise NotEvidence(f"several finetunings have train.seed={cfg.train.seed}; give one of them")
         try:
-            no_extra(cfg, facts_of(out)["stack"])
-            finished(out, cfg)
-            found = evaluated(name, out)
+            no_extra(cfg, run_json(run)["stack"])
+            finished(run, cfg)
+            score = evaluated(name, run)
         except NotEvidence as reason:
-            raise NotEvidence(f"{out}: {reason}") from None
-        if found is None:
-            raise NotEvidence(f"{out / 'eval.json'}: does not have it")
-        values[cfg.train.seed], how = found
-    return Scores(dict(sorted(values.items())), how)
+            raise NotEvidence(f"{run}: {reason}") from None
+        if score is None:
+            raise NotEvidence(f"{run / 'eval.json'}: does not have it")
+        values[cfg.train.seed], protocol = score
+    return Scores(dict(sorted(values.items())), protocol)
 
 
 def average(name: str, evidence: Evidence) -> Scores:
-    """The mean of the parts, seed by seed where all parts have the same seeds, else of the parts' means. NotEvidence where a
-    part is missing."""
+    """The mean of the parts, seed by seed if all parts have the same seeds, else of the parts' means. NotEvidence if a part is
+    missing."""
     parts, missing = {}, []
     for part in metrics.AVERAGES[name]:
         try:
@@ -349,21 +436,21 @@ def average(name: str, evidence: Evidence) -> Scores:
     if missing:
         more = f", and {len(missing) - 1} more parts" if len(missing) > 1 else ""
         raise NotEvidence(f"of its {len(metrics.AVERAGES[name])} parts it lacks {missing[0]}{more}")
-    how = f"the mean of {', '.join(parts)}"
+    protocol = f"the mean of {', '.join(parts)}"
     if len({tuple(values) for values in parts.values()}) == 1:
         seeds = next(iter(parts.values()))
-        return Scores({seed: statistics.fmean(values[seed] for values in parts.values()) for seed in seeds}, how)
-    return Scores({evidence.cfg.train.seed: statistics.fmean(statistics.fmean(v.values()) for v in parts.values())}, how)
+        return Scores({seed: statistics.fmean(values[seed] for values in parts.values()) for seed in seeds}, protocol)
+    return Scores({evidence.cfg.train.seed: statistics.fmean(statistics.fmean(v.values()) for v in parts.values())}, protocol)
 
 
 def evaluated(name: str, run: Path, step: int | None = None) -> tuple[float, str] | None:
-    """The score in a run's eval.json that was written last, and its protocol; None where there is none. NotEvidence if all
-    are of another set than the published one, or of the export of another step."""
+    """The score that was written last into a run's eval.json, and its protocol; None if there is none. NotEvidence if all are
+    of another set than the published one, or of the export of another step."""
     path = run / "eval.json"
-    found = read_json(path) if path.is_file() else []
+    content = read_json(path) if path.is_file() else []
     try:
         rows = [(float(row["value"]), int(row["n"]), str(row["protocol"]))
-                for row in found if (row["task"], row["metric"]) == metrics.NAMES[name]]  # fmt: skip
+                for row in content if (row["task"], row["metric"]) == metrics.NAMES[name]]  # fmt: skip
     except (TypeError, KeyError, ValueError):
         raise BadInput(f'{path}: must be a list of {{"task", "metric", "value", "n", "protocol"}}') from None
     whole = [(value, protocol) for value, n, protocol in rows if not metrics.not_comparable(name, n, protocol)]
@@ -376,39 +463,46 @@ def evaluated(name: str, run: Path, step: int | None = None) -> tuple[float, str
 
 
 def step_of(protocol: str) -> int | None:
-    """Of the export that scripts/evaluate.py measured."""
-    found = re.search(r", step (\d+)(, bf16)?$", protocol)
-    return int(found[1]) if found else None
+    """The step of the export that scripts/evaluate.py measured."""
+    match = re.search(r", step (\d+)(, bf16)?$", protocol)
+    return int(match[1]) if match else None
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def verdict(name: str, expect: Expect, found: Scores) -> tuple[str, str, str]:
-    """Verdict, our value and what there is to say of it."""
-    values, tolerance = list(found.values.values()), expect.tolerance
-    ours = statistics.fmean(values)
-    shown = f"{ours:,.0f}" if name == "parameters" else f"{ours:.4f}"
+def verdict(name: str, expect: Expect, scores: Scores) -> tuple[str, str, str]:
+    """Verdict, measured value and reason."""
+    values, tolerance = list(scores.values.values()), expect.tolerance
+    measured = statistics.fmean(values)
+    shown = f"{measured:,.0f}" if name == "parameters" else f"{measured:.4f}"
     if not all(map(math.isfinite, values)):
-        return "fail", shown, found.how
-    gap = ours - expect.value
-    notes = [found.how] if found.how else []
+        return "fail", shown, scores.protocol
+    gap = measured - expect.value
+    notes = [scores.protocol] if scores.protocol else []
     if len(values) == 1:
-        made = "pass" if abs(gap) <= tolerance * (1 + 1e-9) else "fail"  # 0.849 is 0.844 + 0.005
+        decision = "pass" if abs(gap) <= tolerance * (1 + 1e-9) else "fail"  # 0.849 is 0.844 + 0.005
     else:
         bound = expect.value + math.copysign(tolerance, gap)  # the nearer one
         sigma, root = statistics.stdev(values), math.sqrt(len(values))
         margin = (tolerance - abs(gap)) * root
-        made = "pass" if margin >= SIGMAS * sigma else "fail" if -margin >= SIGMAS * sigma else "undecided"
-        high, low = (bound, ours) if gap > 0 else (ours, bound)
-        sign = ">=" if made == "pass" else "<"
-        notes.insert(0, f"mean of seeds {' '.join(map(str, found.values))}: ({high:.4f} - {low:.4f}) * sqrt({len(values)}) = "
+        decision = "pass" if margin >= SIGMAS * sigma else "fail" if -margin >= SIGMAS * sigma else "undecided"
+        high, low = (bound, measured) if gap > 0 else (measured, bound)
+        sign = ">=" if decision == "pass" else "<"
+        notes.insert(0, f"mean of seeds {' '.join(map(str, scores.values))}: ({high:.4f} - {low:.4f}) * sqrt({len(values)}) = "
                         f"{margin:.4f} {sign} {SIGMAS:g} sigma = {SIGMAS:g} * {sigma:.4f} = {SIGMAS * sigma:.4f}")  # fmt: skip
-        if made == "undecided":
+        if decision == "undecided":
             notes.append("run more seeds")
-    if made == "fail" and gap * metrics.unit_of(name).better > 0:
+    if decision == "fail" and gap * unit_of(name).better > 0:
         notes.append("better than published by more than the tolerance: is it the same experiment?")
-    return made, shown, "; ".join(notes)
+    return decision, shown, "; ".join(notes)
+
+
+def unit_of(name: str) -> metrics.Unit:
+    unit = metrics.unit_of(name)
+    if unit is None:
+        raise BadInput(f"expect.{name}: not the name of a score; common/evaluation/metrics.py lists them")
+    return unit
 
 
 def not_run(claim: Claim, stack: str, reason: str) -> list[Row]:
@@ -423,10 +517,10 @@ def no_evaluator(name: str) -> str:
 
 
 def heading(claim: Claim, name: str) -> tuple[str, str, str]:
-    """Config, metric and what is published."""
+    """Config, metric and the published value."""
     expect = claim.expect[name]
-    said = f"{expect.value:.12g} +- {expect.tolerance:g} {metrics.unit_of(name).name} ({expect.source})"
-    return f"{claim.family}/{claim.path.stem}", name, said
+    published = f"{expect.value:.12g} +- {expect.tolerance:g} {unit_of(name).name} ({expect.source})"
+    return f"{claim.family}/{claim.path.stem}", name, published
 
 
 # ---- files and the table ---------------------------------------------------------------------------------------------
@@ -443,6 +537,11 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path}: not JSON: {error}") from None
 
 
+def logged(run: Path) -> list[dict[str, Any]]:
+    """What a run logged per step: the lines of an OUT's metrics.jsonl, or the rows of a record's loss.tsv."""
+    return read_table(run / "loss.tsv") if (run / "loss.tsv").is_file() else read_lines(run / "metrics.jsonl")
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, each with at least `step`."""
     if not path.is_file():
@@ -457,21 +556,37 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a loss.tsv, without their empty cells."""
+    header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+    columns = header.split("\t")
+    lines: list[dict[str, Any]] = []
+    for number, row in enumerate(rows, 2):
+        cells = row.split("\t")
+        try:
+            step = int(cells[columns.index("step")])
+            values = {key: float(cell) for key, cell in zip(columns, cells, strict=True) if cell and key != "step"}
+        except ValueError:
+            raise BadInput(f"{path}:{number}: not a row of numbers under {', '.join(columns)}") from None
+        lines.append({"step": step, **values})
+    return lines
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Each config; below it each published number; below that a line a verdict, with the stacks of which it is the same."""
-    lines, config_above = [], None
+    """Each config; below it each published number; below that a line per verdict, with the stacks that share it."""
+    lines, last_name = [], None
     headings = {row[:3]: [other for other in rows if other[:3] == row[:3]] for row in rows}
-    for (name, metric, published), found in headings.items():
-        lines += [name] if name != config_above else []
-        config_above = name
+    for (name, metric, published), group in headings.items():
+        lines += [name] if name != last_name else []
+        last_name = name
         lines += wrapped(f"  {metric}  {published}", 4)
-        said: dict[tuple[str, str, str], list[str]] = {}
-        for row in found:
-            said.setdefault((row.verdict, row.ours, row.reason), []).append(row.stack)
-        for (decided, ours, reason), stacks in said.items():
-            lines += wrapped(f"    {decided:<9}  {ours:>8}  {', '.join(stacks)}  {reason}".rstrip(), 25)
-    counts = {decided: sum(row.verdict == decided for row in rows) for decided in VERDICTS}
-    return "\n".join([*lines, ", ".join(f"{count} {decided}" for decided, count in counts.items() if count)])
+        stacks: dict[tuple[str, str, str], list[str]] = {}
+        for row in group:
+            stacks.setdefault((row.verdict, row.measured, row.reason), []).append(row.stack)
+        for (decision, measured, reason), names in stacks.items():
+            lines += wrapped(f"    {decision:<9}  {measured:>8}  {', '.join(names)}  {reason}".rstrip(), 25)
+    counts = {decision: sum(row.verdict == decision for row in rows) for decision in VERDICTS}
+    return "\n".join([*lines, ", ".join(f"{count} {decision}" for decision, count in counts.items() if count)])
 
 
 def wrapped(line: str, indent: int) -> list[str]:

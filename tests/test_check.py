@@ -134,7 +134,7 @@ def test_what_is_not_the_published_experiment_is_not_evidence(
     tmp_path: Path, overrides: list[str], steps: int, reason: str
 ) -> None:
     row = one(run_folder(tmp_path / "run", CPU, overrides, {1000: 1.88, 2000: 1.88}, steps, "megatron"))
-    assert row.verdict == "not-run" and row.ours == "-" and reason in row.reason
+    assert row.verdict == "not-run" and row.measured == "-" and reason in row.reason
 
 
 def test_what_may_differ_does_not_matter(tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_no_validation_after_the_last_step(tmp_path: Path) -> None:
 
 def test_best_val_loss_is_the_lowest(tmp_path: Path) -> None:
     row = one(run_folder(tmp_path / "run", GPU, [], {1750: 1.4733, 5000: 1.7044}, 5000, "baseline"))
-    assert (row.verdict, row.metric, row.ours) == ("pass", "best_val_loss", "1.4733")
+    assert (row.verdict, row.metric, row.measured) == ("pass", "best_val_loss", "1.4733")
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def verdicts(rows: list[check.Row]) -> list[tuple[str, str, str]]:
-    return [(row.metric, row.verdict, row.ours) for row in rows]
+    return [(row.metric, row.verdict, row.measured) for row in rows]
 
 
 def test_scores_come_from_eval_json(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_scores_come_from_eval_json(tmp_path: Path) -> None:
     for step, verdict in ((100_000, "not-run"), (300_000, "pass"), (100_000, "pass")):
         evaluated(run, "lambada", {"accuracy": 0.45 + step / 1e9}, 5_153, f"lambada-strict, step {step}, bf16")
         row = check.run_rows([run])[1]
-        assert row.verdict == verdict and (row.ours == "0.4503" or "measured at step 100000" in row.reason)
+        assert row.verdict == verdict and (row.measured == "0.4503" or "measured at step 100000" in row.reason)
     evaluated(run, "lambada", {"accuracy": 45.18}, 5_153, "in percent")
     assert verdicts(check.run_rows([run]))[1][1] == "fail"
     for content in ('{"wikitext103": 19.37}', '[{"task": "lambada", "metric": "accuracy", "value": 0.45}]', "[3]"):
@@ -236,9 +236,9 @@ def test_finetunings_are_found_by_the_run_that_they_begin_from(bert: Path, tmp_p
     early = finetuned(tmp_path / "early", bert, "mnli", init={"id": str(bert), "step": 500_000})
     evaluated(early, "mnli", {"accuracy": 0.844}, 9_815)
     assert [row.verdict for row in check.run_rows([bert, early])] == ["not-run", "not-run"]
-    with pytest.raises(BadInput, match="mnli: nothing to check: .* give the run that it begins from too"):
+    with pytest.raises(BadInput, match="mnli: nothing to check: .* give the run that it starts from too"):
         check.run_rows([mnli])
-    with pytest.raises(BadInput, match="no/longer/there is no run's export"):
+    with pytest.raises(BadInput, match="no/longer/there is not the export of a run"):
         check.run_rows([bert, finetuned(tmp_path / "hub", bert, "mnli", init=None)])
 
 
@@ -321,7 +321,7 @@ def test_averages_are_computed_from_all_their_parts(tmp_path: Path) -> None:
         runs.append(finetuned(tmp_path / task, t5, f"glue_{task}"))
         scored(runs[-1], task, scores)
     row = check.run_rows([t5, *runs])[0]
-    assert (row.metric, row.verdict, row.ours) == ("glue_average", "pass", "0.8328")
+    assert (row.metric, row.verdict, row.measured) == ("glue_average", "pass", "0.8328")
     row = check.run_rows([t5, *runs[:-1]])[0]
     assert row.verdict == "not-run" and row.reason.startswith("of its 8 parts it lacks rte_accuracy (no score")
     row = check.run_rows([t5, *runs[3:]])[0]
@@ -332,7 +332,7 @@ def test_averages_are_computed_from_all_their_parts(tmp_path: Path) -> None:
         runs.append(finetuned(tmp_path / f"{task}_2", t5, f"glue_{task}", seed=2))
         scored(runs[-1], task, {metric: value + 0.002 for metric, value in scores.items()})
     row = check.run_rows([t5, *runs])[0]
-    assert row.ours == "0.8338" and row.reason.startswith("mean of seeds 2 1234: (0.8338 - 0.8299) * sqrt(2) =")
+    assert row.measured == "0.8338" and row.reason.startswith("mean of seeds 2 1234: (0.8338 - 0.8299) * sqrt(2) =")
 
 
 # ---- one vocabulary --------------------------------------------------------------------------------------------------
@@ -473,7 +473,10 @@ def test_all_covers_every_expect_and_stack(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / CPU.name).write_text(CPU.read_text())
     (folder / "tiny.yaml").write_text((CPU.parent / "tiny.yaml").read_text())  # no `expect`: no row
-    results = tmp_path / "recipes/gpt/results/shakespeare_char_cpu"
+    for stack in ("baseline", "deepspeed", "megatron"):
+        (folder.parent / stack).mkdir()
+        (folder.parent / stack / "pretrain.py").touch()
+    results = tmp_path / "docs/results/gpt/shakespeare_char_cpu"
     run_folder(results / "deepspeed", CPU, [], {2000: 1.89}, 2000, "deepspeed")
     run_folder(results / "megatron", CPU, [], {2000: 1.89}, 2000, "deepspeed")  # in the wrong folder
     rows = check.all_rows(tmp_path)
@@ -489,14 +492,17 @@ def test_all_finds_finetunings_wherever_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "recipes/bert/configs"
     folder.mkdir(parents=True)
     (folder / BERT.name).write_text(BERT.read_text())
-    results = tmp_path / "recipes/bert/results"
+    for stack in ("deepspeed", "megatron"):
+        (folder.parent / stack).mkdir()
+        (folder.parent / stack / "pretrain.py").touch()
+    results = tmp_path / "docs/results/bert"
     run = run_folder(results / "bert_base/megatron", BERT, [], {}, 1_000_000, "megatron")
     for seed in (1, 2):
         tuned = finetuned(results / f"anywhere/mnli/seed_{seed}", run, "mnli", seed)
         evaluated(tuned, "mnli", {"accuracy": 0.844 + seed / 10_000}, 9_815)
     rows = {(row.metric, row.stack): row for row in check.all_rows(tmp_path)}
-    assert len(rows) == 6 and rows["mnli_accuracy", "megatron"].verdict == "pass"
-    assert sum(row.verdict == "not-run" for row in rows.values()) == 5
+    assert len(rows) == 4 and rows["mnli_accuracy", "megatron"].verdict == "pass"
+    assert sum(row.verdict == "not-run" for row in rows.values()) == 3
 
 
 def test_all_of_this_tree() -> None:

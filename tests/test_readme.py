@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *FAMILIES]
+OTHERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if p.name != "table.md")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *OTHERS, *FAMILIES]
 # run as they stand by the reader; their paths are checked
 SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", "."}
 OWN = {"FAMILY", "STACK", "NAME", "mine"}  # in a path, these stand for the reader's own
@@ -91,7 +92,7 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
     else:
         assert words[0] in SHELL_WORDS, line.name
     for word in words[1:]:
-        if re.match(r"(recipes|scripts|common|data|tests)/[\w/.-]+$", word) and not OWN & set(re.split(r"[/.]", word)):
+        if re.match(r"(recipes|scripts|common|data|docs|tests)/[\w/.-]+$", word) and not OWN & set(re.split(r"[/.]", word)):
             assert (ROOT / word).exists(), f"{line.name}: no {word}"
 
 

@@ -1,0 +1,125 @@
+"""Write the record of a finished run: what a published figure can be checked from, a thousandth of the run's own files.
+
+python -m scripts.publish RUN docs/results/FAMILY/NAME/STACK [--also COLUMN ...]
+
+RUN is an OUT folder of pretrain.sh or finetune.sh. The record holds:
+
+run.json       as the run wrote it: config, family, stack, hashes of data and tokenizer, commit, versions
+record.yaml    overrides: what differs from the config; config_sha256: of the sections of that config that decide the loss;
+               the last step, seconds (sum of all steps), tokens_per_s (median of the steps after the first tenth) and
+               mem_bytes (the largest)
+loss.tsv       a row per step: loss, the validation's columns, and the columns of metrics.jsonl that --also names
+eval.json      the scores, where the run has some
+"""
+
+import argparse
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import config
+from common.config import Config
+from common.errors import BadInput, exit_cleanly
+from common.preflight import task_module, unusable
+from common.yaml_files import read_yaml, to_yaml
+from scripts import check
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 0.1  # of a run's steps, left out of its speed, as in scripts/compare.py
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("out", metavar="RECORD", type=Path, help="a new folder")
+    parser.add_argument(
+        "--also", nargs="+", metavar="COLUMN", default=[], help="further columns of metrics.jsonl, such as grad_norm"
+    )
+    args = parser.parse_args()
+    problem = unusable(args.out)
+    if problem:
+        raise BadInput(f"{args.out}: {problem}; give another folder")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise BadInput(f"{args.out}: is not empty; remove it, or give another folder")
+    write(args.run, args.out, args.also)
+    print(args.out)
+
+
+def write(run: Path, out: Path, also: list[str], root: Path = ROOT) -> None:
+    facts = check.run_json(run)
+    path = root / "recipes" / facts["family"] / "configs" / f"{check.config_name(facts)}.yaml"
+    if not path.is_file():
+        raise BadInput(f"{run / 'run.json'}: names config {facts['config']}, and there is no {path}")
+    lines = check.read_lines(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise BadInput(f"{run / 'metrics.jsonl'}: holds no step")
+    unknown = [name for name in also if not any(name in line for line in steps)]
+    if unknown:
+        raise BadInput(f"--also {' '.join(unknown)}: no such column; there are {', '.join(steps[0])}")
+    warm = steps[int(len(steps) * WARM_UP) :]
+    record: dict[str, Any] = {
+        "overrides": overrides(run, path, facts["family"]),
+        "config_sha256": check.config_sha256(path),
+        "steps": steps[-1]["step"],
+        "seconds": round(sum(line["ms"] for line in steps) / 1e3, 1),
+        "tokens_per_s": round(statistics.median(line["tokens_per_s"] for line in warm), 1),
+        "mem_bytes": max(line["mem_bytes"] for line in steps),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "run.json", out / "run.json")
+    if (run / "eval.json").is_file():
+        shutil.copyfile(run / "eval.json", out / "eval.json")
+    (out / "record.yaml").write_text(to_yaml(record), encoding="utf-8")
+    (out / "loss.tsv").write_text(table(lines, also), encoding="utf-8")
+
+
+def overrides(run: Path, path: Path, family: str) -> list[str]:
+    """The overrides of the config at `path` that give the config that the run resolved."""
+    recorded = read_yaml(run / "config.yaml")
+    schema: type[Config] = task_module(family, recorded).Config
+    start = check.beginning(path, recorded)
+    values, goal = (
+        flat(config.load(path, start, schema)),
+        flat(config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)),
+    )
+    changed = [check.override(key, value) for key, value in goal.items() if values.get(key) != value]
+    for word in start:  # a default needs no override
+        shorter = [other for other in start if other != word]
+        if resolves_to(goal, path, [*shorter, *changed], schema):
+            start = shorter
+    if not resolves_to(goal, path, [*start, *changed], schema):
+        raise BadInput(f"{run / 'config.yaml'}: overrides of {path} cannot give these values; has the config lost a key?")
+    return [*start, *changed]
+
+
+def resolves_to(goal: dict[str, Any], path: Path, words: list[str], schema: type[Config]) -> bool:
+    try:
+        return flat(config.load(path, words, schema)) == goal
+    except BadInput:  # init.from is not on this machine, and without `words` the shapes come from there
+        return False
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """Every key of a config but `expect`, with the defaults that follow from other keys filled in."""
+    return config.flat(check.with_defaults(cfg).model_copy(update={"expect": {}, "quickstart": None}).dump())
+
+
+def table(lines: list[dict[str, Any]], also: list[str]) -> str:
+    """loss.tsv: a row per step, ten significant digits per number, an empty cell where a step has no such value."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        rows.setdefault(line["step"], {}).update(line)
+    keys = dict.fromkeys(key for line in lines for key in line)
+    validation = [key for key in keys if key.startswith("valid_") and key != "valid_tokens"]
+    columns = ["loss", *validation, *also]
+    cells = [["step", *columns]]
+    cells += [[str(step), *(f"{row[key]:.10g}" if key in row else "" for key in columns)] for step, row in rows.items()]
+    return "".join("\t".join(row) + "\n" for row in cells)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
