@@ -240,7 +240,7 @@ class Megatron(System):
 class Config(Section):
     """What every family's config holds. task.py derives its own: its `model` and `data`, and sections of its own.
 
-    `model` has the methods problems, layout_problems, resolve and parameters (recipes/gpt/task.py says what they are for).
+    `model` is a common.contract.Model, and in a run that was checked a common.contract.ResolvedModel.
     """
 
     model: Any
@@ -373,9 +373,7 @@ STEP_TOKENS = 2**31  # 600 times those of the largest published batches
 
 def _rules(cfg: Config) -> Iterator[str]:
     yield from cfg.model.problems()
-    positions = getattr(cfg.model, "positions", None)
-    if positions is not None and positions < cfg.data.seq_len:
-        yield f"model.positions={positions} is below data.seq_len={cfg.data.seq_len}; give data.seq_len={positions} or less"
+    yield from cfg.model.data_problems(cfg.data)
     tokens = cfg.train.global_batch * cfg.data.sample_tokens
     if tokens > STEP_TOKENS:
         yield (
@@ -442,8 +440,7 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
         falls_to_min = view.optim.schedule in FALLS_TO_MIN
         if "optim.begin_step" in changes and falls_to_min and "optim.decay_steps" not in changes:
             yield f"{where}: optim.begin_step begins a schedule; give its optim.decay_steps (counted from there)"
-        if view.data.seq_len != cfg.data.seq_len and getattr(cfg.model, "positions", 0) is None:
-            yield f"{where}: data.seq_len changes; give model.positions, which all phases share"
+        yield from (f"{where}: {problem}" for problem in cfg.model.phase_problems(cfg.data, view.data))
 
 
 def _phase_keys(schema: type[Config]) -> list[str]:

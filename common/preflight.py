@@ -10,14 +10,14 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common import config
 from common.checkpoints import checkpoint, integrity, run_record
 from common.config import Config
+from common.contract import Dataset, Family
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput, Missing
 from common.json_files import read_object
@@ -26,30 +26,14 @@ from common.layout import Layout, layout_for
 from common.paths import SHOWN, Blend, find, find_blend, prefixes
 
 
-class Samples(Protocol):
-    """The samples of a run, as `task.dataset` opens them: recipes/gpt/pretraining_samples.py has GPT's."""
-
-    corpora: list[Any]  # of type common.data.indexed_dataset.IndexedDataset
-    content_hash: str
-    vocab_size: int | None  # of the model, once `limit_ids` says it: batches with other ids are refused
-
-    def __len__(self) -> int: ...
-
-    def verify(self) -> None: ...
-
-    def limit_ids(self, vocab_size: int | None, key: str) -> None: ...
-
-    def collate(self, numbers: Any) -> dict[str, Any]: ...
-
-
 class Run(NamedTuple):
     cfg: Config  # of the phase that goes on, resolved: no default is left open
     whole: Config  # the same with all its phases, as config.yaml records it
     stack: str
     out: Path
     layout: Layout
-    train: Samples | None  # None in a dry run whose corpus is not there yet
-    valid: Samples | None
+    train: Dataset | None  # None in a dry run whose corpus is not there yet
+    valid: Dataset | None
     tokenizer: str | Path | None  # folder or name, if config or corpus knows one
     record: dict[str, Any]  # what run.json holds: hashes, versions, commit
     resume: checkpoint.Checkpoint | None
@@ -76,13 +60,13 @@ class Run(NamedTuple):
         raise AssertionError("the last phase has every later step")
 
 
-def data_notes(*streams: Samples | None) -> list[str]:
+def data_notes(*datasets: Dataset | None) -> list[str]:
     """What a user should know of the data: each note once, though train and dev were drawn from one file."""
-    return list(dict.fromkeys(note for stream in streams for note in getattr(stream, "notes", ())))
+    return list(dict.fromkeys(note for dataset in datasets if dataset for note in dataset.notes))
 
 
 def prepare(
-    config_path: str, out: str, overrides: Sequence[str], stack: str, task: ModuleType, world: int, dry_run: bool = False
+    config_path: str, out: str, overrides: Sequence[str], stack: str, task: Family, world: int, dry_run: bool = False
 ) -> Run:
     """Check everything that can be checked before a process starts; BadInput carries all problems found.
 
@@ -150,7 +134,7 @@ def prepare(
     return Run(cfg, whole, stack, out_path, layout, train, valid, folder, record, resume, notes)
 
 
-def task_module(family: str, values: dict[str, Any]) -> ModuleType:
+def task_module(family: str, values: dict[str, Any]) -> Family:
     """Of a config with these values: recipes/FAMILY/task.py, or finetune.py where they name a task. BadInput for an unknown
     family."""
     try:
@@ -168,9 +152,9 @@ def _steps_done(out: Path) -> int:
     return newest.step if newest else 0
 
 
-def _streams(cfg: Config, task: ModuleType) -> tuple[Samples | None, Samples | None, list[str], list[str]]:
+def _streams(cfg: Config, task: Family) -> tuple[Dataset | None, Dataset | None, list[str], list[str]]:
     """train, valid, what is wrong with them, and which of them are not there."""
-    made: list[Samples | None] = []
+    made: list[Dataset | None] = []
     problems: list[str] = []
     missing: list[str] = []
     for key, spec, shuffle in (("data.train", cfg.data.train, True), ("data.valid", cfg.data.valid, False)):
@@ -194,7 +178,7 @@ def _with_key(problem: str, key: str, spec: Blend) -> str:
 
 
 def _tokenizer(
-    cfg: Config, train: Samples | None, valid: Samples | None, problems: list[str]
+    cfg: Config, train: Dataset | None, valid: Dataset | None, problems: list[str]
 ) -> tuple[str | Path | None, dict[str, Any]]:
     """The tokenizer's folder (or name) and {hash, size, eod_id}; corpora and config must agree on the hash."""
     corpora = [corpus for stream in (train, valid) if stream is not None for corpus in stream.corpora]
@@ -220,7 +204,7 @@ def _tokenizer(
     return folder, known
 
 
-def _replaced(train: Samples | None, valid: Samples | None) -> list[str]:
+def _replaced(train: Dataset | None, valid: Dataset | None) -> list[str]:
     """Corpora whose tokenizer folder is not the one that they were made with."""
     problems: list[str] = []
     done: set[tuple[Path, str | None]] = set()
@@ -233,7 +217,7 @@ def _replaced(train: Samples | None, valid: Samples | None) -> list[str]:
     return problems
 
 
-def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known: dict[str, Any]) -> list[str]:
+def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, known: dict[str, Any]) -> list[str]:
     size = cfg.model.vocab_size
     if size is None:
         return ["model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N"]
@@ -250,7 +234,7 @@ def _vocabulary(cfg: Config, train: Samples | None, valid: Samples | None, known
     return problems
 
 
-def _begins_from(cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
+def _begins_from(cfg: Config, task: Family, notes: list[str]) -> list[str]:
     """What is wrong with the Hugging Face folder init.from; adds to `notes`."""
     if cfg.init.from_ == "scratch":
         return []

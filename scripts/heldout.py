@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ import numpy as np
 from common import config
 from common.checkpoints import integrity
 from common.config import Config
+from common.contract import Dataset, PretrainingFamily
 from common.errors import BadInput, exit_cleanly
 from common.json_files import is_count, read_object
-from common.preflight import Samples, task_module
+from common.preflight import task_module
 from common.yaml_files import read_yaml
 from scripts.check import read_json
 
@@ -93,7 +93,7 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     return loss, tokens
 
 
-def mean_loss(export: Path, stream: Samples, samples: int, task: ModuleType, cfg: Config) -> tuple[float, int]:
+def mean_loss(export: Path, stream: Dataset, samples: int, task: PretrainingFamily, cfg: Config) -> tuple[float, int]:
     """The first `samples` of the stream through the export as `from_pretrained` loads it, in fp32."""
     import torch
     import transformers

@@ -6,15 +6,15 @@ plausible. Each stack proves its set before the first step, over all pipeline st
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from types import ModuleType
 from typing import Any
 
+from common.contract import Family
 from common.errors import BadInput
 
 Shapes = Mapping[str, Sequence[int]]  # full shape by Hugging Face name
 
 
-def expected(model: Any, task: ModuleType) -> dict[str, tuple[int, ...]]:
+def expected(model: Any, task: Family) -> dict[str, tuple[int, ...]]:
     """The family's list for a resolved model, `task.parameter_shapes`; BadInput if `model.parameter_count()`, which the log,
     the model card and the memory estimate quote, differs from its sum."""
     shapes = task.parameter_shapes(model)

@@ -6,7 +6,6 @@ import subprocess
 import uuid
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common import config
@@ -18,7 +17,8 @@ from common.launch import lock
 from common.paths import ROOT, find
 
 if TYPE_CHECKING:
-    from common.preflight import Run, Samples
+    from common.contract import Dataset, Family
+    from common.preflight import Run
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 LEFTOVERS = (
@@ -29,7 +29,7 @@ LEFTOVERS = (
 
 
 def new(
-    config_path: str, stack: str, task: ModuleType, cfg: Config, train: "Samples | None", valid: "Samples | None",
+    config_path: str, stack: str, task: "Family", cfg: Config, train: "Dataset | None", valid: "Dataset | None",
     tokenizer_hash: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of a run that is about to start; `begin` adds its id and its stacks."""

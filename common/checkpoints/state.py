@@ -4,7 +4,6 @@ The stacks' doors are in common/stacks/zero.py and common/stacks/mcore.py; all s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common import config
@@ -12,6 +11,7 @@ from common.checkpoints import parameters
 from common.checkpoints.checkpoint import Checkpoint, Entry
 from common.checkpoints.parameters import Shapes
 from common.config import Config
+from common.contract import Family
 from common.launch import heartbeat
 from common.launch.processes import Ranks
 from common.paths import find
@@ -26,7 +26,7 @@ Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -
 Named = Iterable[tuple[str, "torch.nn.Parameter"]]
 
 
-def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> Values:
+def values(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> Values:
     """Where this run's parameters come from: its checkpoint, else the Hugging Face folder init.from, else the seed.
 
     shapes: the family's list; BadInput for a checkpoint of other parameters.
@@ -40,15 +40,14 @@ def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | N
     return value
 
 
-def _source(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> Values:
+def _source(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> Values:
     if resume:
         return stored(resume, shapes)
     source = init.scratch(cfg.train.seed, lambda name: task.initializer(cfg.model, name))
     if cfg.init.from_ != "scratch":
-        fresh = task.new_head_prefixes(cfg.model) if hasattr(task, "new_head_prefixes") else ()  # of finetuning
-        source = init.from_hf(find(cfg.init.from_), task.stored_names, task.optional_prefixes(cfg.model), source, fresh)
-        if hasattr(task, "reorder_labels"):  # of finetuning: labels that the folder has in another order
-            source = task.reorder_labels(cfg, find(cfg.init.from_), source)
+        folder, new_heads = find(cfg.init.from_), task.new_head_prefixes(cfg.model)
+        source = init.from_hf(folder, task.stored_names, task.optional_prefixes(cfg.model), source, new_heads)
+        source = task.reorder_labels(cfg, folder, source)
     return lambda name, shape: {"weight": source(name, shape)}
 
 

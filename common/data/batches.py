@@ -11,23 +11,24 @@ from common.launch import heartbeat
 from common.layout import Layout
 
 if TYPE_CHECKING:
-    from common.preflight import Run, Samples
+    from common.contract import Dataset
+    from common.preflight import Run
 
 MicroBatch = dict[str, np.ndarray]
 
 
-def for_step(stream: "Samples", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+def for_step(stream: "Dataset", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
 
     Which samples a step has, and so what it learns, is the same whatever the layout is.
     """
-    arranged = arrange(stream, numbers)
+    arranged = stream.batch_order(numbers)
     for micro in range(layout.accumulate):
         start = (micro * layout.dp + dp_rank) * layout.micro_batch
         yield rows_of(stream, arranged[start : start + layout.micro_batch])
 
 
-def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
+def rows_of(stream: "Dataset", numbers: np.ndarray) -> MicroBatch:
     """`dataset.collate`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor
     parallelism Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
     (IndexedDataset.read); this is the last line, for examples of finetuning and special tokens too."""
@@ -45,19 +46,14 @@ def rows_of(stream: "Samples", numbers: np.ndarray) -> MicroBatch:
     return rows
 
 
-def arrange(stream: "Samples", numbers: range) -> np.ndarray:
-    """Samples of unequal lengths in an order of their own (common/data/examples.py), all others as they come."""
-    return stream.batch_order(numbers) if hasattr(stream, "batch_order") else np.asarray(numbers)
-
-
-def for_validation(stream: "Samples", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+def for_validation(stream: "Dataset", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """Every validation sample once over all replicas (the first `limit`), the same number of batches on each.
 
     Places beyond the last sample repeat it with nothing to predict, so that no sample counts twice.
     """
     samples = min(limit or len(stream), len(stream))
     together = layout.micro_batch * layout.dp
-    arranged = arrange(stream, range(samples))
+    arranged = stream.batch_order(range(samples))
     for first in range(0, samples, together):
         heartbeat.beat("evaluation")
         numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch

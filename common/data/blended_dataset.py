@@ -34,10 +34,13 @@ class BlendedDataset:
     of different tokenizers, or weights in file order.
     """
 
+    unit = "samples"  # what len() counts
+
     def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
         self.corpora = [IndexedDataset(prefix) for prefix in prefixes]
         self.vocab_size: int | None = None  # of the model, once `limit_ids` says it
+        self.notes: list[str] = []  # what a user should know of the corpora
         self.seed, self.shuffle = seed, shuffle
         self._one_tokenizer()
         self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
@@ -83,6 +86,10 @@ class BlendedDataset:
         """Sample `number`, for messages."""
         corpus, index = self.locate([number])
         return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
+
+    def batch_order(self, numbers: range) -> np.ndarray:
+        """Sample numbers as they come: samples of a corpus are of one length, or their lengths depend on little."""
+        return np.asarray(numbers)
 
     def verify(self, vocab_size: int | None = None) -> None:
         """`IndexedDataset.verify` of each corpus."""

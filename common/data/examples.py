@@ -4,11 +4,14 @@ of a corpus. Small against a corpus for pretraining: all of GLUE's largest task 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.data.sampler import epoch_key, permute
+
+if TYPE_CHECKING:
+    from common.data.batches import MicroBatch
 
 
 class Source:
@@ -28,6 +31,8 @@ class Examples:
     order, once.
     """
 
+    unit = "examples"  # what len() counts
+
     def __init__(self, source: Source, lengths: np.ndarray, *, seed: int, shuffle: bool, notes: Sequence[str] = ()):
         self.corpora, self.content_hash, self.lengths, self.size = [source], source.content_hash, lengths, len(lengths)
         self.seed, self.shuffle, self.notes = seed, shuffle, list(notes)
@@ -35,6 +40,10 @@ class Examples:
 
     def __len__(self) -> int:
         return self.size
+
+    def collate(self, numbers: Any) -> "MicroBatch":
+        """The examples of these sample numbers as a batch."""
+        raise NotImplementedError
 
     def batch_order(self, numbers: range) -> np.ndarray:
         """Sample numbers by length: micro batches of a step are of like lengths, and little is padding."""

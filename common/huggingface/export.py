@@ -8,12 +8,12 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.checkpoints import checkpoint, integrity, parameters
 from common.checkpoints.checkpoint import Checkpoint
 from common.config import Config
+from common.contract import Family
 from common.errors import BadInput
 from common.json_files import is_count, read_object
 from common.launch import heartbeat
@@ -30,7 +30,7 @@ UNCHECKED = ("README.md", integrity.RECORD)  # a model card is there to be edite
 
 
 def to_hf(
-    run: Run, task: ModuleType, ranks: Ranks, steps: Path | None = None, whole: Callable[[Checkpoint], Any] = lambda c: c
+    run: Run, task: Family, ranks: Ranks, steps: Path | None = None, whole: Callable[[Checkpoint], Any] = lambda c: c
 ) -> None:
     """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already.
 
@@ -67,7 +67,7 @@ def exported_step(folder: Path) -> int | None:
 
 
 def write(
-    source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path, tokenizer: Path, record: dict[str, Any]
+    source: checkpoint.Checkpoint, cfg: Config, task: Family, folder: Path, tokenizer: Path, record: dict[str, Any]
 ) -> None:
     """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json holds
     what it was made of, and bytes and checksum of its files."""
@@ -95,7 +95,7 @@ def write(
         ) from None
 
 
-def _prove(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, folder: Path) -> None:
+def _prove(source: checkpoint.Checkpoint, cfg: Config, task: Family, folder: Path) -> None:
     """BadInput unless the class that loads the export, built from the config.json written, has the tensors written and no
     other: a tensor that it shares under several names (tied weights) may be stored under each of them."""
     import torch
@@ -188,7 +188,7 @@ def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, i
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, int]) -> None:
+def _finish_config(folder: Path, task: Family, cfg: Config, ids: dict[str, int]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values |= {"architectures": [task.hf_class_name(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
@@ -196,7 +196,7 @@ def _finish_config(folder: Path, task: ModuleType, cfg: Config, ids: dict[str, i
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(source: checkpoint.Checkpoint, cfg: Config, task: ModuleType, record: dict[str, Any]) -> str:
+def _card(source: checkpoint.Checkpoint, cfg: Config, task: Family, record: dict[str, Any]) -> str:
     """README.md of the export: what it is, on what it was trained, how, and what it reached."""
     losses = _losses(source.path.parent / "metrics.jsonl", source.step)
     trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported

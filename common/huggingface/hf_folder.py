@@ -19,12 +19,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common.config import Config
+from common.contract import Family, PretrainingFamily
 from common.errors import BadInput
 from common.json_files import read_object
 from common.paths import ROOT
@@ -70,7 +70,7 @@ class Tensor(NamedTuple):
 # ---- the two doors: init.from, and `convert from-hf`
 
 
-def check(folder: Path, name: str, cfg: Config, task: ModuleType, notes: list[str]) -> list[str]:
+def check(folder: Path, name: str, cfg: Config, task: Family, notes: list[str]) -> list[str]:
     """What is wrong with `folder` as the beginning of this config's model. Adds to `notes` what of the model begins from the
     seed, what of the folder is not used, and which head of a finetuned model is trained on."""
     try:
@@ -86,7 +86,7 @@ def check(folder: Path, name: str, cfg: Config, task: ModuleType, notes: list[st
     return _problems(folder, name, stored, task, cfg.model, "train.seed", notes, cfg)
 
 
-def model_in(folder: Path, task: ModuleType, seed: int) -> tuple[Any, list[str]]:
+def model_in(folder: Path, task: PretrainingFamily, seed: int) -> tuple[Any, list[str]]:
     """The `model` section of a Hugging Face folder, all of whose weights are there, and notes as `check` gives them; BadInput
     says what is wrong with it. seed: of what the folder lacks."""
     stored = read_config(folder, str(folder), "give a Hugging Face folder")
@@ -134,19 +134,19 @@ def model_from_hf_config(stored: dict[str, Any], name: str, of: Callable[[dict[s
 
 
 def _problems(
-    folder: Path, name: str, stored: dict[str, Any], task: ModuleType, model: Any, seed: str, notes: list[str],
+    folder: Path, name: str, stored: dict[str, Any], task: Family, model: Any, seed: str, notes: list[str],
     cfg: Config | None = None,
 ) -> list[str]:  # fmt: skip
     problems = quantized(folder, stored, name) or differences(stored, task, model, name)
     held = tensors(folder, name, problems)
     if not problems:
         shapes = {tensor: found.shape for tensor, found in held.items()}
-        of_heads = list(task.head_problems(cfg, shapes, stored)) if hasattr(task, "head_problems") else []  # of finetuning
+        of_heads = list(task.head_problems(cfg, shapes, stored))
         problems += [f"{name}: {problem}" for problem in of_heads]
         problems += _not_the_models(held, task, model, name, task.optional_prefixes(model) if of_heads else ())
     if not problems:
         notes += [f"{name}: {note}" for note in _notes(held, task, model, seed)]
-        notes += [f"{name}: {note}" for note in task.head_notes(cfg, shapes, stored)] if hasattr(task, "head_notes") else []
+        notes += [f"{name}: {note}" for note in task.head_notes(cfg, shapes, stored)]
     return problems
 
 
@@ -167,7 +167,7 @@ def quantized(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
     return problems
 
 
-def differences(stored: dict[str, Any], task: ModuleType, model: Any, name: str) -> list[str]:
+def differences(stored: dict[str, Any], task: Family, model: Any, name: str) -> list[str]:
     """Where config.json, as transformers reads it, contradicts what an export of the model would say."""
     dtype = stored.get("dtype", stored.get("torch_dtype"))
     if dtype not in DTYPES:
@@ -200,7 +200,7 @@ def differences(stored: dict[str, Any], task: ModuleType, model: Any, name: str)
     return wrong
 
 
-def resolved(task: ModuleType, model: Any, stored: dict[str, Any]) -> dict[str, Any]:
+def resolved(task: Family, model: Any, stored: dict[str, Any]) -> dict[str, Any]:
     """{theirs, ours}: config.json and that of an export, each read by the model's transformers class, so that its defaults and
     older spellings are resolved by itself; {error} where it refuses one of them."""
 
@@ -340,7 +340,7 @@ class Place(NamedTuple):
     rank: int  # which of task.stored_names the tensor has: the first that is there counts
 
 
-def place_of(model: Any, task: ModuleType) -> Callable[[str], Place | None]:
+def place_of(model: Any, task: Family) -> Callable[[str], Place | None]:
     """A tensor's name in a folder -> the model's parameter; None for a tensor that is no parameter."""
     places: dict[str, tuple[str, int]] = {}
     for parameter in task.parameter_patterns(model):
@@ -362,22 +362,15 @@ def place_of(model: Any, task: ModuleType) -> Callable[[str], Place | None]:
 _LAYER = re.compile(r"\.(0|[1-9]\d{0,8})\.")
 
 
-def _layers(model: Any, name: str) -> int:
-    """Of the stack that a parameter's name begins with."""
-    return getattr(model, "decoder_layers", model.layers) if name.startswith("decoder.") else model.layers
-
-
 def _begins(name: str, starts: Sequence[str]) -> bool:
     return name.startswith(tuple(starts))
 
 
-def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
+def _not_the_models(held: dict[str, Tensor], task: Family, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
     """Tensors that the model does not have, parameters that the folder does not, and those of another shape or type, but for
     the shapes of the heads that are `refused` already."""
     shapes, place, heads = task.parameter_patterns(model), place_of(model, task), task.optional_prefixes(model)
-    fresh = (
-        task.new_head_prefixes(model) if hasattr(task, "new_head_prefixes") else ()
-    )  # of finetuning: heads that are replaced
+    new_heads = task.new_head_prefixes(model)
     stored: dict[tuple[str, int | None], str] = {}  # parameter, layer -> tensor
     unused = []
     for tensor, found in sorted(((t, place(t)) for t in held), key=lambda pair: (pair[1].rank if pair[1] else 0, pair[0])):
@@ -391,9 +384,9 @@ def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name:
         if layer is not None:
             start = parameter.partition("*")[0]
             depths[start] = max(depths.get(start, 0), layer + 1)
-    wrong = [(start, count) for start, count in depths.items() if count != _layers(model, start)]
+    wrong = [(start, count) for start, count in depths.items() if count != task.layer_count(model, start)]
     for start, count in wrong:
-        told = f"its weights hold {count} layers ({start}0 on), its config.json says {_layers(model, start)}"
+        told = f"its weights hold {count} layers ({start}0 on), its config.json says {task.layer_count(model, start)}"
         yield f"{name}: {told}; get it again"
     if wrong:
         return
@@ -412,13 +405,13 @@ def _not_the_models(held: dict[str, Tensor], task: ModuleType, model: Any, name:
         told = f"holds {min(strangers)}, which this model does not have"
         yield f"{name}: {told}; it is a model of another architecture{_more(strangers)}"
 
-    every = [(p, layer) for p in shapes for layer in (range(_layers(model, p)) if "*" in p else (None,))]
+    every = [(p, layer) for p in shapes for layer in (range(task.layer_count(model, p)) if "*" in p else (None,))]
     whole = [head for head in heads if not any(_begins(p, (head,)) for p, _ in stored)]  # missing: they begin from the seed
-    missing = [p.replace("*", str(i)) for p, i in every if (p, i) not in stored and not _begins(p, (*whole, *fresh))]
+    missing = [p.replace("*", str(i)) for p, i in every if (p, i) not in stored and not _begins(p, (*whole, *new_heads))]
     if missing:
         yield f"{name}: holds no {missing[0]}; it is a model of another architecture{_more(missing)}"
 
-    read = [(stored[p, layer], p) for p, layer in every if (p, layer) in stored and not _begins(p, fresh)]
+    read = [(stored[p, layer], p) for p, layer in every if (p, layer) in stored and not _begins(p, new_heads)]
     codes = [tensor for tensor, _ in read if held[tensor].dtype not in FLOATS]
     if codes:
         yield not_floats(name, held, codes)
@@ -448,12 +441,12 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _notes(held: dict[str, Tensor], task: ModuleType, model: Any, seed: str) -> Iterator[str]:
+def _notes(held: dict[str, Tensor], task: Family, model: Any, seed: str) -> Iterator[str]:
     """What begins from the seed, and which heads are not used."""
-    fresh = task.new_head_prefixes(model) if hasattr(task, "new_head_prefixes") else ()
+    new_heads = task.new_head_prefixes(model)
     for head in task.optional_prefixes(model):
         is_there = any(_begins(tensor, task.stored_names(head)) for tensor in held)
-        if is_there and head in fresh:
+        if is_there and head in new_heads:
             yield f"its {head}* is replaced; these parameters begin from {seed}"
         elif not is_there:
             yield f"holds no {head}*; these parameters begin from {seed}"

@@ -4,13 +4,13 @@ import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common import config
 from common.checkpoints import checkpoint, integrity, parameters, state
+from common.contract import Family, PretrainingFamily
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 from common.huggingface import export, hf_folder
@@ -33,7 +33,7 @@ class Imported(NamedTuple):
         return {"model": self.model.model_dump(by_alias=True)}
 
 
-def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
+def to_hf(run: Path, folder: Path, task: Family) -> None:
     """The last whole checkpoint of a run, or what from_hf wrote, as a Hugging Face folder."""
     is_import = not (run / "config.yaml").is_file() and (run / "step_0/state.json").is_file()
     if not is_import and not (run / "config.yaml").is_file():
@@ -60,7 +60,7 @@ def to_hf(run: Path, folder: Path, task: ModuleType) -> None:
     print(f"{folder}: step {last.step:,} of {run}")
 
 
-def _imported_model(run: Path, task: ModuleType) -> Any:
+def _imported_model(run: Path, task: Family) -> Any:
     """The `model` section that from_hf wrote."""
     path = run / "model.yaml"
     if not path.is_file():
@@ -95,7 +95,7 @@ def _check_new(folder: Path) -> None:
         raise BadInput(f"{folder}: is not empty; give a new folder")
 
 
-def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
+def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
     """OUT/step_0 with the weights and the tokenizer of a Hugging Face folder, and OUT/model.yaml, the `model` section to train
     it with.
 
@@ -137,7 +137,7 @@ def from_hf(folder: Path, out: Path, task: ModuleType) -> None:
     print(f"{out}: step_0 and model.yaml, from {folder}")
 
 
-def main(task: ModuleType) -> None:
+def main(task: PretrainingFamily) -> None:
     """The command line."""
     name = f"python -m recipes.{task.FAMILY}.convert"
     parser = argparse.ArgumentParser(prog=name, description="Hugging Face folders from runs, and runs from them.")

@@ -2,14 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
-from types import ModuleType
 
+from common.contract import Family
 from common.planning import memory
 from common.preflight import Run
 from common.yaml_files import to_yaml
 
 
-def describe(run: Run, task: ModuleType, command: Sequence[str]) -> str:
+def describe(run: Run, task: Family, command: Sequence[str]) -> str:
     """The text of --dry-run for a run that `preflight.prepare` has checked."""
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
     flops = task.forward_backward_flops(model, cfg.data)

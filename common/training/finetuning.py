@@ -9,12 +9,12 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.config import Section
+from common.contract import Family
 from common.data import batches
 from common.errors import BadInput
 from common.evaluation import metrics
@@ -166,7 +166,7 @@ def write_results(
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     size, used = len(run.valid), dev_size(run)
-    part = "" if used == size else f", the first {used:,} of {size:,} {getattr(run.valid, 'unit', 'examples')}"
+    part = "" if used == size else f", the first {used:,} of {size:,} {run.valid.unit}"
     notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
     how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
     rows = [metrics.row(run.cfg.task.name, name, value, counts.get(name, n), how) for name, value in values.items()]
@@ -201,7 +201,7 @@ def end_if_asked(ranks: Ranks, step: int) -> None:
         raise processes.stopped(int(asked), step)
 
 
-def finish(run: Run, task: ModuleType, ranks: Ranks) -> None:
+def finish(run: Run, task: Family, ranks: Ranks) -> None:
     """The export of the best checkpoint; where adapters were trained, these too, and the export is the merged model."""
     lora.export(run, task, ranks, best_folder(run))
     export.to_hf(run, task, ranks, best_folder(run), lora.merging(run.whole, task))

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
+from common.contract import Family
 from common.json_files import is_count
 from common.launch import heartbeat
 from common.launch.processes import Ranks
@@ -21,7 +21,7 @@ from common.preflight import Run
 class Log:
     """Opened once the run's checkpoint is known: what metrics.jsonl holds after that step is cut off, the rest is kept."""
 
-    def __init__(self, run: Run, task: ModuleType, ranks: Ranks):
+    def __init__(self, run: Run, task: Family, ranks: Ranks):
         self.first = ranks.rank == 0
         self.run, self.device = run, ranks.device
         self.start = self.step_start = time.perf_counter()

@@ -8,7 +8,6 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from common.checkpoints import checkpoint, integrity, parameters, state
 from common.checkpoints.checkpoint import Checkpoint
 from common.checkpoints.parameters import Shapes
 from common.config import Config, NonEmpty, Positive, Section, Share
+from common.contract import Family
 from common.huggingface.export import write_tensors
 from common.launch.processes import Ranks
 from common.preflight import Run
@@ -42,7 +42,7 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def peft_config(cfg: Config, task: ModuleType) -> "peft.LoraConfig":
+def peft_config(cfg: Config, task: Family) -> "peft.LoraConfig":
     import peft
 
     lora = of(cfg)
@@ -53,7 +53,7 @@ def peft_config(cfg: Config, task: ModuleType) -> "peft.LoraConfig":
     )  # fmt: skip
 
 
-def add(net: "torch.nn.Module", cfg: Config, task: ModuleType) -> None:
+def add(net: "torch.nn.Module", cfg: Config, task: Family) -> None:
     """Put adapters into the model, without values yet, and freeze all else."""
     if of(cfg):
         import peft
@@ -61,7 +61,7 @@ def add(net: "torch.nn.Module", cfg: Config, task: ModuleType) -> None:
         peft.inject_adapter_in_model(peft_config(cfg, task), net)
 
 
-def expected(cfg: Config, task: ModuleType) -> dict[str, tuple[int, ...]]:
+def expected(cfg: Config, task: Family) -> dict[str, tuple[int, ...]]:
     """As parameters.expected, with the adapters, and the names that the model's own weights have beside them."""
     import torch
 
@@ -87,7 +87,7 @@ def trained(shapes: Shapes, cfg: Config) -> Shapes:
     return {name: shape for name, shape in shapes.items() if is_adapter(name)} if of(cfg) else shapes
 
 
-def values(cfg: Config, task: ModuleType, shapes: Shapes, resume: Checkpoint | None) -> state.Values:
+def values(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> state.Values:
     """As state.values: adapters come from the checkpoint, else from the seed; the model's own weights never change."""
     if not of(cfg):
         return state.values(cfg, task, shapes, resume)
@@ -119,7 +119,7 @@ def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
 class Merged:
     """The whole model of a checkpoint that holds adapters, as huggingface/export.py reads it: W + alpha / rank B A."""
 
-    def __init__(self, adapters: Checkpoint, cfg: Config, task: ModuleType):
+    def __init__(self, adapters: Checkpoint, cfg: Config, task: Family):
         self.path, self.step, self.adapters = adapters.path, adapters.step, adapters
         self.whole = parameters.expected(cfg.model, task)
         self.base = state.values(cfg, task, self.whole, None)
@@ -143,12 +143,12 @@ class Merged:
         return {"weight": weight}
 
 
-def merging(cfg: Config, task: ModuleType) -> Callable[[Checkpoint], Any]:
+def merging(cfg: Config, task: Family) -> Callable[[Checkpoint], Any]:
     """What common/huggingface/export.py reads in place of a checkpoint."""
     return (lambda adapters: Merged(adapters, cfg, task)) if of(cfg) else (lambda whole: whole)
 
 
-def export(run: Run, task: ModuleType, ranks: Ranks, steps: Path) -> None:
+def export(run: Run, task: Family, ranks: Ranks, steps: Path) -> None:
     """OUT/adapter of the newest checkpoint in `steps`, by rank 0: what peft.PeftModel.from_pretrained loads."""
     if not of(run.cfg) or ranks.rank:
         return

@@ -6,7 +6,7 @@ A task module as task.py is: what it leaves out it has from there; kinds.py has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,17 +23,38 @@ from common.json_files import read_object
 from common.training import finetuning, init
 
 from . import kinds, samples, task
-from .task import (  # noqa: F401 (what stays as it is)
-    FAMILY,
-    HF_BUFFER_PATTERNS,
-    HF_MODEL_TYPES,
-    IGNORED_HF_HEADS,
-    IGNORED_HF_KEYS,
-    duplicate_names,
-    has_weight_decay,
-    hf_model_type,
-    normalized_hf_config,
-    stored_names,
+from .task import (  # what finetuning takes over unchanged
+    FAMILY as FAMILY,
+)
+from .task import (
+    HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
+)
+from .task import (
+    HF_MODEL_TYPES as HF_MODEL_TYPES,
+)
+from .task import (
+    IGNORED_HF_HEADS as IGNORED_HF_HEADS,
+)
+from .task import (
+    IGNORED_HF_KEYS as IGNORED_HF_KEYS,
+)
+from .task import (
+    duplicate_names as duplicate_names,
+)
+from .task import (
+    has_weight_decay as has_weight_decay,
+)
+from .task import (
+    hf_model_type as hf_model_type,
+)
+from .task import (
+    layer_count as layer_count,
+)
+from .task import (
+    normalized_hf_config as normalized_hf_config,
+)
+from .task import (
+    stored_names as stored_names,
 )
 
 if TYPE_CHECKING:
@@ -214,7 +235,7 @@ def new_head_prefixes(model: Model) -> tuple[str, ...]:
     return (f"{model.does.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
 
 
-def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
+def head_problems(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of a folder to begin from whose tensors have these shapes, and whose config.json holds `stored`."""
     model = cfg.model
     name = f"{model.does.parameter}.weight"
@@ -234,7 +255,7 @@ def head_problems(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[st
             yield f"{error}; or {instead}"
 
 
-def head_notes(cfg: Config, held: dict[str, tuple[int, ...]], stored: dict[str, Any]) -> Iterator[str]:
+def head_notes(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of the same folder, which has no problems."""
     model = cfg.model
     if f"{model.does.parameter}.weight" in held and not model.new_head:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -20,11 +21,15 @@ from common.training.loss import cross_entropy
 from .pretraining_samples import Samples
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import numpy as np
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FAMILY = "gpt"
+    from common.training.init import Source
+
+FAMILY = Path(__file__).parent.name  # a copied recipe is another family
 HF_MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
 
 
@@ -56,6 +61,17 @@ class Model(Section):
             yield f"model.dropout={self.dropout}: LlamaForCausalLM has attention dropout only; use 0, or model.arch=gpt2"
         if self.arch == "llama" and self.hidden % self.heads == 0 and self.hidden // self.heads % 2:
             yield f"model.hidden / model.heads = {self.hidden // self.heads} is odd: rotary positions rotate pairs"
+
+    def data_problems(self, data: config.Data) -> Iterator[str]:
+        if self.positions is not None and self.positions < data.seq_len:
+            yield (
+                f"model.positions={self.positions} is below data.seq_len={data.seq_len}; "
+                f"give data.seq_len={self.positions} or less"
+            )
+
+    def phase_problems(self, before: config.Data, after: config.Data) -> Iterator[str]:
+        if after.seq_len != before.seq_len and self.positions is None:
+            yield "data.seq_len changes; give model.positions, which all phases share"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
@@ -318,6 +334,11 @@ def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
     return made if model.tied else made | {"lm_head.weight": (v, h)}
 
 
+def layer_count(model: Model, pattern: str) -> int:
+    """How many layers the `*` of a name in parameter_patterns counts."""
+    return model.layers
+
+
 def duplicate_names(model: Model) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     embedding = "transformer.wte.weight" if model.arch == "gpt2" else "model.embed_tokens.weight"
@@ -347,6 +368,26 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
 def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
+
+
+def new_head_prefixes(model: Model) -> tuple[str, ...]:
+    """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
+    return ()
+
+
+def head_problems(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the head of a task in a folder: pretraining has none."""
+    return iter(())
+
+
+def head_notes(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+    """What a user should know of that head: pretraining has none."""
+    return iter(())
+
+
+def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
+    """The parameters of a folder with the labels of its head in the order of the task: pretraining has none."""
+    return source
 
 
 def stored_names(name: str) -> list[str]:

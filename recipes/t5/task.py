@@ -9,6 +9,7 @@ Shapes: B samples, T positions of the input, S of the target, H hidden, V vocabu
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -23,10 +24,14 @@ from common.training.loss import cross_entropy
 from . import samples
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FAMILY = "t5"
+    from common.training.init import Source
+
+FAMILY = Path(__file__).parent.name  # a copied recipe is another family
 HF_MODEL_TYPES = ("t5",)  # in the config.json of folders
 
 
@@ -49,6 +54,12 @@ class Model(Section):
             yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; give model.kv_channels"
         if self.max_distance <= self.buckets // 2:  # half of the buckets are of one distance each, the others share the rest
             yield f"model.max_distance={self.max_distance}: must be above half of model.buckets={self.buckets}"
+
+    def data_problems(self, data: config.Data) -> Iterator[str]:
+        return iter(())  # relative positions have no table that could be too short
+
+    def phase_problems(self, before: config.Data, after: config.Data) -> Iterator[str]:
+        return iter(())
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Layouts that this family cannot do on `stack`, with the reason."""
@@ -334,6 +345,11 @@ def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
     return made
 
 
+def layer_count(model: Model, pattern: str) -> int:
+    """How many layers the `*` of a name in parameter_patterns counts."""
+    return model.decoder_layers if pattern.startswith("decoder.") else model.layers
+
+
 def duplicate_names(model: Model) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *([] if model.gated else ["lm_head.weight"])]
@@ -354,6 +370,26 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
 def optional_prefixes(model: Model) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
+
+
+def new_head_prefixes(model: Model) -> tuple[str, ...]:
+    """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
+    return ()
+
+
+def head_problems(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the head of a task in a folder: pretraining has none."""
+    return iter(())
+
+
+def head_notes(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+    """What a user should know of that head: pretraining has none."""
+    return iter(())
+
+
+def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
+    """The parameters of a folder with the labels of its head in the order of the task: pretraining has none."""
+    return source
 
 
 def stored_names(name: str) -> list[str]:

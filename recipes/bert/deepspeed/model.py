@@ -1,6 +1,5 @@
 """BERT as DeepSpeed trains it: the `transformers` class, sharded from its first byte at ZeRO stage 3."""
 
-from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -8,13 +7,14 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from common.config import Config
+from common.contract import Family
 from common.stacks import zero
 from common.training import init
 
 from .. import task
 
 
-def build(cfg: Config, ds_config: dict[str, Any], task: ModuleType = task) -> PreTrainedModel:
+def build(cfg: Config, ds_config: dict[str, Any], task: Family = task) -> PreTrainedModel:
     """The model of a task module, with memory but without values: zero.load_state gives them.
 
     Stage 3: each parameter is split as it is made.
