@@ -1,10 +1,9 @@
-"""docs/results: records say what the documents say, load with today's configs, and stay small."""
+"""docs/results: records say what the documents say, load with today's configs, and are credited to no other config."""
 
 import json
 import re
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from test_check import CPU, command, run_folder
 
 from common.errors import BadInput
 from common.training.log import count
-from scripts import check, sizes
+from scripts import check
 
 RESULTS = ROOT / "docs/results"
 RECORDS = sorted(path.parent for path in RESULTS.rglob("run.json"))
@@ -157,21 +156,3 @@ def test_a_damaged_record_is_named(tree: Path, name: str, text: str, message: st
     (record / name).write_text(text)
     with pytest.raises(BadInput, match=re.escape(message)):
         check.all_rows(tree)
-
-
-# ---- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_tracked_is_small(tmp_path: Path) -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout")
-    assert not sizes.problems(sizes.tracked(ROOT))
-
-
-def test_large_files_are_named(tmp_path: Path) -> None:
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    (tmp_path / "log.txt").write_bytes(bytes(sizes.FILE_BYTES + 1))
-    (tmp_path / "ignored.txt").write_bytes(bytes(sizes.FILE_BYTES + 1))
-    subprocess.run(["git", "add", "log.txt"], cwd=tmp_path, check=True)
-    assert sizes.problems(sizes.tracked(tmp_path)) == ["log.txt: 262,145 bytes; at most 262,144 per file"]
-    assert sizes.problems({f"{i}": sizes.FILE_BYTES for i in range(33)}) == ["8,650,752 bytes in all; at most 8,388,608"]
