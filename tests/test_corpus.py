@@ -413,7 +413,7 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
         stream.collate(range(3))  # no model is known yet
         stream.limit_ids(500, "data.valid")
         with pytest.raises(BadInput, match=rf"data\.valid: .*{name}: document 1 holds token id 999, .* 0 to 499; ") as error:
-            batches.rows_of(stream, np.arange(2))
+            batches.collate_checked(stream, np.arange(2))
         assert "\n" not in str(error.value)
     documents[1][2] = -5
     prefix = write(tmp_path / "c", documents, np.int32, manifest=False)
@@ -430,18 +430,18 @@ def test_the_last_line_is_the_batch():
 
     class Made(examples.Examples):
         def collate(self, numbers):
-            ids = np.tile(np.arange(6), (len(numbers), 2, 1)) + 2 * self.locate(numbers)[:, None, None]
+            ids = np.tile(np.arange(6), (len(numbers), 2, 1)) + 2 * self.indices(numbers)[:, None, None]
             return {self.name: ids, "other": ids + 10**6}
 
     source = SimpleNamespace(prefix="sft train", content_hash="")
     for name in ("tokens", "inputs", "targets"):
         stream = Made(source, np.ones(9), seed=0, shuffle=False)
         stream.name = name
-        assert batches.rows_of(stream, np.arange(9)).keys() == {name, "other"}
+        assert batches.collate_checked(stream, np.arange(9)).keys() == {name, "other"}
         stream.limit_ids(12, "data.train")
-        batches.rows_of(stream, np.arange(4))
+        batches.collate_checked(stream, np.arange(4))
         with pytest.raises(BadInput, match="sft train: example 4 holds token id 12, the model knows ids from 0 to 11"):
-            batches.rows_of(stream, np.arange(9))
+            batches.collate_checked(stream, np.arange(9))
 
 
 def damaged_index(good, rng):
@@ -666,27 +666,33 @@ def test_the_order_of_a_seed_never_changes():
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 
+def pairs(dataset, first, count):
+    """(corpus number, sample index in it) of samples first .. first+count-1."""
+    corpus, index = dataset.indices(range(first, first + count))
+    return list(zip(corpus.tolist(), index.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
     stream = Samples(prefix, 64, pack=pack)
     n = len(stream)
-    everything = stream.samples(0, 3 * n)
+    everything = pairs(stream, 0, 3 * n)
     for epoch in range(3):
         assert sorted(j for _, j in everything[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert everything[:n] != everything[n : 2 * n] != sorted(everything[n : 2 * n])
     again = Samples(prefix, 64, pack=pack)
     for first, count in ((0, 1), (n - 3, 7), (2 * n - 1, 2), (17, 40)):
-        assert again.samples(first, count) == everything[first : first + count]
+        assert pairs(again, first, count) == everything[first : first + count]
     numbers = np.random.default_rng(0).integers(0, 3 * n, 50)
     rows, one = again.collate(numbers), [stream.collate([k]) for k in numbers]
     assert np.array_equal(rows["tokens"], np.concatenate([r["tokens"] for r in one]))
-    assert Samples(prefix, 64, pack=pack, seed=1).samples(0, n) != everything[:n]
+    assert pairs(Samples(prefix, 64, pack=pack, seed=1), 0, n) != everything[:n]
 
 
 def test_the_order_is_the_same_in_another_process(prefix):
-    code = f"from recipes.gpt.pretraining_samples import Samples; print(Samples({prefix!r}, 64).samples(0, 50))"
+    code = f"from recipes.gpt.pretraining_samples import Samples; print(Samples({prefix!r}, 64).indices(range(50)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.strip() == str(Samples(prefix, 64).samples(0, 50))
+    assert out.strip() == str(Samples(prefix, 64).indices(range(50)))
 
 
 def test_packed_rows(documents, prefix):
@@ -744,7 +750,7 @@ def test_segments_positions_and_mask(documents, prefix, pack, T):
 
 def test_validation_is_file_order_without_end(prefix):
     stream = Samples(prefix, 64, shuffle=False)
-    assert stream.samples(0, len(stream)) == [(0, j) for j in range(len(stream))]
+    assert pairs(stream, 0, len(stream)) == [(0, j) for j in range(len(stream))]
     for beyond in (len(stream), -1):
         with pytest.raises(IndexError):
             stream.collate([beyond])
@@ -756,7 +762,7 @@ def test_blend_proportions_and_epochs(documents, tmp_path):
     c = write(tmp_path / "c", documents[250:])
     weights = [0.5, 0.3, 0.2]
     stream = Samples([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
-    which, index = stream.locate(range(25_000))
+    which, index = stream.indices(range(25_000))
     seen = np.cumsum(which[:, None] == np.arange(3), axis=0)  # (samples, corpora)
     due = np.arange(1, len(which) + 1)[:, None] * np.array(weights)
     assert np.abs(seen - due).max() <= 1.0 + 1e-9
@@ -765,16 +771,16 @@ def test_blend_proportions_and_epochs(documents, tmp_path):
         mine = index[which == k]
         for epoch in range(len(mine) // n):
             assert np.array_equal(np.sort(mine[epoch * n : (epoch + 1) * n]), np.arange(n))
-    assert stream.samples(12_345, 99) == list(zip(which[12_345:12_444], index[12_345:12_444], strict=True))
+    assert pairs(stream, 12_345, 99) == list(zip(which[12_345:12_444], index[12_345:12_444], strict=True))
 
 
 def test_a_blend_without_weights_goes_by_size(documents, tmp_path):
     a, b = write(tmp_path / "a", documents[:200]), write(tmp_path / "b", documents[200:250])
     stream = Samples([a, b], 32)
-    which, _ = stream.locate(range(10_000))
+    which, _ = stream.indices(range(10_000))
     assert abs((which == 0).mean() - stream.sizes[0] / stream.sizes.sum()) < 1e-4
     valid = Samples([a, b], 32, shuffle=False)
-    assert valid.samples(0, len(valid)) == [(k, j) for k, n in enumerate(valid.sizes) for j in range(n)]
+    assert pairs(valid, 0, len(valid)) == [(k, j) for k, n in enumerate(valid.sizes) for j in range(n)]
 
 
 def test_content_hash_of_a_stream(documents, prefix, tmp_path):

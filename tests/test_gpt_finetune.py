@@ -532,7 +532,7 @@ def test_an_epoch_has_each_conversation_once(configs):
     for epoch in (0, 3):
         found, targets = [], 0
         for number in range(epoch * len(packed), (epoch + 1) * len(packed)):
-            rows, pieces = packed.collate([number]), packed.pieces[packed.locate([number])[0]]
+            rows, pieces = packed.collate([number]), packed.pieces[packed.indices([number])[0]]
             mine = [packed.ids[b:e] for b, e in pieces]
             total = sum(map(len, mine))
             assert rows["tokens"][0, :total].tolist() == np.concatenate(mine).tolist()
@@ -542,7 +542,7 @@ def test_an_epoch_has_each_conversation_once(configs):
             found += [tuple(ids.tolist()) for ids in mine]
             targets += int(rows["loss_mask"].sum())
         assert sorted(found) == every and targets == packed.counted.sum()
-    order = [packed.locate(range(e * len(packed), (e + 1) * len(packed))).tolist() for e in (0, 1)]
+    order = [packed.indices(range(e * len(packed), (e + 1) * len(packed))).tolist() for e in (0, 1)]
     assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
 
 

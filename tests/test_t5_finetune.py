@@ -305,14 +305,14 @@ def test_batches_are_sorted_and_padded_but_hold_the_same_samples(configs):
     for step in range(20):
         numbers = stream.batch_order(range(8 * step, 8 * step + 8))
         assert sorted(numbers) == list(range(8 * step, 8 * step + 8))
-        assert (np.diff(stream.lengths[stream.locate(numbers)]) >= 0).all()
+        assert (np.diff(stream.lengths[stream.indices(numbers)]) >= 0).all()
         rows = stream.collate(numbers[2:5])
         for key, lengths in (("inputs", rows["input_lengths"]), ("targets", rows["loss_mask"].sum(1))):
             size = rows[key].shape[1]
             assert size == min({"inputs": 40, "targets": 24}[key], math.ceil(max(lengths) / 8) * 8)
             assert all((row[n:] == 0).all() and row[n - 1] == 1 for row, n in zip(rows[key], lengths, strict=True))
     dev = finetune.dataset(cfg, "dev", shuffle=False)
-    assert sorted(dev.locate(dev.batch_order(range(21)))) == list(range(21))
+    assert sorted(dev.indices(dev.batch_order(range(21)))) == list(range(21))
 
 
 def test_what_is_cut_is_told(configs):

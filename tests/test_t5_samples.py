@@ -53,7 +53,7 @@ def test_ten_thousand_samples_splice_back_exactly(spans, words, pack):
     lengths = []
     for first in range(0, 10_000, 500):
         rows = stream.collate(range(first, first + 500))
-        _, index = stream.locate(range(first, first + 500))
+        _, index = stream.indices(range(first, first + 500))
         for row, j in enumerate(index.tolist()):
             n = rows["input_lengths"][row]
             source, target = rows["inputs"][row, :n], rows["targets"][row][rows["loss_mask"][row]]
@@ -84,7 +84,7 @@ def test_every_division_is_equally_likely():
 def test_prefix_cuts_the_text_in_two(spans, words):
     stream = opened(spans / "train", "objective.kind=prefix", "data.seq_len=40", "data.target_len=24")
     rows = stream.collate(range(300))
-    _, index = stream.locate(range(300))
+    _, index = stream.indices(range(300))
     cuts = set()
     for row, j in enumerate(index.tolist()):
         source = rows["inputs"][row, : rows["input_lengths"][row]]
@@ -112,7 +112,7 @@ def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
     blend = f"[[3, {spans}/train], [1, {tmp_path}/pairs/train]]"
     stream = opened(blend)
     rows = stream.collate(range(40))
-    corpus, _ = stream.locate(range(40))
+    corpus, _ = stream.indices(range(40))
     assert corpus.sum() == 10
     for row in np.flatnonzero(corpus):
         source = rows["inputs"][row, : rows["input_lengths"][row]]

@@ -1,6 +1,6 @@
-"""Which samples a rank reads: training by step (law 3), validation once through the file."""
+"""Which samples a rank reads: training by step (invariant 3), validation once through the dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -17,73 +17,82 @@ if TYPE_CHECKING:
 MicroBatch = dict[str, np.ndarray]
 
 
-def for_step(stream: "Dataset", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+def for_step(dataset: "Dataset", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
 
-    Which samples a step has, and so what it learns, is the same whatever the layout is.
+    A step has the same samples, and so learns the same, under every layout.
     """
-    arranged = stream.batch_order(numbers)
+    order = dataset.batch_order(numbers)
     for micro in range(layout.accumulate):
         start = (micro * layout.dp + dp_rank) * layout.micro_batch
-        yield rows_of(stream, arranged[start : start + layout.micro_batch])
+        yield collate_checked(dataset, order[start : start + layout.micro_batch])
 
 
-def rows_of(stream: "Dataset", numbers: np.ndarray) -> MicroBatch:
-    """`dataset.collate`. BadInput, naming the sample, for an id that the model's embedding does not hold: with tensor
-    parallelism Megatron masks such an id and trains on, elsewhere it is a fault of the kernel. Reading a corpus finds its own
-    (IndexedDataset.read); this is the last line, for examples of finetuning and special tokens too."""
-    rows = stream.collate(numbers)
-    for name in ("tokens", "inputs", "targets") if stream.vocab_size is not None else ():
-        if name in rows and rows[name].size:
-            ids = rows[name].view(f"u{rows[name].itemsize}")  # unsigned: ids below 0 become large
-            if int(ids.max()) >= stream.vocab_size:
-                row, place = np.argwhere(ids.reshape(len(ids), -1) >= stream.vocab_size)[0]
+def collate_checked(dataset: "Dataset", numbers: np.ndarray) -> MicroBatch:
+    """`dataset.collate`. BadInput, which names the sample, for a token id that is outside the model's embedding.
+
+    With tensor parallelism Megatron masks such an id and trains on; elsewhere the kernel fails. A corpus is checked when it is
+    read (IndexedDataset.read); this check also covers finetuning examples and special tokens.
+    """
+    batch = dataset.collate(numbers)
+    vocab_size = dataset.vocab_size
+    if vocab_size is None:
+        return batch
+    for name in ("tokens", "inputs", "targets"):
+        if name in batch and batch[name].size:
+            ids = batch[name].reshape(len(batch[name]), -1)
+            unsigned = ids.view(f"u{ids.itemsize}")  # ids below 0 become large
+            if int(unsigned.max()) >= vocab_size:
+                row, column = np.argwhere(unsigned >= vocab_size)[0]
                 raise BadInput(
-                    f"{stream.where(int(numbers[row]))} holds token id {int(rows[name].reshape(len(ids), -1)[row, place]):,}, "
-                    f"the model knows ids from 0 to {stream.vocab_size - 1:,}; tokenize with the model's tokenizer, or set "
+                    f"{dataset.where(int(numbers[row]))} holds token id {int(ids[row, column]):,}, "
+                    f"the model knows ids from 0 to {vocab_size - 1:,}; tokenize with the model's tokenizer, or set "
                     "model.vocab_size above it"
                 )
-    return rows
+    return batch
 
 
-def for_validation(stream: "Dataset", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
-    """Every validation sample once over all replicas (the first `limit`), the same number of batches on each.
+def for_validation(dataset: "Dataset", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+    """Every validation sample once over all replicas (the first `limit`), with the same number of batches on each replica.
 
-    Places beyond the last sample repeat it with nothing to predict, so that no sample counts twice.
+    Numbers beyond the last sample repeat it without targets, so that no sample counts twice.
     """
-    samples = min(limit or len(stream), len(stream))
+    samples = min(limit or len(dataset), len(dataset))
     together = layout.micro_batch * layout.dp
-    arranged = stream.batch_order(range(samples))
+    order = dataset.batch_order(range(samples))
     for first in range(0, samples, together):
         heartbeat.beat("evaluation")
-        numbers = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
-        rows = rows_of(stream, arranged[np.minimum(numbers, samples - 1)])
-        for name in [name for name in rows if name.endswith("_mask")]:  # which targets count: (B, ...) bool
-            real = (numbers < samples).reshape(-1, *[1] * (rows[name].ndim - 1))
-            rows[name] = rows[name] & real
-        yield rows
+        positions = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
+        batch = collate_checked(dataset, order[np.minimum(positions, samples - 1)])
+        for name in [name for name in batch if name.endswith("_mask")]:  # which targets count: (B, ...) bool
+            real = (positions < samples).reshape(-1, *[1] * (batch[name].ndim - 1))
+            batch[name] = batch[name] & real
+        yield batch
 
 
-def targets(rows: list[MicroBatch], mask: str = "loss_mask") -> int:
+def targets(micro_batches: Sequence[MicroBatch], mask: str = "loss_mask") -> int:
     """How many targets of one part of the loss these micro batches hold."""
-    return sum(int(r[mask].sum()) for r in rows)
+    return sum(int(batch[mask].sum()) for batch in micro_batches)
 
 
-def tokens(rows: list[MicroBatch]) -> int:
-    """How many tokens these micro batches hold, padding left out."""
-    return sum(int(r["lengths"].sum()) for r in rows)
+def tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """How many tokens these micro batches hold, without padding."""
+    return sum(int(batch["lengths"].sum()) for batch in micro_batches)
 
 
 def prefetch(run: "Run", step: int, dp_rank: int) -> Iterator[list[MicroBatch]]:
-    """`for_step` of the steps after `step`, each made by a thread while the one before trains: for samples that take work."""
+    """`for_step` of the steps after `step`. A thread prepares each step while the one before it trains."""
+    dataset = run.train
+    if dataset is None:
+        raise ValueError("a dry run has no training data")
     with ThreadPoolExecutor(1) as pool:
 
         def begin(step: int) -> Future[list[MicroBatch]]:
-            return pool.submit(lambda: list(for_step(run.train, run.samples(step), run.layout, dp_rank)))
+            return pool.submit(lambda: list(for_step(dataset, run.samples(step), run.layout, dp_rank)))
 
-        made = begin(step + 1)
+        pending = begin(step + 1)
         for following in range(step + 2, run.cfg.train.steps + 2):
-            rows = made.result()
+            micro_batches = pending.result()
             if following <= run.cfg.train.steps:
-                made = begin(following)
-            yield rows
+                pending = begin(following)
+            yield micro_batches

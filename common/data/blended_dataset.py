@@ -1,7 +1,7 @@
 """The samples of one or several corpora in the order in which training reads them.
 
-The order is a pure function (law 3 of the house): sample number i of a run is the same sample of the same corpus
-whoever asks, and there is no index to build, no state to save: the position in the data is the sample number.
+The order is a pure function (invariant 3): sample number i of a run is the same sample of the same corpus on every rank and
+after every resumption. There is no index to build and no state to save: the position in the data is the sample number.
 
 Letters in shapes: B samples asked for.
 """
@@ -24,14 +24,14 @@ Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
 
 class BlendedDataset:
     """The samples of one or several corpora, numbered 0, 1, 2, ... over all steps of a run: sample k of step s is
-    s * global_batch + k. A family says by `_samples_in` and `collate` what a sample is.
+    s * global_batch + k. A family's subclass defines by `count_samples` and `collate` what a sample is.
 
-    data: prefix, list of prefixes (blended by their number of samples), or list of [weight, prefix].
+    data: a prefix, a list of prefixes (blended by their numbers of samples), or a list of [weight, prefix].
     shuffle: True: endless; each pass over a corpus is a new permutation of its samples, given by (seed, pass).
         False (validation): file order, one corpus after the other, `len` samples and no more.
 
-    `len(order)` is the number of samples in one pass over all its corpora. BadInput for a corpus without a sample, corpora
-    of different tokenizers, or weights in file order.
+    `len` is the number of samples in one pass over all corpora. BadInput for a corpus without a sample, corpora with different
+    tokenizers, or weights in file order.
     """
 
     unit = "samples"  # what len() counts
@@ -39,25 +39,25 @@ class BlendedDataset:
     def __init__(self, data: Blend, *, seed: int, shuffle: bool):
         prefixes, weights = _read_blend(data)
         self.corpora = [IndexedDataset(prefix) for prefix in prefixes]
-        self.vocab_size: int | None = None  # of the model, once `limit_ids` says it
         self.notes: list[str] = []  # what a user should know of the corpora
+        self.vocab_size: int | None = None  # of the model, once `limit_ids` has set it
         self.seed, self.shuffle = seed, shuffle
-        self._one_tokenizer()
-        self.sizes = np.array([self._samples_in(corpus) for corpus in self.corpora])  # samples in each corpus
+        self._check_tokenizers()
+        self.sizes = np.array([self.count_samples(corpus) for corpus in self.corpora])  # samples in each corpus
         if weights is not None and not shuffle:
             raise BadInput(f"data {data!r}: weights have no meaning in file order (validation); give prefixes")
         self.given_weights = weights
         self.weights = [float(n) for n in self.sizes] if weights is None else weights
         self._pattern = BlendPattern(self.weights) if shuffle and len(prefixes) > 1 else None
         if self._pattern is not None and not self._pattern.counts.all():
-            lost = prefixes[int(self._pattern.counts.argmin())]
-            raise BadInput(f"{lost}: under 1/{self._pattern.length:,} of the blend; raise its weight or leave it out")
+            smallest = prefixes[int(self._pattern.counts.argmin())]
+            raise BadInput(f"{smallest}: under 1/{self._pattern.length:,} of the blend; raise its weight or leave it out")
 
-    def _samples_in(self, corpus: IndexedDataset) -> int:
-        """How many samples a corpus has; BadInput if none."""
+    def count_samples(self, corpus: IndexedDataset) -> int:
+        """How many samples a corpus has. BadInput if it has none."""
         raise NotImplementedError
 
-    def _one_tokenizer(self) -> None:
+    def _check_tokenizers(self) -> None:
         known = [c for c in self.corpora if c.manifest]
         for other in known[1:]:
             if other.tokenizer_hash != known[0].tokenizer_hash:
@@ -71,8 +71,8 @@ class BlendedDataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over the contents and given weights of the corpora, not their names; settings are not in it."""
-        weights = self.given_weights or [None] * len(self.corpora)
+        """sha256 (hex) of the contents and given weights of the corpora; neither their names nor any settings enter it."""
+        weights: Sequence[float | None] = self.given_weights or [None] * len(self.corpora)
         parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -82,47 +82,42 @@ class BlendedDataset:
         for corpus in self.corpora:
             corpus.limit_ids(vocab_size, key)
 
-    def where(self, number: int) -> str:
-        """Sample `number`, for messages."""
-        corpus, index = self.locate([number])
-        return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
-
     def batch_order(self, numbers: range) -> np.ndarray:
-        """Sample numbers as they come: samples of a corpus are of one length, or their lengths depend on little."""
+        """The sample numbers of a step in the order in which its micro batches take them: as they are."""
         return np.asarray(numbers)
+
+    def where(self, number: int) -> str:
+        """Corpus and index of sample `number`, for messages."""
+        corpus, index = self.indices([number])
+        return f"{self.corpora[int(corpus[0])].prefix}: sample {int(index[0]):,}"
 
     def verify(self, vocab_size: int | None = None) -> None:
         """`IndexedDataset.verify` of each corpus."""
         for corpus in self.corpora:
             corpus.verify(vocab_size)
 
-    def locate(self, numbers: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
+    def indices(self, numbers: np.ndarray | Sequence[int] | range) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers (B,) -> corpus number (B,) and sample index in that corpus (B,), int64."""
         i = np.asarray(numbers, dtype=np.int64)
         if len(i) and (i.min() < 0 or not self.shuffle and i.max() >= len(self)):
-            raise IndexError(f"sample numbers {i.min()} to {i.max()}; there are {len(self)} from 0 on")
+            raise IndexError(f"sample numbers {i.min()} to {i.max()}; valid are 0 to {len(self) - 1}")
         if not self.shuffle:
             ends = np.cumsum(self.sizes)
             corpus = np.searchsorted(ends, i, side="right")
             return corpus, i - (ends - self.sizes)[corpus]
-        corpus, before = self._pattern.locate(i) if self._pattern else (np.zeros_like(i), i)
-        epoch, place = np.divmod(before, self.sizes[corpus])
+        corpus, before = self._pattern.assign(i) if self._pattern else (np.zeros_like(i), i)
+        epoch, position = np.divmod(before, self.sizes[corpus])
         key = epoch_key(self.seed, corpus, epoch)
         index = np.empty_like(i)
-        for c, n in enumerate(self.sizes):
-            mine = corpus == c
-            if mine.any():
-                index[mine] = permute(place[mine], int(n), key[mine])
+        for c, size in enumerate(self.sizes):
+            members = corpus == c
+            if members.any():
+                index[members] = permute(position[members], int(size), key[members])
         return corpus, index
-
-    def samples(self, first: int, count: int) -> list[tuple[int, int]]:
-        """(corpus number, sample index in it) of samples first .. first+count-1."""
-        corpus, index = self.locate(range(first, first + count))
-        return list(zip(corpus.tolist(), index.tolist(), strict=True))
 
 
 def _read_blend(data: Blend) -> tuple[list[str], list[float] | None]:
-    """Prefixes, and their weights where given."""
+    """The prefixes, and their weights if they are given."""
     if isinstance(data, str | Path):
         return [str(data)], None
     pairs = [entry for entry in data if not isinstance(entry, str | Path)]

@@ -47,7 +47,7 @@ class Examples:
 
     def batch_order(self, numbers: range) -> np.ndarray:
         """Sample numbers by length: micro batches of a step are of like lengths, and little is padding."""
-        return np.asarray(numbers)[np.argsort(self.lengths[self.locate(numbers)], kind="stable")]
+        return np.asarray(numbers)[np.argsort(self.lengths[self.indices(numbers)], kind="stable")]
 
     def verify(self) -> None:
         """Read whole already."""
@@ -58,9 +58,9 @@ class Examples:
 
     def where(self, number: int) -> str:
         """Sample `number`, for messages."""
-        return f"{self.corpora[0].prefix}: example {int(self.locate([number])[0]):,}"
+        return f"{self.corpora[0].prefix}: example {int(self.indices([number])[0]):,}"
 
-    def locate(self, numbers: np.ndarray | Sequence[int] | range) -> np.ndarray:
+    def indices(self, numbers: np.ndarray | Sequence[int] | range) -> np.ndarray:
         """Sample numbers (B,) -> places of the examples (B,)."""
         i = np.asarray(numbers, dtype=np.int64)
         if not self.shuffle:

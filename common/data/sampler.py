@@ -1,4 +1,4 @@
-"""The order of samples: pure functions of (seed, pass) that need no index and no state.
+"""The order in which samples are read: pure functions of (seed, pass) that need no index and no state.
 
 Letters in shapes: B samples asked for.
 """
@@ -19,12 +19,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.ndarray:
-    """Where a random permutation of 0..n-1 puts each i: (B,) int64 in [0, n). O(1) memory, no table.
+    """The images of i under a random permutation of 0..n-1: (B,) int64 in [0, n). O(1) memory, no table.
 
     i: (B,), each in [0, n). key: the permutation's number, one for all or (B,), read as uint64.
 
-    A Feistel network permutes 0..2^bits-1, the smallest such range that holds n. A result beyond n is put through it
-    again until it lies below (cycle walking): that leaves a permutation of 0..n-1, at most 2 turns on average.
+    A Feistel network permutes 0..2^bits-1, the smallest such range that contains 0..n-1. A result of n or more goes through the
+    network again until it is below n (cycle walking). That gives a permutation of 0..n-1, in at most 2 turns on average.
     """
     x = np.array(i, dtype=np.uint64, ndmin=1)
     keys = np.array(key, dtype=np.uint64, ndmin=1)[:, None]
@@ -44,7 +44,7 @@ def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.
 
 
 def epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-    """One key for each (seed, corpus number, epoch), (B,) uint64."""
+    """One key for `permute` per (seed, corpus number, epoch), (B,) uint64."""
     start = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
     return _mix(_mix(start + _GOLDEN * corpus.astype(np.uint64)) ^ (epoch.astype(np.uint64) * _GOLDEN))
 
@@ -52,25 +52,25 @@ def epoch_key(seed: int, corpus: np.ndarray, epoch: np.ndarray) -> np.ndarray:
 class BlendPattern:
     """Which corpus sample i of a blend comes from: a cycle of `length`, in which each corpus has its exact share.
 
-    The next place goes to the corpus that lags its share most, so every prefix is close to the shares too.
+    Each position goes to the corpus that is furthest behind its share, so every prefix of the cycle is close to the shares too.
     """
 
     def __init__(self, weights: Sequence[float], length: int = 10_000):
         exact = np.array(weights, dtype=np.float64) / np.sum(weights) * length
-        self.counts = np.floor(exact).astype(np.int64)  # places of each corpus in a cycle
+        self.counts = np.floor(exact).astype(np.int64)  # positions of each corpus in a cycle
         rest = length - int(self.counts.sum())
         self.counts[np.argsort(self.counts - exact, kind="stable")[:rest]] += 1
         self.length = length
-        self.corpus = np.empty(length, dtype=np.int64)  # corpus at each place
-        self.rank = np.empty(length, dtype=np.int64)  # how often it came before in the cycle
-        shares, placed = [int(c) for c in self.counts], [0] * len(self.counts)
-        for place in range(length):
-            c = max(range(len(shares)), key=lambda c: shares[c] * (place + 1) - placed[c] * length)
-            self.corpus[place], self.rank[place] = c, placed[c]
-            placed[c] += 1
+        self.corpus = np.empty(length, dtype=np.int64)  # corpus at each position
+        self.rank = np.empty(length, dtype=np.int64)  # how often that corpus comes before it in the cycle
+        shares, assigned = [int(c) for c in self.counts], [0] * len(self.counts)
+        for position in range(length):
+            c = max(range(len(shares)), key=lambda c: shares[c] * (position + 1) - assigned[c] * length)
+            self.corpus[position], self.rank[position] = c, assigned[c]
+            assigned[c] += 1
 
-    def locate(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers (B,) -> corpus of each, and how many samples of that corpus came before."""
-        cycle, place = np.divmod(i, self.length)
-        corpus = self.corpus[place]
-        return corpus, cycle * self.counts[corpus] + self.rank[place]
+    def assign(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers (B,) -> the corpus of each, and how many samples of that corpus come before it."""
+        cycle, position = np.divmod(i, self.length)
+        corpus = self.corpus[position]
+        return corpus, cycle * self.counts[corpus] + self.rank[position]

@@ -194,7 +194,7 @@ class Text(Kind):
 
     def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64, or float32 of scores; loss_mask (B,) bool."""
-        places = self.locate(numbers)
+        places = self.indices(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
         return made | self.of_examples(places) | {"labels": self.labels[places], "loss_mask": np.ones(len(places), bool)}
 
@@ -281,7 +281,7 @@ class Choice(Kind):
 
     def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B,) int64; loss_mask (B,) bool."""
-        places = self.locate(numbers)
+        places = self.indices(numbers)
         made = self.lay_out([piece for i in places.tolist() for piece in self.pieces[i]])
         return made | self.of_examples(places) | {"labels": self.labels[places], "loss_mask": np.ones(len(places), bool)}
 
@@ -354,7 +354,7 @@ class Token(Kind):
 
     def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, T) int64; loss_mask (B, T) bool: the first pieces of words."""
-        places = self.locate(numbers)
+        places = self.indices(numbers)
         made = self.lay_out([self.pieces[i] for i in places.tolist()])
         labels, counted = np.zeros_like(made["tokens"]), np.zeros(made["tokens"].shape, bool)
         for row, i in enumerate(places.tolist()):
@@ -451,7 +451,7 @@ class Span(Kind):
     def collate(self, numbers: Any) -> batches.MicroBatch:
         """As lay_out; labels (B, 2) int64: first and last token of the answer; loss_mask (B,) bool; begins, ends (B, T) bool:
         where an answer may begin and end."""
-        places = self.locate(numbers)
+        places = self.indices(numbers)
         windows = [self.windows[i] for i in places.tolist()]
         texts = [self.contexts[self.questions[w.question].context][0] for w in windows]
         made = self.lay_out([(self.asked[w.question], ids[w.start : w.end]) for w, ids in zip(windows, texts, strict=True)])

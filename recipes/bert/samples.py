@@ -69,7 +69,7 @@ class Samples(BlendedDataset):
 
     # ---- which sentences
 
-    def _samples_in(self, corpus: IndexedDataset) -> int:
+    def count_samples(self, corpus: IndexedDataset) -> int:
         if not corpus.has_sentence_bounds:
             raise BadInput(
                 f"{corpus.prefix}: holds no bounds of sentences (one sequence a document); build it again with --sentences"
@@ -104,7 +104,7 @@ class Samples(BlendedDataset):
         masking; mlm_mask (B, T) bool, the tokens to predict; token_types (B, T) int64, 0 and 1; lengths (B,) int64, without
         padding; with pairs also pair_label (B,) int64, 1 for a stranger or a swapped pair, and pair_mask (B,) bool.
         """
-        corpus, index = self.locate(numbers)
+        corpus, index = self.indices(numbers)
         shape = (len(index), self.seq_len)
         out: dict[str, np.ndarray] = {
             "labels": np.full(shape, self.special.pad, np.int64), "mlm_mask": np.zeros(shape, bool),

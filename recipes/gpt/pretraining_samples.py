@@ -62,7 +62,7 @@ class Samples(BlendedDataset):
                 _must_end_in(corpus, eod_id)
         return eod_id
 
-    def _samples_in(self, corpus: IndexedDataset) -> int:
+    def count_samples(self, corpus: IndexedDataset) -> int:
         samples = (corpus.tokens - 1) // self.seq_len if self.pack else corpus.documents
         if samples < 1:
             raise BadInput(
@@ -79,7 +79,7 @@ class Samples(BlendedDataset):
         with reset_attention also segment (B, T) int32: number in the row of the document that input t is of, and
         position (B, T) int64: its place in that document.
         """
-        corpus, index = self.locate(numbers)
+        corpus, index = self.indices(numbers)
         tokens = np.full((len(index), self.seq_len + 1), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(index), dtype=np.int64)  # real tokens of each row
         for row, (c, j) in enumerate(zip(corpus.tolist(), index.tolist(), strict=True)):

@@ -318,7 +318,7 @@ class Packed(examples.Examples):
         """tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
         int64: inputs that are no padding; where `within`, segment (B, T) int32: number in the row of the document that input
         t is of, and position (B, T) int64: its place in that document."""
-        rows = [self.pieces[i] for i in self.locate(numbers).tolist()]
+        rows = [self.pieces[i] for i in self.indices(numbers).tolist()]
         lengths = np.array([sum(end - begin for begin, end in row) for row in rows])
         longest = -(-(int(lengths.max()) - 1) // ROUND) * ROUND
         width = self.seq_len if self.whole else min(self.seq_len, longest)

@@ -192,7 +192,7 @@ class Samples(examples.Examples):
     def collate(self, numbers: Any) -> batches.MicroBatch:
         """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
         bool, lengths (B,), tokens of both. T and S: the longest of these rounded up."""
-        places = self.locate(numbers).tolist()
+        places = self.indices(numbers).tolist()
         sources, input_lengths = self._padded(self.sources, places, self.seq_len)
         targets, target_lengths = self._padded(self.targets, places, self.target_len)
         loss_mask = np.arange(targets.shape[1]) < target_lengths[:, None]

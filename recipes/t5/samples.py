@@ -87,7 +87,7 @@ class Samples(BlendedDataset):
             )
         super().__init__(data, seed=seed, shuffle=shuffle)
 
-    def _samples_in(self, corpus: IndexedDataset) -> int:
+    def count_samples(self, corpus: IndexedDataset) -> int:
         if corpus.has_sentence_bounds:
             if (np.diff(corpus.bounds) != 2).any():
                 raise BadInput(
@@ -106,7 +106,7 @@ class Samples(BlendedDataset):
     def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
         """The samples of these numbers: inputs (B, T) int64 and targets (B, S) int64, both padded; input_lengths (B,) int64;
         loss_mask (B, S) bool, the targets that count; lengths (B,) int64, tokens of both without padding."""
-        corpus, index = self.locate(numbers)
+        corpus, index = self.indices(numbers)
         inputs = np.full((len(index), self.seq_len), self.pad, np.int64)
         targets = np.full((len(index), self.target_len), self.pad, np.int64)
         lengths = np.empty((len(index), 2), np.int64)
