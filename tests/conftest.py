@@ -1,15 +1,19 @@
-"""What tests share: the corpus, the shared data, and runs of many recipes in one torchrun."""
+"""What tests share: the corpora, the shared data, and runs of many recipes in one process group."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import warm
+from tests.drive import BEGIN, END
 
 ROOT = Path(__file__).resolve().parent.parent
 # A suite begun with `&` or nohup ignores SIGINT or SIGHUP, and so would every process that it starts
@@ -34,6 +38,13 @@ def source(request: pytest.FixtureRequest) -> Path:
     if not given:
         pytest.skip("needs shared data: run with --source DIR")
     return Path(given).resolve()
+
+
+@pytest.fixture(scope="module")
+def with_slow(request: pytest.FixtureRequest) -> bool:
+    """Whether a test marked slow is selected in this module: only then are the runs that it needs made."""
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    return any(item.get_closest_marker("slow") for item in items)
 
 
 @pytest.fixture(scope="session")
@@ -95,35 +106,60 @@ def case(stack: str, config: str, out: Path, overrides: Sequence[str], expect: i
 
 
 Drive = Callable[..., str]
+FAILED: dict[Path, str] = {}  # OUT of each run of `drive` that did not end as expected: its error
+REPORTED: set[Path] = set()  # those that a test has failed by
 
 
 @pytest.fixture(scope="session")
-def drive(tmp_path_factory: pytest.TempPathFactory) -> Drive:
-    """drive(cases, nproc) runs them one after the other in one process group and returns what they printed."""
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drive]:
+    """drive(cases, nproc) runs them one after the other in one process group and returns what they printed.
 
-    def run(cases: list[dict[str, Any]], nproc: int) -> str:
-        path = tmp_path_factory.mktemp("cases") / "cases.json"
-        path.write_text(json.dumps(cases), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*command, str(ROOT / "tests/drive.py"), str(path)],
-            cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        told = [line for line in done.stdout.splitlines() if not line.startswith("step ")]  # the steps say nothing of a fault
-        assert done.returncode == 0, "\n".join(told)[-8000:]
-        return done.stdout
+    A run that fails fails the tests that read it (`finished`); the runs after it go on in a new process group.
+    """
 
-    return run
+    def run(cases: list[dict[str, Any]], nproc: int, cwd: Path = ROOT) -> str:
+        path, output = tmp_path_factory.mktemp("cases") / "cases.json", ""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
+        while cases:
+            path.write_text(json.dumps(cases), encoding="utf-8")
+            printed = warm.run(["tests/drive.py", path], nproc, cwd, env, merged=True, timeout=3600).stdout
+            output += printed
+            ended = re.findall(rf"^{END}(.*) code (-?\d+) [\d.]+ s (.*)$", printed, re.M)
+            for case, (out, code, message) in zip(cases, ended, strict=False):
+                assert case["out"] == out
+                if int(code) != case.get("expect", 0):
+                    FAILED.setdefault(Path(out), f"exit code {code}: {message}")
+            cases = cases[len(ended) :]
+            if cases:
+                FAILED.setdefault(Path(cases[0]["out"]), error_of(printed.rpartition(BEGIN)[2]))
+                cases = cases[1:]
+        return output
+
+    yield run
+    unread = {str(out): error for out, error in FAILED.items() if out not in REPORTED}
+    assert not unread, "\n".join(f"{out}: {error}" for out, error in unread.items())
+
+
+def error_of(printed: str) -> str:
+    """What a failed run printed, without its lines of steps."""
+    return "\n".join(line for line in printed.splitlines() if not line.startswith("step "))[-6000:]
+
+
+def finished(out: Path) -> Path:
+    """`out`, the folder of a run of `drive`; the test fails with the run's error where it has one."""
+    if out in FAILED:
+        REPORTED.add(out)
+        pytest.fail(f"the run {out} failed:\n{FAILED[out]}", pytrace=False)
+    return out
 
 
 def losses(out: Path) -> dict[int, dict[str, float]]:
     """The training lines of a run by step."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (finished(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line for line in lines if "loss" in line}
 
 
 def valid_loss(out: Path) -> float:
     """The last validation loss of a run."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (finished(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["valid_loss"] for line in lines if "valid_loss" in line][-1]

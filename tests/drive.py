@@ -1,7 +1,8 @@
-"""Run many recipes in one process group: `torchrun --nproc-per-node N tests/drive.py CASES.json`.
+"""Run many recipes one after the other in one process group: `torchrun --nproc-per-node N tests/drive.py CASES.json`.
 
-Imports of the stacks cost seconds a process, so a test that needs many layouts runs them one after the other here. CASES is
-a list of {module, config, out, overrides, expect}: `module` as recipes.gpt.megatron.pretrain, `expect` the exit code (0).
+CASES is a list of {module, config, out, overrides, expect}: `module` as recipes.gpt.megatron.pretrain, `expect` the exit code
+(0). The first rank prints a line before and after each case. An exception in a rank ends it: the others wait in a collective,
+and whoever started the ranks must end them.
 """
 
 import importlib
@@ -10,6 +11,8 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
@@ -18,6 +21,8 @@ from common.launch import (
     lock,  # noqa: E402
     processes,  # noqa: E402
 )
+
+BEGIN, END = "BEGIN ", "CASE "  # of the lines before and after each case
 
 
 def _forget_accelerator() -> None:
@@ -28,13 +33,13 @@ def _forget_accelerator() -> None:
         AcceleratorState._reset_state()
 
 
-def _groups() -> set:
+def _groups() -> set[Any]:
     import torch.distributed as dist
 
     return set(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else set()
 
 
-def _leave_groups(before: set) -> None:
+def _leave_groups(before: set[Any]) -> None:
     """Megatron makes some twenty groups a layout, each with threads of its own: a hundred layouts would crawl."""
     if "megatron.core" in sys.modules and before:
         import torch.distributed as dist
@@ -46,40 +51,43 @@ def _leave_groups(before: set) -> None:
                 dist.destroy_process_group(group)
 
 
-def main(path: str) -> int:
+def main(path: str) -> None:
     processes.quiet()
     from tests import watch
 
     watch.install()
-    failures = 0
-    for case in json.load(open(path, encoding="utf-8")):
+    unexpected = 0
+    first = int(os.environ.get("RANK", "0")) == 0
+    for case in json.loads(Path(path).read_text(encoding="utf-8")):
         begin = time.time()
+        if first:
+            print(f"{BEGIN}{case['out']}", flush=True)
         _forget_accelerator()
         processes.start()
         before = _groups()
-        code, told = 0, ""
+        code, message = 0, ""
         try:
             processes._signal = 0
             importlib.import_module(case["module"]).main([case["config"], case["out"], *case.get("overrides", [])])
         except BadInput as error:
-            code, told = EXIT_BAD_INPUT, str(error)
+            code, message = EXIT_BAD_INPUT, str(error)
         except processes.Stopped as stop:
-            code, told = stop.code, str(stop)
+            code, message = stop.code, str(stop)
         except Exception:
             traceback.print_exc()
-            os._exit(1)  # the other ranks wait in a collective: end all
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"CASE {case['out']} code {code} {time.time() - begin:.1f} s {told}", flush=True)
+            os._exit(1)
+        if first:
+            print(f"{END}{case['out']} code {code} {time.time() - begin:.1f} s {message}", flush=True)
         _leave_groups(before)
         lock.release()
-        failures += code != case.get("expect", 0)
+        unexpected += code != case.get("expect", 0)
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(min(failures, 1))
+    os._exit(min(unexpected, 1))
 
 
 if __name__ == "__main__":

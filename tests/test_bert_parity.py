@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
-from test_parity import BF16, LOSS, NORM, farthest
+from test_parity import BF16, LOSS, NORM, farthest, rows
 from test_resume import HOMES
 
 from tests import plain_bert
@@ -27,7 +27,7 @@ TWO_RANKS: Layouts = {
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
-    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=1"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "tp2_sp_recompute": (
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=8", "megatron.recompute=true"],
@@ -37,9 +37,16 @@ TWO_RANKS: Layouts = {
 }
 AUTOTP: Layouts = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
-    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
+    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2"]),
 }
+# Thousands of collectives: a run of one of these takes as long as ten others
+MICRO1: Layouts = {
+    "tp2_sp_micro1": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=1"]),
+    "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
+}
+# Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
+REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 # The objective's other choices, and LAMB
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
@@ -55,7 +62,13 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
-RESUMED = ("baseline", "zero0", "zero1", "zero2", "zero3", "tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer")
+RESUMED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer")
+SLOW_RESUMED = ("zero0", "zero2", "tp2")  # tests/test_resume.py has them in the fast suite: what saves and loads is shared
+FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP)] + [("tiny_postln", name) for name in REPEATED]
+SLOW_FP32_ROWS = [("tiny_postln", name) for name in (*TWO_RANKS, *AUTOTP) if name not in REPEATED]
+SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
+BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS] + [("tiny_postln", name) for name in ("baseline", "zero1")]
+SLOW_BF16_ROWS = [("tiny_postln", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")]
 EACH = 5  # steps at each home
 pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
 
@@ -65,20 +78,22 @@ def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def told(drive, bert_settings, tmp_path_factory) -> tuple[Path, str]:
+def told(drive, bert_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
     """(folder of all runs of this module, what they printed)"""
     out = tmp_path_factory.mktemp("bert")
-    cases = [
-        run(stack, arch, out / "fp32" / arch / name, bert_settings + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in TWO_RANKS.items()
+    layouts = TWO_RANKS | AUTOTP | MICRO1
+    fp32 = [
+        run(layouts[name][0], arch, out / "fp32" / arch / name, bert_settings + layouts[name][1])
+        for arch, name in FP32_ROWS + SLOW_FP32_ROWS * with_slow
     ]
+    autotp = [one for one in fp32 if "deepspeed.tp=2" in one["overrides"]]
+    cases = [one for one in fp32 if one not in autotp]
     for kind, (arch, more, names) in VARIANTS.items():
         cases += [run(TWO_RANKS[n][0], arch, out / kind / n, bert_settings + TWO_RANKS[n][1] + more) for n in names]
-    for name in BF16_LAYOUTS:
+    for arch, name in BF16_ROWS + SLOW_BF16_ROWS * with_slow:
         stack, overrides = TWO_RANKS[name]
-        cases += [run(stack, a, out / "bf16" / a / name, [*bert_settings, "train.dtype=bf16", *overrides]) for a in ARCHS]
-    for name in RESUMED:
+        cases.append(run(stack, arch, out / "bf16" / arch / name, [*bert_settings, "train.dtype=bf16", *overrides]))
+    for name in RESUMED + SLOW_RESUMED * with_slow:
         stack, overrides = TWO_RANKS[name]
         shared = [*bert_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
         cases.append(run(stack, "tiny_postln", out / "whole" / name, [*shared, "train.steps=12"]))
@@ -92,12 +107,7 @@ def told(drive, bert_settings, tmp_path_factory) -> tuple[Path, str]:
             for number, (stack, overrides) in enumerate(HOMES, 1)
         ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
-    cases += [
-        run(stack, arch, out / "fp32" / arch / name, bert_settings + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in AUTOTP.items()
-    ]
-    return out, drive(cases, 2)
+    return out, drive(cases + autotp, 2)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +120,7 @@ def reference(bert_settings) -> dict[str, list[tuple[float, float]]]:
     return {a: plain(a, []) for a in ARCHS} | {kind: plain(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", [*TWO_RANKS, *AUTOTP])
+@pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
 def test_follows_the_plain_loop(told, reference, arch, layout):
     expected = reference[arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
@@ -126,8 +135,7 @@ def test_other_objectives_and_lamb_follow_the_plain_loop(told, reference, kind, 
     assert loss <= LOSS and norm <= NORM
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+@pytest.mark.parametrize(("arch", "layout"), rows(BF16_ROWS, SLOW_BF16_ROWS))
 def test_bf16_stays_near_fp32(told, reference, arch, layout):
     loss, _ = farthest(told[0] / "bf16" / arch / layout, reference[arch])
     assert 0 < loss <= BF16  # 0 would mean that bf16 was not used
@@ -135,7 +143,7 @@ def test_bf16_stays_near_fp32(told, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(told, arch):
-    found = {name: valid_loss(told[0] / "fp32" / arch / name) for name in [*TWO_RANKS, *AUTOTP]}
+    found = {name: valid_loss(told[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
     assert max(found.values()) - min(found.values()) <= LOSS, found
 
 
@@ -155,7 +163,7 @@ def test_parts_of_the_loss_are_logged_apart(told):
     assert "sop_loss" in losses(told[0] / "order" / "zero3")[1]
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", rows([(n,) for n in RESUMED], [(n,) for n in SLOW_RESUMED]))
 def test_two_halves_are_one_run_bit_for_bit(told, name):
     out, _ = told
     whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)

@@ -48,6 +48,8 @@ ONLY_LLAMA: dict[str, tuple[str, list[str]]] = {
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2"]),
 }
+# Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
+REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2")
 # Documents of very different lengths, one a sample: micro batches and ranks hold unequal numbers of targets (law 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
@@ -72,27 +74,46 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true"],
     ),
 }
+FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *FOUR_RANKS)] + [("tiny_llama", name) for name in REPEATED]
+SLOW_FP32_ROWS = [("tiny_llama", name) for name in (*TWO_RANKS, *FOUR_RANKS) if name not in REPEATED]
+UNEQUAL_ROWS = [("documents", "tiny", name) for name in UNEQUAL] + [("within", "tiny_llama", name) for name in UNEQUAL]
+UNEQUAL_ROWS += [("documents", "tiny_llama", "baseline_micro1"), ("documents", "tiny_llama", "tp2_micro4")]
+UNEQUAL_ROWS += [("within", "tiny", "baseline_micro1"), ("within", "tiny", "tp2_micro4")]
+SLOW_UNEQUAL_ROWS = [
+    (kind, arch, name)
+    for kind in ("documents", "within")
+    for arch in ARCHS
+    for name in UNEQUAL
+    if (kind, arch, name) not in UNEQUAL_ROWS
+]
+BF16_ROWS = [("tiny_llama", name) for name in BF16_LAYOUTS] + [("tiny", name) for name in ("baseline", "zero1")]
+SLOW_BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")]
+
+
+def rows(fast: list[tuple[str, ...]], slow: list[tuple[str, ...]]) -> list:
+    """Parameters of a test: those of `slow` are marked so."""
+    return [pytest.param(*row, id="-".join(reversed(row))) for row in fast] + [
+        pytest.param(*row, id="-".join(reversed(row)), marks=pytest.mark.slow) for row in slow
+    ]
 
 
 @pytest.fixture(scope="module")
-def runs(drive, settings, tmp_path_factory) -> Path:
+def runs(drive, settings, with_slow, tmp_path_factory) -> Path:
     """All runs of this module: OUT/SET/ARCH/NAME."""
     out = tmp_path_factory.mktemp("parity")
     two = [
-        case(stack, arch, out / "fp32" / arch / name, settings + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in TWO_RANKS.items()
+        case(TWO_RANKS[name][0], arch, out / "fp32" / arch / name, settings + TWO_RANKS[name][1])
+        for arch, name in FP32_ROWS + SLOW_FP32_ROWS * with_slow
+        if name in TWO_RANKS
     ]
-    for kind, more in (("documents", DOCUMENTS), ("within", WITHIN)):
-        two += [
-            case(stack, arch, out / kind / arch / name, settings + more + overrides)
-            for arch in ARCHS
-            for name, (stack, overrides) in UNEQUAL.items()
-        ]
+    more = {"documents": DOCUMENTS, "within": WITHIN}
     two += [
-        case(stack, arch, out / "bf16" / arch / name, [*settings, "train.dtype=bf16", *overrides])
-        for arch in ARCHS
-        for name, (stack, overrides) in BF16_LAYOUTS.items()
+        case(UNEQUAL[name][0], arch, out / kind / arch / name, settings + more[kind] + UNEQUAL[name][1])
+        for kind, arch, name in UNEQUAL_ROWS + SLOW_UNEQUAL_ROWS * with_slow
+    ]
+    two += [
+        case(BF16_LAYOUTS[name][0], arch, out / "bf16" / arch / name, [*settings, "train.dtype=bf16", *BF16_LAYOUTS[name][1]])
+        for arch, name in BF16_ROWS + SLOW_BF16_ROWS * with_slow
     ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
     two += [
@@ -105,9 +126,9 @@ def runs(drive, settings, tmp_path_factory) -> Path:
     ]
     drive(two, 2)
     four = [
-        case(stack, arch, out / "fp32" / arch / name, settings + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in FOUR_RANKS.items()
+        case(FOUR_RANKS[name][0], arch, out / "fp32" / arch / name, settings + FOUR_RANKS[name][1])
+        for arch, name in FP32_ROWS + SLOW_FP32_ROWS * with_slow
+        if name in FOUR_RANKS
     ]
     drive(four, 4)
     one = [
@@ -138,8 +159,7 @@ def farthest(run: Path, expected: list[tuple[float, float]]) -> tuple[float, flo
     return loss, max(abs(line["grad_norm"] - norm) / norm for line, _, norm in pairs)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS])
+@pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
 def test_follows_the_plain_loop(runs, reference, arch, layout, record_property):
     expected = reference["fp32", arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
@@ -154,9 +174,7 @@ def test_autotp_follows_the_plain_loop(runs, reference, layout):
     assert loss <= LOSS and norm <= NORM
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", ["documents", "within"])
-@pytest.mark.parametrize("layout", UNEQUAL)
+@pytest.mark.parametrize(("kind", "arch", "layout"), rows(UNEQUAL_ROWS, SLOW_UNEQUAL_ROWS))
 def test_unequal_targets_follow_the_plain_loop(runs, reference, arch, kind, layout):
     loss, norm = farthest(runs / kind / arch / layout, reference[kind, arch])
     assert loss <= LOSS and norm <= NORM
@@ -173,8 +191,7 @@ def test_a_broken_base_of_rotary_positions_is_kept(runs):
     assert max(abs(plain[step]["loss"] - megatron[step]["loss"]) for step in (1, 2, 3)) <= LOSS
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+@pytest.mark.parametrize(("arch", "layout"), rows(BF16_ROWS, SLOW_BF16_ROWS))
 def test_bf16_stays_near_fp32(runs, reference, arch, layout):
     loss, _ = farthest(runs / "bf16" / arch / layout, reference["fp32", arch])
     assert 0 < loss <= BF16  # 0 would mean that bf16 was not used
@@ -182,7 +199,7 @@ def test_bf16_stays_near_fp32(runs, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(runs, arch):
-    found = {name: valid_loss(runs / "fp32" / arch / name) for name in [*TWO_RANKS, *FOUR_RANKS]}
+    found = {name: valid_loss(runs / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
     assert max(found.values()) - min(found.values()) <= LOSS, found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
-from test_parity import LOSS, NORM, farthest
+from test_parity import LOSS, NORM, farthest, rows
 from test_resume import HOMES as ALL_HOMES
 
 from common import config
@@ -30,7 +30,7 @@ TWO_RANKS: Layouts = {
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
-    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=1"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "tp2_sp_recompute": (
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=8", "megatron.recompute=true"],
@@ -38,9 +38,16 @@ TWO_RANKS: Layouts = {
 }
 AUTOTP: Layouts = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
-    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
+    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2"]),
 }
+# Thousands of collectives: a run of one of these takes as long as ten others
+MICRO1: Layouts = {
+    "tp2_sp_micro1": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=1"]),
+    "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
+}
+# Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
+REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_micro1")
 # The objective's other choices, and Adafactor
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
@@ -53,7 +60,13 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
-RESUMED = ("baseline", "zero0", "zero1", "zero2", "zero3", "tp2", "tp2_sp", "dp2_distributed_optimizer")
+RESUMED = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
+SLOW_RESUMED = ("zero0", "zero2", "tp2")  # tests/test_resume.py has them in the fast suite: what saves and loads is shared
+FP32_ROWS = [("tiny_v1_1", name) for name in (*TWO_RANKS, *AUTOTP)] + [("tiny", name) for name in REPEATED]
+SLOW_FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP) if name not in REPEATED]
+SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
+BF16_ROWS = [("tiny_v1_1", name) for name in BF16_LAYOUTS] + [("tiny", name) for name in ("baseline", "zero1")]
+SLOW_BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")]
 EACH = 5  # steps at each home
 # bf16 against the fp32 loop, from stack to stack by design (tests/test_parity.py); at most 3.2e-3 was measured, on a CPU.
 BF16 = 5e-3
@@ -79,20 +92,22 @@ def settings(t5_settings) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def told(drive, settings, t5_settings, tmp_path_factory) -> tuple[Path, str]:
+def told(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
     """(folder of all runs of this module, what they printed)"""
     out = tmp_path_factory.mktemp("t5")
-    cases = [
-        run(stack, arch, out / "fp32" / arch / name, settings[arch] + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in TWO_RANKS.items()
+    layouts = TWO_RANKS | AUTOTP | MICRO1
+    fp32 = [
+        run(layouts[name][0], arch, out / "fp32" / arch / name, settings[arch] + layouts[name][1])
+        for arch, name in FP32_ROWS + SLOW_FP32_ROWS * with_slow
     ]
+    autotp = [one for one in fp32 if "deepspeed.tp=2" in one["overrides"]]
+    cases = [one for one in fp32 if one not in autotp]
     for kind, (arch, _, names) in VARIANTS.items():
         cases += [run(TWO_RANKS[n][0], arch, out / kind / n, settings[kind] + TWO_RANKS[n][1]) for n in names]
-    for name in BF16_LAYOUTS:
+    for arch, name in BF16_ROWS + SLOW_BF16_ROWS * with_slow:
         stack, overrides = TWO_RANKS[name]
-        cases += [run(stack, a, out / "bf16" / a / name, [*settings[a], "train.dtype=bf16", *overrides]) for a in ARCHS]
-    for name in RESUMED:
+        cases.append(run(stack, arch, out / "bf16" / arch / name, [*settings[arch], "train.dtype=bf16", *overrides]))
+    for name in RESUMED + SLOW_RESUMED * with_slow:
         stack, overrides = TWO_RANKS[name]
         shared = [*t5_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
         cases.append(run(stack, "tiny_v1_1", out / "whole" / name, [*shared, "train.steps=12"]))
@@ -105,12 +120,7 @@ def told(drive, settings, t5_settings, tmp_path_factory) -> tuple[Path, str]:
             for number, (stack, overrides) in enumerate(HOMES, 1)
         ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
-    cases += [
-        run(stack, arch, out / "fp32" / arch / name, settings[arch] + overrides)
-        for arch in ARCHS
-        for name, (stack, overrides) in AUTOTP.items()
-    ]
-    return out, drive(cases, 2)
+    return out, drive(cases + autotp, 2)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +144,7 @@ def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
         assert (kinks.stake(1.0) > 0) == found
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", [*TWO_RANKS, *AUTOTP])
+@pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
 def test_follows_the_plain_loop(told, reference, arch, layout):
     expected = reference[arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
@@ -150,8 +159,7 @@ def test_other_objectives_and_adafactor_follow_the_plain_loop(told, reference, k
     assert loss <= LOSS and norm <= NORM
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+@pytest.mark.parametrize(("arch", "layout"), rows(BF16_ROWS, SLOW_BF16_ROWS))
 def test_bf16_stays_near_fp32(told, reference, arch, layout):
     loss, _ = farthest(told[0] / "bf16" / arch / layout, reference[arch])
     assert 0 < loss <= BF16  # 0 would mean that bf16 was not used
@@ -159,11 +167,11 @@ def test_bf16_stays_near_fp32(told, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(told, arch):
-    found = {name: valid_loss(told[0] / "fp32" / arch / name) for name in [*TWO_RANKS, *AUTOTP]}
+    found = {name: valid_loss(told[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
     assert max(found.values()) - min(found.values()) <= LOSS, found
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", rows([(n,) for n in RESUMED], [(n,) for n in SLOW_RESUMED]))
 def test_two_halves_are_one_run_bit_for_bit(told, name):
     out, _ = told
     whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
