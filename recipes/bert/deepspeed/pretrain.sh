@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One process, all GPUs of a node (NPROC), several nodes (NNODES NODE_RANK MASTER_ADDR MASTER_PORT), or scripts/slurm.sh:
+# Start a run: on one process, all GPUs of a node (NPROC), several nodes (NNODES, NODE_RANK, MASTER_ADDR), or under SLURM.
 #   bash recipes/bert/deepspeed/pretrain.sh CONFIG OUT [section.key=value ...] [--dry-run]
 set -euo pipefail
 
@@ -10,6 +10,6 @@ script=$(basename -- "${BASH_SOURCE[0]}" .sh)
 
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
-# Modules come from the repository, whatever lies in the folder that this is started from.
+# Modules are imported from the repository, not from the current folder.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 exec "$python" -m common.launch "recipes.$family.$stack.$script" "$@"
