@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from common.data import tokenizer as tokenizers
+from common.data import tokenizer_training
 from common.data.indexed_dataset import FILES, IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.json_files import write_json
@@ -339,12 +340,12 @@ def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitt
         characters: set[str] = set()
         for _, _, text in _texts(opt, source, splitter):
             characters.update(text)
-        trained = tokenizers.train_char("".join(characters))
+        trained = tokenizer_training.train_char("".join(characters))
     else:
         train = {
-            "bpe": tokenizers.train_bpe,
-            "wordpiece": tokenizers.train_wordpiece,
-            "sentencepiece": tokenizers.train_sentencepiece,
+            "bpe": tokenizer_training.train_bpe,
+            "wordpiece": tokenizer_training.train_wordpiece,
+            "sentencepiece": tokenizer_training.train_sentencepiece,
         }
         trained = train[opt.tokenizer_type](_for_training(opt, source, splitter), opt.vocab_size)
         if trained.size < opt.vocab_size:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data import tokenizer as tokenizers
+from common.data import tokenizer_training
 from common.evaluation import glue, squad, text
 from recipes.bert import finetune, kinds
 from recipes.gpt import finetune as of_texts
@@ -39,7 +39,7 @@ def of_language_models(folder: Path) -> Scores:
         (folder / "data" / file).write_text(" \n ".join(TEXTS), encoding="utf-8")
     lines = "\n".join(json.dumps({"text": line}) for line in TEXTS)
     (folder / "data/lambada_test.jsonl").write_text(lines, encoding="utf-8")
-    words = tokenizers.train_bpe(TEXTS, 300)
+    words = tokenizer_training.train_bpe(TEXTS, 300)
     words.save(folder / "hf")
     shapes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 128, "vocab_size": words.size}
     shapes |= {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
@@ -93,7 +93,7 @@ def of_head(name: str, folder: Path) -> dict[str, float]:
     """A dev set of a few examples through recipes/bert, its labels as predictions."""
     words = folder / "tokenizer"
     if not words.is_dir():
-        tokenizers.train_wordpiece(TEXTS, 120).save(words)
+        tokenizer_training.train_wordpiece(TEXTS, 120).save(words)
     data = folder / name
     write_dev(name, data)
     values: dict[str, Any] = {

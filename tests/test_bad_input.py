@@ -416,17 +416,17 @@ def _damaged_tokenizer(place: Path) -> None:
 
 
 def _replaced_tokenizer(place: Path) -> None:
-    from common.data import tokenizer
+    from common.data import tokenizer_training
 
     corpus(place / "corpus/train", tokenizer="tokenizer")
-    tokenizer.train_char("abc").save(place / "corpus/tokenizer")
+    tokenizer_training.train_char("abc").save(place / "corpus/tokenizer")
 
 
 def _of_megatrons_tool(place: Path) -> None:
     """Corpora without a manifest, whose documents do not end as the tokenizer in `words` has it."""
-    from common.data import tokenizer
+    from common.data import tokenizer_training
 
-    tokenizer.train_bpe(["a b c"], 300).save(place / "words")
+    tokenizer_training.train_bpe(["a b c"], 300).save(place / "words")
     for name in ("train", "valid"):
         corpus(place / "corpus" / name, manifest=False)
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import preflight
-from common.data import batches, examples, indexed_dataset, manifest, sampler
+from common.data import batches, examples, indexed_dataset, manifest, sampler, tokenizer_training
 from common.data import tokenizer as tokenizers
 from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.data.sampler import permute
@@ -38,7 +38,7 @@ STACKS = ("baseline", "deepspeed", "megatron")
 def documents(source):
     """Token ids of the scenes of Shakespeare, each ending in EOD, and of the tokenizer: [ids], size."""
     text = (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:120_000]
-    tokenizer = tokenizers.train_bpe([text], 500)
+    tokenizer = tokenizer_training.train_bpe([text], 500)
     assert tokenizer.eod_id == EOD
     return [np.array([*ids, EOD]) for ids in tokenizer.encode_batch(text.split("\n\n"))]
 
@@ -575,7 +575,7 @@ def test_old_manifests_of_wrong_types(documents, tmp_path):
 
 
 def test_a_replaced_tokenizer_is_found(documents, tmp_path):
-    one, other = (tokenizers.train_bpe([text], 300) for text in ("a b ab ab", "c d cd cd"))
+    one, other = (tokenizer_training.train_bpe([text], 300) for text in ("a b ab ab", "c d cd cd"))
     one.save(tmp_path / "tok")
     corpus = IndexedDataset(write(tmp_path / "a", documents, tokenizer_hash=one.hash))
     assert corpus.tokenizer_problems() == []
@@ -603,7 +603,7 @@ def test_a_large_index_opens_in_a_second(tmp_path):
 def test_megatrons_corpora_have_the_tokenizers_end_of_document(source, tmp_path, mask):
     """Without a manifest, and with data.tokenizer: the samples of the same corpus with a manifest."""
     text = (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:30_000]
-    tokenizer = tokenizers.train_bpe([text], 400)
+    tokenizer = tokenizer_training.train_bpe([text], 400)
     tokenizer.save(tmp_path / "tok")
     made = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(text.split("\n\n"))]
     ours = write(tmp_path / "ours", made, tokenizer_hash=tokenizer.hash, tokenizer_size=tokenizer.size, eod_id=tokenizer.eod_id)

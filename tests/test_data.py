@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.data import indexed_dataset
+from common.data import indexed_dataset, tokenizer_training
 from common.data import tokenizer as tokenizers
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
@@ -61,7 +61,7 @@ def speeches(play):
 def words(play, tmp_path_factory):
     """A small tokenizer in a folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.train_bpe([play[:100_000]], 400).save(folder)
+    tokenizer_training.train_bpe([play[:100_000]], 400).save(folder)
     return folder
 
 
@@ -748,7 +748,7 @@ def test_verify_reads_everything(jsonl, words, tmp_path, monkeypatch, capsys):
         verify.main([str(out)])
     assert len(error.value.problems) == verify.SHOWN + 1
     path.write_bytes(good["train.bin"])
-    tokenizers.train_bpe(["a b c"], 300).save(out / "tokenizer")
+    tokenizer_training.train_bpe(["a b c"], 300).save(out / "tokenizer")
     with pytest.raises(BadInput, match="was made with tokenizer"):
         verify.main([str(out / "train")])
     for suffix in (".json", ".crc32"):

@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.data import tokenizer as tokenizers
+from common.data import tokenizer_training
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,13 +42,13 @@ def shakespeare(source):
 
 @pytest.fixture(scope="module")
 def bpe(shakespeare):
-    return tokenizers.train_bpe([shakespeare[:200_000]], 600)
+    return tokenizer_training.train_bpe([shakespeare[:200_000]], 600)
 
 
 @pytest.fixture(scope="module")
 def code():
     """A tokenizer in which runs of blanks are single tokens, as where it is trained on programs."""
-    return tokenizers.train_bpe(["x        y\n\n    z \n \n    's\t\t\u00a0 \u00a0" * 50], 300)
+    return tokenizer_training.train_bpe(["x        y\n\n    z \n \n    's\t\t\u00a0 \u00a0" * 50], 300)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def bert(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wordpiece(shakespeare):
-    return tokenizers.train_wordpiece(shakespeare[:200_000].split("\n"), 800)
+    return tokenizer_training.train_wordpiece(shakespeare[:200_000].split("\n"), 800)
 
 
 def test_gpt2(gpt2):
@@ -81,7 +82,7 @@ def test_special_tokens_in_a_text_are_text(gpt2):
 
 
 def test_encode_flat_is_encode(gpt2, bpe, shakespeare):
-    char = tokenizers.train_char("".join(SAMPLES))
+    char = tokenizer_training.train_char("".join(SAMPLES))
     for tokenizer in (gpt2, bpe, char):
         ids, lengths = tokenizer.encode_flat(SAMPLES)
         expected = [tokenizer.encode(text) for text in SAMPLES]
@@ -131,7 +132,7 @@ def test_a_name_is_looked_up_in_corpora_first(gpt2, tmp_path, monkeypatch):
 
 
 def test_characters(shakespeare):
-    char = tokenizers.train_char(shakespeare)
+    char = tokenizer_training.train_char(shakespeare)
     assert (char.size, char.eod_id, char.kind) == (65, None, "char")
     assert char.encode("\n !$&'") == [0, 1, 2, 3, 4, 5]  # code point order
     assert char.decode(char.encode(shakespeare)) == shakespeare
@@ -140,21 +141,21 @@ def test_characters(shakespeare):
     with pytest.raises(BadInput, match="'é' is not among the 65"):
         char.encode("café")
     with pytest.raises(BadInput, match="no text"):
-        tokenizers.train_char("")
+        tokenizer_training.train_char("")
 
 
 def test_trained_bpe(bpe, shakespeare):
     assert (bpe.size, bpe.eod_id, bpe.kind) == (600, 0, "bpe")
     assert [bpe.decode(bpe.encode(text)) for text in SAMPLES] == SAMPLES  # bytes: nothing is unknown
-    assert tokenizers.train_bpe([shakespeare[:200_000]], 600).hash == bpe.hash
+    assert tokenizer_training.train_bpe([shakespeare[:200_000]], 600).hash == bpe.hash
     with pytest.raises(BadInput, match="at least 257"):
-        tokenizers.train_bpe(["x"], 256)
+        tokenizer_training.train_bpe(["x"], 256)
 
 
 def test_saved_form_is_the_same_tokenizer_to_us_and_to_transformers(gpt2, bpe, shakespeare, tmp_path):
     from transformers import AutoTokenizer
 
-    for name, tokenizer in (("gpt2", gpt2), ("bpe", bpe), ("char", tokenizers.train_char("".join(SAMPLES)))):
+    for name, tokenizer in (("gpt2", gpt2), ("bpe", bpe), ("char", tokenizer_training.train_char("".join(SAMPLES)))):
         tokenizer.save(tmp_path / name)
         again = tokenizers.load(tmp_path / name)
         assert (again.hash, again.kind, again.eod_id) == (tokenizer.hash, tokenizer.kind, tokenizer.eod_id)
@@ -252,20 +253,20 @@ def test_trained_wordpiece(wordpiece, shakespeare):
     assert roles(wordpiece) == (0, 2, 3, 4)
     assert wordpiece.decode(wordpiece.encode("First Citizen: hear me speak")) == "first citizen : hear me speak"
     assert wordpiece.encode("東") == [1]
-    cased = tokenizers.train_wordpiece([shakespeare[:100_000]], 500, lowercase=False)
+    cased = tokenizer_training.train_wordpiece([shakespeare[:100_000]], 500, lowercase=False)
     assert cased.decode(cased.encode("First Citizen")) == "First Citizen"
-    few = tokenizers.train_wordpiece(["a b ab abc"], 500)
+    few = tokenizer_training.train_wordpiece(["a b ab abc"], 500)
     assert few.size < 500 and few.encode("ab")  # what there is
     with pytest.raises(BadInput, match=r"vocabulary of 30: .* needs at least \d\d") as error:
-        tokenizers.train_wordpiece([shakespeare[:100_000]], 30)
+        tokenizer_training.train_wordpiece([shakespeare[:100_000]], 30)
     assert "\n" not in str(error.value)
 
 
 def test_training_wordpiece_is_the_same_in_every_process():
     code = (
-        "from common.data import tokenizer\n"
+        "from common.data import tokenizer_training\n"
         "lines = open('common/data/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
-        "t = tokenizer.train_wordpiece(lines, 700); print(t.size, t.hash)"
+        "t = tokenizer_training.train_wordpiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1", "2")
     told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
@@ -274,7 +275,7 @@ def test_training_wordpiece_is_the_same_in_every_process():
 
 def test_rare_characters_are_left_out(monkeypatch):
     monkeypatch.setattr(tokenizers, "ALPHABET", 4)
-    trained = tokenizers.train_wordpiece(["aab cde 東" * 3, "aabb cc z"], 40)
+    trained = tokenizer_training.train_wordpiece(["aab cde 東" * 3, "aabb cc z"], 40)
     characters = {token for token in trained.backend.get_vocab() if len(token) == 1}
     assert characters == {"a", "b", "c", "d"}  # d, e and 東 are as frequent: the first in order
 
@@ -319,7 +320,7 @@ def t5(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentencepiece(shakespeare):
-    return tokenizers.train_sentencepiece([shakespeare[:200_000]], 1000, sentinels=20)
+    return tokenizer_training.train_sentencepiece([shakespeare[:200_000]], 1000, sentinels=20)
 
 
 def test_t5(t5, source, shakespeare):
@@ -352,7 +353,7 @@ def test_special_tokens_in_a_text_are_text_to_sentencepiece(t5, sentencepiece):
 
 
 def test_others_have_no_sentinels(gpt2, wordpiece):
-    for tokenizer in (gpt2, wordpiece, tokenizers.train_char("ab")):
+    for tokenizer in (gpt2, wordpiece, tokenizer_training.train_char("ab")):
         assert tokenizer.sentinels().tolist() == []
 
 
@@ -363,7 +364,7 @@ def test_trained_sentencepiece(sentencepiece, shakespeare):
     text = "First Citizen: hear me speak."
     assert sentencepiece.decode(sentencepiece.encode(text)) == text
     assert sentencepiece.encode("東")[-1] == 2 and sentencepiece.encode(" \n ") == []
-    few = tokenizers.train_sentencepiece(["a b ab abc abcabc\n"] * 9, 500)
+    few = tokenizer_training.train_sentencepiece(["a b ab abc abcabc\n"] * 9, 500)
     assert few.size < 500 and few.encode("ab")  # what there is
     assert len(few.sentinels()) == 100
     for texts, size, told in (
@@ -372,19 +373,19 @@ def test_trained_sentencepiece(sentencepiece, shakespeare):
         (["", " \n"], 500, "no text"),
     ):
         with pytest.raises(BadInput, match=told) as error:
-            tokenizers.train_sentencepiece(texts, size)
+            tokenizer_training.train_sentencepiece(texts, size)
         assert "\n" not in str(error.value)
     with pytest.raises(BadInput) as error:
-        tokenizers.train_sentencepiece([shakespeare[:9000]], 120)
+        tokenizer_training.train_sentencepiece([shakespeare[:9000]], 120)
     needed = int(str(error.value).split("at least ")[1].split()[0])
-    assert tokenizers.train_sentencepiece([shakespeare[:9000]], needed).size == needed
+    assert tokenizer_training.train_sentencepiece([shakespeare[:9000]], needed).size == needed
 
 
 def test_training_sentencepiece_is_the_same_in_every_process():
     code = (
-        "from common.data import tokenizer\n"
+        "from common.data import tokenizer_training\n"
         "lines = open('common/data/tokenizer.py', encoding='utf-8').read().split('\\n')\n"
-        "t = tokenizer.train_sentencepiece(lines, 700); print(t.size, t.hash)"
+        "t = tokenizer_training.train_sentencepiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1")
     told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
@@ -560,7 +561,7 @@ def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
 @pytest.fixture(scope="module")
 def saved(bpe, wordpiece, sentencepiece, tmp_path_factory) -> list[Path]:
     folders = [tmp_path_factory.mktemp("saved") / name for name in ("bpe", "wordpiece", "sentencepiece", "char")]
-    for made, folder in zip((bpe, wordpiece, sentencepiece, tokenizers.train_char("a b\n")), folders, strict=True):
+    for made, folder in zip((bpe, wordpiece, sentencepiece, tokenizer_training.train_char("a b\n")), folders, strict=True):
         made.config["chat_template"] = "{{ messages }}"
         made.save(folder)
         del made.config["chat_template"]
