@@ -169,7 +169,7 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from common.stacks import mcore
+    from common.stacks import cuda_stand_in, mcore
 
     m, o = run.cfg.model, run.cfg.optim
     shape = TransformerConfig(
@@ -183,7 +183,7 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
         config=shape, transformer_layer_spec=mcore.layer_spec(AttnMaskType.causal), vocab_size=m.vocab_size,
         max_sequence_length=m.positions, share_embeddings_and_output_weights=True,
     )  # fmt: skip
-    with mcore.device_names(ranks):
+    with cuda_stand_in.active(ranks):
         model = DistributedDataParallel(shape, DistributedDataParallelConfig(), net.to(ranks.device))
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -211,7 +211,7 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> float:
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        with mcore.device_names(ranks):
+        with cuda_stand_in.active(ranks):
             told = schedule(
                 forward_step_func=forward, data_iterator=iter([(inputs, targets)]), model=[model], num_microbatches=1,
                 seq_length=run.cfg.data.seq_len, micro_batch_size=run.layout.micro_batch, forward_only=False,

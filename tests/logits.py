@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from common import preflight  # noqa: E402
 from common.checkpoints import state  # noqa: E402
-from common.stacks import mcore  # noqa: E402
-from recipes.gpt import convert, task  # noqa: E402
+from common.stacks import cuda_stand_in, mcore  # noqa: E402
+from recipes.gpt import task  # noqa: E402
 from recipes.gpt.megatron import model as megatron_model  # noqa: E402
+from recipes.gpt.megatron.parameter_map import parameter_map  # noqa: E402
 
 
 def main(path: str) -> None:
@@ -34,11 +35,11 @@ def main(path: str) -> None:
         model = mcore.wrap(net.config, net, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
-        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
+        mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
         theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
         tokens = torch.from_numpy(run.train.collate(range(4))["tokens"])[:, :-1]  # (B, T)
         model.eval()
-        with torch.no_grad(), mcore.device_names(ranks):
+        with torch.no_grad(), cuda_stand_in.active(ranks):
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
             shard = model(tokens, positions, None)  # (B, T, V / tp)
         shards = [torch.empty_like(shard) for _ in range(layout.tp)]

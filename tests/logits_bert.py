@@ -22,9 +22,10 @@ import transformers  # noqa: E402
 from common import preflight  # noqa: E402
 from common.checkpoints import state  # noqa: E402
 from common.data import tokenizer  # noqa: E402
-from common.stacks import mcore  # noqa: E402
-from recipes.bert import convert, task  # noqa: E402
+from common.stacks import cuda_stand_in, mcore  # noqa: E402
+from recipes.bert import task  # noqa: E402
 from recipes.bert.megatron import model as megatron_model  # noqa: E402
+from recipes.bert.megatron.parameter_map import parameter_map  # noqa: E402
 
 
 def filled(net: torch.nn.Module, values: state.Values) -> torch.nn.Module:
@@ -45,7 +46,7 @@ def main(path: str) -> None:
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
-        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
+        mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, values, 0)
         model.eval()
         with torch.no_grad():
             compare(cfg, model, values, run, ranks)
@@ -58,7 +59,7 @@ def main(path: str) -> None:
 
 def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run: preflight.Run, ranks: processes.Ranks) -> None:
     batch = task.make_batch(run.train.collate(range(8)), "cpu")
-    with mcore.device_names(ranks):
+    with cuda_stand_in.active(ranks):
         shard, pairs = model(batch["tokens"], batch["token_types"], ~batch["attention_mask"][:, None, None], batch["predicted"])
     group = mcore.parallel_state.get_tensor_model_parallel_group()
     shards = [torch.empty_like(shard) for _ in range(group.size())]
@@ -93,7 +94,7 @@ def embed(case: dict, model: torch.nn.Module, ranks: processes.Ranks) -> None:
         for row, i in enumerate(some):
             tokens[row, : len(ids[i])] = torch.tensor(ids[i])
         seen = torch.arange(longest) < torch.tensor([len(ids[i]) for i in some])[:, None]
-        with mcore.device_names(ranks):
+        with cuda_stand_in.active(ranks):
             hidden = model(tokens, torch.zeros_like(tokens), ~seen[:, None, None], None)  # (T, B, H)
             if sp:
                 hidden = mcore.tensor_parallel.gather_from_sequence_parallel_region(hidden)

@@ -18,9 +18,10 @@ import torch.distributed as dist  # noqa: E402
 
 from common import preflight  # noqa: E402
 from common.checkpoints import state  # noqa: E402
-from common.stacks import mcore  # noqa: E402
-from recipes.t5 import convert, task  # noqa: E402
+from common.stacks import cuda_stand_in, mcore  # noqa: E402
+from recipes.t5 import task  # noqa: E402
 from recipes.t5.megatron import model as megatron_model  # noqa: E402
+from recipes.t5.megatron.parameter_map import parameter_map  # noqa: E402
 from tests import plain_t5  # noqa: E402
 
 
@@ -42,11 +43,11 @@ def main(path: str) -> None:
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
-        mcore.load_state(model, optimizer, convert.rules(cfg.model), shapes, values, 0)
+        mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, values, 0)
         model.eval()
         batch = task.make_batch(run.train.collate(range(8)), "cpu")
         with torch.no_grad():
-            with mcore.device_names(ranks):
+            with cuda_stand_in.active(ranks):
                 shard = model(batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])
             group = mcore.parallel_state.get_tensor_model_parallel_group()
             shards = [torch.empty_like(shard) for _ in range(group.size())]

@@ -22,7 +22,8 @@ from common.errors import BadInput
 from common.huggingface import interchange
 from common.stacks import mcore
 from common.yaml_files import read_yaml
-from recipes.bert import convert, task
+from recipes.bert import task
+from recipes.bert.megatron import parameter_map
 from scripts import heldout
 
 VOCAB = 613  # a prime: does not divide by tp
@@ -55,9 +56,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ARCHS)
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name)
-    rules, shapes = convert.rules(model), task.parameter_shapes(model)
+    rules, shapes = parameter_map.parameter_map(model), task.parameter_shapes(model)
     seen = set()
-    for part in convert._layer(model):
+    for part in parameter_map._layer(model):
         for leaf in ("weight", "bias"):
             rule = rules(f"encoder.layers.1.{part}.{leaf}")
             theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
@@ -66,7 +67,7 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
             shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
             back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
             assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), (part, leaf)
-    seen |= {hf for rule in convert._outer(model).values() for hf in rule.hf}
+    seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen >= {name for name in shapes if ".layer.0." not in name}, "every parameter has its place in Megatron"
 
 
@@ -281,7 +282,7 @@ def test_a_folder_tells_which_heads_it_lacks(bert_settings, folders, tmp_path):
 
 
 def test_norms_that_transformer_engine_fuses_have_their_place():
-    rules = convert.rules(resolved("tiny"))
+    rules = parameter_map.parameter_map(resolved("tiny"))
     assert rules("encoder.layers.1.self_attention.linear_qkv.layer_norm_weight").hf == (
         "bert.encoder.layer.1.attention.ln.weight",
     )

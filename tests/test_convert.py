@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from common import config
 from common.stacks import mcore
 from common.yaml_files import read_yaml
-from recipes.gpt import convert, task
+from recipes.gpt import task
+from recipes.gpt.megatron import parameter_map
 
 VOCAB = 1021  # a prime: does not divide by tp
 SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.tied=true"]}
@@ -46,7 +47,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["tiny", "tiny_llama"])
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name) if name == "tiny" or tp < 4 else resolved(name, "model.kv_heads=4")
-    rules = convert.rules(model)
+    rules = parameter_map.parameter_map(model)
     shapes = task.parameter_shapes(model)
     layer = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
     columns = {"self_attention.linear_qkv", "mlp.linear_fc1"}

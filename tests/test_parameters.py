@@ -25,19 +25,19 @@ def hf_model(model: Model) -> PreTrainedModel:
 
 def parameter_shapes"""
 COUNTED = ("3 * h * f + 2 * h\n", "3 * h * f + 2 * h + 2 * h // self.heads\n")
-TIED_TWICE = ('_copy("model.norm.weight")', '_copy("model.layers.0.input_layernorm.weight")')
-TRANSPOSED = ('lambda i: _copy(*names(i, "mlp", "down_proj"))', 'lambda i: _transposed(*names(i, "mlp", "down_proj"))')
+TIED_TWICE = ('_unchanged("model.norm.weight")', '_unchanged("model.layers.0.input_layernorm.weight")')
+TRANSPOSED = ('lambda i: _unchanged(*names(i, "mlp", "down_proj"))', 'lambda i: _transposed(*names(i, "mlp", "down_proj"))')
 NO_RULE = ('"self_attention.linear_proj.weight": lambda', '"self_attention.proj.weight": lambda')
 
 
 Replacements = tuple[tuple[str, str], ...]
 
 
-def changed_recipe(house: Path, name: str, task: Replacements = (), convert: Replacements = ()) -> None:
+def changed_recipe(house: Path, name: str, task: Replacements = (), parameter_map: Replacements = ()) -> None:
     """recipes/NAME of the house: recipes/gpt with these replacements, each of which must apply."""
     folder = house / "recipes" / name
     shutil.copytree(ROOT / "recipes/gpt", folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    for file, replacements in (("task.py", task), ("convert.py", convert)):
+    for file, replacements in (("task.py", task), ("megatron/parameter_map.py", parameter_map)):
         text = (folder / file).read_text()
         for old, new in replacements:
             assert old in text, old
@@ -54,9 +54,9 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     model = ("def parameter_shapes", QWEN3.lstrip("\n"))
     changed_recipe(house, "uncounted", task=(model,))
     changed_recipe(house, "norms", task=(model, COUNTED))
-    changed_recipe(house, "twice", convert=(TIED_TWICE,))
-    changed_recipe(house, "transposed", convert=(TRANSPOSED,))
-    changed_recipe(house, "no_rule", convert=(NO_RULE,))
+    changed_recipe(house, "twice", parameter_map=(TIED_TWICE,))
+    changed_recipe(house, "transposed", parameter_map=(TRANSPOSED,))
+    changed_recipe(house, "no_rule", parameter_map=(NO_RULE,))
     settings = [f"data.train={corpus}/train", "data.valid=null", "model.arch=llama", "model.kv_heads=2", "train.steps=2"]
     cases = []
     for name, stack, *overrides in (
@@ -103,10 +103,10 @@ REFUSED = {
     "norms-megatron": ON_MEGATRON + MISSING,
     "norms-megatron-megatron.pp_2": ON_MEGATRON + MISSING,
     "norms-megatron-megatron.tp_2": ON_MEGATRON + MISSING,
-    "twice-megatron-megatron.pp_2": ON_MEGATRON + "the rules of convert.py name model.layers.0.input_layernorm.weight 2 times",
+    "twice-megatron-megatron.pp_2": ON_MEGATRON + "parameter_map.py names model.layers.0.input_layernorm.weight 2 times",
     "transposed-megatron-megatron.tp_2": ON_MEGATRON
-    + r"decoder.layers.0.mlp.linear_fc2.weight of Megatron has shape \(64, 128\), its rule .* makes \(256, 32\)",
-    "no_rule-megatron": ON_MEGATRON + r"decoder.layers.0.self_attention.linear_proj.weight of Megatron has no rule",
+    + r"decoder.layers.0.mlp.linear_fc2.weight of Megatron has shape \(64, 128\), parameter_map.py makes \(256, 32\)",
+    "no_rule-megatron": ON_MEGATRON + r"decoder.layers.0.self_attention.linear_proj.weight of Megatron is not in parameter_map",
 }
 
 

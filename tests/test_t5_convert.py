@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from common import config
 from common.stacks import mcore
-from recipes.t5 import convert, task
+from recipes.t5 import task
+from recipes.t5.megatron import parameter_map
 from scripts import heldout
 
 VOCAB = 709  # a prime: does not divide by tp
@@ -51,10 +52,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ARCHS)
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
     model = resolved(name)
-    rules, shapes, seen = convert.rules(model), task.parameter_shapes(model), set()
+    rules, shapes, seen = parameter_map.parameter_map(model), task.parameter_shapes(model), set()
     for stack, layers in (("encoder", 3), ("decoder", 2)):
         for number in range(layers):
-            for part in convert._layer(model, stack):
+            for part in parameter_map._layer(model, stack):
                 rule = rules(f"{stack}.layers.{number}.{part}.weight")
                 theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
                 seen |= set(rule.hf)
@@ -62,7 +63,7 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
                 shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
                 back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
                 assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), part
-    seen |= {hf for rule in convert._outer(model).values() for hf in rule.hf}
+    seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen == set(shapes), "every parameter has its place in Megatron"
 
 

@@ -1,4 +1,4 @@
-"""What every Megatron recipe needs: a CPU as its device, groups, attention and norm modules, optimizer, state in and out.
+"""What every Megatron recipe needs: groups, attention and norm modules, optimizer, state in and out.
 
 Checked with megatron-core 0.19.2. Its own distributed checkpoint cannot be read by another stack, and in that version does
 not load a distributed optimizer over torch's AdamW; the state here goes parameter by parameter instead.
@@ -7,8 +7,8 @@ not load a distributed optimizer over torch's AdamW; the state here goes paramet
 import datetime
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.attention import (
@@ -35,7 +34,6 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch.overrides import TorchFunctionMode
 
 from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import PARTS, Entry
@@ -45,67 +43,10 @@ from common.errors import BadInput
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
 from common.layout import Layout
-from common.stacks.parameter_map import Rule, Rules
+from common.stacks import cuda_stand_in
+from common.stacks.parameter_map import Conversion, ParameterMap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# ---- a CPU where Megatron expects a GPU ------------------------------------------------------------------------------
-
-
-class _NoStream:
-    """Stands for a CUDA stream or event: on a CPU everything is in order already."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __enter__(self) -> "_NoStream":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def record_event(self, *_: Any) -> "_NoStream":
-        return self
-
-    def wait_stream(self, *_: Any) -> None:
-        pass
-
-
-class _CudaMeansCpu(TorchFunctionMode):
-    """device='cuda' makes a CPU tensor, and a tensor's type name reads as a GPU's."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if not kwargs:
-            found = func(*args)
-            return found.replace("torch.", "torch.cuda.", 1) if func is torch.Tensor.type and len(args) == 1 else found
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = kwargs | {"device": "cpu"}
-        return func(*args, **kwargs)
-
-
-def _use_cpu() -> None:
-    """Replace the few torch.cuda functions that Megatron calls; done once a process."""
-    cuda = torch.cuda
-    # a function of its own for each: torch.compile keeps them in a table by identity
-    for name in ("synchronize", "empty_cache", "set_device"):
-        setattr(cuda, name, lambda *_, **__: None)
-    for name in ("current_stream", "default_stream"):
-        setattr(cuda, name, lambda *_, **__: _NoStream())
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.Stream = cuda.Event = _NoStream
-    cuda.stream = lambda stream: nullcontext()
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    parallel_random._set_cuda_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
-
-
-def device_names(ranks: Ranks) -> AbstractContextManager:
-    """Around Megatron's own code where it writes device='cuda': building, schedules, optimizer. Nothing on a GPU."""
-    return _CudaMeansCpu() if ranks.device.type == "cpu" else nullcontext()
-
 
 # ---- groups and random states ----------------------------------------------------------------------------------------
 
@@ -113,7 +54,7 @@ def device_names(ranks: Ranks) -> AbstractContextManager:
 def start(ranks: Ranks, layout: Layout) -> None:
     """Tensor-, pipeline- and data-parallel groups for this layout."""
     if ranks.device.type == "cpu":
-        _use_cpu()
+        cuda_stand_in.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     minutes = processes.timeout() // datetime.timedelta(minutes=1)  # its groups do not take that of the default one
@@ -274,7 +215,7 @@ def wrap(config: TransformerConfig, net: torch.nn.Module, cfg: Config, ranks: Ra
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=True
     )
-    with device_names(ranks):
+    with cuda_stand_in.active(ranks):
         model = DistributedDataParallel(config, ddp_config, net)
     config.no_sync_func = model.no_sync  # the schedules reduce gradients in the last micro batch's backward pass only
     return model
@@ -282,7 +223,7 @@ def wrap(config: TransformerConfig, net: torch.nn.Module, cfg: Config, ranks: Ra
 
 def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> MegatronOptimizer:
     o = cfg.optim
-    with device_names(ranks):
+    with cuda_stand_in.active(ranks):
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0],
@@ -312,7 +253,7 @@ def set_lr(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None
 
 def update(optimizer: MegatronOptimizer, ranks: Ranks) -> float:
     """Clip and step; returns the global gradient norm before clipping."""
-    with device_names(ranks):
+    with cuda_stand_in.active(ranks):
         _, grad_norm, _ = optimizer.step()
     return float(grad_norm)
 
@@ -349,18 +290,19 @@ def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
 
 
 def load_state(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules, shapes: Shapes, values: state.Values, step: int,
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
+    values: state.Values, step: int,
 ) -> None:  # fmt: skip
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
 
     shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together hold just these.
     """
-    _prove(model, rules, shapes)
+    _prove(model, parameter_map, shapes)
     for name, parameter in global_names(model):
-        rule = rules(name)
-        theirs = [values(hf, shapes[hf]) for hf in rule.hf]
+        conversion = parameter_map(name)
+        theirs = [values(hf, shapes[hf]) for hf in conversion.hf]
         parts = PARTS if step else PARTS[:1]
-        local = {part: _local(rule, parameter, [t[part] for t in theirs]) for part in parts}
+        local = {part: _local(conversion, parameter, [t[part] for t in theirs]) for part in parts}
         with torch.no_grad():
             parameter.copy_(local["weight"])
         for main, where in _mains(optimizer, parameter):
@@ -379,31 +321,31 @@ def load_state(
                 group["step"] = step
 
 
-def _local(rule: Rule, parameter: torch.nn.Parameter, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+def _local(conversion: Conversion, parameter: torch.nn.Parameter, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
     """This rank's part of a Megatron parameter, from the whole Hugging Face tensors that make it up."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    whole = rule.from_hf(*theirs)
-    if rule.rows:
-        padded = -(-rule.rows // tp) * tp
-        whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - rule.rows))
+    whole = conversion.from_hf(*theirs)
+    if conversion.unpadded_rows:
+        padded = -(-conversion.unpadded_rows // tp) * tp
+        whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - conversion.unpadded_rows))
     sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
-    return split(whole, parameter.partition_dim, rule.blocks, tp, rank) if sharded else whole
+    return split(whole, parameter.partition_dim, conversion.blocks, tp, rank) if sharded else whole
 
 
-def _prove(model: DistributedDataParallel, rules: Rules, shapes: Shapes) -> None:
-    """BadInput, on every rank alike, unless each Megatron parameter has a rule and the shape that the rule gives it, and the
-    rules of all pipeline stages together name each parameter of the family once."""
+def _prove(model: DistributedDataParallel, parameter_map: ParameterMap, shapes: Shapes) -> None:
+    """BadInput, on every rank alike, unless each Megatron parameter is in the map and has the shape that its conversion gives,
+    and all pipeline stages together name each parameter of the family once."""
     names: list[str] = []
     problems: dict[str, str] = {}  # by name without the number of the layer: one line speaks for all layers
     for name, parameter in global_names(model):
         kind = re.sub(r"layers\.\d+", "layers", name)
         try:
-            rule = rules(name)
+            conversion = parameter_map(name)
         except KeyError:
-            problems.setdefault(kind, f"{name} of Megatron has no rule in convert.py, which would give its Hugging Face name")
+            problems.setdefault(kind, f"{name} of Megatron is not in parameter_map.py, which gives its Hugging Face name")
             continue
-        names += [] if _is_copy(name, parameter) else rule.hf
-        problem = _shape_problem(name, parameter, rule, shapes) if all(hf in shapes for hf in rule.hf) else None
+        names += [] if conversion.is_copy else conversion.hf
+        problem = _shape_problem(name, parameter, conversion, shapes) if all(hf in shapes for hf in conversion.hf) else None
         if problem:
             problems.setdefault(kind, problem)
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -412,25 +354,20 @@ def _prove(model: DistributedDataParallel, rules: Rules, shapes: Shapes) -> None
     named = Counter(name for stage, _ in gathered for name in stage)
     problems = {kind: line for _, stage in reversed(gathered) for kind, line in stage.items()}
     lines = list(problems.values())
-    lines += [f"the rules of convert.py name {hf} {n} times; each parameter stands once" for hf, n in named.items() if n > 1]
+    lines += [f"parameter_map.py names {hf} {n} times; each parameter stands for one" for hf, n in named.items() if n > 1]
     lines += parameters.differences({hf: shapes.get(hf, ()) for hf in named}, shapes)
     if lines:
         raise BadInput([f"the model on megatron: {line}" for line in lines])
 
 
-def _shape_problem(name: str, parameter: torch.nn.Parameter, rule: Rule, shapes: Shapes) -> str | None:
+def _shape_problem(name: str, parameter: torch.nn.Parameter, conversion: Conversion, shapes: Shapes) -> str | None:
     try:
-        made = tuple(_local(rule, parameter, [torch.empty(*shapes[hf], device="meta") for hf in rule.hf]).shape)
+        made = tuple(_local(conversion, parameter, [torch.empty(*shapes[hf], device="meta") for hf in conversion.hf]).shape)
     except (RuntimeError, ValueError, IndexError) as error:
-        return f"{name} of Megatron: its rule in convert.py cannot make it from {', '.join(rule.hf)}: {error}"
+        return f"{name} of Megatron: parameter_map.py cannot make it from {', '.join(conversion.hf)}: {error}"
     if made == tuple(parameter.shape):
         return None
-    return f"{name} of Megatron has shape {tuple(parameter.shape)}, its rule in convert.py makes {made}"
-
-
-def _is_copy(name: str, parameter: torch.nn.Parameter) -> bool:
-    """The last stage's copy of a tied embedding: the first stage's stands for both."""
-    return name == "output_layer.weight" and getattr(parameter, "shared_embedding", False)
+    return f"{name} of Megatron has shape {tuple(parameter.shape)}, parameter_map.py makes {made}"
 
 
 def _owner(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.optim.Optimizer:
@@ -455,7 +392,7 @@ def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Itera
         return
 
 
-def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, rules: Rules) -> Iterator[Entry]:
+def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap) -> Iterator[Entry]:
     """Every parameter's master and moments by Hugging Face name, gathered over dp and tp one at a time.
 
     The ranks that share a pipeline stage take turns to write.
@@ -464,15 +401,22 @@ def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, r
     tp, dp = tp_group.size(), dp_group.size()
     turn = dp_group.rank() * tp + tp_group.rank()
     for number, (name, parameter) in enumerate(global_names(model)):
-        rule = rules(name)
-        if _is_copy(name, parameter):
+        conversion = parameter_map(name)
+        if conversion.is_copy:
             continue
         parts = _local_parts(optimizer, parameter, dp_group)
         if tp > 1 and getattr(parameter, "tensor_model_parallel", False):
-            parts = {part: _gather(t, parameter.partition_dim, rule.blocks, tp_group) for part, t in parts.items()}
+            parts = {part: _gather(t, parameter.partition_dim, conversion.blocks, tp_group) for part, t in parts.items()}
         mine = number % (tp * dp) == turn
-        whole = {part: rule.to_hf(t[: rule.rows] if rule.rows else t) for part, t in parts.items()} if mine else {}
-        for place, hf in enumerate(rule.hf):
+        whole = (
+            {
+                part: conversion.to_hf(t[: conversion.unpadded_rows] if conversion.unpadded_rows else t)
+                for part, t in parts.items()
+            }
+            if mine
+            else {}
+        )
+        for place, hf in enumerate(conversion.hf):
             yield hf, {part: t[place].contiguous().cpu() for part, t in whole.items()} if mine else None
 
 

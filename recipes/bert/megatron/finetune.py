@@ -19,13 +19,14 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
-from common.stacks import mcore
+from common.stacks import cuda_stand_in, mcore
 from common.training import finetuning, optim
 from common.training.log import Log
 
-from .. import convert, kinds
 from .. import finetune as task
+from .. import kinds
 from . import model as megatron_model
+from .parameter_map import parameter_map
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     # ---- model
     net = megatron_model.build_headed(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
-    rules = convert.rules(cfg.model)
+    mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
 
     def run_schedule(micro_batches: list[tuple[int, batches.MicroBatch]], forward_only: bool) -> list[dict[str, torch.Tensor]]:
         """Loss and predictions of each micro batch; none on ranks that do not tell them."""
-        with mcore.device_names(ranks):
+        with cuda_stand_in.active(ranks):
             told = schedule(
                 forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
                 num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len,
@@ -98,11 +99,11 @@ def main(argv: list[str]) -> None:
         return task.judge(run, selection, log, step, found)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), keep)
+        checkpoint.save(out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
+    mcore.load_state(model, optimizer, mapping, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)

@@ -19,12 +19,13 @@ from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
-from common.stacks import mcore
+from common.stacks import cuda_stand_in, mcore
 from common.training import optim
 from common.training.log import Log
 
-from .. import convert, task
+from .. import task
 from . import model as megatron_model
+from .parameter_map import parameter_map
 
 Micro = tuple[int, torch.Tensor, batches.MicroBatch]  # seed of the dropout (0: none), weight of each part of the loss, samples
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     # ---- model
     net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
-    rules = convert.rules(cfg.model)
+    mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
 
     def run_schedule(micro_batches: list[Micro], forward_only: bool) -> torch.Tensor:
         """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not tell them."""
-        with mcore.device_names(ranks):
+        with cuda_stand_in.active(ranks):
             made = schedule(
                 forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
                 num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
@@ -96,11 +97,11 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        checkpoint.save(run.out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), cfg.train.keep)
+        checkpoint.save(run.out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
+    mcore.load_state(model, optimizer, mapping, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)

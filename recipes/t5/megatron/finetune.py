@@ -19,13 +19,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
-from common.stacks import mcore
+from common.stacks import cuda_stand_in, mcore
 from common.training import finetuning, optim
 from common.training.log import Log
 
-from .. import convert
 from .. import finetune as task
 from . import model as megatron_model
+from .parameter_map import parameter_map
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     # ---- model
     net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
-    rules = convert.rules(cfg.model)
+    mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 
     def run_schedule(micro_batches: Iterator[tuple[int, batches.MicroBatch]], number: int, forward_only: bool) -> torch.Tensor:
         """The summed loss of `number` micro batches; zero on ranks that do not tell it."""
-        with mcore.device_names(ranks):
+        with cuda_stand_in.active(ranks):
             told = schedule(
                 forward_step_func=forward, data_iterator=micro_batches, model=[model], num_microbatches=number,
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
@@ -96,11 +96,11 @@ def main(argv: list[str]) -> None:
         return selection.enter(step, loss)
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, mcore.gather_state(model, optimizer, rules), shapes, state.meta(run, step), keep)
+        checkpoint.save(out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    mcore.load_state(model, optimizer, rules, shapes, state.values(cfg, task, shapes, run.resume), step)
+    mcore.load_state(model, optimizer, mapping, shapes, state.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)

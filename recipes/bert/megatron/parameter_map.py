@@ -1,0 +1,80 @@
+"""Which Megatron Core parameter of BERT stands for which Hugging Face one. Training state, exports and imports go by it."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from common.stacks.parameter_map import Conversion, ParameterMap
+
+from .. import finetune, task
+
+
+def qkv(heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Rows of q, k, v -> linear_qkv's: for each head its q, its k, its v."""
+    return torch.stack([t.unflatten(0, (heads, -1)) for t in (q, k, v)], 1).flatten(0, 2)
+
+
+def split_qkv(heads: int, mixed: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The inverse of qkv."""
+    return [t.flatten(0, 1) for t in mixed.unflatten(0, (heads, 3, -1)).unbind(1)]
+
+
+def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
+    return Conversion((name,), lambda tensor: [tensor], lambda tensor: tensor, unpadded_rows=unpadded_rows)
+
+
+def parameter_map(model: task.Model) -> ParameterMap:
+    """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
+    outer, layer = _outer(model), _layer(model)
+
+    def rule(name: str) -> Conversion:
+        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
+        if not match:
+            return outer[name]
+        number, part, leaf = match.groups()
+        theirs = [f"bert.encoder.layer.{number}.{one}.{leaf}" for one in layer[part]]
+        if len(theirs) == 1:
+            return _unchanged(theirs[0])
+        return Conversion(tuple(theirs), partial(split_qkv, model.heads), partial(qkv, model.heads))
+
+    return rule
+
+
+def _layer(m: task.Model) -> dict[str, tuple[str, ...]]:
+    """Parts of a layer in Megatron -> in transformers. Each has a weight and a bias."""
+    table = {
+        "self_attention.linear_qkv": tuple(f"attention.self.{one}" for one in ("query", "key", "value")),
+        "self_attention.linear_proj": ("attention.output.dense",),
+        "mlp.linear_fc1": ("intermediate.dense",),
+        "mlp.linear_fc2": ("output.dense",),
+    }
+    if m.arch == "bert":
+        return table | {"self_attn_bda.norm": ("attention.output.LayerNorm",), "mlp_bda.norm": ("output.LayerNorm",)}
+    norms = {"input_layernorm": ("attention.ln",), "pre_mlp_layernorm": ("ln",)}
+    # as TransformerEngine names them, fused into the linear layer behind them
+    fused = {"self_attention.linear_qkv.layer_norm": ("attention.ln",), "mlp.linear_fc1.layer_norm": ("ln",)}
+    return table | norms | fused
+
+
+def _outer(m: task.Model) -> dict[str, Conversion]:
+    """What lies outside the layers."""
+    embedding = _unchanged("bert.embeddings.word_embeddings.weight", m.vocab_size)
+    table = {
+        "embedding.word_embeddings.weight": embedding,
+        "output_layer.weight": embedding._replace(is_copy=True),
+        "output_layer.bias": _unchanged("cls.predictions.bias", m.vocab_size),
+        "embedding.position_embeddings.weight": _unchanged("bert.embeddings.position_embeddings.weight"),
+        "embedding.tokentype_embeddings.weight": _unchanged("bert.embeddings.token_type_embeddings.weight"),
+    }
+    both = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.layer_norm": "cls.predictions.transform.LayerNorm"}
+    both |= {"pooler.dense": "bert.pooler.dense"}
+    both |= {"binary_head": m.does.parameter if isinstance(m, finetune.Model) else "cls.seq_relationship"}
+    if m.arch == "bert":
+        both["embedding.embedding_dropout.0"] = "bert.embeddings.LayerNorm"
+    else:
+        both["encoder.final_layernorm"] = "bert.encoder.ln"
+    for ours, theirs in both.items():
+        table |= {f"{ours}.{leaf}": _unchanged(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
+    return table
