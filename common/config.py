@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from common.errors import BadInput, shortened
 from common.evaluation import metrics
@@ -37,7 +37,7 @@ def _path(value: str) -> str:
     return value
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path), WithJsonSchema({"format": "path"})]
 
 
 def _line(value: str) -> str:
@@ -59,7 +59,7 @@ def _corpus_command(value: str) -> str:
     return value
 
 
-def _blend(value: Any) -> str | list:
+def _blend(value: Any) -> str | list[Any]:
     """A prefix, a list of prefixes, or a list of [weight, prefix]."""
 
     def prefix(entry: Any) -> bool:
@@ -76,6 +76,9 @@ def _blend(value: Any) -> str | list:
             _path(entry[1] if isinstance(entry, list) else entry)
         return value
     raise ValueError("must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]")
+
+
+Blend = Annotated[str | list[Any], PlainValidator(_blend), WithJsonSchema({"format": "prefix or blend"})]
 
 
 class Section(BaseModel):
@@ -96,12 +99,18 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What every family reads; a family adds keys of its own in its task.py."""
+    """What the run reads. A family may add keys of its own."""
 
-    train: Annotated[str | list, PlainValidator(_blend)]  # prefix of a .bin/.idx, or a blend of them
-    valid: FilePath | None = None
-    seq_len: Positive  # tokens of a sample
-    tokenizer: FilePath | None = None  # folder; default: the one that the corpus was made with
+    train: Blend = Field(
+        description="Training corpus: the prefix of a .bin and an .idx file, a list of prefixes, or a list of "
+        "[weight, prefix], where the weights are relative shares of the samples."
+    )
+    valid: FilePath | None = Field(default=None, description="Validation corpus, a prefix. Default: no validation.")
+    seq_len: Positive = Field(description="Tokens per sample.")
+    tokenizer: FilePath | None = Field(
+        default=None,
+        description="Tokenizer: a folder or a Hugging Face folder. Default: the tokenizer that the corpus was made with.",
+    )
 
     @classmethod
     def resume_keys(cls) -> Set[str]:
@@ -118,30 +127,57 @@ class Data(Section):
 
 
 class Lamb(Section):
-    """Of optim.optimizer=lamb: bounds of the trust ratio, and whether Adam's moments are corrected for their start."""
+    """Of optim.optimizer=lamb (You et al., arXiv:1904.00962)."""
 
-    min_coeff: Annotated[float, Field(ge=0)] = 0.0
-    max_coeff: Annotated[float, Field(gt=0)] = 10.0
-    bias_correction: bool = True
+    min_coeff: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Lower bound of the trust ratio.")
+    max_coeff: Annotated[float, Field(gt=0)] = Field(default=10.0, description="Upper bound of the trust ratio.")
+    bias_correction: bool = Field(default=True, description="Divide the moments by 1 - beta^step, as Adam does.")
 
 
 class Optim(Section):
-    optimizer: Literal["adamw", "lamb", "adafactor"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Count = 0
-    decay_steps: Positive | None = None  # steps, warmup included, until min_lr; default: train.steps at the first start
-    schedule: Literal["cosine", "linear", "constant", "exponential", "inverse_sqrt", "wsd"] = "cosine"  # optim.lr_at
-    wsd_decay_steps: Positive | None = None  # wsd: how many of the decay_steps, the last ones, lower the rate
-    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"  # wsd: how they lower it
-    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.9  # exponential: lr is multiplied by it ...
-    decay_interval: Positive = 250  # ... every so many steps
-    begin_step: Count = 0  # steps before the schedule begins: a later phase may begin a schedule of its own
+    """The optimizer and the learning rate of each step."""
+
+    optimizer: Literal["adamw", "lamb", "adafactor"] = Field(
+        default="adamw", description="AdamW (arXiv:1711.05101), LAMB (arXiv:1904.00962) or Adafactor (arXiv:1804.04235)."
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(description="Highest learning rate.")
+    min_lr: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Learning rate at the end of the decay.")
+    warmup_steps: Count = Field(
+        default=0, description="Steps in which the rate rises from 0 to lr, linearly (exponential: by the square)."
+    )
+    decay_steps: Positive | None = Field(
+        default=None,
+        description="Steps, warmup included, until the rate is min_lr. Default: all steps that the first start asks for.",
+    )
+    schedule: Literal["cosine", "linear", "constant", "exponential", "inverse_sqrt", "wsd"] = Field(
+        default="cosine",
+        description="Form of the decay: SGDR's cosine (arXiv:1608.03983), DeepSpeed's exponential (its BERT recipe), T5's "
+        "inverse square root (arXiv:1910.10683), MiniCPM's warmup, stable, decay (wsd, arXiv:2404.06395), linear, or none.",
+    )
+    wsd_decay_steps: Positive | None = Field(
+        default=None, description="wsd: the last of the decay_steps, in which the rate falls."
+    )
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential", description="wsd: form of the fall, named as in Megatron-LM."
+    )
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.9, description="exponential: factor of lr - min_lr per decay_interval."
+    )
+    decay_interval: Positive = Field(default=250, description="exponential: steps per factor of decay_rate.")
+    begin_step: Count = Field(default=0, description="In a later phase: the step after which its schedule begins.")
     lamb: Lamb = Lamb()
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0: no clipping
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Decoupled weight decay of matrices and embeddings. Biases and norms have none."
+    )
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.999], description="Decay rates of the two moments, each from 0 to below 1. Adafactor has none."
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="Added to the root of the second moment (AdamW, LAMB)."
+    )
+    grad_clip: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Largest global norm of the gradient; 0: no clipping."
+    )
 
     @classmethod
     def phase_keys(cls) -> Set[str]:
@@ -149,17 +185,26 @@ class Optim(Section):
 
 
 class Train(Section):
-    steps: Positive  # optimizer steps in all
-    global_batch: Positive  # samples a step, over all ranks and micro batches
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    eval_every: Count = 0  # steps; 0: only after the last one
-    eval_samples: Positive | None = None  # validation samples used; default: all
-    save_every: Count = 0  # steps; 0: only after the last one
-    keep: Positive = 2  # checkpoints kept
-    # Seconds without progress of any rank (a micro batch, a parameter read or written) after which the launcher names the rank
-    # and ends the run; 0: never. Below the 10 minutes after which NCCL by default ends every rank and names none.
-    hang_seconds: Count = 540
+    """How long, in what batches, and how often the run is evaluated and saved."""
+
+    steps: Positive = Field(description="Optimizer steps, of the first phase where there are phases.")
+    global_batch: Positive = Field(description="Samples per step, over all ranks and gradient accumulation steps.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Type of the computation. Master weights and optimizer state are fp32."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=1234, description="Of initial values, the order of samples, masks and dropout."
+    )
+    eval_every: Count = Field(default=0, description="Steps between evaluations; 0: after the last step only.")
+    eval_samples: Positive | None = Field(default=None, description="Validation samples per evaluation. Default: all.")
+    save_every: Count = Field(default=0, description="Steps between checkpoints; 0: after the last step only.")
+    keep: Positive = Field(default=2, description="Checkpoints that are kept, the newest ones.")
+    # NCCL by default ends every rank after 10 minutes and names none
+    hang_seconds: Count = Field(
+        default=540,
+        description="Seconds without progress of any rank (a micro batch, a parameter read or written) after which the "
+        "launcher names the rank that hangs and ends the run; 0: never.",
+    )
 
     @classmethod
     def resume_keys(cls) -> Set[str]:
@@ -171,24 +216,35 @@ class Train(Section):
 
 
 class Init(Section):
-    from_: Annotated[FilePath, Field(alias="from")] = "scratch"  # or a Hugging Face folder of the same shape
+    """Where the weights come from."""
+
+    from_: FilePath = Field(
+        default="scratch",
+        alias="from",
+        description="`scratch` (drawn from train.seed) or a Hugging Face folder of the same shapes; in finetuning also OUT of "
+        "a finished run, or a name on the hub, OWNER/NAME.",
+    )
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
 
 class Expect(Section):
-    """A published score. Its key is TASK_METRIC and its unit that of common/evaluation/metrics.py."""
+    """A published score, for scripts/check.py. Its name is TASK_METRIC, as common/evaluation/metrics.py lists them."""
 
-    value: float
-    tolerance: Annotated[float, Field(ge=0)]  # how far from it is still the same result, in the same unit
-    source: str
+    value: float = Field(description="The score, in the metric's unit: a fraction is 0.844, not 84.4.")
+    tolerance: Annotated[float, Field(ge=0)] = Field(description="Largest difference that counts as the same result.")
+    source: str = Field(description="Where it is published.")
 
 
 class Quickstart(Section):
     """For scripts/quickstart.sh: the command that makes its corpus, and the text that its exports continue."""
 
-    corpus: Annotated[str, AfterValidator(_corpus_command)]  # python -m data.NAME FOLDER [options]
-    prompt: Annotated[str, AfterValidator(_line)] = ""  # for scripts/generate.py
+    corpus: Annotated[str, AfterValidator(_corpus_command)] = Field(
+        description="The command that makes the corpus: python -m data.NAME FOLDER [options]."
+    )
+    prompt: Annotated[str, AfterValidator(_line)] = Field(
+        default="", description="The text that scripts/generate.py continues."
+    )
 
     @classmethod
     def resume_keys(cls) -> Set[str]:
@@ -212,29 +268,53 @@ class System(Section):
         return cls.model_fields.keys()
 
 
+MICRO_BATCH = "Samples per forward pass of a data-parallel rank; global_batch is a multiple of micro_batch x ranks."
+RECOMPUTE = "Recompute the activations of each layer in the backward pass: less memory, a third more time."
+TP = "Tensor-parallel ranks, which share each layer's matrices."
+
+
 class Baseline(System):
-    micro_batch: Positive = 1
-    recompute: bool = False
+    """PyTorch's DDP by way of accelerate."""
+
+    micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
+    recompute: bool = Field(default=False, description=RECOMPUTE)
 
 
 class DeepSpeed(System):
-    micro_batch: Positive = 1
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    tp: Positive = 1
-    offload: bool = False  # optimizer state in CPU memory
-    recompute: bool = False
-    extra: dict[str, Any] = {}  # merged last into ds_config: the keys of common/stacks/extra.py; not for published rows
+    """DeepSpeed: ZeRO (arXiv:1910.02054) and AutoTP."""
+
+    micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=1,
+        description="What ZeRO divides among the ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0: nothing.",
+    )
+    tp: Positive = Field(default=1, description=TP)
+    offload: bool = Field(default=False, description="Keep the optimizer state in CPU memory. Needs zero_stage 1, 2 or 3.")
+    recompute: bool = Field(default=False, description=RECOMPUTE)
+    extra: dict[str, Any] = Field(
+        default={},
+        description="Merged last into DeepSpeed's config: the keys of common/stacks/extra.py. Not for published results.",
+    )
 
 
 class Megatron(System):
-    micro_batch: Positive = 1
-    tp: Positive = 1
-    pp: Positive = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = False
-    recompute: bool = False
-    transformer_engine: bool = False
-    extra: dict[str, Any] = {}  # merged last into TransformerConfig: the keys of common/stacks/extra.py; not for published rows
+    """Megatron Core (arXiv:1909.08053, arXiv:2205.05198)."""
+
+    micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
+    tp: Positive = Field(default=1, description=TP)
+    pp: Positive = Field(default=1, description="Pipeline stages, each with its share of the layers.")
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Divide what tensor parallelism leaves whole (norms, dropout) along the sequence. Needs tp above 1.",
+    )
+    distributed_optimizer: bool = Field(default=False, description="Divide the optimizer state among the data-parallel ranks.")
+    recompute: bool = Field(default=False, description=RECOMPUTE)
+    transformer_engine: bool = Field(default=False, description="Use TransformerEngine's layers, where it is installed.")
+    extra: dict[str, Any] = Field(
+        default={},
+        description="Merged last into Megatron's TransformerConfig: the keys of common/stacks/extra.py. Not for published "
+        "results.",
+    )
 
 
 class Config(Section):
@@ -247,17 +327,26 @@ class Config(Section):
     data: Data
     optim: Optim
     train: Train
-    # What changes for later steps of the same run, as {a.b: value}; each gives train.steps, the step at which it ends.
-    phases: Annotated[list[dict[str, Any]], Field(max_length=100)] = []  # each is a start of all ranks
+    phases: Annotated[list[dict[str, Any]], Field(max_length=100)] = Field(
+        default=[],
+        description="What changes for later steps of the same run: a list of {section.key: value}. Each phase gives "
+        "train.steps, the step at which it ends.",
+    )
     init: Init = Init()
-    expect: dict[str, Expect] = {}
+    expect: dict[str, Expect] = Field(default={}, description="Published scores by name, TASK_METRIC.")
     quickstart: Quickstart | None = None
     baseline: Baseline = Baseline()
     deepspeed: DeepSpeed = DeepSpeed()
     megatron: Megatron = Megatron()
 
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a config, not yet validated, with those that a file decides, such as the shapes of the model in
+        init.from. BadInput where the file cannot be used."""
+        return values
+
     def dump(self) -> dict[str, Any]:
-        """Plain values, a family's own sections beside its model and data: the science above the systems."""
+        """Plain values, a family's own sections beside its model and data: hyperparameters first, then the systems."""
         values = self.model_dump(by_alias=True)
         own = type(self).model_fields.keys() - Config.model_fields.keys()
         first = {key: values[key] for key in ("model", "data", *sorted(own))}
@@ -315,20 +404,20 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C],
         raise BadInput(f"{path}: is a config of finetuning (it has a task); type finetune.sh in place of pretrain.sh")
     if "task" in schema.model_fields and "task" not in values:
         raise BadInput(f"{path}: has no task; give task.name=NAME, or type pretrain.sh in place of finetune.sh")
+    values = schema.complete(values)
+    cfg = None
     try:
         cfg = schema.model_validate(values)
+        problems += [*_rules(cfg), *_phase_problems(cfg)]
     except ValidationError as error:
         problems += [_explain(e, schema) for e in error.errors(include_url=False)]
-        cfg, bad = _without_bad_keys(values, schema)
-        told = list(_rules(cfg)) if cfg is not None else []
-        problems += [rule for rule in told if not any(re.search(rf"\b{re.escape(key)}\b", rule) for key in bad)]
-    else:
-        problems += _rules(cfg)
-        problems += _phase_problems(cfg)
-    if problems:
+        rest, bad = _without_bad_keys(values, schema)
+        rules = list(_rules(rest)) if rest is not None else []
+        problems += [rule for rule in rules if not any(re.search(rf"\b{re.escape(key)}\b", rule) for key in bad)]
+    if cfg is None or problems:
         problems = list(dict.fromkeys(problems))
         if len(problems) > MOST_PROBLEMS:
-            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more problems; mend these first"]
+            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more problems; correct these first"]
         raise BadInput([f"{path}: {p}" if not p.startswith("override") else p for p in problems])
     return cfg
 
@@ -336,20 +425,20 @@ def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C],
 MOST_PROBLEMS = 50  # reported at once
 
 
-STAND_INS = ({}, 1, "-", True, [])  # for a required key of whatever type
+STAND_INS: tuple[Any, ...] = ({}, 1, "-", True, [])  # for a required key of whatever type
 
 
 def _without_bad_keys[C: Config](values: dict[str, Any], schema: type[C]) -> tuple[C | None, set[str]]:
-    """The config with its bad values dropped or, where one is required, replaced, so that the rules between keys are
-    checked in the same go; and the names of those keys, of which the rules say nothing of worth."""
+    """The config without its bad values (a required one is replaced), so that the rules between keys are checked at the same
+    time; and the names of those keys, for which the rules mean nothing."""
     values = copy.deepcopy(values)
     tried: dict[tuple[str, ...], int] = {}  # how many of STAND_INS
     while True:
         try:
             return schema.model_validate(values), {".".join(key) for key in tried}
         except ValidationError as error:
-            found = {_names(e) for e in error.errors(include_url=False)}
-        for *sections, last in found:
+            bad = {_names(e) for e in error.errors(include_url=False)}
+        for *sections, last in bad:
             key = (*sections, last)
             number = tried[key] = tried.get(key, -1) + 1
             node = values
@@ -430,11 +519,10 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
             yield f"{where}: {error}"
             continue
         except ValidationError as error:
-            for told in error.errors(include_url=False):
-                yield f"{where}: {_explain(told, type(cfg))}"
+            for problem in error.errors(include_url=False):
+                yield f"{where}: {_explain(problem, type(cfg))}"
             continue
-        told = {f"{where}: {rule}" for rule in _rules(view)} - {f"{where}: {rule}" for rule in _rules(cfg)}
-        yield from sorted(told)
+        yield from (f"{where}: {rule}" for rule in sorted({*_rules(view)} - {*_rules(cfg)}))
         if view.optim.begin_step > begins:
             yield f"{where}: optim.begin_step={view.optim.begin_step} is above {begins}, the step after which it begins"
         falls_to_min = view.optim.schedule in FALLS_TO_MIN

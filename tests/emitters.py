@@ -102,7 +102,7 @@ def of_head(name: str, folder: Path) -> dict[str, float]:
         "data": {"tokenizer": str(words), "seq_len": 64}, "optim": {"lr": 1.0}, "train": {"steps": 1, "global_batch": 1},
     }  # fmt: skip
     values["task"] |= {"question_len": 16} if name.startswith("squad") else {}
-    examples = finetune.dataset(finetune.Config.model_validate(values), "dev", shuffle=False)
+    examples = finetune.dataset(finetune.Config.model_validate(finetune.Config.complete(values)), "dev", shuffle=False)
     rows = examples.collate(np.arange(len(examples)))
     labels = rows["labels"].reshape(len(examples), -1).astype(float)
     if kinds.KIND_OF[name] == "span":  # its places, the score of the answer and of none

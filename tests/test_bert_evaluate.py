@@ -344,10 +344,11 @@ def opened(folder: Path, name: str, data: Path, split: str = "train", seq_len: i
 
 def settings(folder: Path, name: str, data: Path, seq_len: int = 64, **task: Any) -> finetune.Config:
     given = {"name": name, "data": str(data), **task}
-    cfg = finetune.Config.model_validate({
+    values = {
         "init": {"from": str(folder)}, "task": given, "model": {}, "data": {"seq_len": seq_len}, "optim": {"lr": 1e-5},
         "train": {"steps": 1, "global_batch": 1},
-    })  # fmt: skip
+    }  # fmt: skip
+    cfg = finetune.Config.model_validate(finetune.Config.complete(values))
     return cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
 
 

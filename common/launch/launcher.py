@@ -28,11 +28,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and
 DEFAULT_PORT = 29500
 USAGE = """\
 usage: bash {script} CONFIG OUT [section.key=value ...] [--dry-run]
+       bash {script} --help-config [SECTION]
 
 CONFIG     a YAML file, for example {example}
 OUT        folder of the run; the same command again continues it
 a.b=c      overrides a value of CONFIG
 --dry-run  print the resolved config, its size and the torchrun command; start nothing
+--help-config
+           print every key of a config, or of one SECTION, with its default
 
 NPROC      processes on this node (default: its GPUs, else 1)
 NNODES NODE_RANK MASTER_ADDR MASTER_PORT
@@ -73,7 +76,7 @@ def parse(argv: Sequence[str], script: str) -> Command:
     known = {"--dry-run"}
     unknown = [a for a in argv if a.startswith("-") and a not in known]
     words = [a for a in argv if not a.startswith("-")]
-    problems = [f"unknown option {a}; there is --dry-run and --help" for a in unknown]
+    problems = [f"unknown option {a}; the options are --dry-run, --help and --help-config" for a in unknown]
     problems += [
         f"{shortened(word)}: is not UTF-8; give names and values that are"
         for word in words
@@ -389,6 +392,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = module.replace(".", "/") + ".sh"
         print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/{EXAMPLES[kind]}.yaml"))
         return 0
+    task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
+    if "--help-config" in rest:
+        from common import config_help
+
+        section = next((word for word in rest[rest.index("--help-config") + 1 :] if not word.startswith("-")), None)
+        print(config_help.text(task.Config, section))
+        return 0
     command = parse(rest, f"{kind}.sh")
     if stack not in STACKS:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
@@ -398,7 +408,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.launch.dry_run import describe
     from common.preflight import prepare
 
-    task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
     run = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
     on = free_port(on)
     arguments = [*torchrun(on), "-m", module, command.config, command.out, *command.overrides]

@@ -28,10 +28,16 @@ if TYPE_CHECKING:
 
 
 class Lora(Section):
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Share = 0.0  # on what goes into A
-    targets: list[NonEmpty] | None = None  # names of linear layers; default: all of the family's (task.linear_layers)
+    """Train low-rank adapters in place of the weights (arXiv:2106.09685)."""
+
+    rank: Positive = Field(default=8, description="Rank of the adapters.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=16.0, description="The adapters' output is multiplied by alpha / rank."
+    )
+    dropout: Share = Field(default=0.0, description="Dropout of the adapters' input.")
+    targets: list[NonEmpty] | None = Field(
+        default=None, description="Names of the linear layers that get adapters. Default: all of the model."
+    )
 
 
 def of(cfg: Config) -> Lora | None:

@@ -66,13 +66,12 @@ def settings(
     positions = positions if isinstance(positions, int) else 512
     of_run = known.get("data") if own else None
     length = seq_len or (of_run.get("seq_len") if isinstance(of_run, dict) else None) or min(positions, SEQ_LEN.get(name, 128))
+    values = {
+        "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
+        "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
+    }  # fmt: skip
     try:
-        cfg = finetune.Config.model_validate(
-            {
-                "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
-                "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
-            }
-        )  # fmt: skip
+        cfg = finetune.Config.model_validate(finetune.Config.complete(values))
     except ValidationError as error:
         where = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg'].lower()}" for e in error.errors()[:3])
         raise BadInput(f"{given}: {where}; correct its config.yaml, or give the folder of the export") from None

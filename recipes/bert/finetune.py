@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from common import config
 from common.config import FilePath, NonEmpty, Positive, Section, Share
@@ -68,11 +68,13 @@ if TYPE_CHECKING:
 class Model(task.Model):
     """Its shapes come from init.from where the config gives none."""
 
-    kind: Literal[*kinds.KINDS] | None = None  # of the task
-    labels: list[NonEmpty] | None = None  # what the outputs of its head stand for
-    new_head: bool = False  # begin the head from train.seed though init.from holds one
-    pair_head: bool | None = False  # of pretraining
-    dropout: Share = 0.1
+    kind: Literal[*kinds.KINDS] | None = Field(default=None, description="Kind of the task's head; the run sets it.")
+    labels: list[NonEmpty] | None = Field(
+        default=None, description="Names of the head's outputs; the run takes them from the task."
+    )
+    new_head: bool = Field(default=False, description="Draw the head from train.seed though init.from holds one.")
+    pair_head: bool | None = Field(default=False, description="Of pretraining; false here.")
+    dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, residual and head.")
 
     def head_problems(self, cfg: Config) -> Iterator[str]:
         if self.positions and self.positions < cfg.data.seq_len:  # told by common/config.py
@@ -119,21 +121,36 @@ class Model(task.Model):
 
 
 class Data(config.Data):
-    train: Literal["train"] = "train"  # splits of the task
-    valid: Literal["dev", "test"] = "dev"
-    seq_len: Annotated[int, Field(ge=8)] = 128  # longer examples are cut, the longer of two texts first
+    """Splits of the task's dataset."""
+
+    train: Literal["train"] = Field(default="train", description="Split that is trained on.")
+    valid: Literal["dev", "test"] = Field(default="dev", description="Split on which the best checkpoint is chosen: dev.")
+    seq_len: Annotated[int, Field(ge=8)] = Field(
+        default=128,
+        description="Tokens per sample, special tokens included. Longer examples are cut, of two texts the longer first.",
+    )
 
 
 class Task(Section):
-    name: Literal[*kinds.KIND_OF]
-    data: FilePath | None = None  # folder of its files; default: the hub
-    train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
-    patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
-    labels: list[NonEmpty] = []  # classify: all of them; default: those of train, sorted
-    tags: list[NonEmpty] = []  # ner: all of them
-    stride: Positive = 128  # squad: tokens by which the window moves over a context
-    question_len: Positive = 64  # squad: tokens of a question; more are cut
-    null_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # squad2: no answer above it
+    """The task and its files."""
+
+    name: Literal[*kinds.KIND_OF] = Field(
+        description="GLUE's tasks (arXiv:1804.07461), SQuAD, RACE, entities (ner), or texts with labels of your own (classify)."
+    )
+    data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
+    train_examples: Positive | None = Field(
+        default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
+    )
+    patience: Positive | None = Field(
+        default=None, description="Evaluations without a better one after which the run ends. Default: never."
+    )
+    labels: list[NonEmpty] = Field(default=[], description="classify: all labels. Default: those of train, sorted.")
+    tags: list[NonEmpty] = Field(default=[], description="ner: all tags.")
+    stride: Positive = Field(default=128, description="squad: tokens by which the window moves over a context.")
+    question_len: Positive = Field(default=64, description="squad: tokens of a question; longer ones are cut.")
+    null_threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        default=0.0, description="squad2: difference of scores above which the answer is that there is none."
+    )
 
     @classmethod
     def resume_keys(cls) -> Set[str]:
@@ -145,9 +162,8 @@ class Config(config.Config):
     data: Data = Data()
     task: Task
 
-    @model_validator(mode="before")
     @classmethod
-    def _shapes_of_the_folder(cls, values: Any) -> Any:
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"pair_head", "dropout", "init_std"})
 
 

@@ -37,17 +37,32 @@ HF_MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
 
 
 class Model(Section):
-    arch: Literal["megatron-bert", "bert"] = "megatron-bert"
-    layers: Layers
-    hidden: Positive
-    heads: Positive
-    ffn: Positive | None = None  # default: 4 x hidden
-    positions: Positive | None = None  # rows of the position table; default: data.seq_len
-    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
-    pair_head: bool | None = None  # pooler and a head for pairs; default: as objective.pair needs
-    dropout: Share = 0.0  # embedding, attention and residual
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-12
-    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02  # megatron-bert: residual projections divided by sqrt(2 x layers)
+    """The architecture and its shapes."""
+
+    arch: Literal["megatron-bert", "bert"] = Field(
+        default="megatron-bert",
+        description="Norms behind the blocks (bert, arXiv:1810.04805) or before them (megatron-bert, arXiv:1909.08053).",
+    )
+    layers: Layers = Field(description="Transformer layers.")
+    hidden: Positive = Field(description="Width of the residual stream.")
+    heads: Positive = Field(description="Attention heads; they divide hidden.")
+    ffn: Positive | None = Field(default=None, description="Width of the MLP. Default: 4 x hidden.")
+    positions: Positive | None = Field(
+        default=None, description="Rows of the position table, the longest sequence. Default: data.seq_len."
+    )
+    vocab_size: Positive | None = Field(
+        default=None,
+        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+    )
+    pair_head: bool | None = Field(
+        default=None, description="Pooler and head for pairs of sentences. Default: as objective.pair needs them."
+    )
+    dropout: Share = Field(default=0.0, description="Dropout of embedding, attention and residual.")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-12, description="Epsilon of the norms.")
+    init_std: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.02,
+        description="Standard deviation of initial weights; megatron-bert: divided by sqrt(2 x layers) before residuals.",
+    )
 
     def problems(self) -> Iterator[str]:
         if self.hidden % self.heads:
@@ -123,10 +138,22 @@ MASK_SHARE = 0.15
 
 
 class Objective(Section):
-    pair: Literal["nsp", "sop", "none"] = "nsp"  # next sentence, sentence order, or full sentences without a pair head
-    masking: Literal["token", "whole_word", "ngram"] = "token"  # samples.py: what is masked together
-    masked_lm_prob: Annotated[float, Field(gt=0, lt=1)] = MASK_SHARE
-    short_seq_prob: Share = 0.1  # of the samples: any length from 2 tokens on
+    """Masked language modelling, and what the second sentence is."""
+
+    pair: Literal["nsp", "sop", "none"] = Field(
+        default="nsp",
+        description="Next sentence (arXiv:1810.04805), sentence order (arXiv:1909.11942) or full sentences (arXiv:1907.11692).",
+    )
+    masking: Literal["token", "whole_word", "ngram"] = Field(
+        default="token", description="What is masked together: single tokens, the tokens of a word, or up to three words."
+    )
+    masked_lm_prob: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=MASK_SHARE, description="Share of the tokens that are predicted (arXiv:1810.04805, section 3.1)."
+    )
+    short_seq_prob: Share = Field(
+        default=0.1,
+        description="Share of the samples with a random length from 2 tokens on (BERT's create_pretraining_data.py).",
+    )
 
     renamed: ClassVar[dict[str, str]] = {"mask_share": "masked_lm_prob", "short_share": "short_seq_prob"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field
 
 from common import config
 from common.config import Count, FilePath, Positive, Section
@@ -145,18 +145,30 @@ class Model(task.Model):
 class Data(config.Data):
     """train, valid: names of files in task.data (with or without their endings), or splits of a dataset."""
 
-    train: FilePath = "train"
-    valid: FilePath = "valid"  # where there is none, a share of train is drawn (samples.py, VALID_SHARE)
-    pack: bool = True  # False: one document a sample, padded
-    reset_attention: bool | None = None  # packed: attention and positions begin anew at each document; default: sft yes, lm no
+    train: FilePath = Field(
+        default="train", description="File of task.data with or without its ending, or a split of its dataset."
+    )
+    valid: FilePath = Field(
+        default="valid", description="The same. Where there is none, a share of train is drawn (samples.py, VALID_SHARE)."
+    )
+    pack: bool = Field(default=True, description="Several documents per sample. false: one document per sample, padded.")
+    reset_attention: bool | None = Field(
+        default=None, description="Packed: attention and positions restart at each document. Default: sft true, lm false."
+    )
 
 
 class Task(Section):
-    name: Literal["lm", "sft"]
-    data: FilePath  # folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME, OWNER/NAME:CONFIG
-    patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
-    answers: Count = 16  # sft: so many conversations of valid does the best checkpoint answer at the end
-    max_new_tokens: Positive = 128  # of such an answer at most
+    """What is learned, from which files."""
+
+    name: Literal["lm", "sft"] = Field(description="lm: the next token of texts. sft: the assistant's part of conversations.")
+    data: FilePath = Field(
+        description="Folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME or OWNER/NAME:CONFIG."
+    )
+    patience: Positive | None = Field(
+        default=None, description="Evaluations without a better one after which the run ends. Default: never."
+    )
+    answers: Count = Field(default=16, description="sft: conversations of valid that the best checkpoint answers at the end.")
+    max_new_tokens: Positive = Field(default=128, description="sft: longest answer, in tokens.")
 
     renamed: ClassVar[dict[str, str]] = {"answer_tokens": "max_new_tokens"}
 
@@ -169,15 +181,14 @@ class Config(config.Config):
     model: Model
     data: Data
     task: Task
-    lora: Lora | None = None  # train low-rank adapters in place of the weights
+    lora: Lora | None = None
 
     def dump(self) -> dict[str, Any]:
         """As config.Config's: a section that is not there is not written, since an empty one means its defaults."""
         return {key: value for key, value in super().dump().items() if key != "lora" or value is not None}
 
-    @model_validator(mode="before")
     @classmethod
-    def _shapes_of_the_folder(cls, values: Any) -> Any:
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         return finetuning.with_shapes(values, model_from_hf_config, HF_MODEL_TYPES, {"dropout", "init_std"})
 
 

@@ -34,19 +34,38 @@ HF_MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
 
 
 class Model(Section):
-    arch: Literal["gpt2", "llama"] = "gpt2"
-    layers: Layers
-    hidden: Positive
-    heads: Positive
-    kv_heads: Positive | None = None  # llama: key-value heads; default: heads
-    ffn: Positive | None = None  # default: 4 x hidden; llama: 8/3 x hidden rounded up to a multiple of 128
-    positions: Positive | None = None  # rows of the position table; default: data.seq_len
-    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
-    tied: bool | None = None  # output weights are the embedding; default: gpt2 true, llama false
-    dropout: Share = 0.0  # embedding, attention and residual
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02  # residual projections: divided by sqrt(2 x layers)
+    """The architecture and its shapes."""
+
+    arch: Literal["gpt2", "llama"] = Field(
+        default="gpt2", description="GPT-2 (Radford et al. 2019) or Llama (arXiv:2302.13971)."
+    )
+    layers: Layers = Field(description="Transformer layers.")
+    hidden: Positive = Field(description="Width of the residual stream.")
+    heads: Positive = Field(description="Attention heads; they divide hidden.")
+    kv_heads: Positive | None = Field(
+        default=None,
+        description="llama: heads of keys and values, which divide heads (arXiv:2305.13245). Default: heads.",
+    )
+    ffn: Positive | None = Field(
+        default=None, description="Width of the MLP. Default: 4 x hidden; llama: 8/3 x hidden rounded up to a multiple of 128."
+    )
+    positions: Positive | None = Field(
+        default=None, description="Rows of the position table, the longest sequence. Default: data.seq_len."
+    )
+    vocab_size: Positive | None = Field(
+        default=None,
+        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+    )
+    tied: bool | None = Field(default=None, description="Use the embedding as output weights. Default: gpt2 true, llama false.")
+    dropout: Share = Field(default=0.0, description="Dropout of embedding, attention and residual. llama: 0.")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="Epsilon of the norms.")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(
+        default=10000.0, description="llama: base of the rotary positions' wavelengths (arXiv:2104.09864)."
+    )
+    init_std: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.02,
+        description="Standard deviation of the initial weights; of residual projections divided by sqrt(2 x layers).",
+    )
 
     def problems(self) -> Iterator[str]:
         if self.hidden % self.heads:
@@ -130,10 +149,14 @@ class Model(Section):
         return self.layers * layer + v * h * (1 if self.tied else 2) + h
 
 
-class Data(config.Data):  # seq_len: tokens of a sample that are predicted (the block size)
-    pack: bool = True  # True: windows over the stream of documents. False: one document a sample, padded
-    eod_mask_loss: bool = False  # do not learn to predict the first token of the next document
-    reset_attention: bool = False  # attention and positions begin anew at each document
+class Data(config.Data):
+    """How documents become samples."""
+
+    pack: bool = Field(
+        default=True, description="Samples are windows over the stream of documents. false: one document per sample, padded."
+    )
+    eod_mask_loss: bool = Field(default=False, description="Do not learn to predict the first token of the next document.")
+    reset_attention: bool = Field(default=False, description="Attention and positions restart at each document of a sample.")
 
 
 class Config(config.Config):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from common import config
 from common.config import FilePath, Positive, Section, Share
@@ -121,14 +121,18 @@ ROUND = 8  # a micro batch is padded to its longest input and target, rounded up
 class Model(task.Model):
     """Its shapes come from init.from where the config gives none."""
 
-    dropout: Share = 0.1
+    dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, MLP, residual and last norm.")
 
 
 class Data(config.Data):
-    train: Literal["train"] = "train"  # splits of the task
-    valid: Literal["dev"] = "dev"  # the best checkpoint is chosen on it
-    seq_len: Positive = 512  # longer inputs are cut, and so are ...
-    target_len: Positive = 128  # ... longer targets; what is written has at most so many tokens too
+    """Splits of the task's dataset, and lengths."""
+
+    train: Literal["train"] = Field(default="train", description="Split that is trained on.")
+    valid: Literal["dev"] = Field(default="dev", description="Split on which the best checkpoint is chosen.")
+    seq_len: Positive = Field(default=512, description="Tokens of the input; longer ones are cut.")
+    target_len: Positive = Field(
+        default=128, description="Tokens of the target; longer ones are cut. Generated texts are no longer."
+    )
 
     @classmethod
     def phase_keys(cls) -> Set[str]:
@@ -140,17 +144,29 @@ class Data(config.Data):
 
 
 class Task(Section):
-    name: Literal[*text.NAMES]
-    data: FilePath | None = None  # folder of its files; default: the hub
-    prefix: str | None = None  # goes before every input; default: T5's for the task
-    source: FilePath | None = None  # columns of the files, or suffixes of two; default: the task's
-    target: FilePath | None = None
-    train_examples: Positive | None = None  # a fixed part of train, drawn by seed 1234; default: all
-    patience: Positive | None = None  # evaluations without a better one after which the run ends; default: never
-    split: Literal["dev", "test"] = "dev"  # on which the best checkpoint is scored at the end
-    beams: Positive = 4
-    length_penalty: Annotated[float, Field(ge=0)] = 0.6  # arXiv:1910.10683, section 3.1.2 and appendix E
-    generation_batch_size: Positive = 32  # inputs at once when it is scored
+    """The task, its files, and how texts are generated for its scores."""
+
+    name: Literal[*text.NAMES] = Field(description="Translation, summaries, GLUE and SQuAD as text, or pairs of your own.")
+    data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
+    prefix: str | None = Field(
+        default=None, description="Text before every input. Default: T5's for the task (arXiv:1910.10683, appendix D)."
+    )
+    source: FilePath | None = Field(
+        default=None, description="Column of the files, or ending of a file, that holds the inputs. Default: the task's."
+    )
+    target: FilePath | None = Field(default=None, description="The same of the targets.")
+    train_examples: Positive | None = Field(
+        default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
+    )
+    patience: Positive | None = Field(
+        default=None, description="Evaluations without a better one after which the run ends. Default: never."
+    )
+    split: Literal["dev", "test"] = Field(default="dev", description="Split on which the best checkpoint is scored at the end.")
+    beams: Positive = Field(default=4, description="Beams of the beam search (arXiv:1910.10683, section 3.1.4).")
+    length_penalty: Annotated[float, Field(ge=0)] = Field(
+        default=0.6, description="Exponent of the length in a beam's score (arXiv:1910.10683, section 3.1.2 and appendix E)."
+    )
+    generation_batch_size: Positive = Field(default=32, description="Inputs per batch of generation.")
 
     renamed: ClassVar[dict[str, str]] = {"write_batch": "generation_batch_size"}
 
@@ -164,9 +180,8 @@ class Config(config.Config):
     data: Data = Data()
     task: Task
 
-    @model_validator(mode="before")
     @classmethod
-    def _shapes_of_the_folder(cls, values: Any) -> Any:
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"dropout"})
 
 

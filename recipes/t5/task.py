@@ -36,18 +36,28 @@ HF_MODEL_TYPES = ("t5",)  # in the config.json of folders
 
 
 class Model(Section):
-    arch: Literal["t5", "t5_v1_1"] = "t5_v1_1"
-    layers: Layers  # of the encoder
-    decoder_layers: Layers | None = None  # default: layers
-    hidden: Positive
-    heads: Positive
-    kv_channels: Positive | None = None  # of a head; default: hidden / heads
-    ffn: Positive | None = None  # default: 4 x hidden; t5_v1_1: 8/3 x hidden rounded up to a multiple of 64
-    vocab_size: Positive | None = None  # default: the tokenizer's size rounded up to a multiple of 128
-    buckets: Annotated[int, Field(ge=4, lt=2**31)] = 32  # of relative positions
-    max_distance: Positive = 128  # beyond which all positions share a bucket
-    dropout: Share = 0.0  # embedding, attention, MLP, residual and last norm
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """The architecture and its shapes."""
+
+    arch: Literal["t5", "t5_v1_1"] = Field(
+        default="t5_v1_1",
+        description="T5 1.0: ReLU, tied output (arXiv:1910.10683). T5 1.1: gated GELU, untied output (arXiv:2002.05202).",
+    )
+    layers: Layers = Field(description="Layers of the encoder.")
+    decoder_layers: Layers | None = Field(default=None, description="Layers of the decoder. Default: layers.")
+    hidden: Positive = Field(description="Width of the residual stream.")
+    heads: Positive = Field(description="Attention heads.")
+    kv_channels: Positive | None = Field(default=None, description="Width of a head. Default: hidden / heads.")
+    ffn: Positive | None = Field(
+        default=None, description="Width of the MLP. Default: 4 x hidden; t5_v1_1: 8/3 x hidden rounded up to a multiple of 64."
+    )
+    vocab_size: Positive | None = Field(
+        default=None,
+        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+    )
+    buckets: Annotated[int, Field(ge=4, lt=2**31)] = Field(default=32, description="Buckets of relative positions.")
+    max_distance: Positive = Field(default=128, description="Distance in tokens from which on all positions share a bucket.")
+    dropout: Share = Field(default=0.0, description="Dropout of embedding, attention, MLP, residual and last norm.")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="Epsilon of the norms.")
 
     def problems(self) -> Iterator[str]:
         if self.kv_channels is None and self.hidden % self.heads:
@@ -134,9 +144,11 @@ class Model(Section):
         return self.layers * encoder + self.decoder_layers * decoder + norms * self.hidden + tables + biases
 
 
-class Data(config.Data):  # seq_len: tokens of the input
-    target_len: Positive  # tokens of the target: span corruption makes 114 for 512
-    pack: bool = True  # running text: documents end to end; False: a document a sample
+class Data(config.Data):
+    """Lengths, and how documents become samples."""
+
+    target_len: Positive = Field(description="Tokens of the target. Span corruption makes 114 of 512 input tokens.")
+    pack: bool = Field(default=True, description="Running text: documents end to end. false: one document per sample.")
 
     @classmethod
     def phase_keys(cls) -> Set[str]:
@@ -148,9 +160,17 @@ class Data(config.Data):  # seq_len: tokens of the input
 
 
 class Objective(Section):
-    kind: Literal["span", "prefix"] = "span"  # of running text; corpora of pairs are taken as they are (samples.py)
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0  # tokens
+    """What running text is turned into. Corpora of pairs are taken as they are (samples.py)."""
+
+    kind: Literal["span", "prefix"] = Field(
+        default="span", description="Span corruption, or prefix language modelling (arXiv:1910.10683, section 3)."
+    )
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15, description="span: share of the tokens that are replaced by sentinels."
+    )
+    mean_noise_span_length: Annotated[float, Field(ge=1)] = Field(
+        default=3.0, description="span: mean length of a replaced span, in tokens."
+    )
 
     renamed: ClassVar[dict[str, str]] = {"noise_share": "noise_density", "mean_span": "mean_noise_span_length"}
 
