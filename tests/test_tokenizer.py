@@ -274,7 +274,7 @@ def test_training_wordpiece_is_the_same_in_every_process():
 
 
 def test_rare_characters_are_left_out(monkeypatch):
-    monkeypatch.setattr(tokenizers, "ALPHABET", 4)
+    monkeypatch.setattr(tokenizer_training, "ALPHABET", 4)
     trained = tokenizer_training.train_wordpiece(["aab cde 東" * 3, "aabb cc z"], 40)
     characters = {token for token in trained.backend.get_vocab() if len(token) == 1}
     assert characters == {"a", "b", "c", "d"}  # d, e and 東 are as frequent: the first in order
