@@ -5,50 +5,19 @@ CASES is a list of {module, config, out, overrides, expect}: `module` as recipes
 and whoever started the ranks must end them.
 """
 
-import importlib
 import json
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
 from common.errors import EXIT_BAD_INPUT, BadInput  # noqa: E402
-from common.launch import (
-    lock,  # noqa: E402
-    processes,  # noqa: E402
-)
+from common.launch import in_process, processes  # noqa: E402
 
 BEGIN, END = "BEGIN ", "CASE "  # of the lines before and after each case
-
-
-def _forget_accelerator() -> None:
-    """accelerate keeps one precision per process."""
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state()
-
-
-def _groups() -> set[Any]:
-    import torch.distributed as dist
-
-    return set(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else set()
-
-
-def _leave_groups(before: set[Any]) -> None:
-    """Megatron makes some twenty groups a layout, each with threads of its own: a hundred layouts would crawl."""
-    if "megatron.core" in sys.modules and before:
-        import torch.distributed as dist
-        from megatron.core import parallel_state
-
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-            for group in _groups() - before:
-                dist.destroy_process_group(group)
 
 
 def main(path: str) -> None:
@@ -62,13 +31,9 @@ def main(path: str) -> None:
         begin = time.time()
         if first:
             print(f"{BEGIN}{case['out']}", flush=True)
-        _forget_accelerator()
-        processes.start()
-        before = _groups()
         code, message = 0, ""
         try:
-            processes._signal = 0
-            importlib.import_module(case["module"]).main([case["config"], case["out"], *case.get("overrides", [])])
+            in_process.run(case["module"], [case["config"], case["out"], *case.get("overrides", [])])
         except BadInput as error:
             code, message = EXIT_BAD_INPUT, str(error)
         except processes.Stopped as stop:
@@ -78,8 +43,6 @@ def main(path: str) -> None:
             os._exit(1)
         if first:
             print(f"{END}{case['out']} code {code} {time.time() - begin:.1f} s {message}", flush=True)
-        _leave_groups(before)
-        lock.release()
         unexpected += code != case.get("expect", 0)
     import torch.distributed as dist
 

@@ -88,6 +88,12 @@ def stop_asked() -> int:
     return _signal
 
 
+def forget_signal() -> None:
+    """A run that begins in this process is not stopped by a signal that an earlier one was asked to stop by."""
+    global _signal
+    _signal = 0
+
+
 def stopped(number: int, step: int) -> Stopped:
     """How a run ends that was asked to by signal `number` (as agreed by the ranks) and saved `step`."""
     code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM

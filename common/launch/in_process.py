@@ -1,0 +1,59 @@
+"""Runs recipes one after the other in this process, as scripts/parity.py, scripts/gpu_check.py and the tests do.
+
+The imports of the stacks take seconds per process, so that many layouts cost little this way. Every rank of a process group
+calls `run` with the same arguments.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from common.launch import lock, processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def run(module: str, arguments: Sequence[str]) -> None:
+    """Calls the main function of a launch module (recipes.gpt.megatron.pretrain) with CONFIG, OUT and overrides.
+
+    What it raises goes through: BadInput on all ranks, Stopped after a signal. After any other exception the ranks may wait for
+    each other in a collective: the caller must end them all.
+    """
+    _reset_accelerator()
+    processes.start()
+    processes.forget_signal()
+    before = _groups()
+    try:
+        importlib.import_module(module).main(list(arguments))
+    finally:
+        _destroy_groups_since(before)
+        lock.release()
+
+
+def _reset_accelerator() -> None:
+    """accelerate keeps one precision per process."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+
+
+def _groups() -> set["ProcessGroup"]:
+    import torch.distributed as dist
+
+    return set(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else set()
+
+
+def _destroy_groups_since(before: set["ProcessGroup"]) -> None:
+    """Megatron makes some twenty groups per layout, each with threads of its own, which would slow the next layouts down."""
+    if "megatron.core" not in sys.modules or not before:
+        return
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        for group in _groups() - before:
+            dist.destroy_process_group(group)

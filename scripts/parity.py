@@ -1,0 +1,387 @@
+"""Do all stacks and layouts of a recipe train one loss curve? The check for whoever changes a recipe.
+
+    python -m scripts.parity CONFIG [a.b=c ...] [--layouts LAYOUT ...] [--steps 20] [--nproc 2] [--json FILE]
+
+CONFIG is a config of a recipe, recipes/FAMILY/configs/NAME.yaml: recipes/FAMILY/configs/tiny.yaml takes a minute on two CPU
+cores. Each layout makes the same steps from the same initial values on the same samples. The first one, the baseline where the
+recipe has it, is the reference. A row passes if, at every step, the loss differs by at most 1e-5 and the gradient norm by at
+most 1e-4 of the reference's (both relative), and so does the validation loss after the last step (1e-5), where the config has
+data.valid. Layouts that the recipe refuses for this config are listed with the reason.
+
+LAYOUT is a stack, or a stack with keys of its section: baseline, deepspeed:zero_stage=3, megatron:tp=2,sequence_parallel=true.
+A micro batch that does not divide the batch is lowered to one that does.
+
+train.dtype=bf16 rounds differently on each layout: the reference is fp32 then, and a row passes if the losses differ by at most
+2e-3, relative, and by more than 0. Dropout has to be 0, because the layouts draw different masks.
+
+A ReLU has no derivative at 0. A unit whose input is 0 within rounding can make two right curves part: another train.seed shows
+whether that is the case.
+
+Exit code: 0 all rows pass, 1 a row fails, 2 bad input.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import config, families
+from common.errors import BadInput, exit_cleanly
+from common.launch import in_process, processes
+from common.launch.launcher import visible_gpus
+from common.layout import layout_for
+from common.paths import ROOT
+from common.preflight import prepare, task_module
+from scripts.plan import name_of
+
+LOSS, NORM = 1e-5, 1e-4  # fp32: largest relative differences
+BF16 = 2e-3  # bf16 against fp32: largest relative difference of loss; 7.6e-4 nats of 6 were measured for GPT and BERT on a CPU
+MOVES = 1e-3  # the reference's loss must change by this share, or equal curves say nothing
+VALID_SAMPLES = 64  # at most
+
+
+class Layout(NamedTuple):
+    stack: str
+    values: dict[str, str]  # of keys of its section, as written in an override
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    name: str
+    module: str
+    config: str
+    out: str
+    overrides: list[str]
+
+
+class Row(NamedTuple):
+    """A layout beside the reference. Differences are relative, and None where a run has no such values."""
+
+    name: str
+    verdict: str  # reference, pass or fail
+    loss: float | None = None
+    loss_step: int | None = None
+    norm: float | None = None
+    norm_step: int | None = None
+    valid: float | None = None
+    reason: str = ""
+
+
+# ---- which layouts ---------------------------------------------------------------------------------------------------
+
+
+def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
+    """The layouts that are tried where none is given, for this number of processes."""
+    zero = {"tp": 1, "offload": False, "recompute": False}
+    plain = {"tp": 1, "pp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": False}
+    usual: dict[str, list[dict[str, Any]]] = {
+        "baseline": [{"recompute": False}, {"recompute": True}],
+        "deepspeed": [zero | {"zero_stage": stage} for stage in range(4)],
+        "megatron": [plain, plain | {"distributed_optimizer": True}],
+    }
+    if nproc % 2 == 0:
+        usual["deepspeed"].append(zero | {"zero_stage": 1, "tp": 2})
+        usual["megatron"] += [
+            plain | {"tp": 2},
+            plain | {"tp": 2, "sequence_parallel": True, "recompute": True},
+            plain | {"pp": 2},
+        ]
+    if nproc % 4 == 0:
+        usual["megatron"] += [
+            plain | {"tp": 2, "sequence_parallel": True, "distributed_optimizer": True},
+            plain | {"tp": 2, "pp": 2},
+        ]
+    return [Layout(stack, {key: config.written(v) for key, v in values.items()}) for stack in stacks for values in usual[stack]]
+
+
+def parsed(words: Sequence[str], stacks: Sequence[str]) -> list[Layout]:
+    """The layouts of --layouts."""
+    layouts, problems = [], []
+    for word in words:
+        stack, _, rest = word.partition(":")
+        pairs = [part.partition("=") for part in rest.split(",")] if rest else []
+        problems += [
+            f"--layouts {word}: {''.join(pair)!r} must be key=value, for example {stack}:micro_batch=1"
+            for pair in pairs
+            if not all(pair)
+        ]
+        if stack not in stacks:
+            problems.append(f"--layouts {word}: no stack {stack!r}; the recipe has {', '.join(stacks)}")
+        layouts.append(Layout(stack, {key: value for key, _, value in pairs}))
+    if problems:
+        raise BadInput(problems)
+    return layouts
+
+
+def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc: int, out: Path) -> Case:
+    """The run of a layout, with a micro batch that divides the batch. BadInput where the recipe, or this number of processes,
+    does not allow the layout."""
+    family, (stack, values) = families.of_config(path), layout
+    schema = task_module(family, config.read_yaml(path)).Config
+    overrides = [*shared, *(f"{stack}.{key}={value}" for key, value in values.items())]
+    cfg = config.load(path, overrides, schema)
+    system = getattr(cfg, stack)
+    replicas = nproc // (getattr(system, "tp", 1) * getattr(system, "pp", 1)) or 1
+    share, rest = divmod(cfg.train.global_batch, replicas)
+    if "micro_batch" not in values and not rest:
+        micro = next(size for size in range(min(system.micro_batch, share), 0, -1) if share % size == 0)
+        overrides.append(f"{stack}.micro_batch={micro}")
+        cfg = config.load(path, overrides, schema)
+    layout_for(cfg, stack, nproc)
+    name = name_of(cfg, stack) + (f" micro={values['micro_batch']}" if "micro_batch" in values else "")
+    return Case(name, f"recipes.{family}.{stack}.{script}", path, str(out), overrides)
+
+
+def shared_overrides(path: str, overrides: Sequence[str], steps: int) -> list[str]:
+    """What every run is given: few steps of the config's own schedule, and a short validation. BadInput for dropout."""
+    cfg = config.load(path, overrides, task_module(families.of_config(path), config.read_yaml(path)).Config)
+    for key, value in config.flat(cfg.dump()).items():
+        if key.endswith("dropout") and value:
+            raise BadInput(f"{key}={value}: the layouts draw different masks, so that their curves differ; give {key}=0")
+    decay = cfg.optim.decay_steps or max(cfg.last_step, cfg.optim.warmup_steps + (cfg.optim.wsd_decay_steps or 0))
+    samples = min(cfg.train.eval_samples or VALID_SAMPLES, VALID_SAMPLES)
+    return [
+        *overrides, "phases=null", f"train.steps={steps}", f"optim.decay_steps={decay}", "train.eval_every=0",
+        f"train.eval_samples={samples}", "train.save_every=0",
+    ]  # fmt: skip
+
+
+def cases_of(
+    path: str, overrides: Sequence[str], layouts: Sequence[Layout], steps: int, nproc: int, out: Path, optional: bool
+) -> tuple[list[Case], list[str]]:
+    """The runs, the reference first, and why layouts are left out. BadInput for what cannot be compared.
+
+    optional: a layout that the recipe refuses is left out, and is no error.
+    """
+    script = "finetune" if "task" in config.read_yaml(path) else "pretrain"
+    shared = shared_overrides(path, overrides, steps)
+    cases: list[Case] = []
+    refused: list[str] = []
+    for layout in sorted(layouts, key=lambda layout: layout.stack == "deepspeed" and layout.values.get("tp", "1") != "1"):
+        # DeepSpeed keeps the groups of its tensor parallelism for the life of a process: those layouts come last
+        try:
+            cases.append(case_of(path, shared, layout, script, nproc, out / str(len(cases))))
+        except BadInput as error:
+            name = ":".join([layout.stack, ",".join(f"{key}={value}" for key, value in layout.values.items())])
+            refused.append(f"{name}: {error.problems[0]}")
+    if refused and not (optional and cases):
+        raise BadInput(refused)
+    if config.load(path, shared, task_module(families.of_config(path), config.read_yaml(path)).Config).train.dtype != "fp32":
+        first = cases[0]
+        reference = first._replace(name=f"{first.name}, fp32", out=str(out / "reference"))
+        cases = [reference._replace(overrides=[*first.overrides, "train.dtype=fp32"]), *cases]
+    return cases, refused
+
+
+# ---- the runs, on every rank -----------------------------------------------------------------------------------------
+
+
+def run_cases(cases: Sequence[Case], reference: Case, dtype: str) -> Iterator[Row]:
+    """Runs each case in this process (and process group), and compares it with the reference, which was run before, or is
+    the first. After an exception other than BadInput the process group is unusable: the row says so, and no other follows."""
+    for case in cases:
+        reason, usable = "", True
+        os.makedirs(Path(case.out).parent, exist_ok=True)
+        with open(f"{case.out}.log" if is_first_rank() else os.devnull, "w", encoding="utf-8") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                try:
+                    in_process.run(case.module, [case.config, case.out, *case.overrides])
+                except BadInput as error:
+                    reason = error.problems[0]
+                except processes.Stopped:
+                    raise
+                except Exception as error:
+                    traceback.print_exc()
+                    reason, usable = f"{type(error).__name__}: {error}".splitlines()[0], False
+        yield Row(case.name, "fail", reason=reason) if reason else compared(case, reference, dtype)
+        if not usable:
+            return
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def compared(case: Case, reference: Case, dtype: str) -> Row:
+    """The verdict on a run that is finished."""
+    run, first = metrics(Path(case.out)), metrics(Path(reference.out))
+    if case == reference:
+        losses = [step["loss"] for step in first.values() if "loss" in step]
+        moves = math.isfinite(sum(losses)) and max(losses) - min(losses) > MOVES * abs(losses[0])
+        shown = f"loss {losses[0]:.4f} to {losses[-1]:.4f}"
+        return Row(case.name, "reference" if moves else "fail", reason=shown if moves else f"{shown}: it does not move")
+    loss, loss_step = farthest(run, first, "loss")
+    norm, norm_step = farthest(run, first, "grad_norm")
+    valid, _ = farthest(run, first, "valid_loss")
+    if loss is None or norm is None:
+        return Row(case.name, "fail", reason="it has not logged the steps of the reference")
+    if dtype == "fp32":
+        passes = loss <= LOSS and norm <= NORM and (valid or 0.0) <= LOSS
+    else:
+        passes = 0 < loss <= BF16 and (valid or 0.0) <= BF16
+    return Row(case.name, "pass" if passes else "fail", loss, loss_step, norm, norm_step, valid)
+
+
+def metrics(out: Path) -> dict[int, dict[str, float]]:
+    """The logged values by step."""
+    values: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        values.setdefault(line["step"], {}).update(line)
+    return values
+
+
+def farthest(run: dict[int, dict[str, float]], first: dict[int, dict[str, float]], key: str) -> tuple[float | None, int | None]:
+    """The largest relative difference of a value, and its step; None where the reference has none. NaN counts as infinite."""
+    steps = [step for step, values in first.items() if key in values]
+    if not steps or any(key not in run.get(step, {}) for step in steps):
+        return None, None
+    differences = {step: abs(run[step][key] / first[step][key] - 1) if first[step][key] else math.inf for step in steps}
+    step = max(differences, key=lambda step: math.inf if math.isnan(differences[step]) else differences[step])
+    return (math.inf if math.isnan(differences[step]) else differences[step]), step
+
+
+def child(folder: Path) -> None:
+    """One rank: the runs of folder/cases.json. The first rank adds a line per run to folder/rows.jsonl."""
+    processes.quiet()
+    given = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    cases, reference = [Case(*case) for case in given["cases"]], Case(*given["reference"])
+    code = 0
+    try:
+        for row in run_cases(cases, reference, given["dtype"]):
+            if is_first_rank():
+                show(row)
+                with open(folder / "rows.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    except processes.Stopped as stop:
+        code = stop.code
+    sys.stdout.flush()
+    os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+HEAD = f"{'layout':<32} {'loss':>8} {'step':>4} {'norm':>8} {'step':>4} {'valid':>8}  verdict"
+
+
+def show(row: Row) -> None:
+    """One line of the table, and below it why a row fails."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1e}"
+
+    steps = ["-" if step is None else str(step) for step in (row.loss_step, row.norm_step)]
+    values = f"{number(row.loss):>8} {steps[0]:>4} {number(row.norm):>8} {steps[1]:>4} {number(row.valid):>8}"
+    print(f"{row.name:<32} {values}  {row.verdict}", flush=True)
+    if row.reason:
+        print(f"    {row.reason}", flush=True)
+
+
+def run_all(cases: Sequence[Case], dtype: str, nproc: int, folder: Path) -> list[Row]:
+    """The rows of all cases. A case that breaks its process group is a failure; the others go on in another group."""
+    rows: list[Row] = []
+    while len(rows) < len(cases):
+        given = {"cases": cases[len(rows) :], "reference": cases[0], "dtype": dtype}
+        (folder / "cases.json").write_text(json.dumps(given), encoding="utf-8")
+        code = torchrun(nproc, ["-m", "scripts.parity", "--child", str(folder)], folder / "ranks.log")
+        path = folder / "rows.jsonl"
+        done = [Row(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if len(done) == len(rows):  # it ended without a word
+            case = cases[len(rows)]
+            text = (folder / "ranks.log").read_text(encoding="utf-8", errors="replace").strip()
+            done.append(
+                Row(case.name, "fail", reason=f"ended with code {code}: {text.splitlines()[-1] if text else 'no output'}")
+            )
+            show(done[-1])
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+        rows = done
+        if rows[0].verdict == "fail":
+            break  # nothing to compare with
+    return rows
+
+
+def torchrun(nproc: int, arguments: Sequence[str], log: Path) -> int:
+    """Its exit code. Standard error goes to `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NVIDIA_TF32_OVERRIDE": "0"}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
+        try:
+            return process.wait()
+        except BaseException:  # Ctrl-C: the ranks end too
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        child(Path(sys.argv[2]))
+    gpus = visible_gpus(os.environ)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the config")
+    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone (default: all that fit --nproc)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps of each run (default: 20)")
+    parser.add_argument(
+        "--nproc", type=int, default=min(gpus, 2) or 2, metavar="N", help="processes (default: %(default)s here)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    args = parser.parse_intermixed_args()
+    layouts = [word for word in args.layouts or [] if "=" not in word.partition(":")[0]]
+    overrides = args.overrides + [word for word in args.layouts or [] if word not in layouts]  # that stand behind the layouts
+    problems = [
+        f"--{name} {value}: must be 1 or more" for name, value in (("steps", args.steps), ("nproc", args.nproc)) if value < 1
+    ]
+    if gpus and args.nproc > gpus:
+        problems.append(
+            f"--nproc {args.nproc}: there are {gpus} GPUs; give --nproc {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
+    if args.json and not args.json.parent.is_dir():
+        problems.append(f"--json {args.json}: no such folder: {args.json.parent}")
+    if problems:
+        raise BadInput(problems)
+
+    family = families.of_config(args.config)
+    stacks = families.stacks(family)
+    if not stacks:
+        raise BadInput(f"recipes/{family}: has no stack, so that there is nothing to compare")
+    with tempfile.TemporaryDirectory(prefix="parity_") as name:
+        given = parsed(layouts, stacks) if layouts else usual_layouts(stacks, args.nproc)
+        path, folder = str(Path(args.config).resolve()), Path(name)
+        cases, left_out = cases_of(path, overrides, given, args.steps, args.nproc, folder, optional=not layouts)
+        first = cases[0]
+        task = task_module(family, config.read_yaml(path))
+        prepare(path, first.out, first.overrides, first.module.split(".")[2], task, args.nproc)  # its corpus is there
+        dtype = config.load(path, overrides, task.Config).train.dtype
+        print(f"recipes/{family}, {Path(path).stem}: {args.steps} steps, {args.nproc} processes, {', '.join(stacks)}")
+        bound = f"loss {LOSS:g}, gradient norm {NORM:g}" if dtype == "fp32" else f"loss {BF16:g} against fp32, above 0"
+        print(f"relative differences to the first layout; allowed: {bound}\n\n{HEAD}", flush=True)
+        rows = run_all(cases, dtype, args.nproc, folder)
+    for line in left_out:
+        print(f"left out: {line}")
+    failed = sum(row.verdict == "fail" for row in rows)
+    compared_rows = len(rows) - 1
+    print(f"\n{failed} of {len(rows)} rows fail" if failed else f"\none curve: {compared_rows} layouts follow {rows[0].name}")
+    if args.json:
+        values = {"family": family, "config": Path(path).stem, "steps": args.steps, "nproc": args.nproc, "dtype": dtype,
+                  "left_out": left_out, "rows": [row._asdict() for row in rows]}  # fmt: skip
+        args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
