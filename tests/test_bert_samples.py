@@ -254,7 +254,7 @@ def test_counts_leave_padding_and_repeats_out(sentences):
     layout = Layout(world=2, dp=2, tp=1, pp=1, micro_batch=7, accumulate=1)
     rows = [r for rank in range(2) for r in batches.for_validation(stream, 23, layout, rank)]
     once = stream.collate(range(23))
-    assert task.counts(rows) == [int(once["mlm_mask"].sum()), 23]
+    assert task.counts(rows)[:-1] == [int(once["mlm_mask"].sum()), 23]
     assert batches.tokens([once]) == int((once["labels"] != stream.special.pad).sum())
 
 

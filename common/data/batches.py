@@ -52,11 +52,13 @@ def collate_checked(dataset: "Dataset", numbers: np.ndarray) -> MicroBatch:
     return batch
 
 
-def for_validation(dataset: "Dataset", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """Every validation sample once over all replicas (the first `limit`), with the same number of batches on each replica.
 
-    Numbers beyond the last sample repeat it without targets, so that no sample counts twice.
+    Numbers beyond the last sample repeat it without targets, so that no sample counts twice. Without a dataset nothing comes.
     """
+    if dataset is None:
+        return
     samples = min(limit or len(dataset), len(dataset))
     together = layout.micro_batch * layout.dp
     order = dataset.batch_order(range(samples))

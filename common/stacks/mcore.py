@@ -47,6 +47,8 @@ from common.stacks import cuda_stand_in
 from common.stacks.parameter_map import Conversion, ParameterMap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What a loss function returns to Megatron's schedule: summed loss, number of targets, values that the schedule passes on
+StepLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 # ---- groups and random states ----------------------------------------------------------------------------------------
 

@@ -260,9 +260,10 @@ def loss_names(cfg: Config) -> tuple[str, ...]:
     return ("mlm",) if cfg.objective.pair == "none" else ("mlm", cfg.objective.pair)
 
 
-def counts(rows: list[batches.MicroBatch]) -> list[int]:
-    """Targets of each part of the loss in these micro batches."""
-    return [batches.targets(rows, mask) for mask in ("mlm_mask", "pair_mask") if mask in rows[0]]
+def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
+    """[targets of each part of the loss, ..., tokens without padding] of these micro batches."""
+    masks = [mask for mask in ("mlm_mask", "pair_mask") if mask in micro_batches[0]]
+    return [*(batches.targets(micro_batches, mask) for mask in masks), batches.tokens(micro_batches)]
 
 
 def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
@@ -283,7 +284,7 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"]} | same
 
 
-def sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits (N, V) of the masked positions and (B, 2) of the pairs -> (2, P): summed cross entropies in fp32, and how many
     targets have the highest logit."""
     import torch
@@ -311,13 +312,13 @@ def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tu
     out = net(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
     logits = out.prediction_logits if "prediction_logits" in out else out.logits  # (B, T, V)
     pairs = out.seq_relationship_logits if "seq_relationship_logits" in out else None
-    made = sums(logits.flatten(0, 1)[batch["predicted"]], pairs, batch)[0]
+    made = loss_sums(logits.flatten(0, 1)[batch["predicted"]], pairs, batch)[0]
     targets = [len(batch["labels"])] + ([int(batch["pair_mask"].sum())] if "pair_mask" in batch else [])
     return made, torch.tensor(targets, device=made.device)
 
 
 def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
-    """(2 x P means in the order of `sums`) -> the loss, and its parts as a log line names them."""
+    """(2 x P means in the order of `loss_sums`) -> the loss, and its parts as a log line names them."""
     names = loss_names(cfg)
     losses, right = values[: len(names)], values[len(names) :]
     named = {f"{name}_loss": value for name, value in zip(names, losses, strict=True)}

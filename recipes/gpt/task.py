@@ -16,6 +16,7 @@ from pydantic import Field
 
 from common import config
 from common.config import Layers, Positive, Section, Share
+from common.data import batches
 from common.training.loss import cross_entropy
 
 from .pretraining_samples import Samples
@@ -261,10 +262,9 @@ def make_batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[
     return made
 
 
-def fixed_counts(cfg: Config) -> tuple[int, int] | None:
-    """(targets, tokens) of every global batch where neither padding nor a mask makes them vary; else None: count them."""
-    size = cfg.train.global_batch * cfg.data.seq_len
-    return (size, size) if cfg.data.pack and not cfg.data.eod_mask_loss else None
+def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
+    """[targets, tokens without padding] of these micro batches."""
+    return [batches.targets(micro_batches), batches.tokens(micro_batches)]
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -285,6 +285,11 @@ def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
 
 
+def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
+    """[targets, tokens without padding] of these micro batches; the tokens of inputs and targets together."""
+    return [batches.targets(micro_batches), batches.tokens(micro_batches)]
+
+
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch the `transformers` class takes."""
     return {

@@ -1,4 +1,4 @@
-"""Pretrain BERT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+"""Pretrain BERT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
 
 bash recipes/bert/baseline/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert
 """
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica a process.
+    # bf16: fp32 weights under autocast. One replica per process.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -52,19 +52,19 @@ def main(argv: list[str]) -> None:
     # ---- data
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
-    def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def sums_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         mlm, pairs = model(**task.model_inputs(batch))  # (N, V), (B, 2)
-        return task.sums(mlm, pairs, batch)
+        return task.loss_sums(mlm, pairs, batch)
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         model.eval()
         sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
-            sums += sums_of(rows)
-            counts += torch.tensor(task.counts([rows]), device=ranks.device)
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
+            sums += sums_of(micro_batch)
+            counts += torch.tensor(task.counts([micro_batch])[:-1], device=ranks.device)
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
@@ -93,20 +93,20 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        # of the global batch: targets of each part of the loss, and tokens
-        *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], device=ranks.device)
-        targets = torch.tensor(targets, device=ranks.device)  # (P,)
-        means = zeros.clone()
-        for micro, micro_rows in enumerate(rows):
+        micro_batches = next(prefetched)
+        # targets of each part of the loss, and tokens, of the global batch
+        *target_counts, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)
+        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        shares = zeros.clone()  # of the losses and hits, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
-                sums = sums_of(micro_rows)
-                # data parallelism averages gradients over the ranks: x dp makes it their sum (law 5)
+                sums = sums_of(micro_batch)
+                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
                 accelerator.backward((sums[0] / targets).sum() * layout.dp)
-            means += sums.detach() / targets
-        values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
+            shares += sums.detach() / targets
+        values, stop = processes.reduce_step(shares.flatten(), ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 
         clip = cfg.optim.grad_clip or float("inf")

@@ -14,18 +14,18 @@ from common.training import init
 from .. import task
 
 
-def build(cfg: Config, ds_config: dict[str, Any], task: Family = task) -> PreTrainedModel:
-    """The model of a task module, with memory but without values: zero.load_state gives them.
+def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreTrainedModel:
+    """The model of a family module, with memory but without values: zero.load_state sets them.
 
-    Stage 3: each parameter is split as it is made.
+    Stage 3: each parameter is split as it is created.
     """
     if cfg.deepspeed.zero_stage == 3:
-        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
+        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config counts
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
-            net = task.hf_model(cfg.model)
+            net = family.hf_model(cfg.model)
     else:
         with init_empty_weights():
-            net = task.hf_model(cfg.model)
+            net = family.hf_model(cfg.model)
         init.allocate(net, zero.weights_dtype(cfg))
     if cfg.deepspeed.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})

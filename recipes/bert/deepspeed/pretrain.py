@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -49,19 +49,19 @@ def main(argv: list[str]) -> None:
     # ---- data
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
-    def sums_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def sums_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (2, P) of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         mlm, pairs = engine(**task.model_inputs(batch))  # (N, V), (B, 2)
-        return task.sums(mlm, pairs, batch)
+        return task.loss_sums(mlm, pairs, batch)
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         engine.eval()
         sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            sums += sums_of(rows) * reports
-            counts += torch.tensor(task.counts([rows]), device=ranks.device) * reports
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            sums += sums_of(micro_batch) * reports
+            counts += torch.tensor(task.counts([micro_batch])[:-1], device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
@@ -89,26 +89,26 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        # of the global batch: targets of each part of the loss, and tokens
-        counts = [count * reports for count in (*task.counts(rows), batches.tokens(rows))]
-        *targets, tokens = processes.totals(counts, device=ranks.device)
-        targets = torch.tensor(targets, device=ranks.device)  # (P,)
-        means = zeros.clone()
-        for micro, micro_rows in enumerate(rows):
+        micro_batches = next(prefetched)
+        counts = [count * reports for count in task.counts(micro_batches)]
+        # targets of each part of the loss, and tokens, of the global batch
+        *target_counts, tokens = processes.totals(counts, device=ranks.device)
+        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        shares = zeros.clone()  # of the losses and hits, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            sums = sums_of(micro_rows)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            sums = sums_of(micro_batch)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
             engine.backward((sums[0] / targets).sum() * layout.accumulate * layout.dp)
-            means += sums.detach() / targets
+            shares += sums.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        values, stop = processes.reduce_step(means.flatten() * reports, ranks, step, run.samples(step))
+        values, stop = processes.reduce_step(shares.flatten() * reports, ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens, **parts)

@@ -19,7 +19,8 @@ from common.stacks import mcore
 from .. import finetune, task
 from ..kinds import Kind
 
-Heads = tuple[torch.Tensor, torch.Tensor | None]
+Heads = tuple[torch.Tensor, torch.Tensor | None]  # logits of the masked positions, logits of the pairs
+Output = torch.Tensor | Heads  # of a pipeline stage; the last one gives Heads
 
 
 class Bert(BertModel):
@@ -29,7 +30,7 @@ class Bert(BertModel):
 
     def forward(
         self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor | None
-    ) -> torch.Tensor | Heads:
+    ) -> Output:
         """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out, predicted (N,) places in the flat
         (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on the others hidden states (T, B, H), as they are
         too where predicted is None."""
@@ -148,9 +149,15 @@ def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert],
     return net
 
 
-def sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As task.sums, of logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), alike on each."""
-    labels = batch["labels"]
+def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Output:
+    """A batch of task.make_batch on this pipeline stage -> what Bert.forward gives."""
+    mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
+    return net(batch["tokens"], batch["token_types"], mask, batch["predicted"])
+
+
+def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As task.loss_sums, of logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), equal on each."""
+    (mlm, pairs), labels = output, batch["labels"]
     if not len(labels):  # validation beyond the last sample
         mlm = torch.cat([mlm, mlm.new_zeros(1, mlm.size(1))])
         labels = labels.new_zeros(1)

@@ -27,7 +27,7 @@ from .. import task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
-Micro = tuple[int, torch.Tensor, batches.MicroBatch]  # seed of the dropout (0: none), weight of each part of the loss, samples
+Seeded = tuple[int, torch.Tensor, batches.MicroBatch]  # seed of the dropout (0: none), weight of each part of the loss, samples
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica tells the loss: the last stage's first tp rank
+    # one rank of each replica reports the loss: the last stage's first tp rank
     reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
@@ -57,39 +57,39 @@ def main(argv: list[str]) -> None:
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
     schedule = get_forward_backward_func()  # with or without pipeline
 
-    def forward(micro_batches: Iterator[Micro], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    def forward_step(
+        seeded: Iterator[Seeded], model: torch.nn.Module
+    ) -> tuple[megatron_model.Output, Callable[[megatron_model.Output], mcore.StepLoss]]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
-        seed, weights, rows = next(micro_batches)
+        seed, weights, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(rows, ranks.device)
-        mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
-        output = model(batch["tokens"], batch["token_types"], mask, batch["predicted"])
+        batch = task.make_batch(micro_batch, ranks.device)
+        output = megatron_model.forward(model, batch)
 
-        def loss_of(output: megatron_model.Heads) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            """logits of the last stage -> weighted sum, number of masked tokens, what the schedule returns."""
-            sums = megatron_model.sums(*output, batch)  # (2, P)
-            # the schedule divides in place: give it values of its own
+        def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
+            """Of the last stage's output: weighted sum, number of masked tokens, and what the schedule returns."""
+            sums = megatron_model.loss_sums(output, batch)  # (2, P)
+            # the schedule divides in place: it gets a copy
             return sums[0] @ weights, batch["labels"].new_tensor(len(batch["labels"])).int(), {"sums": sums.detach().clone()}
 
         return output, loss_of
 
-    def run_schedule(micro_batches: list[Micro], forward_only: bool) -> torch.Tensor:
-        """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not tell them."""
+    def run_schedule(seeded: list[Seeded], forward_only: bool) -> torch.Tensor:
+        """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
-            made = schedule(
-                forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
-                num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
-                forward_only=forward_only,
+            outputs = schedule(
+                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
+                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
             )  # fmt: skip
-        return sum((one["sums"].double() for one in made), zeros) if reports else zeros.clone()
+        return sum((output["sums"].double() for output in outputs), zeros) if reports else zeros.clone()
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         model.eval()
-        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         equal = torch.ones(len(zeros[0]), device=ranks.device)
-        sums = run_schedule([(0, equal, r) for r in rows], forward_only=True)
-        counts = torch.tensor(task.counts(rows), device=ranks.device) * reports
+        sums = run_schedule([(0, equal, micro_batch) for micro_batch in micro_batches], forward_only=True)
+        counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
@@ -97,7 +97,8 @@ def main(argv: list[str]) -> None:
         model.train()
 
     def save(step: int) -> None:
-        checkpoint.save(run.out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), cfg.train.keep)
+        entries = mcore.gather_state(model, optimizer, mapping)
+        checkpoint.save(run.out, entries, shapes, state.meta(run, step), cfg.train.keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
@@ -116,18 +117,19 @@ def main(argv: list[str]) -> None:
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = next(prefetched)
-        # of the global batch: targets of each part of the loss, and tokens
-        *targets, tokens = processes.totals([*task.counts(rows), batches.tokens(rows)], dp_group, ranks.device)
-        targets = torch.tensor(targets, device=ranks.device)  # (P,)
-        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
-        # Gradients are summed over micro batches and ranks, then divided by the masked tokens of the global batch: each part
-        # is weighted so that it becomes the mean over its own targets (law 5)
+        micro_batches = next(prefetched)
+        # targets of each part of the loss, and tokens, of the global batch
+        *target_counts, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)
+        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
+        # Megatron sums gradients over micro batches and ranks, and divides them by the masked tokens of the global batch: each
+        # part is weighted so that it becomes the mean over its own targets (invariant 5)
         weights = targets[0] / targets.float()
+        seeded = [(seed, weights, micro_batch) for seed, micro_batch in zip(seeds, micro_batches, strict=True)]
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        means = run_schedule([(seed, weights, r) for seed, r in zip(seeds, rows, strict=True)], forward_only=False) / targets
-        values, stop = processes.reduce_step(means.flatten(), ranks, step, run.samples(step))
+        shares = run_schedule(seeded, forward_only=False) / targets
+        values, stop = processes.reduce_step(shares.flatten(), ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 
         grad_norm = mcore.update(optimizer, ranks)

@@ -1,6 +1,6 @@
-"""Pretrain GPT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+"""Pretrain GPT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
 
-bash recipes/gpt/baseline/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny
+bash recipes/gpt/baseline/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny_gpt
 """
 
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica a process.
+    # bf16: fp32 weights under autocast. One replica per process.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> None:
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = model(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
-            totals[0] += loss_of(rows)
-            totals[1] += batches.targets([rows])
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
+            totals[0] += loss_of(micro_batch)
+            totals[1] += task.counts([micro_batch])[0]
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         model.train()
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
 
     # ---- loop
     model.train()
+    prefetched = batches.prefetch(run, step, ranks.rank)
     while step < cfg.train.steps:
         step += 1
         log.begin_step()
@@ -88,19 +89,18 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.for_step(run.train, run.samples(step), layout, ranks.rank))
-        counts = [batches.targets(rows), batches.tokens(rows)]
-        targets, tokens = task.fixed_counts(cfg) or processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        micro_batches = next(prefetched)
+        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # of the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
-                micro_loss = loss_of(micro_rows)
-                # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
+                micro_loss = loss_of(micro_batch)
+                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
-            loss += micro_loss.detach() / targets
-        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
+            share += micro_loss.detach() / targets
+        [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()

@@ -6,21 +6,26 @@ import deepspeed
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
+from common.config import Config
+from common.contract import Family
 from common.stacks import zero
 from common.training import init
 
 from .. import task
 
 
-def build(cfg: task.Config, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The model with memory but without values: zero.load_state gives them. Stage 3: each parameter is split as it is made."""
+def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreTrainedModel:
+    """The model of a family module, with memory but without values: zero.load_state sets them.
+
+    Stage 3: each parameter is split as it is created.
+    """
     if cfg.deepspeed.zero_stage == 3:
-        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config tells
+        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config counts
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
-            net = task.hf_model(cfg.model)
+            net = family.hf_model(cfg.model)
     else:
         with init_empty_weights():
-            net = task.hf_model(cfg.model)
+            net = family.hf_model(cfg.model)
         init.allocate(net, zero.weights_dtype(cfg))
     if cfg.deepspeed.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})

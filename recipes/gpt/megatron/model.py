@@ -63,3 +63,13 @@ def build(cfg: task.Config, layout: Layout) -> Gpt:
     )  # fmt: skip
     net.real_vocab = m.vocab_size
     return net
+
+
+def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A batch of task.make_batch on this pipeline stage -> losses (B, T) on the last stage, hidden states on the others."""
+    tokens = batch["inputs"]
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand(len(tokens), -1)  # (B, T)
+    mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T, T), True: masked out
+    return net(tokens, positions, mask, labels=batch["targets"])

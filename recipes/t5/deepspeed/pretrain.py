@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -47,9 +47,9 @@ def main(argv: list[str]) -> None:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = engine(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            totals[0] += loss_of(rows)
-            totals[1] += batches.targets([rows])
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            totals[0] += loss_of(micro_batch)
+            totals[1] += task.counts([micro_batch])[0]
         totals *= reports
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
@@ -86,23 +86,23 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
+        micro_batches = next(prefetched)
+        counts = [count * reports for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            micro_loss = loss_of(micro_rows)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            micro_loss = loss_of(micro_batch)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
-            loss += micro_loss.detach() / targets
+            share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)

@@ -126,3 +126,9 @@ def build(cfg: task.Config, layout: Layout) -> T5:
     net.real_vocab = m.vocab_size
     net.lm_head.output_layer.bias = None
     return net
+
+
+def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A batch of task.make_batch -> losses (B, S)."""
+    mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
+    return net(batch["inputs"], batch["decoder_inputs"], mask, labels=batch["targets"])

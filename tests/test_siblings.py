@@ -1,0 +1,53 @@
+"""The recipes are siblings: the scripts of gpt and t5 differ only in the name, those of bert also by its two-part loss.
+
+Where a difference is meant, write the new ones down: `python -m tests.test_siblings`.
+"""
+
+import difflib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("baseline/pretrain.py", "deepspeed/pretrain.py", "megatron/pretrain.py")
+NAMES = {"gpt": "GPT", "t5": "T5", "bert": "BERT"}
+DIFFERENCES = ROOT / "tests/siblings"
+
+
+def script(family: str, name: str) -> list[str]:
+    """The lines of a script with FAMILY and Family in place of its family's name."""
+    path = ROOT / "recipes" / family / name
+    if not path.is_file():
+        pytest.skip(f"recipes/{family} has no {name}")
+    return path.read_text().replace(NAMES[family], "FAMILY").replace(family, "family").splitlines(keepends=True)
+
+
+def difference(name: str) -> str:
+    """bert's script against gpt's: the lines that differ, without their numbers."""
+    lines = difflib.unified_diff(script("gpt", name), script("bert", name), "gpt", "bert", n=0)
+    return "".join("@@\n" if line.startswith("@@") else line for line in lines)
+
+
+def golden(name: str) -> Path:
+    return DIFFERENCES / f"bert_{name.replace('/', '_').removesuffix('.py')}.diff"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gpt_and_t5_differ_only_in_their_name(name):
+    assert "".join(script("gpt", name)) == "".join(script("t5", name))
+
+
+@pytest.mark.parametrize("family", ("t5", "bert"))
+def test_deepspeed_builds_every_family_alike(family):
+    assert "".join(script("gpt", "deepspeed/model.py")) == "".join(script(family, "deepspeed/model.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bert_differs_only_by_its_two_part_loss(name):
+    assert difference(name) == golden(name).read_text(), f"if it is meant: python -m tests.test_siblings ({golden(name).name})"
+
+
+if __name__ == "__main__":
+    DIFFERENCES.mkdir(exist_ok=True)
+    for script_name in SCRIPTS:
+        golden(script_name).write_text(difference(script_name))
