@@ -629,13 +629,18 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def may_change_on_resume(key: str, schema: type[Config]) -> bool:
+    """Is `section.key` one of the resume_keys of its section?"""
+    section, _, name = key.partition(".")
+    kind = sections(schema).get(section)
+    return kind is not None and name in kind.resume_keys()
+
+
 def hyperparameters(cfg: Config) -> dict[str, Any]:
     """{'optim.lr': 6e-4, ...}: the values that a continued run may not change."""
-    kinds = sections(type(cfg))
     keep = {}
     for key, value in flat(cfg.dump()).items():
-        section, _, name = key.partition(".")
-        if section != "expect" and not (section in kinds and name in kinds[section].resume_keys()):
+        if key.partition(".")[0] != "expect" and not may_change_on_resume(key, type(cfg)):
             keep[key] = value
     keep["phases"] = [{k: v for k, v in phase.items() if not k.startswith(STACKS)} for phase in cfg.phases]
     if cfg.phases:  # where one phase gives way to the next decides the loss; only where the last one ends does not

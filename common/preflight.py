@@ -316,6 +316,7 @@ def _continues(cfg: Config, resume: checkpoint.Checkpoint) -> list[str]:
     """Can this run go on from that checkpoint?"""
     ours = config.hyperparameters(cfg)
     theirs = config.under_names_now(resume.hyperparameters, type(cfg)) or ours
+    theirs = {key: value for key, value in theirs.items() if not config.may_change_on_resume(key, type(cfg))}
     if resume.meta.get("stack") == "huggingface":  # imported: only its shapes are given
         apart = ("model.dropout", "model.init_std")
         ours = {k: ours.get(k) for k in theirs if k not in apart}

@@ -31,8 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data import tokenizer as tokenizers
-from common.data import tokenizer_training
+from common.data import tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import FILES, IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.json_files import write_json

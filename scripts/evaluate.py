@@ -40,7 +40,6 @@ from common.json_files import read_object
 from common.launch import processes
 from common.launch.processes import Ranks
 from recipes.bert import evaluate as heads
-from recipes.bert import kinds
 
 Result = dict[str, Any]
 
@@ -66,7 +65,7 @@ TASKS = {
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 MOST_TOKENS = 32_768
-KNOWN = [*TASKS, *text.PAIRS, *kinds.KIND_OF]
+KNOWN = [*TASKS, *text.PAIRS, *heads.TASKS]
 
 
 class Model(NamedTuple):
@@ -166,14 +165,14 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if any(name in tasks for name in args.tasks) and not architecture.endswith(ends):
             problems.append(f"{what}, and these tasks are for {of}")
     able = text.NAMES if architecture.endswith("ForConditionalGeneration") else heads.tasks_of(architecture)
-    wrong = [name for name in args.tasks if name in kinds.KIND_OF and name not in able]
+    wrong = [name for name in args.tasks if name in heads.TASKS and name not in able]
     told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
     problems += [f"{what}, and {name} is {told}" for name in wrong]
     no_bos = [name for name in args.tasks if args.bos and name in KNOWN and EVALUATE.get(name) not in (of_words, of_tokens)]
     problems += [f"--bos: is for perplexities, and {name} has none; leave it out" for name in no_bos]
     positions = positions_of(config)
-    if heads.tasks_of(architecture) and args.seq_len and args.seq_len < kinds.LEAST:
-        problems.append(f"--seq-len {args.seq_len}: must be {kinds.LEAST} or more")
+    if heads.tasks_of(architecture) and args.seq_len and args.seq_len < heads.MIN_SEQ_LEN:
+        problems.append(f"--seq-len {args.seq_len}: must be {heads.MIN_SEQ_LEN} or more")
     if args.seq_len and positions and args.seq_len > positions:
         problems.append(f"--seq-len {args.seq_len}: the model has {positions} positions; give at most {positions}")
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -195,7 +194,7 @@ def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[st
     """The text of a task; of LAMBADA the passages; of what is written the inputs and references; of a head the config and the
     examples. able: of the tasks that have several ways those of this model."""
     given = args.data
-    if name in kinds.KIND_OF and able != text.NAMES:
+    if name in heads.TASKS and able != text.NAMES:
         if name in heads.PUBLIC_DEV_ALONE and args.split == "test":
             raise BadInput(f"{name}: its test set is not public; leave out --split test")
         return heads.read(Path(args.model), folder, name, given, args.seq_len, args.split or "dev")
@@ -240,7 +239,7 @@ def loaded(folder: Path, args: argparse.Namespace, ranks: Ranks) -> Model:
     processes.check_dtype(args.dtype, ranks.device)
     architecture = architecture_of(folder)
     of = AutoModelForSeq2SeqLM if architecture.endswith("ForConditionalGeneration") else AutoModelForCausalLM
-    if args.tasks[0] in kinds.KIND_OF and of is AutoModelForCausalLM:
+    if args.tasks[0] in heads.TASKS and of is AutoModelForCausalLM:
         of = getattr(transformers, architecture.replace("ForMultipleChoice", "ForSequenceClassification"))
     more = {"num_labels": 1} if args.tasks[0] == "race" else {}  # one output an answer, whose texts are sequences of a batch
     net, tokenizer = load(of, folder, dtype=dtype, **more)
@@ -405,7 +404,7 @@ def limited(done: int, whole: int, what: str) -> str:
 
 EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
     "wikitext103": of_words, "wikitext2": of_words, "wikitext2-raw": of_tokens, "lambada": of_last_words, "text": of_tokens,
-    **dict.fromkeys(kinds.KIND_OF, of_head),
+    **dict.fromkeys(heads.TASKS, of_head),
 }  # fmt: skip
 
 

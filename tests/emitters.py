@@ -12,7 +12,8 @@ import numpy as np
 
 from common.data import tokenizer_training
 from common.evaluation import glue, squad, text
-from recipes.bert import finetune, kinds
+from recipes.bert import finetune
+from recipes.bert.tasks.registry import TASKS
 from recipes.gpt import finetune as of_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ Scores = dict[str, dict[str, float]]
 
 def of_evaluators(folder: Path) -> Scores:
     found = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts(folder / "texts")
-    for name in kinds.KIND_OF:
+    for name in TASKS:
         scores = of_head(name, folder / "bert")
         assert found.get(name, scores).keys() == scores.keys(), name  # of a head and in words: the same names
         found[name] = scores
@@ -105,9 +106,9 @@ def of_head(name: str, folder: Path) -> dict[str, float]:
     examples = finetune.dataset(finetune.Config.model_validate(finetune.Config.complete(values)), "dev", shuffle=False)
     rows = examples.collate(np.arange(len(examples)))
     labels = rows["labels"].reshape(len(examples), -1).astype(float)
-    if kinds.KIND_OF[name] == "span":  # its places, the score of the answer and of none
+    if TASKS[name].task_type == "question_answering":  # its places, the score of the answer and of none
         none = labels[:, 0] == 0  # [CLS]
-        first = rows["begins"].argmax(-1)[:, None]
+        first = rows["start_mask"].argmax(-1)[:, None]
         said = np.where(none[:, None], first, labels)
         labels = np.column_stack([said, np.where(none, -9.0, 9.0), np.where(none, 9.0, -9.0)])
     return examples.metrics(labels)

@@ -16,7 +16,9 @@ from test_metrics import official
 
 from common.errors import BadInput
 from common.evaluation import glue, labelled, squad
-from recipes.bert import finetune, kinds
+from recipes.bert import finetune
+from recipes.bert.tasks.base import TaskDataset
+from recipes.bert.tasks.registry import TASKS
 
 pytestmark = pytest.mark.timeout(600)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?'-"
@@ -187,8 +189,8 @@ REFUSALS = {
     "others": "the labels of its head are yes, no, maybe, those of mnli are entailment, neutral, contradiction; "
     "correct id2label",
     "fewer": "its head has 2 outputs, mnli wants 3; finetune it on mnli first",
-    "holes": "its id2label (config.json) does not give each output, from 0 on, a name of its own",
-    "twice": "its id2label (config.json) does not give each output, from 0 on, a name of its own",
+    "holes": "its id2label (config.json) must give each output, from 0 on, a different name",
+    "twice": "its id2label (config.json) must give each output, from 0 on, a different name",
     "contradict": "its id2label and label2id (config.json) contradict each other; correct one",
     "many": "its problem_type (config.json) is multi_label_classification, mnli is single_label_classification",
 }
@@ -210,7 +212,9 @@ def test_default_names_are_taken_in_the_tasks_order(scored, models: Models):
     answers = [glue.NLI[int(row.argmax())] for row in models.logits(models.root / "models/default", PAIRS[:25])]
     right = sum(line.endswith(f"\t{answer}") for line, answer in zip(lines, answers, strict=True)) / 25
     assert values(rows)["accuracy"] == (pytest.approx(right), 25)
-    assert rows[0]["protocol"].endswith("have no names (id2label): taken for entailment, neutral, contradiction, in this order")
+    assert rows[0]["protocol"].endswith(
+        "have no names (id2label): assumed to be entailment, neutral, contradiction, in this order"
+    )
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -338,7 +342,7 @@ def test_training_labels_stay_beside_their_words(scored, models: Models):
         assert rows["labels"][row][firsts].tolist() == [TAGS.index(gold[places[place]]) for place in firsts]
 
 
-def opened(folder: Path, name: str, data: Path, split: str = "train", seq_len: int = 64, **task: Any) -> kinds.Kind:
+def opened(folder: Path, name: str, data: Path, split: str = "train", seq_len: int = 64, **task: Any) -> TaskDataset:
     return finetune.dataset(settings(folder, name, data, seq_len, **task), split, shuffle=False)
 
 
@@ -475,7 +479,7 @@ def test_texts_and_pairs_with_labels_of_ones_own(scored, models: Models):
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("none", lambda d: labelled.read(None, "dev", MOODS), "is read from your own files; give task.data=DIR"),
     ("file", lambda d: labelled.read(d, "dev", MOODS), "does not hold valid.jsonl or valid.tsv or dev.jsonl or dev.tsv"),
-    ("both", lambda d: labelled.read(d / "both", "train", MOODS), "holds train.jsonl and train.tsv; leave one of them"),
+    ("both", lambda d: labelled.read(d / "both", "train", MOODS), "has train.jsonl and train.tsv; leave one of them"),
     ("json", lambda d: labelled.read(d / "a", "train", MOODS), "train.jsonl:2: is not JSON"),
     ("text", lambda d: labelled.read(d / "b", "train", MOODS), "train.jsonl:1: must be an object with a `text`"),
     ("kind", lambda d: labelled.read(d / "c", "train", MOODS), "its text_pair must be a string, its label a string"),
@@ -527,7 +531,7 @@ def tuned(drive, scored, models: Models, tmp_path_factory: pytest.TempPathFactor
         ("mnli", [], [], ("baseline", "deepspeed", "megatron")), ("ner", TAGS, [], ("megatron",)),
         ("pairs", [], [], ("baseline",)), ("texts", [], ["sad", "calm", "angry"], ("megatron",)),
     ):  # fmt: skip
-        task = {"name": name if name in kinds.KIND_OF else "classify", "data": str(models.root / "data" / name)}
+        task = {"name": name if name in TASKS else "classify", "data": str(models.root / "data" / name)}
         task |= {"tags": tags, "labels": labels}
         values = {
             "init": {"from": str(models.root / "models" / name)}, "task": task, "model": {"dropout": 0.0},

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, case, losses
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -24,7 +23,8 @@ from common import config
 from common.data import tokenizer
 from common.errors import BadInput
 from common.evaluation import glue
-from recipes.bert import kinds, task
+from recipes.bert import task
+from recipes.bert.tasks import base
 from tests import plain_finetune
 
 ARCHS = ("tiny", "tiny_postln")  # megatron-bert, bert
@@ -235,7 +235,7 @@ def test_the_longer_text_is_cut_first(a: int, b: int, seq_len: int):
     left, right = a, b
     while left + right > seq_len - 3:
         left, right = (left - 1, right) if left > right else (left, right - 1)
-    assert [len(t) for t in kinds.cut([[1] * a, [2] * b], seq_len)] == [left, right]
+    assert [len(t) for t in base.truncated([[1] * a, [2] * b], seq_len)] == [left, right]
 
 
 def test_metrics_are_their_definitions():

@@ -19,7 +19,7 @@ from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.preflight import task_module
 from common.yaml_files import read_yaml
-from recipes.bert import kinds
+from recipes.bert import finetune as bert_finetune
 from scripts import check, evaluate, plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,9 +352,9 @@ def test_the_table_has_what_evaluators_write_and_no_more(emitted: dict[str, dict
     assert not metrics.NAMES.keys() & (metrics.RUN.keys() | metrics.AVERAGES.keys() | metrics.MISSING.keys())
 
 
-@pytest.mark.parametrize("name", kinds.KIND_OF)
+@pytest.mark.parametrize("name", bert_finetune.registry.TASKS)
 def test_the_first_metric_of_a_task_decides(name: str) -> None:
-    assert next(iter(metrics.TASKS[name])) == kinds.selected_by(SimpleNamespace(name=name))
+    assert next(iter(metrics.TASKS[name])) == bert_finetune.selection_metric(SimpleNamespace(task=SimpleNamespace(name=name)))
 
 
 def test_a_perfect_score_is_the_most_of_its_unit(emitted: dict[str, dict[str, float]]) -> None:

@@ -17,12 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import case, losses
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common import preflight
-from common.data import batches, examples, indexed_dataset, manifest, sampler, tokenizer_training
-from common.data import tokenizer as tokenizers
+from common.data import batches, examples, indexed_dataset, manifest, sampler, tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.data.sampler import permute
 from common.errors import BadInput

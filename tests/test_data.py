@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from common.data import indexed_dataset, tokenizer_training
-from common.data import tokenizer as tokenizers
+from common.data import indexed_dataset, tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
 from data import build, sentences, sources, verify, wiki_books

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, case
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import GPT2LMHeadModel
 
 from common.data import tokenizer as tokenizers

@@ -20,8 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, case, losses
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForCausalLM, AutoTokenizer

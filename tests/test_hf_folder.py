@@ -320,11 +320,11 @@ def test_the_list_of_tensors_is_that_of_the_class(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "megatron-bert"])
 def test_the_list_of_tensors_with_the_heads_of_tasks(arch: str) -> None:
-    from recipes.bert import finetune, kinds
+    from recipes.bert import finetune
 
     shapes = task_of(arch).model_from_hf_config(stored(arch)).model_dump(exclude={"pair_head"})
-    for kind in kinds.KINDS:
-        model = finetune.Model(**shapes, kind=kind, labels=["a", "b"], pair_head=False)
+    for task_type in finetune.registry.HEADS:
+        model = finetune.Model(**shapes, task_type=task_type, labels=["a", "b"], pair_head=False)
         assert _whole(finetune, model) == finetune.parameter_shapes(model)
 
 
@@ -472,7 +472,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
             scored,
             [
                 "its head classifier.* is trained on; give model.new_head=true to begin it from train.seed",
-                "the labels of its head have no names (id2label): taken for a, b, in this order",
+                "the labels of its head have no names (id2label): assumed to be a, b, in this order",
             ],
         ),
         (replaced, scored, ["its classifier.* is replaced; these parameters begin from train.seed"]),

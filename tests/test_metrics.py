@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common.errors import BadInput
 from common.evaluation import race, squad, tagging
-from recipes.bert import kinds
+from recipes.bert.tasks import question_answering
 
 WORDS = "The the a An cat, cats' sat. (on) mat don't Ünder 1,000 - u.s. \u2013 of".split()
 
@@ -163,8 +162,8 @@ def test_windows_are_berts(tokens: int, room: int, stride: int):
         if start + length == tokens:
             break
         start += min(length, stride)
-    found = kinds.parts(tokens, room, stride)
-    assert [(s, e - s) for s, e, _ in found] == spans
+    found = question_answering.context_parts(tokens, room, stride)
+    assert [(part.start, part.end - part.start) for part in found] == spans
     for token in range(tokens):
         best = None
         for number, (begin, length) in enumerate(spans):
@@ -172,7 +171,7 @@ def test_windows_are_berts(tokens: int, room: int, stride: int):
                 score = min(token - begin, begin + length - 1 - token) + 0.01 * length
                 if best is None or score > best[0]:
                     best = (score, number)
-        owners = [number for number, (_, _, (first, last)) in enumerate(found) if first <= token < last]
+        owners = [number for number, part in enumerate(found) if part.first <= token < part.last]
         assert owners == [best[1]]
 
 
@@ -194,14 +193,14 @@ def test_answers_are_found_again(source: Path, tmp_path: Path):
     said = [(*w.label, 1.0, 0.0) for w in dev.windows]
     for i, w in enumerate(dev.windows):
         if w.label == (0, 0):  # its answer is in another window: something of less score
-            said[i] = (len(dev.asked[w.question]) + 2, len(dev.asked[w.question]) + 2, -1.0, 0.0)
+            said[i] = (len(dev.question_ids[w.question]) + 2, len(dev.question_ids[w.question]) + 2, -1.0, 0.0)
     scores = dev.metrics(np.array(said))
     assert scores["exact_match"] == 100 and scores["f1"] == 100
 
 
 def test_windows_want_room():
     with pytest.raises(ValueError, match="room for 0 tokens"):
-        kinds.parts(5, 0, 128)
+        question_answering.context_parts(5, 0, 128)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

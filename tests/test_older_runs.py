@@ -19,10 +19,9 @@ from common.checkpoints import checkpoint, integrity, run_record
 from common.errors import BadInput
 from common.huggingface import interchange
 from common.launch import lock
-from recipes.bert import task
+from recipes.bert import finetune as bert_finetune, task
 from recipes.gpt import finetune as gpt_finetune
-from recipes.t5 import finetune as t5_finetune
-from recipes.t5 import task as t5
+from recipes.t5 import finetune as t5_finetune, task as t5
 
 OLD_NAMES = {"mask_share": "masked_lm_prob", "short_share": "short_seq_prob"}
 
@@ -103,3 +102,19 @@ def test_an_override_of_an_older_key_names_the_new_one(schema: object, path: str
     old, new = override.partition("=")[0], now.partition("=")[0]
     with pytest.raises(BadInput, match=re.escape(f"{old}: this key is called {new} now; give {now}")):
         config.load(ROOT / f"recipes/{path}.yaml", [override, "init.from=scratch"], schema.Config)
+
+
+def test_a_finetuned_bert_of_an_earlier_version(tmp_path: Path) -> None:
+    """model.kind=text is model.task_type=sequence_classification now: the same run, by its config.yaml and its state.json."""
+    text = "model: {layers: 1, hidden: 8, heads: 1, positions: 16, vocab_size: 128, KEY, labels: ['0', '1']}\n"
+    text += "task: {name: sst2}\ndata: {seq_len: 16}\noptim: {lr: 1.0e-4}\ntrain: {steps: 1, global_batch: 1}\n"
+    (tmp_path / "config.yaml").write_text(text.replace("KEY", "kind: text"))
+    (tmp_path / "now.yaml").write_text(text.replace("KEY", "task_type: sequence_classification"))
+    cfg = config.load(tmp_path / "now.yaml", [], bert_finetune.Config)
+    assert config.recorded(tmp_path / "config.yaml", bert_finetune.Config) == cfg
+    before = config.hyperparameters(cfg) | {"model.kind": "text"}
+    last = checkpoint.Checkpoint(tmp_path / "step_1", {"step": 1, "science": before})
+    assert preflight._continues(cfg, last) == []
+    assert preflight._continues(cfg, last._replace(meta={"step": 1, "science": before | {"task.name": "cola"}})) != []
+    with pytest.raises(BadInput, match="model.kind"):
+        config.load(tmp_path / "config.yaml", [], bert_finetune.Config)

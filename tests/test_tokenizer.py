@@ -14,11 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from common.data import tokenizer as tokenizers
-from common.data import tokenizer_training
+from common.data import tokenizer as tokenizers, tokenizer_training
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]

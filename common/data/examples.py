@@ -61,7 +61,7 @@ class Examples:
         return f"{self.corpora[0].prefix}: example {int(self.indices([number])[0]):,}"
 
     def indices(self, numbers: np.ndarray | Sequence[int] | range) -> np.ndarray:
-        """Sample numbers (B,) -> places of the examples (B,)."""
+        """Sample numbers (B,) -> indices of the examples (B,)."""
         i = np.asarray(numbers, dtype=np.int64)
         if not self.shuffle:
             return i

@@ -226,8 +226,7 @@ class Tokenizer:
         """
         if self.kind != "unigram":
             return self.backend
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import models
+        from tokenizers import Tokenizer as Backend, models
 
         model = self._spec["model"]
         vocab = [(" " + piece if piece in self._added else piece, score) for piece, score in _scores(model)]
@@ -523,8 +522,7 @@ def unigram_backend(model: bytes, sentinels: int) -> "tokenizers.Tokenizer":
     Behind the model's pieces come the sentinels, the first of them last. ValueError where the model is none of that kind.
     """
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     names = [piece.piece for piece in proto.pieces]
@@ -555,8 +553,7 @@ def unigram_backend(model: bytes, sentinels: int) -> "tokenizers.Tokenizer":
 
 def byte_level_backend(model: Any) -> "tokenizers.Tokenizer":
     """GPT-2's frame around a BPE model: its splitting regex, bytes as letters, no space put before a text."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend, decoders, pre_tokenizers, processors
 
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -567,8 +564,7 @@ def byte_level_backend(model: Any) -> "tokenizers.Tokenizer":
 
 def wordpiece_backend(vocab: dict[str, int], lowercase: bool) -> "tokenizers.Tokenizer":
     """BERT's frame around a WordPiece vocabulary that holds SPECIAL."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
 
     backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)

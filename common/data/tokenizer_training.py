@@ -42,8 +42,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
 
     Fewer ids than asked for come of too little text. BadInput for a size below what the characters alone need.
     """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend, models, pre_tokenizers, trainers
 
     start = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
     normalizer = wordpiece_backend(start, lowercase).normalizer
@@ -135,8 +134,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
 
 def train_char(text: str) -> Tokenizer:
     """One id a character of `text`, in code point order, no special ids: nanoGPT's shakespeare_char (65 there)."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models
+    from tokenizers import Tokenizer as Backend, decoders, models
 
     if not text:
         raise BadInput("no text to take characters from; give a source that is not empty")

@@ -10,8 +10,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_local_fp32_param
-from deepspeed.utils import safe_set_local_optimizer_state as set_local_state
+from deepspeed.utils import (
+    groups,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state as set_local_state,
+)
 
 from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import Entry

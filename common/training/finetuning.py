@@ -135,11 +135,11 @@ class Predictions:
         import torch
 
         real = torch.from_numpy(rows["example_mask"]).to(self.totals.device)
-        places = torch.from_numpy(rows["places"]).to(self.totals.device)[real]
+        indices = torch.from_numpy(rows["indices"]).to(self.totals.device)[real]
         self.totals[0] += loss.double()
         self.totals[1] += batches.targets([rows])
         self.totals[2] += real.sum()
-        self.totals[3:].view(-1, self.width)[places, : predictions.shape[1]] = predictions[real].double()
+        self.totals[3:].view(-1, self.width)[indices, : predictions.shape[1]] = predictions[real].double()
 
     def gather(self) -> None:
         """Sum over the ranks, each of which has entered what none else has."""

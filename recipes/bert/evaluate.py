@@ -13,22 +13,25 @@ from common.json_files import read_object
 from common.launch.processes import Ranks
 from common.yaml_files import read_yaml
 
-from . import finetune, kinds
+from . import finetune
+from .tasks import label_names, sequence_classification
+from .tasks.base import MIN_SEQ_LEN as MIN_SEQ_LEN, TaskDataset
+from .tasks.registry import HEADS, LABEL_KEYS, TASKS
 
 PUBLIC_DEV_ALONE = ("squad", "squad2")
 SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
 
 
 def tasks_of(architecture: str) -> list[str]:
-    """The tasks of a class of transformers; none of one without such a head."""
-    return [name for name, kind in kinds.KIND_OF.items() if architecture.endswith(kinds.KINDS[kind].export_class)]
+    """The tasks that a transformers class can be evaluated on; [] for one without such a head."""
+    return [name for name, task in TASKS.items() if architecture.endswith(HEADS[task.task_type].exported_class)]
 
 
 class Task(NamedTuple):
-    """What is evaluated. order: the output of the head for each label of the task, None where it is the task's order."""
+    """What is evaluated. order: the output of the head for each label of the task; None: they are in the task's order."""
 
     cfg: finetune.Config
-    examples: kinds.Kind
+    examples: TaskDataset
     order: list[int] | None
 
 
@@ -37,18 +40,18 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
     another head, other labels, or no room."""
     stored = read_object(folder / "config.json") or {}
     cfg = settings(given, folder, stored, name, data, seq_len, split)
-    head = f"{cfg.model.does.parameter}.weight"
+    head = f"{cfg.model.task_head.parameter}.weight"
     held = hf_folder.tensors(folder, str(folder), [])
     outputs = held[head].shape[0] if head in held else 0
     if outputs != len(cfg.model.labels):
         wanted = f"its head has {outputs} outputs, {name} wants {len(cfg.model.labels)}"
         raise BadInput(f"{folder}: {wanted}; finetune it on {name} first")
     try:
-        order = finetune.head_order(cfg, stored)
+        order = label_names.output_order(name, cfg.model.task_head, cfg.model.labels, stored)
     except BadInput as error:
         raise BadInput(f"{folder}: {error}, or finetune it on {name} first") from None
     examples = finetune.dataset(cfg, cfg.data.valid, shuffle=False)
-    examples.notes += finetune.unnamed(cfg, stored)
+    examples.notes += label_names.unnamed_note(cfg.model.task_head, cfg.model.labels, stored)
     return Task(cfg, examples, order)
 
 
@@ -59,7 +62,7 @@ def settings(
     known = read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = isinstance(known.get("task"), dict) and known["task"].get("name") == name
     task = dict(known["task"]) if own else {"name": name}
-    key = kinds.OWN_LABELS.get(name)
+    key = LABEL_KEYS.get(name)
     if key and not task.get(key):
         task[key] = own_labels(folder, stored, name)
     positions = stored.get("max_position_embeddings")
@@ -75,7 +78,7 @@ def settings(
     except ValidationError as error:
         where = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg'].lower()}" for e in error.errors()[:3])
         raise BadInput(f"{given}: {where}; correct its config.yaml, or give the folder of the export") from None
-    least = kinds.least_seq_len(cfg.task)
+    least = finetune.min_seq_len(cfg.task)
     if length < least:
         beside = f"a context beside a question of {cfg.task.question_len} tokens (task.question_len)"
         has = f"; the model has {positions} positions: finetune it with shorter questions" if positions < least else ""
@@ -86,7 +89,7 @@ def settings(
 def own_labels(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
     """Of a task that has none by itself: those that the model's config.json gives."""
     try:
-        names = finetune.label_names(stored)
+        names = label_names.stored_labels(stored)
     except BadInput as error:
         raise BadInput(f"{folder}: {error}") from None
     if names is None:
@@ -104,10 +107,10 @@ def predict(
     import torch
     import torch.distributed as dist
 
-    examples, does = task.examples, task.cfg.model.does
+    examples, head = task.examples, task.cfg.model.task_head
     n = min(limit or len(examples), len(examples))
     ordered = examples.batch_order(range(n))
-    found = torch.zeros(n, does.width(task.cfg), dtype=torch.float64, device=ranks.device)
+    found = torch.zeros(n, head.prediction_width(task.cfg.data.seq_len), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, -(-n // batch), ranks.world):
         tell(number)
         rows = examples.collate(ordered[number * batch : (number + 1) * batch])
@@ -116,8 +119,8 @@ def predict(
         with torch.no_grad():
             output = net(given["tokens"], token_type_ids=given["token_types"], attention_mask=mask)
         logits = finetune.logits_of(output).float()
-        said = does.predictions(logits if task.order is None else logits[..., task.order], given)
-        found[rows["places"], : said.shape[1]] = said.double()
+        said = head.predictions(logits if task.order is None else logits[..., task.order], given)
+        found[rows["indices"], : said.shape[1]] = said.double()
     if ranks.world > 1:
         dist.all_reduce(found)  # each value and zeros: exact
     return found.cpu().numpy()
@@ -137,7 +140,7 @@ def write_predictions(task: Task, predictions: np.ndarray, out: Path) -> list[Pa
 
 def is_unanswered(task: Task) -> bool:
     """Are the answers of this split not known?"""
-    return isinstance(task.examples, kinds.Text) and bool((task.examples.labels < 0).all())
+    return isinstance(task.examples, sequence_classification.TextDataset) and bool((task.examples.labels < 0).all())
 
 
 def scores(task: Task, predictions: np.ndarray) -> list[dict[str, Any]]:

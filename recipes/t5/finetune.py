@@ -29,89 +29,33 @@ from common.training import finetuning
 from . import task
 from .task import (  # what finetuning takes over unchanged
     FAMILY as FAMILY,
-)
-from .task import (
     HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
-)
-from .task import (
     HF_MODEL_TYPES as HF_MODEL_TYPES,
-)
-from .task import (
     IGNORED_HF_HEADS as IGNORED_HF_HEADS,
-)
-from .task import (
     IGNORED_HF_KEYS as IGNORED_HF_KEYS,
-)
-from .task import (
     duplicate_names as duplicate_names,
-)
-from .task import (
     export_loss_sums as export_loss_sums,
-)
-from .task import (
     forward_backward_flops as forward_backward_flops,
-)
-from .task import (
     has_weight_decay as has_weight_decay,
-)
-from .task import (
     head_notes as head_notes,
-)
-from .task import (
     head_problems as head_problems,
-)
-from .task import (
     hf_class_name as hf_class_name,
-)
-from .task import (
     hf_config as hf_config,
-)
-from .task import (
     hf_config_overrides as hf_config_overrides,
-)
-from .task import (
     hf_model as hf_model,
-)
-from .task import (
     hf_model_type as hf_model_type,
-)
-from .task import (
     initializer as initializer,
-)
-from .task import (
     layer_count as layer_count,
-)
-from .task import (
     loss_sum as loss_sum,
-)
-from .task import (
     make_batch as make_batch,
-)
-from .task import (
     model_card as model_card,
-)
-from .task import (
     model_inputs as model_inputs,
-)
-from .task import (
     new_head_prefixes as new_head_prefixes,
-)
-from .task import (
     normalized_hf_config as normalized_hf_config,
-)
-from .task import (
     optional_prefixes as optional_prefixes,
-)
-from .task import (
     parameter_patterns as parameter_patterns,
-)
-from .task import (
     parameter_shapes as parameter_shapes,
-)
-from .task import (
     reorder_labels as reorder_labels,
-)
-from .task import (
     stored_names as stored_names,
 )
 

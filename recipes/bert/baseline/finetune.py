@@ -22,7 +22,6 @@ from common.training import finetuning, init, optim
 from common.training.log import Log
 
 from .. import finetune as task
-from .. import kinds
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
-    kind = cfg.model.does  # of the task: its loss and predictions
+    head = cfg.model.task_head  # its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -56,13 +55,13 @@ def main(argv: list[str]) -> None:
         """Summed loss of one micro batch, and predictions (B, width)."""
         batch = task.make_batch(rows, ranks.device)
         logits = task.logits_of(model(**task.model_inputs(batch)))
-        return kind.loss_sum(logits, batch), kind.predictions(logits.detach(), batch)
+        return head.loss_sum(logits, batch), head.predictions(logits.detach(), batch)
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        found = finetuning.Predictions(run, ranks, kind.width(cfg))
+        found = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
         for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
             found.add(rows, *loss_of(rows))
         found.gather()
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, kinds.selected_by(cfg.task))
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, task.selection_metric(cfg))
 
     # ---- loop
     model.train()

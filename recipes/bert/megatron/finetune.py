@@ -24,7 +24,6 @@ from common.training import finetuning, optim
 from common.training.log import Log
 
 from .. import finetune as task
-from .. import kinds
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
     cfg, layout = run.cfg, run.layout
-    kind = cfg.model.does  # of the task: its loss and predictions
+    head = cfg.model.task_head  # its loss and predictions
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
@@ -69,9 +68,9 @@ def main(argv: list[str]) -> None:
 
         def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             """logits of the last stage -> summed loss, number of targets, what the schedule returns."""
-            total = kind.loss_sum(logits, batch)
+            total = head.loss_sum(logits, batch)
             # the schedule divides in place: give it a value of its own
-            told = {"loss": total.detach().clone(), "predictions": kind.predictions(logits.detach(), batch)}
+            told = {"loss": total.detach().clone(), "predictions": head.predictions(logits.detach(), batch)}
             return total, batch["loss_mask"].sum().int(), told
 
         return output, loss_of
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
             told = schedule(
                 forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
                 num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len,
-                micro_batch_size=layout.micro_batch * kind.sequences, forward_only=forward_only,
+                micro_batch_size=layout.micro_batch * head.sequences, forward_only=forward_only,
             )  # fmt: skip
         return told if reports else []
 
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         model.eval()
         rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
-        found = finetuning.Predictions(run, ranks, kind.width(cfg))
+        found = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
         for micro_rows, told in zip(rows, run_schedule([(0, r) for r in rows], forward_only=True), strict=False):
             found.add(micro_rows, told["loss"], told["predictions"])
         found.gather()
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, kinds.selected_by(cfg.task))
+    log, selection = Log(run, task, ranks), finetuning.Selection(run, task.selection_metric(cfg))
 
     # ---- loop
     model.train()

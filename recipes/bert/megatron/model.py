@@ -17,7 +17,7 @@ from common.layout import Layout
 from common.stacks import mcore
 
 from .. import finetune, task
-from ..kinds import Kind
+from ..tasks.base import Head
 
 Heads = tuple[torch.Tensor, torch.Tensor | None]  # logits of the masked positions, logits of the pairs
 Output = torch.Tensor | Heads  # of a pipeline stage; the last one gives Heads
@@ -63,7 +63,7 @@ class Bert(BertModel):
 class Headed(Bert):
     """Bert with transformers' head for a task in place of those of pretraining."""
 
-    kind: type[Kind]
+    head: Head
 
     def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """As Bert.forward; on the last stage logits (B, L) of a pooled head or (B, T, L), alike on every tp rank."""
@@ -72,8 +72,8 @@ class Headed(Bert):
             return hidden
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        seen = self.pooler(hidden, 0) if self.kind.pooled else hidden.transpose(0, 1)  # (B, H) or (B, T, H)
-        return self.binary_head(F.dropout(seen, self.config.hidden_dropout, self.training and self.kind.dropout))
+        seen = self.pooler(hidden, 0) if self.head.pooled else hidden.transpose(0, 1)  # (B, H) or (B, T, H)
+        return self.binary_head(F.dropout(seen, self.config.hidden_dropout, self.training and self.head.dropout))
 
     def use_whole_positions(self) -> None:
         if self.pooler is not None:
@@ -140,9 +140,9 @@ def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert],
             norm = mcore.Norm(config, m.hidden, m.norm_eps)
             net.embedding.embedding_dropout = torch.nn.Sequential(norm, net.embedding.embedding_dropout)
     if net.post_process and kind is Headed:
-        net.kind = m.does
+        net.head = m.task_head
         net.lm_head = net.output_layer = None
-        net.pooler = net.pooler if m.does.pooled else None
+        net.pooler = net.pooler if m.task_head.pooled else None
         net.binary_head = torch.nn.Linear(m.hidden, len(m.labels))
     if net.post_process:
         net.use_whole_positions()

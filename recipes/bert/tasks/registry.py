@@ -1,0 +1,43 @@
+"""Which tasks BERT is finetuned on, and the type of each: its head and its datasets."""
+
+from typing import Any, NamedTuple
+
+from common.evaluation import glue
+
+from . import multiple_choice, question_answering, sequence_classification, token_classification
+from .base import Head, TaskDataset
+
+# model.task_type, which follows from task.name
+HEADS: dict[str, Head] = {
+    "sequence_classification": sequence_classification.HEAD,
+    "multiple_choice": multiple_choice.HEAD,
+    "token_classification": token_classification.HEAD,
+    "question_answering": question_answering.HEAD,
+}
+
+
+class Task(NamedTuple):
+    task_type: str  # of HEADS
+    dataset: type[TaskDataset]
+
+
+TASKS: dict[str, Task] = {
+    **dict.fromkeys(glue.TASKS, Task("sequence_classification", sequence_classification.GlueDataset)),
+    "classify": Task("sequence_classification", sequence_classification.LabelledDataset),
+    "squad": Task("question_answering", question_answering.SquadDataset),
+    "squad2": Task("question_answering", question_answering.SquadDataset),
+    "race": Task("multiple_choice", multiple_choice.RaceDataset),
+    "ner": Task("token_classification", token_classification.TaggedDataset),
+}
+LABEL_KEYS = {"classify": "labels", "ner": "tags"}  # tasks whose labels a key of the section `task` gives
+
+
+# Values of the key in earlier versions, which called it model.kind.
+_EARLIER = {
+    "text": "sequence_classification", "labelled": "sequence_classification", "choice": "multiple_choice",
+    "token": "token_classification", "span": "question_answering",
+}  # fmt: skip
+
+
+def task_type_now(value: Any) -> Any:
+    return _EARLIER.get(value, value) if isinstance(value, str) else value
