@@ -76,12 +76,17 @@ def labels_of(name: str) -> np.ndarray:
     return np.arange(8) % len(known) if known else np.arange(8, dtype=np.float32) % 5
 
 
+class Dataset(list[str]):
+    unit = "examples"
+    notes: list[str] = []
+
+
 def of_finetuned_texts(folder: Path) -> Scores:
     """recipes/gpt/finetune.py after an evaluation without loss."""
     found = {}
     for name in ("lm", "sft"):
         cfg = SimpleNamespace(task=SimpleNamespace(name=name), train=SimpleNamespace(eval_samples=None))
-        run = SimpleNamespace(out=folder / name, cfg=cfg, train=TEXTS, valid=TEXTS)
+        run = SimpleNamespace(out=folder / name, cfg=cfg, train=Dataset(TEXTS), valid=Dataset(TEXTS))
         selection = SimpleNamespace(enter=lambda step, loss: True, best=1, metric="loss")
         log = SimpleNamespace(valid=lambda *values, **more: None, first=True)
         of_texts.is_best(run, selection, log, 1, 0.0, len(TEXTS))
