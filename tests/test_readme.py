@@ -1,4 +1,4 @@
-"""The documents: each command line names files that are there and its `--help` or `--dry-run` works; links lead somewhere."""
+"""The documents: each command names existing files, its `--help` or `--dry-run` works, and links have targets."""
 
 import os
 import re
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))
 OTHERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if p.name != "table.md")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *OTHERS, *FAMILIES]
-# run as they stand by the reader; their paths are checked
-SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", "."}
+# commands of the shell and of other tools: only their paths are checked
+SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", ".", ".venv/bin/pre-commit"}
 OWN = {"FAMILY", "STACK", "NAME", "mine"}  # in a path, these stand for the reader's own
 
 
@@ -29,8 +29,13 @@ class Line(NamedTuple):
         return f"{self.document}: {' '.join(self.words)}"
 
 
+def of_gpt(word: str) -> str:
+    """A path or module of the reader's own recipe, as that of GPT, from which it is copied."""
+    return re.sub(r"^recipes([/.])(?:mine|FAMILY)\b", r"recipes\1gpt", word)
+
+
 def lines_of(document: str) -> list[Line]:
-    found = []
+    lines = []
     for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S):
         for text in block.replace("\\\n", " ").splitlines():
             for part in text.split("&&"):
@@ -39,15 +44,15 @@ def lines_of(document: str) -> list[Line]:
                 while words and re.match(r"[A-Z_]+=", words[0]):
                     key, _, env[key] = words.pop(0).partition("=")
                 if words:
-                    found.append(Line(document, env, words))
-    return found
+                    lines.append(Line(document, env, words))
+    return lines
 
 
 LINES = [line for document in DOCUMENTS for line in lines_of(document)]
 
 
 def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """In the repository's root, as on a machine without GPUs."""
+    """Run in the repository's root, as on a machine without GPUs."""
     given = {k: v for k, v in os.environ.items() if k not in ("NPROC", "NNODES", "RANK", "WORLD_SIZE")}
     return subprocess.run(
         command, cwd=ROOT, env=given | {"CUDA_VISIBLE_DEVICES": ""} | env, capture_output=True, text=True, timeout=120
@@ -56,7 +61,7 @@ def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
 def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_settings: list[str], tmp_path: Path) -> None:
-    words, env = list(line.words), dict(line.env)
+    words, env = [of_gpt(word) for word in line.words], dict(line.env)
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
         assert (ROOT / words[script]).is_file()
@@ -74,13 +79,11 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
         assert all(option in done.stdout for option in options), (options, done.stdout)
     elif words[0] == "bash":
         script = words[1]
-        if script == "recipes/mine/deepspeed/pretrain.sh":  # the reader's copy
-            script, words[2] = script.replace("mine", "gpt"), words[2].replace("mine", "gpt")
         assert (ROOT / script).is_file(), line.name
         if script.endswith("pretrain.sh") and "CONFIG" not in words:
             # OUT may be there already, and the corpus, which then decides the vocabulary, may be not
-            made = {"bert": bert_settings, "t5": t5_settings}.get(words[2].split("/")[1], settings)
-            corpus = made if "corpora/python" in (ROOT / words[2]).read_text(encoding="utf-8") else []
+            words_of_family = {"bert": bert_settings, "t5": t5_settings}.get(words[2].split("/")[1], settings)
+            corpus = words_of_family if "corpora/python" in (ROOT / words[2]).read_text(encoding="utf-8") else []
             command = ["bash", script, words[2], str(tmp_path / "out"), *words[4:], *corpus, "--dry-run"]
             done = run(command, env | ({"MASTER_ADDR": "127.0.0.1"} if "MASTER_ADDR" in env else {}))
             assert done.returncode == 0, done.stderr
@@ -97,7 +100,7 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document: str) -> None:
+def test_links_have_targets(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     missing = [t for t in targets if "://" not in t and not (ROOT / document).parent.joinpath(t).exists()]
@@ -105,7 +108,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_paths_in_the_text_are_there(document: str) -> None:
+def test_paths_in_the_text_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:recipes|scripts|common|data|tests|\.ci|\.github)/[\w/.-]+\.(?:py|sh|yaml|md|yml|toml))`", text)
     missing = [p for p in paths if not (ROOT / p).exists() and not OWN & set(re.split(r"[/.]", p))]
