@@ -1,11 +1,14 @@
-"""What only a GPU can show, of every family: parity of the stacks, speed, memory, the tests marked gpu.
+"""Checks what only a GPU can show of every family: parity of the stacks, speed, memory, the tests marked gpu.
 
-    bash scripts/gpu_check.sh OUT [--family F ...] [--only parity|tests|speed ...] [--minutes M] [--cpu-rehearsal]
+    bash scripts/gpu_check.sh OUT [--family F ...] [--only corpus|parity|tests|speed ...] [--configs C ...] [--minutes M]
 
-One GPU, no network, its own synthetic corpora. Each part runs in a process of its own under a time limit; one that fails,
-or for which too little time is left, does not stop the others, but the exit code says so (1). Results: OUT/gpu_check.json
-and OUT/gpu_check.md; what the parts printed: OUT/logs/. --cpu-rehearsal goes the same way on a CPU with tiny shapes: its
-figures mean nothing, it only shows that every part runs.
+It needs one GPU and no network. The corpus of a family is the first 2 MB of the one that its configs/quickstart.yaml names.
+Parity is that of scripts/parity.py for each configs/tiny*.yaml on one process, in fp32 and in bf16. Speed is measured on two
+sizes per family: --configs, or the configs nearest to 0.35 and to 1.3 billion parameters.
+
+Each part runs in a process of its own under a time limit. A part that fails, or for which too little time is left, does not
+stop the others, but the exit code is 1 then. Results: OUT/gpu_check.json and OUT/gpu_check.md; output of the parts: OUT/logs/.
+--cpu-rehearsal runs every part on a CPU with tiny shapes. Its figures mean nothing.
 """
 
 import argparse
@@ -24,190 +27,98 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from common import config as configs
+from common import families
 from common.checkpoints import run_record
-from common.data import tokenizer as tokenizers
-from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput, exit_cleanly
-from common.launch import processes
+from common.launch import in_process, processes
 from common.paths import ROOT
 from common.planning import flops, memory
-from scripts.bench_speed import Enough, write_corpus
+from common.preflight import task_module
+from common.yaml_files import read_yaml
+from scripts import parity
+from scripts.bench_speed import Enough
 
-Layouts = dict[str, tuple[str, list[str]]]  # name -> stack, overrides
-
-
-class Family(NamedTuple):
-    """What a family has checked."""
-
-    corpus: Callable[[Path, int, int], None]  # (prefix, tokens, ids): writes a synthetic corpus
-    plain: str  # module whose losses(config, overrides, device) is the plain loop: [(loss, gradient norm)] by step
-    tiny: tuple[str, ...]  # configs whose parity is checked
-    sizes: dict[str, tuple[int, ...]]  # configs whose speed is measured -> micro batches to try, largest first
-
-
-def write_sentences(prefix: Path, tokens: int, vocab: int) -> None:
-    """A synthetic corpus for BERT: documents of 40 sentences of 8 to 40 ids, few of which are frequent."""
-    rng = np.random.default_rng(0)
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    folder = prefix.with_name("tokenizer")
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [*special, *(f"w{i}" for i in range(vocab - len(special)))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    writer = IndexedDatasetWriter(prefix, tokenizers.token_dtype(vocab))
-    while writer.tokens < tokens:
-        lengths = rng.integers(8, 40, 40)
-        writer.add_sentences([5 + (rng.random(n) ** 4 * (vocab - 5)).astype(np.int64) for n in lengths])
-    writer.finish()
-    facts = {"tokenizer": "tokenizer", "tokenizer_hash": tokenizers.load(folder).hash, "tokenizer_size": vocab}
-    write_manifest(prefix, facts)
-
-
-def write_spans(prefix: Path, tokens: int, vocab: int) -> None:
-    """A synthetic corpus for T5: documents of 1,000 ids, few of which are frequent, and the sentinels of its tokenizer."""
-    from tokenizers import Tokenizer, models
-
-    special, sentinels = ["<pad>", "</s>", "<unk>"], [f"<extra_id_{i}>" for i in reversed(range(tokenizers.SENTINELS))]
-    words = vocab - len(special) - len(sentinels)
-    pieces = [*special, *(f"\u2581w{i}" for i in range(words)), *sentinels]
-    backend = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=2))
-    backend.add_special_tokens([*special, *sentinels])
-    folder = prefix.with_name("tokenizer")
-    tokenizers.Tokenizer(backend).save(folder)
-    rng = np.random.default_rng(0)
-    writer = IndexedDatasetWriter(prefix, tokenizers.token_dtype(vocab))
-    while writer.tokens < tokens:
-        writer.add(len(special) + (rng.random(1000) ** 4 * words).astype(np.int64))
-    writer.finish()
-    facts = {"tokenizer": "tokenizer", "tokenizer_hash": tokenizers.load(folder).hash, "tokenizer_size": vocab}
-    write_manifest(prefix, facts)
-
-
-# A new family adds its line here.
-FAMILIES = {
-    "gpt": Family(
-        write_corpus, "tests.plain", ("tiny", "tiny_llama"), {"megatron_355m": (16, 8, 4, 2), "gpt3_1.3b": (8, 4, 2, 1)}
-    ),
-    "bert": Family(
-        write_sentences, "tests.plain_bert", ("tiny", "tiny_postln"),
-        {"bert_large": (128, 64, 32, 16), "megatron_1.3b": (16, 8, 4, 2)},
-    ),
-    "t5": Family(
-        write_spans, "tests.plain_t5", ("tiny", "tiny_v1_1"), {"t5_v1_1_large": (64, 32, 16, 8), "t5_3b": (16, 8, 4, 2)}
-    ),
-}  # fmt: skip
-FP32: Layouts = {
-    "baseline": ("baseline", []),
-    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
-    "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
-    "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
-    "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
-    "megatron": ("megatron", []),
-    "megatron_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
-}
-BF16: Layouts = {name: FP32[name] for name in FP32 if name != "zero2"}
-STACKS = configs.STACKS
-
-LOSS, NORM = 1e-5, 1e-4  # fp32 against the plain loop: largest difference of loss; of gradient norm, relative
-FALL = 0.2  # at least, of the plain loop's loss
-BF16_LOSS = 1e-2  # bf16 against the fp32 plain loop; tests/test_parity.py measured 2.9e-3 on a CPU
-TINY_VOCAB = 512
-TINY = (f"model.vocab_size={TINY_VOCAB}", "data.valid=null")
+CORPUS_MB = 2
+SPEED_SIZES = (0.35e9, 1.3e9)  # parameters
+MICRO_BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)  # to try, largest first
 # One GPU, no pipeline, nothing recomputed, and the optimizer that each stack has; else as the config has it.
 ALONE = (
-    "data.valid=null", "baseline.recompute=false", "deepspeed.recompute=false", "deepspeed.zero_stage=1", "megatron.tp=1",
+    "data.valid=null", "data.tokenizer=null", "baseline.recompute=false",
+    "deepspeed.recompute=false", "deepspeed.zero_stage=1", "megatron.tp=1",
     "megatron.sequence_parallel=false", "megatron.distributed_optimizer=true", "optim.optimizer=adamw",
 )  # fmt: skip
 ACCUMULATE = 4  # micro batches a step
 FULL = 0.75  # of the GPU's memory that the estimate may reach
 REHEARSED = (
-    "model.layers=2", "model.hidden=64", "model.heads=4", "model.vocab_size=512", "data.seq_len=64",
+    "model.layers=2", "model.hidden=64", "model.heads=4", "model.vocab_size=8192", "data.seq_len=64",
 )  # fmt: skip
 WARMUP, STEPS = 3, 6  # of a speed run
+STEPS_OF_PARITY = 20
 
 # Seconds: what a part needs at least to be begun, and when it is ended.
-BUDGET = {"parity": (60, 170), "tests": (45, 130), "speed": (45, 90)}
+BUDGET = {"corpus": (10, 120), "parity": (60, 200), "tests": (45, 130), "speed": (45, 90)}
 
 
 # ---- inside a part's own process -------------------------------------------------------------------------------------
 
 
-def train(module: str, config: str, out: Path, overrides: Sequence[str]) -> None:
-    """One recipe from start to end in this process; it may be called again for another."""
-    from tests import drive
-
-    drive._forget_accelerator()
-    processes.start()
-    before = drive._groups()
-    try:
-        importlib.import_module(module).main([config, str(out), *overrides])
-    finally:
-        drive._leave_groups(before)
-
-
-def lines(out: Path) -> dict[int, dict[str, float]]:
-    """The training lines of a run by step."""
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    return {line["step"]: line for line in map(json.loads, text.splitlines()) if "loss" in line}
+def corpus(family: str, folder: Path) -> dict[str, Any]:
+    """The beginning of the family's own corpus, by the command that its quickstart has."""
+    path = configs_of(family) / "quickstart.yaml"
+    cfg = configs.load(path, [], task_module(family, {}).Config)
+    if cfg.quickstart is None:
+        raise BadInput(f"{path}: has no quickstart.corpus, the command that makes the family's corpus")
+    module, _, *options = cfg.quickstart.corpus_words
+    command = [sys.executable, "-m", module, str(folder / family / "corpus"), *options, "--max-mb", str(CORPUS_MB)]
+    done = subprocess.run(command, cwd=ROOT)
+    return {"ok": done.returncode == 0, "summary": " ".join(command[1:3] + options)}
 
 
-def config_path(family: str, name: str) -> str:
-    return str(ROOT / f"recipes/{family}/configs/{name}.yaml")
+def configs_of(family: str) -> Path:
+    return ROOT / "recipes" / family / "configs"
 
 
-def parity(family: str, folder: Path) -> dict[str, Any]:
-    """Every layout against the plain fp32 loop on the same device, and against each other."""
+def parity_of(family: str, folder: Path) -> dict[str, Any]:
+    """Every layout of one process beside the first, in fp32 and bf16, for each tiny config."""
     processes.quiet()
-    corpus = folder / "corpus" / "train"
-    FAMILIES[family].corpus(corpus, 50_000, TINY_VOCAB)
-    device = processes.start().device
-    plain = importlib.import_module(FAMILIES[family].plain)
-    shared = [*TINY, f"data.train={corpus}"]
-    rows, spread, fell = [], {}, []
-    for arch in FAMILIES[family].tiny:
-        path = config_path(family, arch)
-        clear = getattr(plain, "clear_of_kinks", None)  # T5 1.0 has ReLUs, which have no derivative at 0
-        given = clear(lambda more, path=path: plain.steps(Path(path), more, device), shared) if clear else shared
-        expected = plain.losses(Path(path), given, device)
-        fell.append(expected[0][0] - expected[-1][0])
-        for dtype, layouts in (("fp32", FP32), ("bf16", BF16)):
-            found = []
-            for name, (stack, overrides) in layouts.items():
-                module, out = f"recipes.{family}.{stack}.pretrain", folder / dtype / arch / name
-                begin = time.perf_counter()
-                row: dict[str, Any] = {"config": arch, "dtype": dtype, "layout": name}
-                try:
-                    train(module, path, out, [*given, f"train.dtype={dtype}", *overrides])
-                    row |= compared(lines(out), expected, dtype)
-                    found.append(row.pop("losses"))
-                except Exception as error:  # the next layout may do: there is one process, no collective hangs
-                    traceback.print_exc()
-                    row |= {"ok": False, "error": told(error)}
-                rows.append(row | {"seconds": time.perf_counter() - begin})
-            if len(found) > 1:
-                spread[f"{arch}, {dtype}"] = max(max(values) - min(values) for values in zip(*found, strict=True))
-    return {"ok": all(row["ok"] for row in rows) and min(fell) > FALL, "rows": rows, "spread": spread, "fell": fell}
+    rows: list[dict[str, Any]] = []
+    layouts = parity.usual_layouts(families.stacks(family), 1)
+    for path in sorted(configs_of(family).glob("tiny*.yaml")):
+        for dtype in ("fp32", "bf16"):
+            shared = [f"data.train={folder / family / 'corpus/train'}", "data.valid=null", f"train.dtype={dtype}"]
+            out = folder / family / path.stem / dtype
+            cases, left_out = parity.cases_of(str(path), shared, layouts, STEPS_OF_PARITY, 1, out, optional=True)
+            print(*left_out, sep="\n")
+            done: list[parity.Row] = []
+            while len(done) < len(cases):  # a case that raises ends an iteration; there is one process, no collective hangs
+                for row in parity.run_cases(cases[len(done) :], cases[0], dtype):
+                    parity.show(row)
+                    done.append(row)
+            rows += [{"config": path.stem, "dtype": dtype, **row._asdict()} for row in done]
+    return {"ok": bool(rows) and all(row["verdict"] != "fail" for row in rows), "rows": rows}
 
 
-def compared(steps: dict[int, dict[str, float]], expected: list[tuple[float, float]], dtype: str) -> dict[str, Any]:
-    """A run's steps beside the plain loop's losses and gradient norms."""
-    losses = [steps[n]["loss"] for n in range(1, len(expected) + 1)]
-    norms = [steps[n]["grad_norm"] for n in range(1, len(expected) + 1)]
-    loss = max(abs(a - b) for a, (b, _) in zip(losses, expected, strict=True))
-    norm = max(abs(a / b - 1) for a, (_, b) in zip(norms, expected, strict=True))
-    ok = loss <= LOSS and norm <= NORM if dtype == "fp32" else 0 < loss <= BF16_LOSS  # 0: bf16 was not used
-    return {"ok": ok, "loss_diff": loss, "norm_diff": norm, "losses": losses}
-
-
-def told(error: Exception) -> str:
-    """The first line of what an exception says."""
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def speed_configs(family: str) -> list[str]:
+    """The pretraining configs whose parameters are nearest to SPEED_SIZES."""
+    sizes: dict[str, int] = {}
+    for path in sorted(configs_of(family).glob("*.yaml")):
+        values = read_yaml(path)
+        if "task" not in values:
+            cfg = configs.load(path, list(ALONE), task_module(family, values).Config)
+            if cfg.model.vocab_size is not None:  # else its tokenizer gives it, and it is small
+                sizes[path.stem] = cfg.model.resolve(cfg, None).parameter_count()
+    nearest = (min(sizes, key=lambda name: abs(math.log(sizes[name] / size)), default=None) for size in SPEED_SIZES)
+    return list(dict.fromkeys(name for name in nearest if name is not None))
 
 
 def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> dict[str, Any]:
@@ -217,20 +128,17 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
 
     device = processes.start().device
     cuda = device.type == "cuda"
-    task = importlib.import_module(f"recipes.{family}.task")
+    task = task_module(family, {})
+    path = configs_of(family) / f"{name}.yaml"
     fixed = [*ALONE, *(REHEARSED if rehearsal else ())]
-    model = configs.load(config_path(family, name), fixed, task.Config).model
-    corpus = folder / "corpus" / name / "train"
-    tokens = 200_000 if rehearsal else 2_000_000
-    FAMILIES[family].corpus(corpus, tokens, model.vocab_size)
     room = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
     notes = []
-    sizes = FAMILIES[family].sizes[name]
-    for micro in sizes[-1:] if rehearsal else sizes:
+    for micro in MICRO_BATCHES[-1:] if rehearsal else MICRO_BATCHES:
         overrides = [
-            *fixed, f"data.train={corpus}", f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
+            *fixed, f"data.train={folder / family / 'corpus/train'}", 
+            f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
         ]  # fmt: skip
-        cfg = configs.load(config_path(family, name), overrides, task.Config)
+        cfg = configs.load(path, overrides, task.Config)
         cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
         estimate = memory.estimate_for(cfg, cfg.model, stack, 1)["total"]
         if estimate > FULL * room:
@@ -240,9 +148,10 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         module, out = f"recipes.{family}.{stack}.pretrain", folder / f"{name}_{stack}_{micro}"
-        seconds, tokens_of = [], []
+        seconds: list[float] = []
+        tokens_of: list[int] = []
         with contextlib.suppress(torch.OutOfMemoryError):
-            seconds, tokens_of = timed(module, config_path(family, name), out, overrides)
+            seconds, tokens_of = timed(module, str(path), out, overrides)
         if not seconds:
             notes.append(f"micro batch {micro}: out of memory")
             forget()
@@ -285,7 +194,7 @@ def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> tupl
 
     plain, recipe.Log = recipe.Log, Stopwatch
     try:
-        train(module, config, out, overrides)
+        in_process.run(module, [config, str(out), *overrides])
     except Enough:
         pass
     finally:
@@ -321,24 +230,33 @@ def tests(folder: Path, rehearsal: bool) -> dict[str, Any]:
 def child(part: Sequence[str], folder: Path, rehearsal: bool) -> dict[str, Any]:
     kind, *words = part
     try:
+        if kind == "corpus":
+            return corpus(*words, folder)
         if kind == "parity":
-            return parity(*words, folder)
+            return parity_of(*words, folder)
         if kind == "speed":
             return speed(*words, folder, rehearsal)
         return tests(folder, rehearsal)
     except Exception as error:
         traceback.print_exc()
-        return {"ok": False, "error": told(error)}
+        return {"ok": False, "error": first_line(error)}
 
 
 # ---- the parts, one after the other ----------------------------------------------------------------------------------
 
 
-def parts(families: Sequence[str]) -> list[tuple[str, ...]]:
+def parts(names: Sequence[str], sizes: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+    """The parts of a check of these families. sizes: the configs whose speed is measured."""
     return [
-        *(("parity", family) for family in families),
+        *(("corpus", family) for family in names),
+        *(("parity", family) for family in names),
         ("tests",),
-        *(("speed", family, name, stack) for family in families for name in FAMILIES[family].sizes for stack in STACKS),
+        *(
+            ("speed", family, name, stack)
+            for family in names
+            for name in sizes or speed_configs(family)
+            for stack in families.stacks(family)
+        ),
     ]
 
 
@@ -369,15 +287,15 @@ def run_part(part: Sequence[str], out: Path, rehearsal: bool, left: float) -> di
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if code is None:
-        found = {"ok": False, "error": f"ended after {limit:.0f} s"}
+        values = {"ok": False, "error": f"ended after {limit:.0f} s"}
     elif result.exists():
-        found = json.loads(result.read_text(encoding="utf-8"))
+        values = json.loads(result.read_text(encoding="utf-8"))
     else:
-        found = {"ok": False, "error": f"exit code {code}, see {log}"}
+        values = {"ok": False, "error": f"exit code {code}, see {log}"}
     seconds = time.perf_counter() - begin
-    status = "pass" if found.pop("ok") else "fail"
-    print(f"{status:<7} {name}  {seconds:.0f} s  {found.get('error') or found.get('summary') or ''}", flush=True)
-    return {"part": name, "status": status, "seconds": seconds, **found}
+    status = "pass" if values.pop("ok") else "fail"
+    print(f"{status:<7} {name}  {seconds:.0f} s  {values.get('error') or values.get('summary') or ''}", flush=True)
+    return {"part": name, "status": status, "seconds": seconds, **values}
 
 
 def machine(rehearsal: bool) -> dict[str, Any]:
@@ -396,39 +314,40 @@ def machine(rehearsal: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- telling ---------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, form: str = "{:.1e}", scale: float = 1.0) -> str:
     return "-" if value is None else form.format(value * scale)
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """The Markdown of OUT/gpu_check.md."""
-    m = found["machine"]
+    m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in (m["versions"] | {"torch": m["torch"]}).items() if version)
     on = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}" if m["gpu"] else "a CPU"
     text = ["# GPU check", "", f"{on}, python {m['python']}, {versions}, commit {m['commit']}"]
-    if found["rehearsal"]:
+    if results["rehearsal"]:
         text += ["", "**Rehearsal on a CPU with tiny shapes: the figures mean nothing.**"]
     text += ["", "| part | status | s | note |", "|---|---|---|---|"]
-    for p in found["parts"]:
+    for p in results["parts"]:
         note = p.get("error") or p.get("summary") or "; ".join(p.get("notes", []))
         text.append(f"| {p['part']} | {p['status']} | {p['seconds']:.0f} | {note} |")
-    rows = [row for p in found["parts"] for row in p.get("rows", [])]
+    rows = [row for p in results["parts"] for row in p.get("rows", [])]
     if rows:
-        goal = f"loss {LOSS:g} and norm {NORM:g} in fp32, loss {BF16_LOSS:g} in bf16"
-        text += ["", f"## Parity: one process, 20 steps, against a plain PyTorch loop in fp32 (goal: {goal})", ""]
-        text += ["| config | dtype | layout | loss | gradient norm, relative | |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        verdict = "pass" if row["ok"] else f"**fail** {row.get('error', '')}"
-        diffs = f"{number(row.get('loss_diff'))} | {number(row.get('norm_diff'))}"
-        text.append(f"| {row['config']} | {row['dtype']} | {row['layout']} | {diffs} | {verdict} |")
-    for p in found["parts"]:
+        goal = f"loss {parity.LOSS:g} and norm {parity.NORM:g} in fp32, loss {parity.BF16:g} in bf16"
         text += [
-            f"\nLargest difference between the layouts, {name}: {value:.1e}" for name, value in p.get("spread", {}).items()
+            "",
+            f"## Parity: one process, {STEPS_OF_PARITY} steps, relative to the first layout in fp32 (goal: {goal})",
+            "",
         ]
-    speeds = [p for p in found["parts"] if "tokens_per_s" in p]
+        text += ["| config | dtype | layout | loss | gradient norm | |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        verdict = row["verdict"] if row["verdict"] != "fail" else f"**fail** {row['reason']}"
+        text.append(
+            f"| {row['config']} | {row['dtype']} | {row['name']} | {number(row['loss'])} | {number(row['norm'])} | {verdict} |"
+        )
+    speeds = [p for p in results["parts"] if "tokens_per_s" in p]
     if speeds:
         text += ["", f"## Speed and memory: bf16, {ACCUMULATE} micro batches a step, nothing recomputed", ""]
         columns = ["config", "stack", "parameters", "micro batch", "tokens/s", "TFLOP/s", "MFU", "MFU, causal half",
@@ -450,13 +369,14 @@ def main() -> int:
     p.add_argument("--cpu-rehearsal", action="store_true", help="the same way on a CPU with tiny shapes")
     p.add_argument("--minutes", type=float, default=8.7, help="in all (default 8.7, which suits one family)")
     p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="these parts alone")
-    p.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="these alone (default: all)")
+    p.add_argument("--family", nargs="+", choices=families.names(), default=families.names(), help="these alone (default: all)")
+    p.add_argument("--configs", nargs="+", metavar="C", help="whose speed is measured, by name (default: two per family)")
     p.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     out = args.out.resolve()
     if args.child:
-        found = child(args.child, out / "work", args.cpu_rehearsal)
-        (out / "work" / "result.json").write_text(json.dumps(found), encoding="utf-8")
+        values = child(args.child, out / "work", args.cpu_rehearsal)
+        (out / "work" / "result.json").write_text(json.dumps(values), encoding="utf-8")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
@@ -468,21 +388,29 @@ def main() -> int:
 
     if not args.cpu_rehearsal and not torch.cuda.is_available():
         raise BadInput(f"torch {torch.__version__} sees no CUDA GPU here; --cpu-rehearsal tries the parts on a CPU")
+    unknown = [
+        f"{family}/{name}"
+        for family in args.family
+        for name in args.configs or []
+        if not (configs_of(family) / f"{name}.yaml").is_file()
+    ]
+    if unknown:
+        raise BadInput(f"--configs: no recipes/{unknown[0].replace('/', '/configs/')}.yaml")
     if (out / "gpu_check.json").exists():
         raise BadInput(f"{out}: holds a GPU check already; choose another OUT")
     for name in ("work", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"machine": machine(args.cpu_rehearsal), "rehearsal": args.cpu_rehearsal, "parts": []}
+    results: dict[str, Any] = {"machine": machine(args.cpu_rehearsal), "rehearsal": args.cpu_rehearsal, "parts": []}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the part that runs ends too
-    for part in [part for part in parts(args.family) if part[0] in args.only]:
+    for part in [part for part in parts(args.family, args.configs) if part[0] in args.only]:
         left = args.minutes * 60 - (time.perf_counter() - begin)
-        found["parts"].append(run_part(part, out, args.cpu_rehearsal, left))
-        found["seconds"] = time.perf_counter() - begin
-        (out / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (out / "gpu_check.md").write_text(report(found), encoding="utf-8")
+        results["parts"].append(run_part(part, out, args.cpu_rehearsal, left))
+        results["seconds"] = time.perf_counter() - begin
+        (out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / "gpu_check.md").write_text(report(results), encoding="utf-8")
     shutil.rmtree(out / "work", ignore_errors=True)
-    print(report(found))
-    return 0 if all(part["status"] == "pass" for part in found["parts"]) else 1
+    print(report(results))
+    return 0 if all(part["status"] == "pass" for part in results["parts"]) else 1
 
 
 def find(package: str) -> bool:

@@ -41,6 +41,7 @@ from common.launch.launcher import visible_gpus
 from common.layout import layout_for
 from common.paths import ROOT
 from common.preflight import prepare, task_module
+from common.yaml_files import read_yaml
 from scripts.plan import name_of
 
 LOSS, NORM = 1e-5, 1e-4  # fp32: largest relative differences
@@ -127,7 +128,7 @@ def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc
     """The run of a layout, with a micro batch that divides the batch. BadInput where the recipe, or this number of processes,
     does not allow the layout."""
     family, (stack, values) = families.of_config(path), layout
-    schema = task_module(family, config.read_yaml(path)).Config
+    schema = task_module(family, read_yaml(path)).Config
     overrides = [*shared, *(f"{stack}.{key}={value}" for key, value in values.items())]
     cfg = config.load(path, overrides, schema)
     system = getattr(cfg, stack)
@@ -144,7 +145,7 @@ def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc
 
 def shared_overrides(path: str, overrides: Sequence[str], steps: int) -> list[str]:
     """What every run is given: few steps of the config's own schedule, and a short validation. BadInput for dropout."""
-    cfg = config.load(path, overrides, task_module(families.of_config(path), config.read_yaml(path)).Config)
+    cfg = config.load(path, overrides, task_module(families.of_config(path), read_yaml(path)).Config)
     for key, value in config.flat(cfg.dump()).items():
         if key.endswith("dropout") and value:
             raise BadInput(f"{key}={value}: the layouts draw different masks, so that their curves differ; give {key}=0")
@@ -163,7 +164,7 @@ def cases_of(
 
     optional: a layout that the recipe refuses is left out, and is no error.
     """
-    script = "finetune" if "task" in config.read_yaml(path) else "pretrain"
+    script = "finetune" if "task" in read_yaml(path) else "pretrain"
     shared = shared_overrides(path, overrides, steps)
     cases: list[Case] = []
     refused: list[str] = []
@@ -176,7 +177,7 @@ def cases_of(
             refused.append(f"{name}: {error.problems[0]}")
     if refused and not (optional and cases):
         raise BadInput(refused)
-    if config.load(path, shared, task_module(families.of_config(path), config.read_yaml(path)).Config).train.dtype != "fp32":
+    if config.load(path, shared, task_module(families.of_config(path), read_yaml(path)).Config).train.dtype != "fp32":
         first = cases[0]
         reference = first._replace(name=f"{first.name}, fp32", out=str(out / "reference"))
         cases = [reference._replace(overrides=[*first.overrides, "train.dtype=fp32"]), *cases]
@@ -364,7 +365,7 @@ def main() -> int:
         path, folder = str(Path(args.config).resolve()), Path(name)
         cases, left_out = cases_of(path, overrides, given, args.steps, args.nproc, folder, optional=not layouts)
         first = cases[0]
-        task = task_module(family, config.read_yaml(path))
+        task = task_module(family, read_yaml(path))
         prepare(path, first.out, first.overrides, first.module.split(".")[2], task, args.nproc)  # its corpus is there
         dtype = config.load(path, overrides, task.Config).train.dtype
         print(f"recipes/{family}, {Path(path).stem}: {args.steps} steps, {args.nproc} processes, {', '.join(stacks)}")
