@@ -31,8 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import config as configs
-from common import families
+from common import config as configs, families
 from common.checkpoints import run_record
 from common.errors import BadInput, exit_cleanly
 from common.launch import in_process, processes
