@@ -119,10 +119,9 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drive]:
 
     def run(cases: list[dict[str, Any]], nproc: int, cwd: Path = ROOT) -> str:
         path, output = tmp_path_factory.mktemp("cases") / "cases.json", ""
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
         while cases:
             path.write_text(json.dumps(cases), encoding="utf-8")
-            printed = warm.run(["tests/drive.py", path], nproc, cwd, env, merged=True, timeout=3600).stdout
+            printed = warm.run(["tests/drive.py", path], nproc, cwd, merged=True, timeout=3600).stdout
             output += printed
             ended = re.findall(rf"^{END}(.*) code (-?\d+) [\d.]+ s (.*)$", printed, re.M)
             for case, (out, code, message) in zip(cases, ended, strict=False):

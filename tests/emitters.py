@@ -1,9 +1,6 @@
 """What the evaluators of this repository write of perfect predictions: {task: {metric: value}}, by running each of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +12,7 @@ from common.evaluation import glue, squad, text
 from recipes.bert import finetune
 from recipes.bert.tasks.registry import TASKS
 from recipes.gpt import finetune as of_texts
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
@@ -45,11 +43,9 @@ def of_language_models(folder: Path) -> Scores:
     shapes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 128, "vocab_size": words.size}
     shapes |= {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
     GPT2LMHeadModel(GPT2Config(**shapes)).save_pretrained(folder / "hf")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     tasks = ("wikitext103", "wikitext2", "wikitext2-raw", "lambada")
     where = ["--data", str(folder / "data"), "--out", str(folder)]
-    command = [sys.executable, "-m", "scripts.evaluate", str(folder / "hf"), *tasks, *where]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = warm.run(["-m", "scripts.evaluate", folder / "hf", *tasks, *where], timeout=300)
     assert done.returncode == 0, done.stderr
     found: Scores = {}
     for row in json.loads((folder / "eval.json").read_text(encoding="utf-8")):

@@ -25,6 +25,7 @@ from common.yaml_files import read_yaml
 from recipes.bert import task
 from recipes.bert.megatron import parameter_map
 from scripts import heldout
+from tests import warm
 
 VOCAB = 613  # a prime: does not divide by tp
 ARCHS = ("tiny", "tiny_postln")
@@ -147,9 +148,7 @@ def sts(source) -> list[tuple[float, str, str]]:
 
 def logits(cases: list[dict], folder: Path) -> str:
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/logits_bert.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(folder / "cases.json")], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run(["tests/logits_bert.py", folder / "cases.json"], nproc=2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -201,9 +200,8 @@ def test_minilm_in_megatron_reaches_its_published_sts_b(sts, tmp_path):
 # ---- commands
 
 
-def convert_cli(*words: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "recipes.bert.convert", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def convert_cli(*words: object) -> subprocess.CompletedProcess[str]:
+    return warm.run(["-m", "recipes.bert.convert", *words])
 
 
 def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):

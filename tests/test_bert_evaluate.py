@@ -1,9 +1,6 @@
 """BERT's heads on their tasks: tiny random models whose own answers, asked of plain transformers, are the gold ones."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT, case
+from conftest import case
 from test_metrics import official
 
 from common.errors import BadInput
@@ -19,6 +16,7 @@ from common.evaluation import glue, labelled, squad
 from recipes.bert import finetune
 from recipes.bert.tasks.base import TaskDataset
 from recipes.bert.tasks.registry import TASKS
+from tests import warm
 
 pytestmark = pytest.mark.timeout(600)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?'-"
@@ -99,8 +97,7 @@ for number, words in enumerate({[[*map(str, words)] for words in commands]!r}):
         made.append(str(error))
 pathlib.Path({str(out / "made.json")!r}).write_text(json.dumps(made))
 """)
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run([script])
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "made.json").read_text())
 

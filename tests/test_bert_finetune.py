@@ -25,7 +25,7 @@ from common.errors import BadInput
 from common.evaluation import glue
 from recipes.bert import task
 from recipes.bert.tasks import base
-from tests import plain_finetune
+from tests import plain_finetune, warm
 
 ARCHS = ("tiny", "tiny_postln")  # megatron-bert, bert
 TEXT = """\
@@ -368,11 +368,9 @@ def test_evaluating_the_run_gives_its_scores(runs, data, name, tmp_path: Path):
     run = runs[0] / name / "tp2_sp"
     found = []
     for ranks in (1, 2) if name == "squad" else (1,):
-        start = [sys.executable, *("-m".split() if ranks == 1 else "-m torch.distributed.run --nproc-per-node 2 -m".split())]
         out = tmp_path / str(ranks)
-        command = [*start, "scripts.evaluate", str(run), name, "--data", str(data / name), "--batch", "4", "--out", str(out)]
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        command = ["-m", "scripts.evaluate", run, name, "--data", data / name, "--batch", 4, "--out", out]
+        done = warm.run(command, nproc=ranks if ranks > 1 else 0)
         assert done.returncode == 0, done.stderr
         found.append({row["metric"]: row["value"] for row in json.loads((out / "eval.json").read_text())})
         for file in (run / "predictions").iterdir():
@@ -386,17 +384,16 @@ def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
     lines = [line.split("\t") for line in (data / "rte/dev.tsv").read_text(encoding="utf-8").splitlines()]
     (tmp_path / "test.tsv").write_text("\n".join("\t".join(line[:-1]) for line in lines) + "\n", encoding="utf-8")
     run = runs[0] / "rte/baseline"
-    command = [sys.executable, "-m", "scripts.evaluate", str(run), "rte", "--split", "test", "--out", str(tmp_path / "out")]
+    command = ["-m", "scripts.evaluate", run, "rte", "--split", "test", "--out", tmp_path / "out"]
     for folder, code, told in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/test/RTE.tsv")):
-        done = subprocess.run([*command, "--data", str(folder)], cwd=ROOT, capture_output=True, text=True)
+        done = warm.run([*command, "--data", folder])
         assert done.returncode == code and told in done.stdout + done.stderr, done.stderr
     assert (tmp_path / "out/predictions/test/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
     assert json.loads((tmp_path / "out/eval.json").read_text()) == []
 
 
 def test_a_head_writes_no_text(runs):
-    command = [sys.executable, "-m", "scripts.generate", str(runs[0] / "rte/baseline"), "--prompt", "the value"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.generate", runs[0] / "rte/baseline", "--prompt", "the value"])
     assert done.returncode == 2 and "ForSequenceClassification, which writes no text" in done.stderr, done.stderr
 
 

@@ -1,10 +1,8 @@
 """Interchange: names and rows move, no bit changes; logits and losses agree; exports load with plain transformers."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from common.stacks import mcore
 from common.yaml_files import read_yaml
 from recipes.gpt import task
 from recipes.gpt.megatron import parameter_map
+from tests import warm
 
 VOCAB = 1021  # a prime: does not divide by tp
 SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.tied=true"]}
@@ -103,9 +102,7 @@ def test_logits_equal_transformers(settings, folders, tmp_path):
         for layout in ([], ["megatron.tp=2"], ["megatron.tp=2", "megatron.sequence_parallel=true"])
     ]  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/logits.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(tmp_path / "cases.json")], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run(["tests/logits.py", tmp_path / "cases.json"], nproc=2)
     found = re.findall(r"LOGITS (\S+) of (\S+)", done.stdout)
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-3000:]
     assert all(float(diff) <= 1e-5 and float(largest) > 0.1 for diff, largest in found), found
@@ -130,9 +127,8 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     assert "validation loss" in card and "commit" in card and "vocab_size" in card
 
 
-def convert_cli(*words: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "recipes.gpt.convert", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def convert_cli(*words: object) -> subprocess.CompletedProcess[str]:
+    return warm.run(["-m", "recipes.gpt.convert", *words])
 
 
 def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):

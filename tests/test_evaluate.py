@@ -2,21 +2,19 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, case
+from conftest import case
 from hypothesis import given, strategies as st
 from transformers import GPT2LMHeadModel
 
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
 from common.evaluation import language
+from tests import warm
 
 
 @given(st.integers(2, 3000), st.integers(2, 600), st.integers(1, 600))
@@ -107,11 +105,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def evaluate(*arguments: object, ranks: int = 0, code: int = 0) -> str:
-    """The real command, by torchrun where ranks are given: what it printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    command = [sys.executable, *torchrun, "-m", "scripts.evaluate", *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    """What the command printed, on one process or as many ranks as are given."""
+    done = warm.run(["-m", "scripts.evaluate", *arguments], nproc=ranks, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout
 
@@ -273,8 +268,7 @@ def test_weights_that_are_not_the_models_are_refused(run: Path, data: Path, tmp_
     ):
         (folder / "config.json").write_text(json.dumps(stored | change))
         assert told in evaluate(*text, "--out", tmp_path / "out", code=2) and not (tmp_path / "out").exists()
-    command = [sys.executable, "-m", "scripts.generate", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.generate", folder])
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
     for change, told in (({"architectures": 5}, "is of no class"), ({"n_layer": "x"}, "n_layer")):
         (folder / "config.json").write_text(json.dumps(stored | change))
@@ -294,8 +288,7 @@ def test_where_results_cannot_go(run: Path, data: Path, tmp_path: Path):
 def test_generate_streams_the_same_text_from_the_run_and_its_export(run: Path):
     told = []
     for given_model in (run, run / "hf"):
-        command = [sys.executable, "-m", "scripts.generate", str(given_model), "--prompt", "def ", "--tokens", "12"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = warm.run(["-m", "scripts.generate", given_model, "--prompt", "def ", "--tokens", 12], timeout=100)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.split("\n", 1)[1])
     assert told[0] == told[1] and told[0].startswith("def ") and len(told[0]) > 6

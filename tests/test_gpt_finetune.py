@@ -33,7 +33,7 @@ from common.training import lora
 from data import sources
 from recipes.gpt import finetune, samples, task
 from scripts import evaluate, generate
-from tests import plain_gpt_finetune as plain
+from tests import plain_gpt_finetune as plain, warm
 
 ARCHS = ("tiny", "tiny_llama")
 SEQ = 96
@@ -327,12 +327,10 @@ def test_generate_asks_as_it_was_taught(runs):
     lines = (runs / "sft_tiny/pp2/predictions/valid.jsonl").read_text().splitlines()
     asked, said = next(m for m in (json.loads(line)["messages"] for line in lines) if len(m) == 2)
     words = [runs / "sft_tiny/pp2", "--prompt", asked["content"], "--chat", "--temperature", "0", "--tokens", "8"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "scripts.generate"]
-    done = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.generate", *words])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n", 1)[1].strip() == said["content"].strip() != ""
-    done = subprocess.run([*command, runs / "sft_tiny/pp2", "--chat"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.generate", runs / "sft_tiny/pp2", "--chat"])
     assert done.returncode == 2 and "--chat: there is no question; give --prompt TEXT" in done.stderr
 
 

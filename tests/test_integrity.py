@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from common.huggingface import export, interchange, pretrained
 from common.training import log
 from recipes.gpt import task
 from scripts import check, compare, evaluate, heldout, plot, seeds
+from tests import warm
 
 CFG = config.load(ROOT / "recipes/gpt/configs/tiny.yaml", ["model.vocab_size=512"], task.Config)
 CFG = CFG.model_copy(update={"model": CFG.model.resolve(CFG, None)})
@@ -388,8 +387,7 @@ def test_spoiled_weights_of_a_folder_are_named(exported: tuple[checkpoint.Checkp
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"hf: its transformer.h.1.mlp.c_fc.bias holds NaN or infinite values"):
         pretrained.load(AutoModelForCausalLM, folder)
-    command = [sys.executable, "-m", "recipes.gpt.convert", "from-hf", str(folder), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(["-m", "recipes.gpt.convert", "from-hf", folder, tmp_path / "out"])
     told = "hf: transformer.h.1.mlp.c_fc.bias holds NaN or infinite values; the run that made it diverged"
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()

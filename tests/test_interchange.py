@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from common import config
 from common.data import tokenizer
 from common.errors import BadInput
 from common.huggingface.interchange import to_hf
+from tests import warm
 
 CONFIGS = [
     ("gpt", "tiny"),
@@ -50,8 +49,7 @@ def folders(corpus: Path, sentences: Path, spans: Path, tmp_path_factory) -> Pat
         torch.manual_seed(3)
         task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(out / f"{family}_{name}")
         tokenizer.load(corpora[family] / "tokenizer").save(out / f"{family}_{name}")
-    command = [sys.executable, "-c", THERE_AND_BACK, str(out), *(f"{family}_{name}" for family, name in CONFIGS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(["-c", THERE_AND_BACK, out, *(f"{family}_{name}" for family, name in CONFIGS)])
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

@@ -1,14 +1,11 @@
 """A parameter that one side has and the other lacks is refused before the first step, on save and on export."""
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Drive
 
 from common.checkpoints import parameters
 from common.errors import BadInput
@@ -46,7 +43,7 @@ def changed_recipe(house: Path, name: str, task: Replacements = (), parameter_ma
 
 
 @pytest.fixture(scope="module")
-def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def outcomes(drive: Drive, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of the runs, and what tests/drive.py printed of them: two processes, every case in both."""
     house = tmp_path_factory.mktemp("house")
     for name in ("common", "tests"):
@@ -76,19 +73,7 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         config = str(ROOT / "recipes/gpt/configs/tiny.yaml")
         module = f"recipes.{name}.{stack}.pretrain"
         cases.append({"module": module, "config": config, "out": str(out), "overrides": [*settings, *overrides], "expect": 2})
-    (house / "cases.json").write_text(json.dumps(cases))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(house), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*torchrun, "tests/drive.py", "cases.json"],
-        cwd=house,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return house / "out", done.stdout
+    return house / "out", drive(cases, 2, house)
 
 
 MISSING = r"model.layers.0.self_attn.q_norm.weight \(and 7 more\) is missing; task.parameter_shapes has it"

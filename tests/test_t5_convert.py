@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from common.stacks import mcore
 from recipes.t5 import task
 from recipes.t5.megatron import parameter_map
 from scripts import heldout
+from tests import warm
 
 VOCAB = 709  # a prime: does not divide by tp
 ARCHS = ("tiny", "tiny_v1_1")
@@ -126,9 +126,7 @@ def test_logits_equal_transformers(t5_settings, folders, tmp_path):
         for more in ([], ["data.pack=false"])
     ]  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/logits_t5.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(tmp_path / "cases.json")], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run(["tests/logits_t5.py", tmp_path / "cases.json"], nproc=2)
     found = re.findall(r"LOGITS (\w+) (\S+) of (\S+)", done.stdout)
     assert len(found) == 2 * len(cases), done.stdout[-2000:] + done.stderr[-3000:]
     assert all(float(apart) <= 1e-5 and float(top) > 0.1 for _, apart, top in found), "\n".join(map(str, found))

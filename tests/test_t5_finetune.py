@@ -6,7 +6,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from common.errors import BadInput
 from common.evaluation import glue, hub, text
 from common.training import init
 from recipes.t5 import finetune, task
-from tests import plain_t5_finetune
+from tests import plain_t5_finetune, warm
 from tests.plain_t5 import clear_of_kinks
 
 TEXT = """\
@@ -252,9 +251,7 @@ if __name__ == "__main__":
 
 def test_a_signal_to_one_rank_ends_the_writing_of_all(tmp_path):
     (tmp_path / "stopped.py").write_text(STOPPED)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*two, tmp_path / "stopped.py", tmp_path], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = warm.run([tmp_path / "stopped.py", tmp_path], nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     told = "143: stopped after step 7, state saved; the same command continues\n"
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [f"0: {told}", f"1: {told}"]
@@ -270,12 +267,9 @@ def test_evaluate_gives_what_the_run_gave(runs, data, tmp_path):
     out = runs / "multi30k-en-de/tp2_sp"
     words = [str(out), "multi30k-en-de", "--data", str(data / "multi30k-en-de"), "--beams", "3", "--length-penalty", "0.6",
              "--tokens", "24", "--seq-len", "40"]  # fmt: skip
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     made = []
-    for name, how in (("one", []), ("two", two)):
-        command = [sys.executable, *how, "-m", "scripts.evaluate", *words, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    for name, ranks in (("one", 0), ("two", 2)):
+        done = warm.run(["-m", "scripts.evaluate", *words, "--out", tmp_path / name], nproc=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         made.append({m: row["value"] for m, row in rows_of(tmp_path / name).items()})
         written = (tmp_path / name / "predictions/multi30k-en-de.txt").read_bytes()
@@ -286,13 +280,12 @@ def test_evaluate_gives_what_the_run_gave(runs, data, tmp_path):
 def test_evaluate_scores_glue_in_words(runs, data, tmp_path):
     out = runs / "mrpc/baseline"
     words = [str(out), "mrpc", "--data", str(data / "mrpc"), "--beams", "3", "--tokens", "24", "--seq-len", "40"]
-    command = [sys.executable, "-m", "scripts.evaluate", *words, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.evaluate", *words, "--out", tmp_path])
     assert done.returncode == 0, done.stderr[-3000:]
     assert {m: row["value"] for m, row in rows_of(tmp_path).items()} == {m: row["value"] for m, row in rows_of(out).items()}
     assert (tmp_path / "predictions/mrpc/MRPC.tsv").read_bytes() == (out / "predictions/MRPC.tsv").read_bytes()
     words[1] = "wnli"
-    done = subprocess.run([*command[:3], *words], cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(["-m", "scripts.evaluate", *words])
     assert done.returncode == 2 and "wnli is for BERT with the head of such a task" in done.stderr
 
 

@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,11 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama", "transformers.models.megatron_bert.modeling_megatron_bert",
     "transformers.models.t5.modeling_t5", "yaml",
 )  # fmt: skip
-QUIET = {"DS_LOG_LEVEL": "error", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+# What the libraries read when they are imported
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_LOG_LEVEL": "error",
+    "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
 LOST = -1  # exit code of a command whose process group was killed from outside
 
 
@@ -48,13 +53,15 @@ def run(
     arguments: Sequence[object],
     nproc: int = 0,
     cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = MappingProxyType({}),
     merged: bool = False,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """`arguments` are those of Python: ["-m", MODULE, ...] or [SCRIPT, ...]. merged: standard error goes to standard output."""
+    """`arguments` are those of Python: ["-m", MODULE, ...], ["-c", CODE, ...] or [SCRIPT, ...]. env: beside the tests' own.
+    merged: standard error goes to standard output."""
     words = [str(word) for word in arguments]
-    request = {"arguments": words, "nproc": nproc, "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)} | dict(env)
+    request = {"arguments": words, "nproc": nproc, "cwd": str(cwd), "env": environment}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         code = _call(request, out, out if merged else err, timeout)
         texts = []
@@ -79,11 +86,10 @@ def _call(request: dict[str, Any], out: BinaryIO, err: BinaryIO, timeout: float)
 @functools.cache
 def _server() -> socket.socket:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
         [sys.executable, "-P", str(Path(__file__).resolve()), str(its.fileno())],
-        env=environment | threads | QUIET | {"CUDA_VISIBLE_DEVICES": ""}, pass_fds=[its.fileno()], start_new_session=True,
+        env=environment | ENVIRONMENT, pass_fds=[its.fileno()], start_new_session=True,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     its.close()
@@ -181,6 +187,11 @@ def _execute(request: dict[str, Any], out: int, err: int) -> NoReturn:
             sys.path[:0] = [request["cwd"], *paths]
             sys.argv = request["arguments"][1:]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        elif request["arguments"][0] == "-c":
+            sys.path[:0] = [request["cwd"], *paths]
+            _, text, *rest = request["arguments"]
+            sys.argv = ["-c", *rest]
+            exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = request["arguments"]
             sys.path[:0] = [str(Path(sys.argv[0]).resolve().parent), *paths]
