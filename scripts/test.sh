@@ -37,4 +37,7 @@ export PATH=$root/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 find . -name '*.sh' -not -path './.venv/*' -not -path './out/*' -print0 | xargs -0 shellcheck .ci/run
-pytest -c pyproject.toml --rootdir=. -q -m "not slow and not gpu and not slurm" --durations 40 "${arguments[@]}"
+# A file per worker and core: the tests of a file share their runs, and a run of two ranks leaves cores idle while it waits
+cores=$(nproc)
+workers=(-n "$((cores < 8 ? cores : 8))" --dist loadfile --no-loadscope-reorder)
+pytest -c pyproject.toml --rootdir=. -q "${workers[@]}" -m "not slow and not gpu and not slurm" --durations 40 "${arguments[@]}"

@@ -26,6 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--source", default=os.environ.get("SOURCE"), help="folder of shared texts and data sets")
 
 
+# Files whose first test makes all their runs, the longest first
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("t5_parity", "bert_parity", "parity", "gpt_finetune", "bert_finetune", "t5_finetune", "launch", "resume")
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist the longest files come first, so that no worker is left with one at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

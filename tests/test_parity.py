@@ -15,6 +15,7 @@ NORM = 1e-4  # relative
 BF16 = 2e-3
 
 ARCHS = ("tiny", "tiny_llama")
+pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
 TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
     "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),

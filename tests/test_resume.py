@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, case, losses
+from conftest import ROOT, case, finished, losses
 from safetensors.torch import load_file
 
 LAYOUTS: dict[str, tuple[str, list[str]]] = {
@@ -177,13 +177,10 @@ def test_killed_ten_times_while_saving(settings, tmp_path, stack):
     check_kills(tmp_path / "run", stack, settings, kills=10, nproc=2)
 
 
-def test_earlier_lines_of_the_log_stay_byte_for_byte(settings, tmp_path):
+def test_earlier_lines_of_the_log_stay_byte_for_byte(drive, settings, tmp_path):
     out = tmp_path / "run"
-    first = start(out, "baseline", settings, "train.steps=6", "train.save_every=4", "optim.decay_steps=9")
-    assert first.wait(timeout=200) == 0
-    before = (out / "metrics.jsonl").read_bytes()
-    second = start(out, "baseline", settings, "train.steps=9", "train.save_every=4")  # decay_steps is recorded
-    printed, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, printed
+    drive([case("baseline", "tiny", out, [*settings, "train.steps=6", "train.save_every=4", "optim.decay_steps=9"])], 1)
+    before = (finished(out) / "metrics.jsonl").read_bytes()
+    drive([case("baseline", "tiny", out, [*settings, "train.steps=9", "train.save_every=4"])], 1)  # decay_steps is recorded
     after = (out / "metrics.jsonl").read_bytes()
     assert after.startswith(before) and len(losses(out)) == 9
