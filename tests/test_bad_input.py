@@ -103,22 +103,22 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return found
 
 
-def refused(place: Path, attempt: Callable[[], Attempt], *told: str) -> list[str]:
-    """Exit 2, a line for each of `told` and no other, nothing started, every file as it was."""
+def refused(place: Path, attempt: Callable[[], Attempt], *messages: str) -> list[str]:
+    """Exit 2, a line for each of `messages` and no other, nothing started, every file as it was."""
     before = snapshot(place)
     code, lines, started = attempt()
     assert code == 2 and not started, lines
     assert all(line.startswith("error: ") for line in lines), lines
-    for words in told:
+    for words in messages:
         assert [line for line in lines if words in line], (words, lines)
-    assert len(lines) == len(told), lines
+    assert len(lines) == len(messages), lines
     assert snapshot(place) == before
     return lines
 
 
 # ---- keys and values
 
-KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a line
+KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
     # unknown, missing, mistyped
     ("train.stepz=3", ["train.stepz: unknown key; did you mean 'steps'? train has: steps, global_batch"]),
     ("trian.steps=3", ["trian: unknown key; did you mean 'train'?"]),
@@ -269,15 +269,15 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, what is told: one entry a li
 ]
 
 
-@pytest.mark.parametrize(("overrides", "told"), KEYS, ids=[row[0][:40] for row in KEYS])
-def test_keys_and_values(overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("overrides", "messages"), KEYS, ids=[row[0][:40] for row in KEYS])
+def test_keys_and_values(overrides: str, messages: list[str], place: Path, attempt: Try) -> None:
     words = [overrides] if overrides.count("=") < 2 or "!!" in overrides else overrides.split()
-    refused(place, lambda: attempt(*words), *told)
+    refused(place, lambda: attempt(*words), *messages)
 
 
 # ---- the file
 
-FILES: list[tuple[str, bytes, str]] = [  # name, content, what is told
+FILES: list[tuple[str, bytes, str]] = [  # name, content, message
     ("empty", b"", "must hold sections (model, data, optim, train), holds nothing"),
     ("comment", b"# nothing", "holds nothing"),
     ("list", b"- a\n- b\n", "holds a list"),
@@ -313,10 +313,10 @@ FILES: list[tuple[str, bytes, str]] = [  # name, content, what is told
 ]
 
 
-@pytest.mark.parametrize(("content", "told"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
-def test_config_files(content: bytes, told: str, place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("content", "message"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_config_files(content: bytes, message: str, place: Path, attempt: Try) -> None:
     (place / "bad.yaml").write_bytes(content)
-    (line,) = refused(place, lambda: attempt(config="bad.yaml"), told)
+    (line,) = refused(place, lambda: attempt(config="bad.yaml"), message)
     assert line.startswith("error: bad.yaml: ")
 
 
@@ -341,7 +341,7 @@ def test_no_such_config_lists_what_there_is(place: Path, attempt: Try) -> None:
 
 # ---- layouts
 
-LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, what is told
+LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, message
     ("baseline", 1, "baseline.micro_batch=3", "train.global_batch=8 is not a multiple of baseline.micro_batch=3 x 1 data"),
     ("baseline", 1, "baseline.micro_batch=16", "baseline.micro_batch may be 1, 2, 4 or 8"),
     (
@@ -367,9 +367,9 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, wha
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stack", "nproc", "overrides", "told"), LAYOUTS, ids=[f"{r[0]} {r[1]} {r[2]}" for r in LAYOUTS])
-def test_layouts(stack: str, nproc: int, overrides: str, told: str, place: Path, attempt: Try) -> None:
-    refused(place, lambda: attempt(*overrides.split(), stack=stack, nproc=nproc), told)
+@pytest.mark.parametrize(("stack", "nproc", "overrides", "message"), LAYOUTS, ids=[f"{r[0]} {r[1]} {r[2]}" for r in LAYOUTS])
+def test_layouts(stack: str, nproc: int, overrides: str, message: str, place: Path, attempt: Try) -> None:
+    refused(place, lambda: attempt(*overrides.split(), stack=stack, nproc=nproc), message)
 
 
 def test_bf16_where_it_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def _of_megatrons_tool(place: Path) -> None:
         corpus(place / "corpus" / name, manifest=False)
 
 
-CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, what is done, overrides, what is told
+CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, what is done, overrides, messages
     ("missing", lambda p: None, "data.train=nothing", ["no corpus at "]),
     ("missing .bin", lambda p: (p / "corpus/train.bin").unlink(), "", ["train.bin is missing beside its other half"]),
     ("missing .idx", lambda p: (p / "corpus/train.idx").unlink(), "", ["train.idx is missing beside its other half"]),
@@ -477,10 +477,10 @@ CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, wh
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "overrides", "told"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
-def test_corpora(damage: Callable[[Path], Any], overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("damage", "overrides", "messages"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
+def test_corpora(damage: Callable[[Path], Any], overrides: str, messages: list[str], place: Path, attempt: Try) -> None:
     damage(place)
-    refused(place, lambda: attempt(*overrides.split()), *told)
+    refused(place, lambda: attempt(*overrides.split()), *messages)
 
 
 # ---- init.from
@@ -539,10 +539,10 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "told"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
-def test_folders_to_begin_from(make: Callable[[Path], Any], told: list[str], place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("make", "messages"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_folders_to_begin_from(make: Callable[[Path], Any], messages: list[str], place: Path, attempt: Try) -> None:
     make(place)
-    refused(place, lambda: attempt("init.from=hf"), *told)
+    refused(place, lambda: attempt("init.from=hf"), *messages)
     assert not (place / "exploded").exists()
 
 
@@ -572,12 +572,12 @@ OUTS: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "told"), OUTS, ids=[row[0][:20] for row in OUTS])
-def test_bad_outs(name: str, told: str, place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("name", "message"), OUTS, ids=[row[0][:20] for row in OUTS])
+def test_bad_outs(name: str, message: str, place: Path, attempt: Try) -> None:
     if name.startswith("/proc") and sys.platform != "linux":
         pytest.skip("needs /proc: a folder in which nobody can write, root neither")
     out = _out_of(place, name)
-    refused(place, lambda: attempt(out=out), told)
+    refused(place, lambda: attempt(out=out), message)
 
 
 def test_an_empty_out_is_refused(place: Path, attempt: Try) -> None:
@@ -681,10 +681,10 @@ ANOTHER_RUN: list[tuple[str, list[str]]] = [  # overrides, the keys that are nam
 ]
 
 
-@pytest.mark.parametrize(("overrides", "told"), ANOTHER_RUN, ids=[row[0] for row in ANOTHER_RUN])
-def test_out_that_holds_another_run(overrides: str, told: list[str], place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("overrides", "messages"), ANOTHER_RUN, ids=[row[0] for row in ANOTHER_RUN])
+def test_out_that_holds_another_run(overrides: str, messages: list[str], place: Path, attempt: Try) -> None:
     finished_run(place / "out")
-    lines = refused(place, lambda: attempt(*overrides.split()), *told)
+    lines = refused(place, lambda: attempt(*overrides.split()), *messages)
     assert all("holds another run: " in line or "train.steps=3" in line for line in lines)
 
 
@@ -756,13 +756,13 @@ RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in RECORDS], ids=[row[0] for row in RECORDS])
-def test_records_of_a_run_that_are_damaged(damage: Callable[[Path], Any], told: str, place: Path, attempt: Try) -> None:
+@pytest.mark.parametrize(("damage", "message"), [row[1:] for row in RECORDS], ids=[row[0] for row in RECORDS])
+def test_records_of_a_run_that_are_damaged(damage: Callable[[Path], Any], message: str, place: Path, attempt: Try) -> None:
     finished_run(place / "out")
     damage(place)
     before = snapshot(place)
     code, lines, started = attempt()
-    assert code == 2 and not started and told in "\n".join(lines) and snapshot(place) == before
+    assert code == 2 and not started and message in "\n".join(lines) and snapshot(place) == before
 
 
 SHARD = "wte.weight.safetensors"
@@ -778,17 +778,17 @@ SHARDS: list[tuple[str, Callable[[Path], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in SHARDS], ids=[row[0] for row in SHARDS])
+@pytest.mark.parametrize(("damage", "message"), [row[1:] for row in SHARDS], ids=[row[0] for row in SHARDS])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    damage: Callable[[Path], Any], told: str, place: Path, attempt: Try
+    damage: Callable[[Path], Any], message: str, place: Path, attempt: Try
 ) -> None:
     finished_run(place / "out")
     damage(place)
     code, lines, started = attempt()
     assert (code, started) == (0, True)
-    assert lines == [f"note: out/{told}; continuing from out/step_2"]
+    assert lines == [f"note: out/{message}; continuing from out/step_2"]
     shutil.rmtree(place / "out/step_2")
-    refused(place, attempt, f"out/{told}", "out: no whole checkpoint is left; restore one, or choose another OUT")
+    refused(place, attempt, f"out/{message}", "out: no whole checkpoint is left; restore one, or choose another OUT")
 
 
 def test_a_changed_byte_of_a_checkpoint_is_found(place: Path) -> None:
@@ -825,10 +825,10 @@ def test_an_out_in_use_is_refused(place: Path, attempt: Try) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", hold], env=env, stdin=-1, stdout=-1, text=True) as holder:
         holder.stdout.readline()
-        told = f"out: another run writes there (process {holder.pid} on "
-        refused(place, attempt, told)
+        message = f"out: another run writes there (process {holder.pid} on "
+        refused(place, attempt, message)
         run = preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1)
-        with pytest.raises(BadInput, match=re.escape(told)):  # a rank without a launcher
+        with pytest.raises(BadInput, match=re.escape(message)):  # a rank without a launcher
             run_record.begin(run)
         code, _, started = attempt("--dry-run")
         assert (code, started) == (0, False)
@@ -941,10 +941,10 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     from safetensors.torch import save_file
 
     (place / "tiny.yaml").write_text(TEXT.replace("corpus/", f"{place}/corpus/"))
-    cases, told = [], {}
+    cases, messages = [], {}
 
     def row(name: str, stack: str, expect: int, words: str, *overrides: str) -> Path:
-        told[name] = words
+        messages[name] = words
         one = case(stack, "tiny", place / name, overrides, expect) | {"config": str(place / "tiny.yaml")}
         cases.append(one)
         return place / name
@@ -984,7 +984,7 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
 
     before = kept()
     output = drive(cases, 1)
-    for name, words in told.items():
+    for name, words in messages.items():
         assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
     assert kept() == before
 
@@ -1056,12 +1056,12 @@ def test_what_one_rank_alone_sees_is_told_once(place: Path) -> None:
         script = begin + f"sys.exit(launcher.run_ranks([*launcher.torchrun(on), 'one_sided.py', {kind!r}], on))"
         command = [sys.executable, "-c", script]
         launches.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
-    for process, (kind, code, told) in zip(launches, SEEN_BY_ONE, strict=True):
+    for process, (kind, code, messages) in zip(launches, SEEN_BY_ONE, strict=True):
         _, said = process.communicate()
         assert process.returncode == code, (kind, said)
-        assert all(said.count(line) == 1 for line in told), said
+        assert all(said.count(line) == 1 for line in messages), said
         if code == 2:
-            assert len(said.splitlines()) == len(told), said
+            assert len(said.splitlines()) == len(messages), said
 
 
 FINETUNING = {"gpt": ("finetune_sft", "t5"), "bert": ("finetune_rte", "gpt2"), "t5": ("finetune_cnn_dm", "bert")}
@@ -1072,9 +1072,9 @@ def test_a_beginning_that_is_none_is_named(family: str, tmp_path: Path):
     """Not as the shapes of the model that the config leaves to it."""
     config, other = FINETUNING[family]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": other}), encoding="utf-8")
-    for start, told in (("nowhere", "no config.json there"), (tmp_path, f"is a {other!r} model; give one of")):
+    for start, message in (("nowhere", "no config.json there"), (tmp_path, f"is a {other!r} model; give one of")):
         command = ["bash", f"recipes/{family}/baseline/finetune.sh", f"recipes/{family}/configs/{config}.yaml"]
         command += [str(tmp_path / "out"), "--dry-run", f"init.from={start}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and f"error: init.from={start}: {told}" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"error: init.from={start}: {message}" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -57,7 +57,7 @@ def without_mask(home: Path) -> None:
         (home / f"words/{name}.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
 
 
-CORPORA = [  # name, what is done, overrides, what is told: one entry a line
+CORPORA = [  # name, what is done, overrides, messages: one entry per line
     ("no bounds of sentences", None, "data.train=corpus/train data.valid=null data.tokenizer=words/tokenizer",
      ["corpus/train: holds no bounds of sentences (one sequence a document); build it again with --sentences"]),
     ("one sentence a document", lambda h: documents(h / "words/single", [1, 1, 1]), "data.train=words/single",
@@ -80,11 +80,11 @@ CORPORA = [  # name, what is done, overrides, what is told: one entry a line
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "overrides", "told"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
-def test_corpora_and_keys(damage, overrides: str, told: list[str], home: Path, attempt: Try) -> None:  # noqa: F811
+@pytest.mark.parametrize(("damage", "overrides", "messages"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
+def test_corpora_and_keys(damage, overrides: str, messages: list[str], home: Path, attempt: Try) -> None:  # noqa: F811
     if damage:
         damage(home)
-    refused(home, lambda: attempt(*overrides.split(), config="bert.yaml", family="bert"), *told)
+    refused(home, lambda: attempt(*overrides.split(), config="bert.yaml", family="bert"), *messages)
 
 
 LAYOUTS = [
@@ -95,9 +95,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("stack", "nproc", "overrides", "told"), LAYOUTS, ids=[f"{r[0]} {r[2]}" for r in LAYOUTS])
-def test_layouts(stack, nproc, overrides, told, home: Path, attempt: Try) -> None:  # noqa: F811
-    refused(home, lambda: attempt(*overrides.split(), config="bert.yaml", family="bert", stack=stack, nproc=nproc), told)
+@pytest.mark.parametrize(("stack", "nproc", "overrides", "message"), LAYOUTS, ids=[f"{r[0]} {r[2]}" for r in LAYOUTS])
+def test_layouts(stack, nproc, overrides, message, home: Path, attempt: Try) -> None:  # noqa: F811
+    refused(home, lambda: attempt(*overrides.split(), config="bert.yaml", family="bert", stack=stack, nproc=nproc), message)
 
 
 def test_documents_of_one_sentence_are_left_out_and_told(home: Path, attempt: Try) -> None:  # noqa: F811
@@ -147,5 +147,5 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
     for name in ("pad_zero3", "pad_tp2"):
         ours = losses(home / name)
         assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
-    told = json.loads((home / "pad_tp2/hf/config.json").read_text())
-    assert told["pad_token_id"] == made.pad_id
+    exported = json.loads((home / "pad_tp2/hf/config.json").read_text())
+    assert exported["pad_token_id"] == made.pad_id

@@ -153,9 +153,9 @@ def logits(cases: list[dict], folder: Path) -> str:
     return done.stdout
 
 
-def agree(told: str, cases: int) -> None:
-    found = re.findall(r"LOGITS (\w+) (\S+) (\S+) of (\S+)", told)
-    assert len(found) == 2 * cases, told
+def agree(output: str, cases: int) -> None:
+    found = re.findall(r"LOGITS (\w+) (\S+) (\S+) of (\S+)", output)
+    assert len(found) == 2 * cases, output
     assert all(float(mlm) <= 1e-5 and float(pair) <= 1e-5 and float(top) > 0.1 for _, mlm, pair, top in found), found
 
 
@@ -253,7 +253,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_commands_refuse_what_they_cannot_convert(name, folders, tmp_path):
-    changed, damage, told = DAMAGED[name]
+    changed, damage, message = DAMAGED[name]
     shutil.copytree(folders["tiny_postln"], tmp_path / "hf")
     path = tmp_path / "hf/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
@@ -261,7 +261,7 @@ def test_commands_refuse_what_they_cannot_convert(name, folders, tmp_path):
         damage(tmp_path / "hf")
     with pytest.raises(BadInput) as refused:
         interchange.from_hf(tmp_path / "hf", tmp_path / "out", task)
-    assert told in refused.value.problems[0], refused.value.problems
+    assert message in refused.value.problems[0], refused.value.problems
     assert not (tmp_path / "out").exists()
 
 

@@ -277,12 +277,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "told"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_files_that_are_not_the_tasks(damage, told, data: Path, tmp_path: Path):
+@pytest.mark.parametrize(("damage", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_files_that_are_not_the_tasks(damage, message, data: Path, tmp_path: Path):
     for file in ("train.tsv", "dev.tsv"):
         (tmp_path / file).write_text((data / "rte" / file).read_text())
     (tmp_path / "train.tsv").write_text(damage((tmp_path / "train.tsv").read_text()))
-    with pytest.raises(BadInput, match=re.escape(told)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         glue.read("rte", tmp_path, "train")
 
 
@@ -328,24 +328,24 @@ REFUSED = [
 
 @pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
 def test_what_is_refused(row: tuple[str, ...], configs, tmp_path: Path):
-    word, *told = row
+    word, *messages = row
     shapes = ["model.layers=4", "model.hidden=64", "model.heads=4"] if "init.from" in word else []
     script = ROOT / "recipes/bert/megatron/finetune.sh"
     command = ["bash", str(script), str(configs["rte"]), str(tmp_path / "out"), *shapes, word]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
-    assert all(words in done.stderr for words in told), done.stderr
+    assert all(words in done.stderr for words in messages), done.stderr
 
 
 def test_each_script_names_the_other_for_the_others_configs(configs, tmp_path: Path):
-    for script, path, told in (
+    for script, path, message in (
         ("pretrain", str(configs["rte"]), "is a config of finetuning (it has a task); type finetune.sh"),
         ("finetune", "recipes/bert/configs/tiny.yaml", "has no task; give task.name=NAME, or type pretrain.sh in place of"),
     ):
         command = ["bash", f"recipes/bert/baseline/{script}.sh", path, str(tmp_path / "out"), "--dry-run"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Path):
@@ -385,9 +385,9 @@ def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
     (tmp_path / "test.tsv").write_text("\n".join("\t".join(line[:-1]) for line in lines) + "\n", encoding="utf-8")
     run = runs[0] / "rte/baseline"
     command = ["-m", "scripts.evaluate", run, "rte", "--split", "test", "--out", tmp_path / "out"]
-    for folder, code, told in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/test/RTE.tsv")):
+    for folder, code, message in ((data / "stsb", 2, "does not hold test.tsv"), (tmp_path, 0, "predictions/test/RTE.tsv")):
         done = warm.run([*command, "--data", folder])
-        assert done.returncode == code and told in done.stdout + done.stderr, done.stderr
+        assert done.returncode == code and message in done.stdout + done.stderr, done.stderr
     assert (tmp_path / "out/predictions/test/RTE.tsv").read_text() == (run / "predictions/RTE.tsv").read_text()
     assert json.loads((tmp_path / "out/eval.json").read_text()) == []
 
@@ -423,14 +423,14 @@ def test_seeds_have_a_median(configs, tmp_path: Path):
     assert list(row["values"].values()) == values and row["median"] == sum(values) / 2
     assert (row["least"], row["greatest"]) == (min(values), max(values)) and "accuracy" in done.stdout
     assert row["mean"] == sum(values) / 2 and row["sigma"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-    for more, told in (
+    for more, message in (
         (["--seeds", "7", "7"], "is given twice"),
         (["train.seed=3"], "the seeds are given by --seeds"),
         (["--seeds", "1", "-1"], "--seeds -1: must be a whole number from 0"),
         (["--seeds", "1", "x"], "--seeds x: must be a whole number"),
     ):
         done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 2 and told in done.stderr
+        assert done.returncode == 2 and message in done.stderr
 
 
 def test_weights_of_another_depth_are_refused(folders, configs, tmp_path: Path):

@@ -147,13 +147,13 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
 def test_commands_refuse_what_they_cannot_convert(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    for words, told in (
+    for words, message in (
         (("to-hf", tmp_path / "none", tmp_path / "hf"), "holds no run"),
         (("from-hf", tmp_path / "bert", tmp_path / "out"), "'bert' model"),
         (("from-hf", tmp_path / "none", tmp_path / "out"), "no config.json"),
     ):
         done = convert_cli(*words)
-        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -116,8 +116,8 @@ TASKS = ("wikitext103", "wikitext2-raw", "lambada")
 
 @pytest.fixture(scope="module")
 def results(run: Path, data: Path) -> dict[tuple[str, str], dict]:
-    told = evaluate(run, *TASKS, "--data", data, "--batch", 4)
-    assert f"results   {run}/eval.json" in told
+    output = evaluate(run, *TASKS, "--data", data, "--batch", 4)
+    assert f"results   {run}/eval.json" in output
     return by_metric(run)
 
 
@@ -172,8 +172,8 @@ def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
             last.append(net(torch.tensor([ids[:-1]])).logits[0, -1].argmax().item() == ids[-1])
     assert results["lambada", "accuracy"]["value"] == sum(right) / len(right)
     assert results["lambada", "last_token_accuracy"]["value"] == sum(last) / len(last)
-    told = [json.loads(line) for line in (run / "predictions/lambada.jsonl").read_text().splitlines()]
-    assert [line["right"] for line in told] == right
+    lines = [json.loads(line) for line in (run / "predictions/lambada.jsonl").read_text().splitlines()]
+    assert [line["right"] for line in lines] == right
 
 
 def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path, tmp_path: Path):
@@ -228,26 +228,26 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
-def test_what_is_refused(arguments: list[str], told: str, run: Path):
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+def test_what_is_refused(arguments: list[str], message: str, run: Path):
     lines = evaluate(run, *arguments, code=2).splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"error: {told}"), lines
+    assert len(lines) == 1 and lines[0].startswith(f"error: {message}"), lines
 
 
 def test_an_eval_json_that_is_none_is_kept(run: Path, data: Path, tmp_path: Path):
     (tmp_path / "eval.json").write_text("my notes")
-    told = evaluate(run, "lambada", "--data", data, "--out", tmp_path, code=2)
-    assert "eval.json: is not a list of results; move it away" in told
+    output = evaluate(run, "lambada", "--data", data, "--out", tmp_path, code=2)
+    assert "eval.json: is not a list of results; move it away" in output
     assert (tmp_path / "eval.json").read_text() == "my notes"
 
 
 def test_folders_that_are_no_language_model(run: Path, tmp_path: Path):
     assert "no config.json and no run.json there" in evaluate(tmp_path, "lambada", code=2)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
-    told = evaluate(tmp_path, "lambada", code=2).splitlines()
+    lines = evaluate(tmp_path, "lambada", code=2).splitlines()
     expected = ["is BertForMaskedLM, and these tasks", "holds no tokenizer", "no *.safetensors there"]
     expected = [f"error: {tmp_path}: {words}" for words in expected]
-    assert [line[: len(start)] for line, start in zip(told, expected, strict=True)] == expected
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
     unfinished = tmp_path / "run"
     unfinished.mkdir()
     (unfinished / "run.json").write_text(json.dumps({"family": "gpt"}))
@@ -261,18 +261,18 @@ def test_weights_that_are_not_the_models_are_refused(run: Path, data: Path, tmp_
     (folder / "twinstack.json").unlink()  # what is changed on purpose
     stored = json.loads((folder / "config.json").read_text())
     text = [folder, "text", "--data", data / "wiki.test.raw", "--limit", 1]
-    for change, told in (
+    for change, message in (
         ({"n_layer": stored["n_layer"] + 1}, f"lack transformer.h.{stored['n_layer']}.attn.c_attn.bias and 11 more"),
         ({"n_layer": stored["n_layer"] - 1}, f"hold transformer.h.{stored['n_layer'] - 1}.attn.c_attn.weight and 10 more"),
         ({"n_positions": 8}, "its transformer.wpe.weight is (64, 64), by its config.json (8, 64)"),
     ):
         (folder / "config.json").write_text(json.dumps(stored | change))
-        assert told in evaluate(*text, "--out", tmp_path / "out", code=2) and not (tmp_path / "out").exists()
+        assert message in evaluate(*text, "--out", tmp_path / "out", code=2) and not (tmp_path / "out").exists()
     done = warm.run(["-m", "scripts.generate", folder])
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
-    for change, told in (({"architectures": 5}, "is of no class"), ({"n_layer": "x"}, "n_layer")):
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    for change, message in (({"architectures": 5}, "is of no class"), ({"n_layer": "x"}, "n_layer")):
         (folder / "config.json").write_text(json.dumps(stored | change))
-        assert told in (found := evaluate(*text, code=2)) and "Traceback" not in found
+        assert message in (found := evaluate(*text, code=2)) and "Traceback" not in found
     (folder / "config.json").write_text("[" * 100_000)
     assert "its config.json cannot be read" in evaluate(*text, code=2)
 
@@ -281,14 +281,14 @@ def test_where_results_cannot_go(run: Path, data: Path, tmp_path: Path):
     (tmp_path / "a/eval.json").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/predictions").touch()
-    for out, told in (("a", "Is a directory"), ("b", "is in the way, not a folder"), ("b/predictions/c", "is no folder")):
-        assert told in evaluate(run, "lambada", "--data", data, "--out", tmp_path / out, code=2)
+    for out, message in (("a", "Is a directory"), ("b", "is in the way, not a folder"), ("b/predictions/c", "is no folder")):
+        assert message in evaluate(run, "lambada", "--data", data, "--out", tmp_path / out, code=2)
 
 
 def test_generate_streams_the_same_text_from_the_run_and_its_export(run: Path):
-    told = []
+    texts = []
     for given_model in (run, run / "hf"):
         done = warm.run(["-m", "scripts.generate", given_model, "--prompt", "def ", "--tokens", 12], timeout=100)
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout.split("\n", 1)[1])
-    assert told[0] == told[1] and told[0].startswith("def ") and len(told[0]) > 6
+        texts.append(done.stdout.split("\n", 1)[1])
+    assert texts[0] == texts[1] and texts[0].startswith("def ") and len(texts[0]) > 6

@@ -141,8 +141,8 @@ def test_its_stack_reads_each_key_where_it_is_said_to(stack: str) -> None:
     ],
 )  # fmt: skip
 def test_what_changes_the_loss_or_is_not_read_is_refused(family: str, stack: str, values: str) -> None:
-    with pytest.raises(BadInput) as told:
+    with pytest.raises(BadInput) as refused:
         config.load(ROOT / f"recipes/{family}/configs/tiny.yaml", [override(stack, values)], TASKS[family].Config)
-    [line] = told.value.problems
+    [line] = refused.value.problems
     named = f"{stack}.extra.{'zero_optimization.' if stack == 'deepspeed' else ''}{values.partition(':')[0]}: is refused"
     assert named in line and f"{stack}.extra takes " in line

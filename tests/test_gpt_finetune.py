@@ -619,20 +619,20 @@ def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     made = stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
-    told = "\n".join(made.notes)
-    assert "1 of 4 conversations are longer than data.seq_len=96 and are cut there" in told
-    assert "1 of 4 conversations are left out: no answer begins within data.seq_len=96" in told
-    assert "1 of 4 conversations are left out: a message spells a special token" in told
+    notes = "\n".join(made.notes)
+    assert "1 of 4 conversations are longer than data.seq_len=96 and are cut there" in notes
+    assert "1 of 4 conversations are left out: no answer begins within data.seq_len=96" in notes
+    assert "1 of 4 conversations are left out: a message spells a special token" in notes
     assert sum(len(row) for row in made.pieces) == 2
 
 
 def test_answers_without_an_end_mark_are_told(configs, folders):
     loaded, chat = tokenizer.load(folders["tiny_llama"]), CHAT[1:3]
-    for template, told in ((CHATML, False), (CHATML.replace("+ '<|im_end|>' ", ""), True), (MARKED, False)):
+    for template, has_note in ((CHATML, False), (CHATML.replace("+ '<|im_end|>' ", ""), True), (MARKED, False)):
         loaded.config["chat_template"] = template
         cfg = config.load(configs["sft", "tiny_llama"], [], finetune.Config)
         *_, notes = finetune._conversations(cfg, samples.Found([chat], ["line 1"], []), loaded, "here")
-        assert any("1 of 1 conversations end without a special token" in note for note in notes) == told
+        assert any("1 of 1 conversations end without a special token" in note for note in notes) == has_note
 
 
 def test_conversations_of_sharegpt():
@@ -642,12 +642,12 @@ def test_conversations_of_sharegpt():
     ]
     assert samples._conversation({"conversations": turns}, "line 1") == chat
     assert samples._conversation({"conversations": chat}, "line 1") == chat
-    for bad, told in (
+    for bad, message in (
         ([{"from": "bot", "value": "a"}], "role 'bot'"),
         ([{"from": "gpt"}], "content null"),
         (5, "must be a list"),
     ):
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=message):
             samples._conversation({"conversations": bad}, "line 1")
 
 
@@ -669,12 +669,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_one_line_in_bounded_time(name, folders, monkeypatch):
-    template, told = HOSTILE[name]
+    template, message = HOSTILE[name]
     loaded = tokenizer.load(folders["tiny_llama"])
     loaded.config["chat_template"] = template
     monkeypatch.setattr(limited_process, "SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with pytest.raises(BadInput, match=re.escape(told.replace("5 s", "0.5 s"))) as refused:
+    with pytest.raises(BadInput, match=re.escape(message.replace("5 s", "0.5 s"))) as refused:
         samples.Template(loaded, "here").encode([CHAT], ["line 1"])
     assert len(refused.value.problems) == 1 and "\n" not in refused.value.problems[0]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -698,18 +698,18 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_lines_that_are_no_conversations(name, configs, tmp_path):
-    line, told = DAMAGED[name]
+    line, message = DAMAGED[name]
     (tmp_path / "train.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(BadInput, match=re.escape(told)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
 
 
 def test_an_empty_file_and_one_too_long(configs, tmp_path):
     long = json.dumps({"prompt": "a " * 200, "response": "b"})
-    for text, told in (("\n", "train.jsonl: is empty"), (long, "no conversation is left")):
+    for text, message in (("\n", "train.jsonl: is empty"), (long, "no conversation is left")):
         for name in ("train", "valid"):
             (tmp_path / f"{name}.jsonl").write_text(text)
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=message):
             stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
 
 
@@ -729,13 +729,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("row", REFUSED, ids=[row[0][0] for row in REFUSED])
 def test_what_is_refused(row, configs, tmp_path):
-    words, told = row
+    words, message = row
     script = str(ROOT / "recipes/gpt/megatron/finetune.sh")
     command = ["bash", script, str(configs["sft", "tiny"]), str(tmp_path / "out"), *words]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
-    assert told in done.stderr, done.stderr
+    assert message in done.stderr, done.stderr
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path):

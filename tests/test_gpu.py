@@ -44,7 +44,7 @@ def gpu() -> None:
 
 
 @pytest.fixture(scope="module")
-def told(gpu, tmp_path_factory) -> tuple[Path, str]:
+def runs(gpu, tmp_path_factory) -> tuple[Path, str]:
     """(folder of the runs, what they printed): all in one process on the GPU."""
     out = tmp_path_factory.mktemp("gpu")
     write_corpus(out / "corpus" / "train", 50_000, VOCAB)
@@ -74,9 +74,9 @@ def told(gpu, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_halves_are_one_run(told, name, record_property):
+def test_two_halves_are_one_run(runs, name, record_property):
     """With dropout. Not bit for bit: some of CUDA's backward kernels add in an order of their own."""
-    out, _ = told
+    out, _ = runs
     whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
     assert sorted(whole) == sorted(halves) == list(range(1, 21))
     farthest = max(abs(whole[step]["loss"] - halves[step]["loss"]) for step in whole)
@@ -85,8 +85,8 @@ def test_two_halves_are_one_run(told, name, record_property):
 
 
 @pytest.mark.gpu
-def test_one_run_many_homes(told):
-    out, _ = told
+def test_one_run_many_homes(runs):
+    out, _ = runs
     stayed, moved = losses(out / "stayed"), losses(out / "moved")
     assert sorted(stayed) == sorted(moved)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
@@ -94,19 +94,19 @@ def test_one_run_many_homes(told):
 
 
 @pytest.mark.gpu
-def test_every_move_reads_back_bit_for_bit(told):
-    _, log = told
+def test_every_move_reads_back_bit_for_bit(runs):
+    _, log = runs
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
     assert len(lines) >= 3 * len(LAYOUTS) + len(HOMES) + 1
     assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
 
 @pytest.fixture(scope="module")
-def expected(told) -> Callable[[int], list[tuple[float, float]]]:
+def expected(runs) -> Callable[[int], list[tuple[float, float]]]:
     """The plain loop on the GPU, for a run of so many steps."""
     from tests import plain
 
-    out, _ = told
+    out, _ = runs
     overrides = [*TINY, f"data.train={out}/corpus/train"]
     config = ROOT / "recipes/gpt/configs/tiny_llama.yaml"
     return lambda steps: plain.losses(config, [*overrides, f"train.steps={steps}"], "cuda")
@@ -114,17 +114,17 @@ def expected(told) -> Callable[[int], list[tuple[float, float]]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", ["stayed", "moved"])
-def test_follows_the_plain_loop(told, expected, run):
+def test_follows_the_plain_loop(runs, expected, run):
     """`moved` is of all stacks, one after the other."""
     steps = EACH * len(HOMES)
-    found = compared(losses(told[0] / run), expected(steps), "fp32")
+    found = compared(losses(runs[0] / run), expected(steps), "fp32")
     assert found["ok"], found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BF16)
-def test_bf16_stays_near_fp32(told, expected, name):
-    found = compared(losses(told[0] / "bf16" / name), expected(20), "bf16")
+def test_bf16_stays_near_fp32(runs, expected, name):
+    found = compared(losses(runs[0] / "bf16" / name), expected(20), "bf16")
     assert found["ok"], found
 
 

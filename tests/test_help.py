@@ -18,10 +18,10 @@ COMMANDS = sorted(
 HELP = """\
 import contextlib, io, runpy, sys
 for module in sys.argv[1:]:
-    sys.argv, told = [module, "--help"], io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+    sys.argv, texts = [module, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(texts), contextlib.suppress(SystemExit):
         runpy.run_module(module, run_name="__main__")
-    print(f"==== {module}", told.getvalue(), sep="\\n")
+    print(f"==== {module}", texts.getvalue(), sep="\\n")
 """
 
 
@@ -39,7 +39,7 @@ def test_the_python_commands(tmp_path: Path):
     command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", HELP, *names]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    told = dict(re.findall(r"^==== (\S+)\n(.*?)(?=^====|\Z)", done.stdout, re.M | re.S))
-    assert list(told) == names
-    assert [name for name, text in told.items() if not text.startswith("usage: ") or len(text.splitlines()) < 6] == []
+    texts = dict(re.findall(r"^==== (\S+)\n(.*?)(?=^====|\Z)", done.stdout, re.M | re.S))
+    assert list(texts) == names
+    assert [name for name, text in texts.items() if not text.startswith("usage: ") or len(text.splitlines()) < 6] == []
     assert not list(tmp_path.iterdir())

@@ -178,14 +178,14 @@ def test_another_model_is_refused_by_both_doors(name: str, tmp_path: Path) -> No
     folder = folder_of(tmp_path / "hf", said, network(sound))
     if edit:
         change(folder, edit)
-    told = refusal(folder, task_of(arch))
-    assert any(words in line for line in told), told
+    refused = refusal(folder, task_of(arch))
+    assert any(words in line for line in refused), refused
     if "give" not in words:
         theta = {"rope_theta": said["rope_theta"]} if "rope_theta" in said else {}  # model.* says it
         model = task_of(arch).model_from_hf_config(sound | theta)
         problems, notes = [], []
         problems += hf_folder.check(folder, "init.from=hf", _config(model), task_of(arch), notes)
-        assert [line.partition(": ")[2] for line in problems] == [line.partition(": ")[2] for line in told] and not notes
+        assert [line.partition(": ")[2] for line in problems] == [line.partition(": ")[2] for line in refused] and not notes
 
 
 def _config(model: Any) -> Any:
@@ -394,11 +394,11 @@ UNFIT = {  # name: (arch, edit, words of the refusal)
 def test_tensors_that_nobody_takes_or_fills_are_refused(name: str, tmp_path: Path) -> None:
     arch, edit, words = UNFIT[name]
     folder = change(folder_of(tmp_path / "hf", stored(arch)), edit)
-    told = refusal(folder, task_of(arch))
-    assert len(told) == 1 and words in told[0], told
+    refused = refusal(folder, task_of(arch))
+    assert len(refused) == 1 and words in refused[0], refused
     model = task_of(arch).model_from_hf_config(stored(arch))
     problems = hf_folder.check(folder, str(folder), _config(model), task_of(arch), [])
-    assert problems == told
+    assert problems == refused
 
 
 def _older_norms(name: str) -> str:
@@ -454,18 +454,18 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
         scored: [missing.format(head, "SEED") for head in ("cls.predictions.", "cls.seq_relationship.")]
         + [unused.format("classifier.")],
     }
-    for folder, told in wanted.items():
+    for folder, lines in wanted.items():
         model, notes = hf_folder.model_in(folder, task, SEED)
-        assert notes == [f"{folder}: {line.replace('SEED', 'seed 1234')}" for line in told]
+        assert notes == [f"{folder}: {line.replace('SEED', 'seed 1234')}" for line in lines]
         notes = []
         assert not hf_folder.check(folder, "init.from=hf", _config(model), task, notes)
-        assert notes == [f"init.from=hf: {line.replace('SEED', 'train.seed')}" for line in told]
+        assert notes == [f"init.from=hf: {line.replace('SEED', 'train.seed')}" for line in lines]
 
     shapes = task.model_from_hf_config(stored("bert")).model_dump(exclude={"pair_head"})
     model = finetune.Model(**shapes, kind="text", labels=["a", "b"], pair_head=False)
     replaced = model.model_copy(update={"new_head": True})
     pretraining = [unused.format(head) for head in ("cls.predictions.", "cls.seq_relationship.")]
-    for begins, folder, told in (
+    for begins, folder, lines in (
         (model, whole, [missing.format("classifier.", "train.seed"), *pretraining]),
         (
             model,
@@ -479,7 +479,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
     ):
         notes = []
         assert not hf_folder.check(folder, "hf", _config(begins), finetune, notes)
-        assert notes == [f"hf: {line}" for line in told]
+        assert notes == [f"hf: {line}" for line in lines]
 
 
 def _shards(folder: Path) -> None:
@@ -615,8 +615,8 @@ def attempt(folder: Path, out: Path, arch: str, whole: bool) -> None:
     """Both doors and, if `whole`, the loading of scripts.evaluate and scripts.generate: BadInput or nothing."""
     task = task_of(arch)
     problems = hf_folder.check(folder, "init.from=hf", _config(task.model_from_hf_config(stored(arch))), task, [])
-    told = BadInput(problems).problems  # as the terminal shows them
-    assert all("\n" not in line and len(line) < 1000 for line in told), told
+    lines = BadInput(problems).problems  # as the terminal shows them
+    assert all("\n" not in line and len(line) < 1000 for line in lines), lines
     with contextlib.suppress(BadInput):
         exported(folder, out, task)
     if whole:

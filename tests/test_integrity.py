@@ -198,8 +198,8 @@ def test_lines_that_are_damaged_leave_the_log(lines: list[str], kept: list[str],
     assert path.read_text() == "".join([*kept, LINES[4]])
     place = max((i for i, line in enumerate(lines) if line in kept), default=-1)
     spoiled = sum(line not in LINES for line in lines[: max(place, 0)])
-    told = capsys.readouterr().err
-    assert (f"{path}: {spoiled} damaged line" in told) == bool(spoiled) and told.count("\n") == bool(spoiled)
+    printed = capsys.readouterr().err
+    assert (f"{path}: {spoiled} damaged line" in printed) == bool(spoiled) and printed.count("\n") == bool(spoiled)
 
 
 def test_a_log_of_noise_is_read(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_changed_exports_are_refused_where_they_are_opened(
 ) -> None:
     folder = shutil.copytree(exported[1], tmp_path / "hf")
     flip(folder / "model.safetensors", 8 * 100_000)
-    told = r"hf: model.safetensors has other contents .* if it was changed on purpose, delete .*hf/twinstack.json"
+    message = r"hf: model.safetensors has other contents .* if it was changed on purpose, delete .*hf/twinstack.json"
     start = [f"data.train={corpus}/train", "data.valid=null", f"init.from={folder}", "model.vocab_size=512"]
     tiny = str(ROOT / "recipes/gpt/configs/tiny.yaml")
     for attempt in (
@@ -294,7 +294,7 @@ def test_changed_exports_are_refused_where_they_are_opened(
         lambda: interchange.from_hf(folder, tmp_path / "out", task),
         lambda: pretrained.load(AutoModelForCausalLM, folder),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             attempt()
         assert len(error.value.problems) == 1 and not (tmp_path / "out").exists()
     monkeypatch.setenv("TWINSTACK_EXIT_CODE", "x")  # the ranks leave it to their launcher
@@ -328,14 +328,14 @@ def edit(path: Path, **values: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(("change", "told"), [row[1:] for row in CHANGES], ids=[row[0] for row in CHANGES])
+@pytest.mark.parametrize(("change", "message"), [row[1:] for row in CHANGES], ids=[row[0] for row in CHANGES])
 def test_what_may_change_in_an_export(
-    change: Callable[[Path], Any], told: str | None, exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path
+    change: Callable[[Path], Any], message: str | None, exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(exported[1], tmp_path / "hf")
     change(folder)
     found = integrity.problems(folder, "init.from=hf")
-    assert len(found) == (told is not None) and all(line.startswith(f"init.from=hf: {told}") for line in found), found
+    assert len(found) == (message is not None) and all(line.startswith(f"init.from=hf: {message}") for line in found), found
 
 
 def test_ids_that_a_model_does_not_know_are_refused(exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path) -> None:
@@ -388,8 +388,8 @@ def test_spoiled_weights_of_a_folder_are_named(exported: tuple[checkpoint.Checkp
     with pytest.raises(BadInput, match=r"hf: its transformer.h.1.mlp.c_fc.bias holds NaN or infinite values"):
         pretrained.load(AutoModelForCausalLM, folder)
     done = warm.run(["-m", "recipes.gpt.convert", "from-hf", folder, tmp_path / "out"])
-    told = "hf: transformer.h.1.mlp.c_fc.bias holds NaN or infinite values; the run that made it diverged"
-    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    message = "hf: transformer.h.1.mlp.c_fc.bias holds NaN or infinite values; the run that made it diverged"
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 

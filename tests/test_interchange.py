@@ -80,16 +80,16 @@ def test_a_model_section_that_was_changed_is_refused(folders: Path, tmp_path: Pa
     with pytest.raises(BadInput) as refused:
         to_hf(run, tmp_path / "hf", import_module(f"recipes.{family}.task"))
     state = run / "step_0/state.json"
-    told = f"{run / 'model.yaml'}: says model.norm_eps=0.03125, {state} model.norm_eps={recorded}; restore model.yaml"
-    assert refused.value.problems == [told] and not (tmp_path / "hf").exists()
+    message = f"{run / 'model.yaml'}: says model.norm_eps=0.03125, {state} model.norm_eps={recorded}; restore model.yaml"
+    assert refused.value.problems == [message] and not (tmp_path / "hf").exists()
 
 
 def test_an_import_without_its_model_section_is_refused(folders: Path, tmp_path: Path):
     run, task = folders / "gpt_tiny_run", import_module("recipes.gpt.task")
     kept = (run / "model.yaml").read_text()
-    for text, told in ((None, "holds step_0 but no model.yaml"), ("model: {layers: x}\n", "is not the model section that")):
+    for text, message in ((None, "holds step_0 but no model.yaml"), ("model: {layers: x}\n", "is not the model section that")):
         (run / "model.yaml").unlink() if text is None else (run / "model.yaml").write_text(text)
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=message):
             to_hf(run, tmp_path / "hf", task)
     (run / "model.yaml").write_text(kept)
     assert not (tmp_path / "hf").exists()

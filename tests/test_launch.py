@@ -58,7 +58,7 @@ def rank_pids(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("env", "told"),
+    ("env", "message"),
     [
         ({"NPROC": "abc"}, "NPROC=abc: must be a whole number from 1"),
         ({"NPROC": "0"}, "NPROC=0: must be a whole number from 1"),
@@ -73,14 +73,14 @@ def rank_pids(folder: Path) -> list[int]:
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "16"}, "--ntasks-per-node=1"),
     ],
 )
-def test_bad_environment_is_told_in_one_line(env: dict[str, str], told: str) -> None:
+def test_bad_environment_is_told_in_one_line(env: dict[str, str], message: str) -> None:
     with pytest.raises(BadInput) as error:
         launcher.nodes(env)
-    assert [line for line in error.value.problems if told in line], error.value.problems
+    assert [line for line in error.value.problems if message in line], error.value.problems
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "CONFIG and OUT are missing"),
         (["a.yaml"], "OUT is missing; type: pretrain.sh a.yaml out/a"),
@@ -89,12 +89,12 @@ def test_bad_environment_is_told_in_one_line(env: dict[str, str], told: str) -> 
         (["no_such.yaml", "out"], "no such config"),
     ],
 )
-def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     for kind in ("pretrain", "finetune"):
         script = ROOT / f"recipes/gpt/baseline/{kind}.sh"
         done = subprocess.run(["bash", script, *arguments], env=env_with(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
-        assert told.replace("pretrain", kind) in done.stderr and "Traceback" not in done.stderr
+        assert message.replace("pretrain", kind) in done.stderr and "Traceback" not in done.stderr
         assert not list(tmp_path.iterdir())
 
 
@@ -162,25 +162,25 @@ def test_port_in_use_takes_another_on_one_node_and_is_refused_on_several(capsys:
 def test_exit_code_of_the_ranks_passes_through_and_nothing_buries_their_words(words: tuple, code: int, tmp_path: Path) -> None:
     before = set(Path("/tmp").glob("torchelastic_*")) | set(Path("/tmp").glob("twinstack_*"))
     process = start_standin(tmp_path, *words)
-    _, told = process.communicate()
-    assert (process.returncode, told) == (code, "")
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (code, "")
     after = set(Path("/tmp").glob("torchelastic_*")) | set(Path("/tmp").glob("twinstack_*"))
     assert not [p for p in after - before if str(process.pid) in p.name]
 
 
 def test_a_broken_rank_shows_its_traceback_and_one_line(tmp_path: Path) -> None:
     process = start_standin(tmp_path, "crash")
-    _, told = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == 1
-    assert "RuntimeError: rank one is broken" in told
-    assert re.search(r"^error: rank 1 of node 0 \(.*, process \d+\) ended with exit code 1 at the start ", told, re.M)
-    assert told.count("error: rank") == told.count("Traceback") == 1
-    assert "rank one is broken" in details(told)
+    assert "RuntimeError: rank one is broken" in errors
+    assert re.search(r"^error: rank 1 of node 0 \(.*, process \d+\) ended with exit code 1 at the start ", errors, re.M)
+    assert errors.count("error: rank") == errors.count("Traceback") == 1
+    assert "rank one is broken" in details(errors)
 
 
-def details(told: str) -> str:
+def details(errors: str) -> str:
     """What the file that these last words name holds."""
-    return Path(re.search(r"^details: (.*)\n\Z", told, re.M)[1]).read_text()
+    return Path(re.search(r"^details: (.*)\n\Z", errors, re.M)[1]).read_text()
 
 
 def stop(folder: Path, rank: int, number: int) -> float:
@@ -194,12 +194,12 @@ def stop(folder: Path, rank: int, number: int) -> float:
 def test_a_killed_rank_is_the_first_line_and_ends_the_launch_soon(tmp_path: Path) -> None:
     process = start_standin(tmp_path, "steps")
     begin = stop(tmp_path, 1, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 137 and time.monotonic() - begin < 15
-    first, second = told.splitlines()
+    first, second = errors.splitlines()
     where = rf"\({re.escape(socket.gethostname())}, process {(tmp_path / 'pid_1').read_text()}\)"
     assert re.match(rf"error: rank 1 of node 0 {where} was killed by SIGKILL \(out of memory\?\) at step \d+ \(", first)
-    assert "Connection closed by peer" in details(told) and second.startswith("details: ")
+    assert "Connection closed by peer" in details(errors) and second.startswith("details: ")
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
 
@@ -209,30 +209,30 @@ def test_a_rank_that_takes_no_signal_does_not_delay_the_end(tmp_path: Path) -> N
     wait_for_ready(tmp_path)
     os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGSTOP)
     os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGSEGV)
-    _, told = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 139
-    assert told.startswith("error: rank 1 of node 0 (") and "was killed by SIGSEGV" in told.splitlines()[0]
-    assert "Fatal Python error: Segmentation fault" in details(told)
+    assert errors.startswith("error: rank 1 of node 0 (") and "was killed by SIGSEGV" in errors.splitlines()[0]
+    assert "Fatal Python error: Segmentation fault" in details(errors)
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
 
 def test_a_stopped_rank_is_named_within_the_limit(tmp_path: Path) -> None:
     process = start_standin(tmp_path, "steps", HANG_SECONDS=2)
     begin = stop(tmp_path, 1, signal.SIGSTOP)
-    _, told = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 4 and 1.5 < time.monotonic() - begin < 15
-    first, second, _ = told.splitlines()
+    first, second, _ = errors.splitlines()
     assert re.match(r"error: rank 1 of node 0 \(.*, process \d+\) hangs: stopped by a signal, at step \d+ \(.* since 20", first)
     assert "train.hang_seconds" in second and "nothing was saved" in second
-    assert re.search(r"rank 0: stacks\n.*\n.* in _meet", details(told))  # where the other one waits
+    assert re.search(r"rank 0: stacks\n.*\n.* in _meet", details(errors))  # where the other one waits
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
 
 def test_what_is_slow_and_makes_progress_goes_on(tmp_path: Path) -> None:
     """One rank evaluates for longer than the limit while the other waits."""
     process = start_standin(tmp_path, "steps", 5, HANG_SECONDS=3)
-    _, told = process.communicate(timeout=120)
-    assert (process.returncode, told) == (0, "")
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +241,7 @@ def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", w
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [  # of four ranks, two on each node, the first two wait
         ([row(2, 7, 3, "update"), row(3, 7, 4, "update", waits=True)], "rank 2 of node 1 (h1, process 102) hangs while others"),
         ([row(2, 7, 3, "data", "disk-sleep"), row(3, 7, 4, "data")], "rank 2 of node 1 (h1, process 102) hangs in the file"),
@@ -254,9 +254,9 @@ def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", w
         ([row(2, 7, 3, "done"), row(3, 7, 4, "x", waits=True)], "ranks 0 to 1 of node 0 (h0), each of which stands at step 7"),
     ],
 )
-def test_which_rank_keeps_the_others_waiting(rows: list[watch.Rank], told: str) -> None:
+def test_which_rank_keeps_the_others_waiting(rows: list[watch.Rank], message: str) -> None:
     others = [row(rank, 7, 4, "waiting: sum of the loss", waits=True) for rank in (0, 1)]
-    assert watch._culprits(others + rows)[0].startswith(told)
+    assert watch._culprits(others + rows)[0].startswith(message)
 
 
 def test_a_stack_tells_whether_its_rank_waits(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_a_signal_saves_and_ends_with_its_code(number: int, code: int, tmp_path:
     process = start_standin(tmp_path, "save", 1)
     wait_for_ready(tmp_path)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (code, "")
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (code, "")
     assert (tmp_path / "saved").exists()
 
 
@@ -291,8 +291,8 @@ def test_signals_to_all_processes_of_a_job_are_one_stop(tmp_path: Path) -> None:
         for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             each.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-    _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (143, "")
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "")
     assert (tmp_path / "saved").exists()
 
 
@@ -304,10 +304,10 @@ def test_a_save_longer_than_torchruns_patience_is_waited_for(tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and (tmp_path / "saved").exists()
     assert time.monotonic() - begin > 39
-    assert told == f"still saving; to end at once without it: kill -9 {process.pid}\n"
+    assert errors == f"still saving; to end at once without it: kill -9 {process.pid}\n"
 
 
 def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:
@@ -414,12 +414,12 @@ def test_a_rank_that_stops_is_named_and_the_same_command_continues(
     [victim] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     victim.send_signal(number)
     begin = time.monotonic()
-    _, told = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     how = "hangs: stopped by a signal," if number == signal.SIGSTOP else "was killed by SIGKILL"
-    assert re.match(rf"error: rank 1 of node 0 \(.*, process {victim.pid}\) {how}.* at step \d+ ", told), told
+    assert re.match(rf"error: rank 1 of node 0 \(.*, process {victim.pid}\) {how}.* at step \d+ ", errors), errors
     assert process.returncode == (4 if number == signal.SIGSTOP else 137) and time.monotonic() - begin < 40
-    assert "Traceback" not in told and len(told.splitlines()) <= 3
-    assert "Current thread" in details(told) or "exception" in details(told)  # of the other rank
+    assert "Traceback" not in errors and len(errors.splitlines()) <= 3
+    assert "Current thread" in details(errors) or "exception" in details(errors)  # of the other rank
 
     lines = training_lines(out)
     saved = max(int(p.name[5:]) for p in out.glob("step_*") if p.suffix != ".tmp")
@@ -472,8 +472,8 @@ def test_two_nodes_give_the_losses_of_one(stack: str, config: Path, two_nodes: l
     one, two = tmp_path / "one", tmp_path / "two"
     layout = ["megatron.tp=2"] if stack == "megatron" else []
     processes = on_two_nodes(two_nodes, pretrain(stack, config, two, *layout))
-    told = [p.communicate(timeout=300)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], told
+    errors = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
     subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2, OMP_NUM_THREADS=1), check=True)
     losses = [[line["loss"] for line in training_lines(out)] for out in (one, two)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
@@ -484,8 +484,8 @@ def test_sigterm_on_one_of_two_nodes_saves_on_both(config: Path, two_nodes: list
     processes = on_two_nodes(two_nodes, pretrain("baseline", config, out, "train.steps=1000000"))
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(training_lines(out)) > 2, "the first steps", 180)
     processes[1].send_signal(signal.SIGTERM)
-    told = [p.communicate(timeout=60)[1] for p in processes]
-    assert [p.returncode for p in processes] == [143, 143], told
+    errors = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [143, 143], errors
     assert (out / f"step_{len(training_lines(out))}").is_dir()
 
 
@@ -494,20 +494,20 @@ def standin_on_two_nodes(two_nodes: list[list[str]], folder: Path, **env: object
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "told"),
+    ("number", "code", "message"),
     [
         (signal.SIGSTOP, 4, r"error: rank 1 of node 1 \(.*, process \d+\) hangs: stopped by a signal, at step \d+"),
         (signal.SIGKILL, 137, r"error: rank 1 of node 1 \(.*, process \d+\) was killed by SIGKILL .* at step \d+"),
     ],
 )
 def test_a_rank_of_another_node_is_named_on_both(
-    number: int, code: int, told: str, two_nodes: list[list[str]], tmp_path: Path
+    number: int, code: int, message: str, two_nodes: list[list[str]], tmp_path: Path
 ) -> None:
     processes = standin_on_two_nodes(two_nodes, tmp_path, HANG_SECONDS=2)
     stop(tmp_path, 1, number)
     said = [p.communicate(timeout=120)[1] for p in processes]
     assert [p.returncode for p in processes] == [code, code], said
-    assert all(re.match(told, each) and "Traceback" not in each for each in said), said
+    assert all(re.match(message, each) and "Traceback" not in each for each in said), said
     shown = details(said[0])
     assert re.search(r"^ +0 +0 ", shown, re.M)  # a table of the ranks
 
@@ -517,12 +517,12 @@ def test_a_lost_node_is_named(two_nodes: list[list[str]], tmp_path: Path) -> Non
     wait_for_ready(tmp_path)
     wait_for(lambda: "sum of the loss" in (tmp_path / "out/logs/nodes/node_1.json").read_text(), "the second node's record")
     processes[1].kill()  # the launcher, with all that it started
-    _, told = processes[0].communicate(timeout=120)
+    _, errors = processes[0].communicate(timeout=120)
     processes[1].communicate()
-    assert processes[0].returncode == 5, told
+    assert processes[0].returncode == 5, errors
     lost = rf"error: node 1 \({re.escape(socket.gethostname())}, rank 1\) gives no sign of life since 20.*; last seen at step "
-    assert re.match(lost, told) and "Traceback" not in told
-    assert "Connection closed by peer" in details(told)
+    assert re.match(lost, errors) and "Traceback" not in errors
+    assert "Connection closed by peer" in details(errors)
 
 
 def test_srun_alone_tells_two_nodes_where_they_are(two_nodes: list[list[str]], tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def _released() -> Iterator[None]:
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     out = tmp_path / "a/out"
     process = holding(out)
-    told = (
+    message = (
         rf"^{out}: another run writes there \(process {process.pid} on .+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for"
     )
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=message):
         lock.hold(out)
     process.communicate()
     assert not list(tmp_path.iterdir())  # no trace, of the folders neither

@@ -277,8 +277,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("read", "told"), BAD, ids=[told[:30] for _, told in BAD])
-def test_files_that_are_no_tasks(read, told: str, tmp_path: Path):
+@pytest.mark.parametrize(("read", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_files_that_are_no_tasks(read, message: str, tmp_path: Path):
     (tmp_path / "x.json").write_text("{")
     (tmp_path / "y.json").write_text('{"data": [{}]}')
     (tmp_path / "race/train/high").mkdir(parents=True)
@@ -295,7 +295,7 @@ def test_files_that_are_no_tasks(read, told: str, tmp_path: Path):
     squad_file(tmp_path / "twice", [paragraph("x", "x", 0, "same")] * 2).rename(tmp_path / "dev-v1.1.json")
     (tmp_path / "ner").mkdir()
     (tmp_path / "ner/train.txt").write_text("word O\nalone\n")
-    with pytest.raises(BadInput, match=re.escape(told)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         read(tmp_path)
 
 

@@ -59,10 +59,10 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_line(name: str) -> None:
-    arguments, told = BAD[name]
+    arguments, message = BAD[name]
     done = quickstart(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_help_names_every_option() -> None:
@@ -94,12 +94,12 @@ def stacks_of(small: tuple[Path, list[str], str]) -> list[str]:
 
 
 def test_every_stage_says_what_it_does(small: tuple[Path, list[str], str]) -> None:
-    told = small[2]
+    output = small[2]
     stacks = stacks_of(small)
-    stages = re.findall(rf"^\[(\d)/{4 + len(stacks)} +\d+s\] (\w+): .+", told, re.M)
+    stages = re.findall(rf"^\[(\d)/{4 + len(stacks)} +\d+s\] (\w+): .+", output, re.M)
     assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *stacks, "sample", "compare"], 1)]
-    assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", told, re.M)) == len(stacks)
-    assert len(re.findall(r"^step +1/4 ", told, re.M)) == len(stacks), "progress is on the screen"
+    assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", output, re.M)) == len(stacks)
+    assert len(re.findall(r"^step +1/4 ", output, re.M)) == len(stacks), "progress is on the screen"
 
 
 def test_three_runs_are_one_curve_and_their_exports_reach_it(small: tuple[Path, list[str], str]) -> None:
@@ -117,7 +117,7 @@ def test_three_runs_are_one_curve_and_their_exports_reach_it(small: tuple[Path, 
 
 
 def test_table_picture_and_samples(small: tuple[Path, list[str], str]) -> None:
-    out, _, told = small
+    out, _, output = small
     table = (out / "table.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == [f"| {stack}" for stack in stacks_of(small)]
@@ -125,7 +125,7 @@ def test_table_picture_and_samples(small: tuple[Path, list[str], str]) -> None:
     assert all(layouts.get(stack, stack) in table for stack in stacks_of(small))
     assert "Another experiment" not in table and "does not reach" not in table
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    samples = told.partition("[6/7")[2].partition("[7/7")[0]
+    samples = output.partition("[6/7")[2].partition("[7/7")[0]
     assert all(f"---- {out / stack / 'hf'}" in samples for stack in stacks_of(small))
 
 
@@ -274,21 +274,21 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         "run.json/table: not writable": [one, one, "--out", one / "run.json/table"],
         "config.yaml: is a file": [one, one, "--out", one / "config.yaml"],
     }
-    for told, arguments in cases.items():
+    for message, arguments in cases.items():
         done = module("compare", *arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: "), (arguments, done.stderr)
-        assert re.search(told.replace("missing: ", "missing/run.json: "), done.stderr), done.stderr
+        assert re.search(message.replace("missing: ", "missing/run.json: "), done.stderr), done.stderr
     done = module("compare", one, empty, "--out", tmp_path / "nowhere")
     assert done.returncode == 2 and not (tmp_path / "nowhere").exists()
 
 
 def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:
     run = made(tmp_path / "run", "baseline", [4.0])
-    for name, arguments, told in (
+    for name, arguments, message in (
         ("heldout", [run], "no export there"),
         ("heldout", [run, "--samples", "none"], "--samples none: must be"),
         ("generate", [run], "no config.json there"),
         ("generate", [run, "--tokens", "0"], "--tokens 0: must be from 1 to"),
     ):
         done = module(name, *arguments)
-        assert done.returncode == 2 and told in done.stderr, (name, done.stderr)
+        assert done.returncode == 2 and message in done.stderr, (name, done.stderr)

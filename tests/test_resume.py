@@ -40,7 +40,7 @@ ARCHS = ("tiny", "tiny_llama")
 
 
 @pytest.fixture(scope="module")
-def told(drive, settings, tmp_path_factory) -> tuple[Path, str]:
+def runs(drive, settings, tmp_path_factory) -> tuple[Path, str]:
     """(folder of the runs, what they printed)"""
     out = tmp_path_factory.mktemp("resume")
     cases = []
@@ -69,8 +69,8 @@ def steps_on_disk(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *(f"{n}_bf16" for n in BF16)])
-def test_two_halves_are_one_run_bit_for_bit(told, name):
-    out, _ = told
+def test_two_halves_are_one_run_bit_for_bit(runs, name):
+    out, _ = runs
     whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
     assert len(whole) in (8, 20)
     for step in whole:
@@ -85,22 +85,22 @@ def test_two_halves_are_one_run_bit_for_bit(told, name):
             assert first[part].equal(second[part]), (file, part)
 
 
-def test_replicated_parameters_stay_equal_with_dropout(told):
-    _, log = told
+def test_replicated_parameters_stay_equal_with_dropout(runs):
+    _, log = runs
     lines = re.findall(r"REPLICATED (\d+) parameters, (\d+) wrong", log)
     assert len(lines) >= 8  # every save of a Megatron run
     assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
 
-def test_dropout_was_on(told):
-    out, _ = told
+def test_dropout_was_on(runs):
+    out, _ = runs
     dropped = losses(out / "whole" / "baseline")
     assert dropped[1]["loss"] != losses(out / "home" / "tiny")[1]["loss"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_many_homes(told, arch):
-    out, _ = told
+def test_one_run_many_homes(runs, arch):
+    out, _ = runs
     stayed, moved = losses(out / "home" / arch), losses(out / "moved" / arch)
     assert sorted(stayed) == sorted(moved)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= 1e-5
@@ -109,8 +109,8 @@ def test_one_run_many_homes(told, arch):
     assert stacks == [stack for stack, _ in HOMES]
 
 
-def test_every_move_reads_back_bit_for_bit(told):
-    _, log = told
+def test_every_move_reads_back_bit_for_bit(runs):
+    _, log = runs
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
     moves = len(LAYOUTS) + len(BF16) + len(ARCHS) * (len(HOMES) - 1)
     assert len(lines) >= moves

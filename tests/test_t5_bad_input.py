@@ -57,7 +57,7 @@ def folder(home: Path, **changes: object) -> None:
     save_file({"other": np.zeros(1, np.float32)}, home / "hf/model.safetensors")
 
 
-REFUSED = [  # name, what is done, overrides, what is told: one entry a line
+REFUSED = [  # name, what is done, overrides, messages: one entry per line
     ("a corpus of BPE", None, "data.train=corpus/train data.valid=null",
      ["corpus/train: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR"]),
     ("three sequences", lambda h: of_sequences(h / "spans/three", [3, 3]), "data.train=spans/three",
@@ -102,11 +102,11 @@ REFUSED = [  # name, what is done, overrides, what is told: one entry a line
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "overrides", "told"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_corpora_keys_and_folders(damage, overrides: str, told: list[str], home: Path, attempt: Try) -> None:  # noqa: F811
+@pytest.mark.parametrize(("damage", "overrides", "messages"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_corpora_keys_and_folders(damage, overrides: str, messages: list[str], home: Path, attempt: Try) -> None:  # noqa: F811
     if damage:
         damage(home)
-    refused(home, lambda: attempt(*overrides.split(), config="t5.yaml", family="t5"), *told)
+    refused(home, lambda: attempt(*overrides.split(), config="t5.yaml", family="t5"), *messages)
 
 
 LAYOUTS = [
@@ -121,9 +121,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("stack", "nproc", "overrides", "told"), LAYOUTS, ids=[f"{r[0]} {r[2]}" for r in LAYOUTS])
-def test_layouts(stack, nproc, overrides, told, home: Path, attempt: Try) -> None:  # noqa: F811
-    refused(home, lambda: attempt(*overrides.split(), config="t5.yaml", family="t5", stack=stack, nproc=nproc), told)
+@pytest.mark.parametrize(("stack", "nproc", "overrides", "message"), LAYOUTS, ids=[f"{r[0]} {r[2]}" for r in LAYOUTS])
+def test_layouts(stack, nproc, overrides, message, home: Path, attempt: Try) -> None:  # noqa: F811
+    refused(home, lambda: attempt(*overrides.split(), config="t5.yaml", family="t5", stack=stack, nproc=nproc), message)
 
 
 def test_the_config_itself_starts(home: Path, attempt: Try) -> None:  # noqa: F811

@@ -108,8 +108,8 @@ def texts(data) -> dict[str, list[tuple[str, str]]]:
     sides = [(folder / f"train.{language}").read_text().splitlines() for language in ("en", "de")]
     pairs = [(f"translate English to German: {a}", b) for a, b in zip(*sides, strict=True)]
     rows = [line.split("\t") for line in (data / "mrpc/train.tsv").read_text().splitlines()[1:]]
-    told = [(f"mrpc sentence1: {r[3]} sentence2: {r[4]}", ("not_equivalent", "equivalent")[int(r[0])]) for r in rows]
-    return {"multi30k-en-de": pairs, "mrpc": told}
+    examples = [(f"mrpc sentence1: {r[3]} sentence2: {r[4]}", ("not_equivalent", "equivalent")[int(r[0])]) for r in rows]
+    return {"multi30k-en-de": pairs, "mrpc": examples}
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +253,8 @@ def test_a_signal_to_one_rank_ends_the_writing_of_all(tmp_path):
     (tmp_path / "stopped.py").write_text(STOPPED)
     done = warm.run([tmp_path / "stopped.py", tmp_path], nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = "143: stopped after step 7, state saved; the same command continues\n"
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [f"0: {told}", f"1: {told}"]
+    message = "143: stopped after step 7, state saved; the same command continues\n"
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == [f"0: {message}", f"1: {message}"]
 
 
 def test_a_run_moves_from_stack_to_stack(runs, reference):
@@ -365,10 +365,10 @@ def test_the_hubs_columns_are_read(monkeypatch):
     pairs = datasets.Dataset.from_list([{"translation": {"de": a, "en": b}} for a, b in (("eins", "one"), ("zwei", "two"))])
     answers = {"text": ["a", "b"], "answer_start": [0, 1]}
     asked = datasets.Dataset.from_list([{"id": "1", "question": "q?", "context": "ab", "answers": answers}])
-    told = []
+    calls = []
 
     def load(*where: str, split: str) -> datasets.Dataset:
-        told.append((*where, split))
+        calls.append((*where, split))
         return asked if "squad" in where[0] else pairs
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -376,7 +376,7 @@ def test_the_hubs_columns_are_read(monkeypatch):
     assert found.inputs == ["translate German to English: eins", "translate German to English: zwei"]
     assert found.targets == ["one", "two"]
     assert text.read("squad", None, "train").references == [["a", "b"]]
-    assert told == [("wmt/wmt14", "de-en", "validation"), ("rajpurkar/squad", None, "train")]
+    assert calls == [("wmt/wmt14", "de-en", "validation"), ("rajpurkar/squad", None, "train")]
 
 
 def test_multi30k_is_as_large_as_published(source: Path):
@@ -397,13 +397,13 @@ def test_a_list_of_targets_is_one_example_to_score_and_several_to_learn(tmp_path
     learnt = text.each_reference(found)
     assert list(zip(learnt.inputs, learnt.targets, strict=True)) == [("a", "b"), ("a", "c"), ("a", "d"), ("e", "f")]
     assert learnt.notes == ("1 of 3 inputs have several targets: 4 examples",)
-    for bad, told in (
+    for bad, message in (
         ([], "or a list of strings, is"),
         (["b", 5], "or a list of strings, is"),
         (["b", " "], "target is blank"),
     ):
         (tmp_path / "dev.jsonl").write_text(json.dumps({"input": "a", "target": bad}))
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=message):
             text.read("pairs", tmp_path, "dev")
 
 
@@ -445,7 +445,7 @@ def test_who_writes_the_targets_ids_has_an_exact_match(source: Path, configs, tm
     more = ["task.name=pairs", f"task.data={tmp_path}", f"data.tokenizer={source}/tokenizers/t5", "task.split=dev"]
     cfg = config.load(configs["multi30k-en-de"], more, finetune.Config)
     notes = finetune.dataset(cfg, "dev", shuffle=False).notes
-    assert note in notes and not any("inputs of dev hold" in told for told in notes)
+    assert note in notes and not any("inputs of dev hold" in note for note in notes)
 
 
 def test_several_references():
@@ -467,8 +467,8 @@ def test_several_references():
             totals[n - 1] += grams(p, n).total()
         ours, theirs = ours + len(p), theirs + min(map(len, many), key=lambda size, p=p: (abs(size - len(p)), size))
     expected = 100 * min(1, math.exp(1 - theirs / ours)) * math.exp(np.mean(np.log(np.divide(hits, totals))))
-    (_, found, told), _ = text.bleu(predictions, known)
-    assert abs(found - expected) < 1e-9 and "nrefs:var" in told
+    (_, found, protocol), _ = text.bleu(predictions, known)
+    assert abs(found - expected) < 1e-9 and "nrefs:var" in protocol
     assert abs(found - text.bleu(predictions, [[t] for t in first])[0][1]) > 1e-3
 
     best = [max(text.rouge([p], [[t]])[2][1] for t in texts) for p, texts in zip(predictions, known, strict=True)]
@@ -576,8 +576,8 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("file", "damage", "told"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
-def test_files_that_do_not_fit(file, damage, told, data: Path, configs, tmp_path: Path):
+@pytest.mark.parametrize(("file", "damage", "message"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
+def test_files_that_do_not_fit(file, damage, message, data: Path, configs, tmp_path: Path):
     for path in (data / "multi30k-en-de").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if damage is None:
@@ -585,7 +585,7 @@ def test_files_that_do_not_fit(file, damage, told, data: Path, configs, tmp_path
     else:
         made = damage((tmp_path / file).read_text())
         (tmp_path / file).write_bytes(made if isinstance(made, bytes) else made.encode())
-    refused(configs["multi30k-en-de"], tmp_path / "out", [f"task.data={tmp_path}"], [told])
+    refused(configs["multi30k-en-de"], tmp_path / "out", [f"task.data={tmp_path}"], [message])
 
 
 JSON_LINES = [
@@ -598,10 +598,10 @@ JSON_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("content", "told"), [row[1:] for row in JSON_LINES], ids=[row[0] for row in JSON_LINES])
-def test_lines_that_are_no_pairs(content, told, tmp_path: Path):
+@pytest.mark.parametrize(("content", "message"), [row[1:] for row in JSON_LINES], ids=[row[0] for row in JSON_LINES])
+def test_lines_that_are_no_pairs(content, message, tmp_path: Path):
     (tmp_path / "train.jsonl").write_text(content)
-    with pytest.raises(BadInput, match=re.escape(told)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         text.read("pairs", tmp_path, "train")
 
 
@@ -620,29 +620,29 @@ REFUSED = [
 SHAPES = ["model.layers=3", "model.hidden=64", "model.heads=4"]
 
 
-def refused(path: Path, out: Path, words: list[str], told: list[str], stack: str = "megatron") -> None:
+def refused(path: Path, out: Path, words: list[str], messages: list[str], stack: str = "megatron") -> None:
     command = ["bash", str(ROOT / f"recipes/t5/{stack}/finetune.sh"), str(path), str(out), *words]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not out.exists(), done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
-    assert all(words in done.stderr for words in told), done.stderr
+    assert all(words in done.stderr for words in messages), done.stderr
 
 
-@pytest.mark.parametrize(("word", "told"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_what_is_refused(word: str, told: str, configs, tmp_path: Path):
+@pytest.mark.parametrize(("word", "message"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_refused(word: str, message: str, configs, tmp_path: Path):
     shapes = SHAPES if "init.from" in word else []
-    refused(configs["multi30k-en-de"], tmp_path / "out", [*shapes, word], [told])
+    refused(configs["multi30k-en-de"], tmp_path / "out", [*shapes, word], [message])
 
 
 def test_a_label_outside_the_set_is_refused(data: Path, configs, tmp_path: Path):
     for file in ("train.tsv", "dev.tsv"):
         (tmp_path / file).write_text((data / "mrpc" / file).read_text())
     (tmp_path / "dev.tsv").write_text((data / "mrpc/dev.tsv").read_text().replace("\n1\t", "\nyes\t", 1))
-    told = ["label 'yes' is outside the set of mrpc: 0, 1"]
-    refused(configs["mrpc"], tmp_path / "out", [f"task.data={tmp_path}"], told, "baseline")
-    told = ["mrpc: the answers of its test set are not public; give task.split=dev"]
-    refused(configs["mrpc"], tmp_path / "out", ["task.split=test"], told, "baseline")
+    message = ["label 'yes' is outside the set of mrpc: 0, 1"]
+    refused(configs["mrpc"], tmp_path / "out", [f"task.data={tmp_path}"], message, "baseline")
+    message = ["mrpc: the answers of its test set are not public; give task.split=dev"]
+    refused(configs["mrpc"], tmp_path / "out", ["task.split=test"], message, "baseline")
     refused(configs["mrpc"], tmp_path / "out", ["task.prefix=x"], ["mrpc: T5 defines its inputs; leave out"], "baseline")
 
 
@@ -651,5 +651,5 @@ def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Pat
     folder.mkdir()
     for file in ("config.json", "model.safetensors"):
         (folder / file).write_bytes((folders["multi30k-en-de"] / file).read_bytes())
-    told = [f"{folder}: no tokenizer there; give a folder with tokenizer.json"]
-    refused(configs["multi30k-en-de"], tmp_path / "out", [f"init.from={folder}"], told, "deepspeed")
+    message = [f"{folder}: no tokenizer there; give a folder with tokenizer.json"]
+    refused(configs["multi30k-en-de"], tmp_path / "out", [f"init.from={folder}"], message, "deepspeed")

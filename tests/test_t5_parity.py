@@ -92,7 +92,7 @@ def settings(t5_settings) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def told(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
+def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
     """(folder of all runs of this module, what they printed)"""
     out = tmp_path_factory.mktemp("t5")
     layouts = TWO_RANKS | AUTOTP | MICRO1
@@ -145,35 +145,35 @@ def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
 
 
 @pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
-def test_follows_the_plain_loop(told, reference, arch, layout):
+def test_follows_the_plain_loop(runs, reference, arch, layout):
     expected = reference[arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
-    loss, norm = farthest(told[0] / "fp32" / arch / layout, expected)
+    loss, norm = farthest(runs[0] / "fp32" / arch / layout, expected)
     assert loss <= LOSS and norm <= NORM
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(kind, name) for kind, (_, _, names) in VARIANTS.items() for name in names])
-def test_other_objectives_and_adafactor_follow_the_plain_loop(told, reference, kind, layout):
+def test_other_objectives_and_adafactor_follow_the_plain_loop(runs, reference, kind, layout):
     assert reference[kind][-1][0] < reference[kind][0][0] - 0.1
-    loss, norm = farthest(told[0] / kind / layout, reference[kind])
+    loss, norm = farthest(runs[0] / kind / layout, reference[kind])
     assert loss <= LOSS and norm <= NORM
 
 
 @pytest.mark.parametrize(("arch", "layout"), rows(BF16_ROWS, SLOW_BF16_ROWS))
-def test_bf16_stays_near_fp32(told, reference, arch, layout):
-    loss, _ = farthest(told[0] / "bf16" / arch / layout, reference[arch])
+def test_bf16_stays_near_fp32(runs, reference, arch, layout):
+    loss, _ = farthest(runs[0] / "bf16" / arch / layout, reference[arch])
     assert 0 < loss <= BF16  # 0 would mean that bf16 was not used
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_validation_agrees(told, arch):
-    found = {name: valid_loss(told[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
+def test_validation_agrees(runs, arch):
+    found = {name: valid_loss(runs[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
     assert max(found.values()) - min(found.values()) <= LOSS, found
 
 
 @pytest.mark.parametrize("name", rows([(n,) for n in RESUMED], [(n,) for n in SLOW_RESUMED]))
-def test_two_halves_are_one_run_bit_for_bit(told, name):
-    out, _ = told
+def test_two_halves_are_one_run_bit_for_bit(runs, name):
+    out, _ = runs
     whole, halves = losses(out / "whole" / name), losses(out / "halves" / name)
     assert len(whole) == 12
     for step in whole:
@@ -186,22 +186,22 @@ def test_two_halves_are_one_run_bit_for_bit(told, name):
         assert all(first[part].equal(second[part]) for part in ("weight", "exp_avg", "exp_avg_sq")), file
 
 
-def test_dropout_was_on(told):
-    assert losses(told[0] / "whole" / "baseline")[1]["loss"] != losses(told[0] / "home" / "tiny_v1_1")[1]["loss"]
+def test_dropout_was_on(runs):
+    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "home" / "tiny_v1_1")[1]["loss"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_many_homes(told, arch):
-    stayed, moved = losses(told[0] / "home" / arch), losses(told[0] / "moved" / arch)
+def test_one_run_many_homes(runs, arch):
+    stayed, moved = losses(runs[0] / "home" / arch), losses(runs[0] / "moved" / arch)
     assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(HOMES)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
     assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
-    states = sorted((told[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
+    states = sorted((runs[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
     assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in HOMES]
 
 
-def test_every_state_reads_back_and_replicas_are_equal(told):
+def test_every_state_reads_back_and_replicas_are_equal(runs):
     """tests/watch.py: before the first step of each run, and before each save of a Megatron run with tp."""
     for what in ("READBACK", "REPLICATED"):
-        lines = re.findall(rf"{what} (\d+) parameters, (\d+) wrong", told[1])
+        lines = re.findall(rf"{what} (\d+) parameters, (\d+) wrong", runs[1])
         assert len(lines) > 20 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
