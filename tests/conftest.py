@@ -55,7 +55,7 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def with_slow(request: pytest.FixtureRequest) -> bool:
-    """Whether a test marked slow is selected in this module: only then are the runs that it needs made."""
+    """Whether a test marked slow is selected in this module: only then do its fixtures run what such tests need."""
     items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     return any(item.get_closest_marker("slow") for item in items)
 
@@ -72,7 +72,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text for BERT: bounds of sentences kept, WordPiece of 600 ids."""
+    """The same text for BERT: with bounds of sentences, WordPiece of 600 ids."""
     folder = tmp_path_factory.mktemp("corpus") / "sentences"
     words = ["--sentences", "--tokenizer-type", "wordpiece", "--vocab-size", "600", "--max-mb", "1"]
     command = [sys.executable, "-m", "data.python_docs", str(folder), *words]

@@ -36,7 +36,7 @@ def main(path: str) -> None:
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
-        theirs = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
+        hf = AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
         tokens = torch.from_numpy(run.train.collate(range(4))["tokens"])[:, :-1]  # (B, T)
         model.eval()
         with torch.no_grad(), cuda_stand_in.active(ranks):
@@ -44,11 +44,11 @@ def main(path: str) -> None:
             shard = model(tokens, positions, None)  # (B, T, V / tp)
         shards = [torch.empty_like(shard) for _ in range(layout.tp)]
         dist.all_gather(shards, shard.contiguous(), group=mcore.parallel_state.get_tensor_model_parallel_group())
-        ours = torch.cat(shards, -1)[..., : cfg.model.vocab_size]
+        megatron = torch.cat(shards, -1)[..., : cfg.model.vocab_size]
         with torch.no_grad():
-            expected = theirs(tokens).logits
+            expected = hf(tokens).logits
         if ranks.rank == 0:
-            print(f"LOGITS {(ours - expected).abs().max().item():.3e} of {expected.abs().max().item():.3f}", flush=True)
+            print(f"LOGITS {(megatron - expected).abs().max().item():.3e} of {expected.abs().max().item():.3f}", flush=True)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)

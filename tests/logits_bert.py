@@ -7,6 +7,7 @@ that receives the mean-pooled hidden states of Megatron's encoder.
 import json
 import os
 import sys
+from typing import Any
 
 sys.path.insert(0, os.getcwd())  # the repository's root
 
@@ -64,25 +65,22 @@ def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run:
     group = mcore.parallel_state.get_tensor_model_parallel_group()
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard.contiguous(), group=group)
-    ours = torch.cat(shards, -1)[:, : cfg.model.vocab_size]  # (N, V)
+    megatron = torch.cat(shards, -1)[:, : cfg.model.vocab_size]  # (N, V)
 
     plain = filled(getattr(transformers, task.hf_class_name(cfg.model))(task.hf_config(cfg.model)), values)
     out = plain(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
     expected = out.prediction_logits.flatten(0, 1)[batch["predicted"]]
     recipe, recipe_pairs = filled(task.hf_model(cfg.model), values)(**task.model_inputs(batch))
     if ranks.rank == 0:
-        for name, found, (mine, theirs) in (
-            ("megatron", (ours, pairs), (expected, out.seq_relationship_logits)),
-            ("deepspeed", (recipe, recipe_pairs), (expected, out.seq_relationship_logits)),
-        ):
-            mlm, pair = (found[0] - mine).abs().max().item(), (found[1] - theirs).abs().max().item()
-            print(f"LOGITS {name} {mlm:.3e} {pair:.3e} of {mine.abs().max().item():.3f}", flush=True)
+        for name, tokens, pair in (("megatron", megatron, pairs), ("deepspeed", recipe, recipe_pairs)):
+            differences = (tokens - expected).abs().max().item(), (pair - out.seq_relationship_logits).abs().max().item()
+            print("LOGITS {} {:.3e} {:.3e} of {:.3f}".format(name, *differences, expected.abs().max().item()), flush=True)
 
 
-def embed(case: dict, model: torch.nn.Module, ranks: processes.Ranks) -> None:
+def embed(case: dict[str, Any], model: torch.nn.Module, ranks: processes.Ranks) -> None:
     """Mean of the last hidden states over the tokens of each text, [CLS] and [SEP] too."""
     words = tokenizer.load(case["tokenizer"])
-    ids = [[words.cls_id, *found[:126], words.sep_id] for found in words.encode_batch(case["pairs"])]
+    ids = [[words.cls_id, *text[:126], words.sep_id] for text in words.encode_batch(case["pairs"])]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
     vectors = np.empty((len(ids), model.config.hidden_size), np.float32)
     tp, sp = mcore.parallel_state.get_tensor_model_parallel_world_size(), model.config.sequence_parallel

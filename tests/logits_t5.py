@@ -52,15 +52,15 @@ def main(path: str) -> None:
             group = mcore.parallel_state.get_tensor_model_parallel_group()
             shards = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(shards, shard.contiguous(), group=group)
-            ours = torch.cat(shards, -1)[..., : cfg.model.vocab_size]  # (B, S, V)
+            megatron = torch.cat(shards, -1)[..., : cfg.model.vocab_size]  # (B, S, V)
             plain = filled(plain_t5.net_of(cfg.model), values)
             mask = batch["attention_mask"].long()
             expected = plain(batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
             recipe = filled(task.hf_model(cfg.model), values)(**task.model_inputs(batch)).logits
         if ranks.rank == 0:
             counted = batch["loss_mask"]
-            for name, found in (("megatron", ours), ("deepspeed", recipe)):
-                apart = (found - expected)[counted].abs().max().item()
+            for name, logits in (("megatron", megatron), ("deepspeed", recipe)):
+                apart = (logits - expected)[counted].abs().max().item()
                 print(f"LOGITS {name} {apart:.3e} of {expected.abs().max().item():.3f}", flush=True)
     dist.barrier()
     sys.stdout.flush()

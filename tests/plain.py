@@ -1,4 +1,7 @@
-"""The referee's referee: a training loop of one process that shares nothing with the recipes but data, init and schedule."""
+"""The reference loop for GPT: one process, which shares with the recipes only data, initial values and schedule.
+
+tests/test_oracles.py checks those against formulas, and has a loop that shares nothing.
+"""
 
 from pathlib import Path
 
@@ -30,17 +33,17 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
     adam = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-    made = []
+    curve = []
     for step in range(1, cfg.train.steps + 1):
         rows = stream.collate(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
         tokens, mask = on_device["tokens"], on_device["loss_mask"]
-        given = {"input_ids": tokens[:, :-1]}
+        inputs = {"input_ids": tokens[:, :-1]}
         if data.reset_attention:
             segment = on_device["segment"]
             sees = (segment[:, :, None] == segment[:, None, :]).tril()  # (B, T, T)
-            given |= {"attention_mask": sees[:, None], "position_ids": on_device["position"]}
-        logits = net(**given).logits  # (B, T, V)
+            inputs |= {"attention_mask": sees[:, None], "position_ids": on_device["position"]}
+        logits = net(**inputs).logits  # (B, T, V)
         loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
         adam.zero_grad()
         loss.backward()
@@ -48,5 +51,5 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
         for group in adam.param_groups:
             group["lr"] = optim.lr_at(step, o)
         adam.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        curve.append((loss.item(), norm.item()))
+    return curve

@@ -1,4 +1,4 @@
-"""The referee's referee for BERT: one process, transformers' own classes and forward, no line of the recipe's loss or head."""
+"""The reference loop for BERT: one process, the classes and forward of transformers, no line of the recipe's loss or head."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
             parameter.copy_(draw(name, parameter.shape))
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
     optimizer = torch_optimizer(net, o)
-    made = []
+    curve = []
     for step in range(1, cfg.train.steps + 1):
         rows = stream.collate(range((step - 1) * cfg.train.global_batch, step * cfg.train.global_batch))
         on_device = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
@@ -46,8 +46,8 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        curve.append((loss.item(), norm.item()))
+    return curve
 
 
 def torch_optimizer(net: torch.nn.Module, o: config.Optim) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The referee's referee for finetuning BERT: one process, transformers' own classes, tokenizer and losses."""
+"""The reference loop for finetuning BERT: one process, the classes, tokenizer and losses of transformers."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from common.evaluation import glue
 from common.training import init, optim
 from recipes.bert import finetune
 
-Encode = Callable[[list[int]], dict[str, torch.Tensor]]  # places of examples -> what the class takes
+Encode = Callable[[list[int]], dict[str, torch.Tensor]]  # numbers of examples -> what the class takes
 
 
 def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int, encode: Encode) -> list[tuple[float, float]]:
@@ -40,29 +40,29 @@ def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int,
         lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps,
     )  # fmt: skip
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
-    made, batch = [], cfg.train.global_batch
+    curve, batch = [], cfg.train.global_batch
     for step in range(1, cfg.train.steps + 1):
         numbers = np.arange((step - 1) * batch, step * batch)
-        epoch, place = np.divmod(numbers, size)
-        chosen = permute(place, size, epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
-        given = encode(chosen)
-        found = net(**given)
-        loss = found.loss if "start_logits" not in found else of_spans(found, given)
+        epoch, position = np.divmod(numbers, size)
+        chosen = permute(position, size, epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
+        inputs = encode(chosen)
+        output = net(**inputs)
+        loss = output.loss if "start_logits" not in output else of_spans(output, inputs)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        curve.append((loss.item(), norm.item()))
+    return curve
 
 
-def of_spans(found: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+def of_spans(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """As transformers' loss, but over the positions that are no padding."""
-    kept = given["attention_mask"].bool()
-    ends = ((found.start_logits, given["start_positions"]), (found.end_logits, given["end_positions"]))
-    return sum(torch.nn.functional.cross_entropy(s.masked_fill(~kept, -1e30), p) for s, p in ends) / 2
+    visible = inputs["attention_mask"].bool()
+    ends = ((output.start_logits, inputs["start_positions"]), (output.end_logits, inputs["end_positions"]))
+    return sum(torch.nn.functional.cross_entropy(s.masked_fill(~visible, -1e30), p) for s, p in ends) / 2
 
 
 def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> list[tuple[float, float]]:
@@ -70,14 +70,14 @@ def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> li
     words = AutoTokenizer.from_pretrained(folder)
     options = {"truncation": True, "max_length": seq_len, "padding": True, "return_tensors": "pt"}
     if name in glue.TASKS:
-        found = glue.read(name, data, "train")
+        examples = glue.read(name, data, "train")
 
         def encode(chosen: list[int]) -> dict[str, Any]:
-            columns = [[column[i] for i in chosen] for column in found.texts]
-            return {**words(*columns, **options), "labels": torch.from_numpy(found.labels[chosen])}
+            columns = [[column[i] for i in chosen] for column in examples.texts]
+            return {**words(*columns, **options), "labels": torch.from_numpy(examples.labels[chosen])}
 
-        kinds = len(glue.TASKS[name].labels) or 1
-        return losses(path, [], "AutoModelForSequenceClassification", kinds, len(found.labels), encode)
+        outputs = len(glue.TASKS[name].labels) or 1
+        return losses(path, [], "AutoModelForSequenceClassification", outputs, len(examples.labels), encode)
     if name == "race":
         files = [path for level in ("middle", "high") for path in sorted((data / "train" / level).glob("*.txt"))]
         items = [json.loads(path.read_text()) for path in files]
@@ -87,9 +87,9 @@ def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> li
 
         def encode(chosen: list[int]) -> dict[str, Any]:
             pairs = [asked[4 * i + c] for i in chosen for c in range(4)]
-            made = words([a for a, _ in pairs], [b for _, b in pairs], **options)
+            encoded = words([a for a, _ in pairs], [b for _, b in pairs], **options)
             labels = torch.tensor([right[i] for i in chosen])
-            return {name: values.view(len(chosen), 4, -1) for name, values in made.items()} | {"labels": labels}
+            return {name: values.view(len(chosen), 4, -1) for name, values in encoded.items()} | {"labels": labels}
 
         return losses(path, [], "AutoModelForMultipleChoice", 1, len(right), encode)
     if name == "ner":
@@ -97,15 +97,15 @@ def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> li
         tags = ["O", "B-X", "I-X"]
 
         def encode(chosen: list[int]) -> dict[str, Any]:
-            made = words([[w for w, _ in blocks[i]] for i in chosen], is_split_into_words=True, **options)
-            labels = torch.full(made["input_ids"].shape, -100)
+            encoded = words([[w for w, _ in blocks[i]] for i in chosen], is_split_into_words=True, **options)
+            labels = torch.full(encoded["input_ids"].shape, -100)
             for row, i in enumerate(chosen):
                 before = None
-                for place, word in enumerate(made.word_ids(row)):
+                for position, word in enumerate(encoded.word_ids(row)):
                     if word is not None and word != before:
-                        labels[row, place] = tags.index(blocks[i][word][1])
+                        labels[row, position] = tags.index(blocks[i][word][1])
                     before = word
-            return {**made, "labels": labels}
+            return {**encoded, "labels": labels}
 
         return losses(path, [], "AutoModelForTokenClassification", 3, len(blocks), encode)
     paragraphs = json.loads((data / "train-v1.1.json").read_text())["data"][0]["paragraphs"]
@@ -113,10 +113,10 @@ def of_task(name: str, path: Path, data: Path, folder: Path, seq_len: int) -> li
 
     def encode(chosen: list[int]) -> dict[str, Any]:
         rows = [asked[i] for i in chosen]
-        made = words([q for q, _, _ in rows], [c for _, c, _ in rows], **options)
+        encoded = words([q for q, _, _ in rows], [c for _, c, _ in rows], **options)
         ends = [(a["answer_start"], a["answer_start"] + len(a["text"]) - 1) for _, _, a in rows]
-        places = [[made.char_to_token(row, at, 1) for at in pair] for row, pair in enumerate(ends)]
-        begin, end = torch.tensor(places).unbind(1)
-        return {**made, "start_positions": begin, "end_positions": end}
+        positions = [[encoded.char_to_token(row, at, 1) for at in pair] for row, pair in enumerate(ends)]
+        begin, end = torch.tensor(positions).unbind(1)
+        return {**encoded, "start_positions": begin, "end_positions": end}
 
     return losses(path, [], "AutoModelForQuestionAnswering", 2, len(asked), encode)

@@ -1,5 +1,7 @@
-"""The referee's referee for finetuning GPT: one process, transformers' own class, tokenizer and templates; each conversation
-goes through the model in a row of its own."""
+"""The reference loop for finetuning GPT: one process, the class, tokenizer and templates of transformers.
+
+Each conversation goes through the model in a row by itself.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def answers(words: Any, chat: list[dict[str, str]], end: str) -> Document:
 def losses(
     config_path: Path, overrides: list[str], groups: list[list[Document]], prepare: Any = lambda net: net
 ) -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) of each step. groups: the documents of each sample. prepare: what is made of the
+    """(loss, gradient norm before clipping) of each step. groups: the documents of each sample. prepare: changes the
     model before training."""
     cfg = config.load(config_path, overrides, finetune.Config)
     net = prepare(AutoModelForCausalLM.from_pretrained(cfg.init.from_, dtype=torch.float32)).train()
@@ -45,11 +47,11 @@ def losses(
         lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps,
     )  # fmt: skip
     o = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.train.steps})
-    made, size = [], cfg.train.global_batch
+    curve, size = [], cfg.train.global_batch
     for step in range(1, cfg.train.steps + 1):
         numbers = np.arange((step - 1) * size, step * size)
-        epoch, place = np.divmod(numbers, len(groups))
-        chosen = permute(place, len(groups), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
+        epoch, position = np.divmod(numbers, len(groups))
+        chosen = permute(position, len(groups), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
         documents = [document for i in chosen for document in groups[i]]
         # a row each; what pads the shorter ones stands behind, where a causal model does not see it
         longest = max(len(ids) for ids, _ in documents)
@@ -63,5 +65,5 @@ def losses(
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
-        made.append((loss.item(), norm.item()))
-    return made
+        curve.append((loss.item(), norm.item()))
+    return curve

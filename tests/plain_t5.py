@@ -1,4 +1,4 @@
-"""The referee's referee for T5: one process, transformers' own class untied by hand, no line of the recipe's loss or models."""
+"""The reference loop for T5: one process, the class of transformers untied by hand, no line of the recipe's loss or models."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,22 +33,22 @@ class Kinks:
         self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # input and output, (B, T, ffn)
         for name, module in net.named_modules():
             if isinstance(module, torch.nn.ReLU):
-                module.register_forward_hook(lambda _, given, made, name=name: self._keep(name, given[0], made))
+                module.register_forward_hook(lambda _, inputs, output, name=name: self._record(name, inputs[0], output))
 
-    def _keep(self, name: str, given: torch.Tensor, made: torch.Tensor) -> None:
-        made.retain_grad()
-        self.seen[name] = (given.detach(), made)
+    def _record(self, name: str, value: torch.Tensor, output: torch.Tensor) -> None:
+        output.retain_grad()
+        self.seen[name] = (value.detach(), output)
 
     def stake(self, norm: float) -> float:
         """After backward: the largest gradient behind a unit whose input is 0 within rounding, as a share of `norm`."""
-        behind = [made.grad[given.abs() < NEAR].abs() for given, made in self.seen.values()]
+        behind = [output.grad[value.abs() < NEAR].abs() for value, output in self.seen.values()]
         return max((g.max().item() for g in behind if g.numel()), default=0.0) / norm
 
 
 def clear_of_kinks(steps: Callable[[list[str]], Iterable[Step]], overrides: list[str]) -> list[str]:
-    """The overrides with the first seed, from 1234 on, whose plain loop meets no ReLU at 0 that matters.
+    """The overrides with the first seed, from 1234 on, whose reference loop meets no ReLU at 0 that matters.
 
-    No stack has a say in it: the plain loop alone is asked, before any other run.
+    No stack has a say in it: the reference loop alone is asked, before any other run.
     """
     for seed in range(1234, 1734):
         seeded = [*overrides, f"train.seed={seed}"]

@@ -1,4 +1,4 @@
-"""The referee's referee for finetuning T5: one process, transformers' own class, tokenizer, loss and beam search."""
+"""The reference loop for finetuning T5: one process, the class, tokenizer, loss and beam search of transformers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +27,13 @@ def steps(config_path: Path, overrides: list[str], pairs: list[tuple[str, str]])
     optimizer, kinks, size = torch_optimizer(net.train(), o), Kinks(net), cfg.train.global_batch
     for step in range(1, cfg.train.steps + 1):
         numbers = np.arange((step - 1) * size, step * size)
-        epoch, place = np.divmod(numbers, len(pairs))
-        chosen = permute(place, len(pairs), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
+        epoch, position = np.divmod(numbers, len(pairs))
+        chosen = permute(position, len(pairs), epoch_key(cfg.train.seed, np.zeros_like(numbers), epoch)).tolist()
         sources, targets = (list(column) for column in zip(*(pairs[i] for i in chosen), strict=True))
-        given = tokenizer(sources, truncation=True, max_length=cfg.data.seq_len, padding=True, return_tensors="pt")
-        wanted = tokenizer(targets, truncation=True, max_length=cfg.data.target_len, padding=True, return_tensors="pt")
-        labels = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
-        loss = net(input_ids=given["input_ids"], attention_mask=given["attention_mask"], labels=labels).loss
+        inputs = tokenizer(sources, truncation=True, max_length=cfg.data.seq_len, padding=True, return_tensors="pt")
+        encoded_targets = tokenizer(targets, truncation=True, max_length=cfg.data.target_len, padding=True, return_tensors="pt")
+        labels = encoded_targets["input_ids"].masked_fill(encoded_targets["attention_mask"] == 0, -100)
+        loss = net(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
@@ -52,11 +52,11 @@ def loaded(folder: str, dropout: float = 0.0) -> tuple[T5ForConditionalGeneratio
 def written(folder: Path, sources: list[str], seq_len: int, tokens: int, beams: int, length_penalty: float) -> list[str]:
     """Beam search, one text at a time, without padding."""
     net, tokenizer = loaded(str(folder))
-    made = []
+    texts = []
     for source in sources:
-        given = tokenizer(source, truncation=True, max_length=seq_len, return_tensors="pt")
+        inputs = tokenizer(source, truncation=True, max_length=seq_len, return_tensors="pt")
         ids = net.eval().generate(
-            **given, num_beams=beams, length_penalty=length_penalty, max_new_tokens=tokens, do_sample=False
+            **inputs, num_beams=beams, length_penalty=length_penalty, max_new_tokens=tokens, do_sample=False
         )
-        made.append(" ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split()))
-    return made
+        texts.append(" ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split()))
+    return texts

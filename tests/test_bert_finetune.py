@@ -155,7 +155,7 @@ def reference(configs, data, folders) -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
-def test_follows_the_plain_loop(runs, reference, name, layout):
+def test_follows_the_reference_loop(runs, reference, name, layout):
     expected = reference[name]
     assert min(loss for loss, _ in expected[5:]) < expected[0][0] - 0.01
     loss, norm = farthest(runs[0] / name / layout, expected)

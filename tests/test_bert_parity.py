@@ -1,4 +1,4 @@
-"""BERT under laws 1, 2, 5 and 6: every stack and layout follows the plain loop, halves are a whole, a run moves anywhere."""
+"""BERT under invariants 1, 2, 5 and 6: every layout follows the reference loop, halves are a whole, a run moves anywhere."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
 from test_parity import BF16, LOSS, NORM, farthest, rows
-from test_resume import HOMES
+from test_resume import MOVES
 
 from tests import plain_bert
 
@@ -69,8 +69,8 @@ SLOW_FP32_ROWS = [("tiny_postln", name) for name in (*TWO_RANKS, *AUTOTP) if nam
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
 BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS] + [("tiny_postln", name) for name in ("baseline", "zero1")]
 SLOW_BF16_ROWS = [("tiny_postln", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")]
-EACH = 5  # steps at each home
-pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
+EACH = 5  # steps on each stack
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
 
 
 def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
@@ -98,13 +98,13 @@ def runs(drive, bert_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
         shared = [*bert_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
         cases.append(run(stack, "tiny_postln", out / "whole" / name, [*shared, "train.steps=12"]))
         cases += [run(stack, "tiny_postln", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
-    total = EACH * len(HOMES)
+    total = EACH * len(MOVES)
     for arch in ARCHS:
         moved = [*bert_settings, f"optim.decay_steps={total}", "train.keep=100"]
-        cases.append(run("baseline", arch, out / "home" / arch, [*moved, f"train.steps={total}"]))
+        cases.append(run("baseline", arch, out / "stayed" / arch, [*moved, f"train.steps={total}"]))
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
-            for number, (stack, overrides) in enumerate(HOMES, 1)
+            for number, (stack, overrides) in enumerate(MOVES, 1)
         ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
     return out, drive(cases + autotp, 2)
@@ -112,7 +112,7 @@ def runs(drive, bert_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def reference(bert_settings) -> dict[str, list[tuple[float, float]]]:
-    """{config or variant: [(loss, norm) of each step]} of the plain loop."""
+    """{config or variant: [(loss, norm) of each step]} of the reference loop."""
 
     def plain(arch: str, more: list[str]) -> list[tuple[float, float]]:
         return plain_bert.losses(ROOT / f"recipes/bert/configs/{arch}.yaml", bert_settings + more)
@@ -121,7 +121,7 @@ def reference(bert_settings) -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
-def test_follows_the_plain_loop(runs, reference, arch, layout):
+def test_follows_the_reference_loop(runs, reference, arch, layout):
     expected = reference[arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
     loss, norm = farthest(runs[0] / "fp32" / arch / layout, expected)
@@ -129,7 +129,7 @@ def test_follows_the_plain_loop(runs, reference, arch, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(kind, name) for kind, (_, _, names) in VARIANTS.items() for name in names])
-def test_other_objectives_and_lamb_follow_the_plain_loop(runs, reference, kind, layout):
+def test_other_objectives_and_lamb_follow_the_reference_loop(runs, reference, kind, layout):
     assert reference[kind][-1][0] < reference[kind][0][0] - 0.1
     loss, norm = farthest(runs[0] / kind / layout, reference[kind])
     assert loss <= LOSS and norm <= NORM
@@ -143,8 +143,8 @@ def test_bf16_stays_near_fp32(runs, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(runs, arch):
-    found = {name: valid_loss(runs[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
-    assert max(found.values()) - min(found.values()) <= LOSS, found
+    values = {name: valid_loss(runs[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
+    assert max(values.values()) - min(values.values()) <= LOSS, values
 
 
 def test_parts_of_the_loss_are_logged_apart(runs):
@@ -179,17 +179,17 @@ def test_two_halves_are_one_run_bit_for_bit(runs, name):
 
 
 def test_dropout_was_on(runs):
-    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "home" / "tiny_postln")[1]["loss"]
+    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "stayed" / "tiny_postln")[1]["loss"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_many_homes(runs, arch):
-    stayed, moved = losses(runs[0] / "home" / arch), losses(runs[0] / "moved" / arch)
-    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(HOMES)
+def test_one_run_moves_between_stacks(runs, arch):
+    stayed, moved = losses(runs[0] / "stayed" / arch), losses(runs[0] / "moved" / arch)
+    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(MOVES)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
     assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
     states = sorted((runs[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
-    assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in HOMES]
+    assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in MOVES]
 
 
 def test_every_state_reads_back_and_replicas_are_equal(runs):

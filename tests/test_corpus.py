@@ -719,7 +719,7 @@ def test_one_document_a_row(documents, prefix):
 
 
 def oracle(tokens, real):
-    """Segment, position and mask of a row, by a plain loop. tokens: T+1 ids; real: how many are not padding."""
+    """Segment, position and mask of a row, by a reference loop. tokens: T+1 ids; real: how many are not padding."""
     segment, position, mask = [0], [0], []
     for t in range(1, len(tokens) - 1):
         begins = t - 1 < real and tokens[t - 1] == EOD

@@ -129,7 +129,7 @@ def by_metric(out: Path) -> dict[tuple[str, str], dict]:
     return found
 
 
-def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
+def test_values_are_those_of_a_reference_loop(run: Path, data: Path, results):
     net = GPT2LMHeadModel.from_pretrained(run / "hf").eval()
     words = tokenizers.load(run / "hf")
     length = net.config.n_positions
@@ -177,7 +177,7 @@ def test_values_are_those_of_a_plain_loop(run: Path, data: Path, results):
 
 
 def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path, tmp_path: Path):
-    """Against a plain loop: every token is predicted once, the first of a window from the beginning alone."""
+    """Against a reference loop: every token is predicted once, the first of a window from the beginning alone."""
     evaluate(run, "wikitext2-raw", "wikitext103", "--bos", "--data", data, "--batch", 4, "--out", tmp_path)
     found, words = by_metric(tmp_path), tokenizers.load(run / "hf")
     net = GPT2LMHeadModel.from_pretrained(run / "hf").eval()

@@ -251,7 +251,7 @@ FOLLOW = [
 
 
 @pytest.mark.parametrize(("kind", "layout"), FOLLOW, ids=[f"{kind}-{name}" for kind, name in FOLLOW])
-def test_follows_the_plain_loop(runs, reference, kind, layout):
+def test_follows_the_reference_loop(runs, reference, kind, layout):
     expected = reference[kind]
     assert min(loss for loss, _ in expected[5:]) < expected[0][0] - 0.01
     loss, norm = farthest(runs / kind / layout, expected)

@@ -19,7 +19,7 @@ from scripts import gpu_check
 from scripts.bench_speed import write_corpus
 
 LAYOUTS = ("baseline", "zero1", "zero3", "megatron", "megatron_distributed_optimizer")
-HOMES = ("baseline", "zero1", "megatron", "zero3", "megatron_distributed_optimizer", "baseline")
+MOVES = ("baseline", "zero1", "megatron", "zero3", "megatron_distributed_optimizer", "baseline")
 BF16 = ("baseline", "zero1", "megatron")
 DEVICE_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
@@ -28,11 +28,11 @@ DEVICE_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "megatron": ("megatron", []),
     "megatron_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
 }
-LOSS, NORM = 1e-5, 1e-4  # fp32 against the plain loop: largest difference of loss; of gradient norm, relative
-BF16_LOSS = 1e-2  # bf16 against the fp32 plain loop; tests/test_parity.py measured 2.9e-3 on a CPU
+LOSS, NORM = 1e-5, 1e-4  # fp32 against the reference loop: largest difference of loss; of gradient norm, relative
+BF16_LOSS = 1e-2  # bf16 against the fp32 reference loop; tests/test_parity.py measured 2.9e-3 on a CPU
 VOCAB = 512
 TINY = (f"model.vocab_size={VOCAB}", "data.valid=null")
-EACH = 3  # steps at each home
+EACH = 3  # steps on each stack
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +55,10 @@ def runs(gpu, tmp_path_factory) -> tuple[Path, str]:
         settings = [*shared, "model.dropout=0.1", "optim.decay_steps=20", *overrides]
         cases.append(case(stack, "tiny", out / "whole" / name, [*settings, "train.steps=20"]))
         cases += [case(stack, "tiny", out / "halves" / name, [*settings, f"train.steps={n}"]) for n in (10, 20)]
-    total = EACH * len(HOMES)
+    total = EACH * len(MOVES)
     moved = [*shared, f"optim.decay_steps={total}", "train.keep=100"]
     cases.append(case("baseline", "tiny_llama", out / "stayed", [*moved, f"train.steps={total}"]))
-    for number, name in enumerate(HOMES, 1):
+    for number, name in enumerate(MOVES, 1):
         stack, overrides = DEVICE_LAYOUTS[name]
         cases.append(case(stack, "tiny_llama", out / "moved", [*moved, f"train.steps={EACH * number}", *overrides]))
     for name in BF16:
@@ -85,7 +85,7 @@ def test_two_halves_are_one_run(runs, name, record_property):
 
 
 @pytest.mark.gpu
-def test_one_run_many_homes(runs):
+def test_one_run_moves_between_stacks(runs):
     out, _ = runs
     stayed, moved = losses(out / "stayed"), losses(out / "moved")
     assert sorted(stayed) == sorted(moved)
@@ -97,13 +97,13 @@ def test_one_run_many_homes(runs):
 def test_every_move_reads_back_bit_for_bit(runs):
     _, log = runs
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
-    assert len(lines) >= 3 * len(LAYOUTS) + len(HOMES) + 1
+    assert len(lines) >= 3 * len(LAYOUTS) + len(MOVES) + 1
     assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
 
 @pytest.fixture(scope="module")
 def expected(runs) -> Callable[[int], list[tuple[float, float]]]:
-    """The plain loop on the GPU, for a run of so many steps."""
+    """The reference loop on the GPU, for a run of so many steps."""
     from tests import plain
 
     out, _ = runs
@@ -114,9 +114,9 @@ def expected(runs) -> Callable[[int], list[tuple[float, float]]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", ["stayed", "moved"])
-def test_follows_the_plain_loop(runs, expected, run):
+def test_follows_the_reference_loop(runs, expected, run):
     """`moved` is of all stacks, one after the other."""
-    steps = EACH * len(HOMES)
+    steps = EACH * len(MOVES)
     found = compared(losses(runs[0] / run), expected(steps), "fp32")
     assert found["ok"], found
 
@@ -129,7 +129,7 @@ def test_bf16_stays_near_fp32(runs, expected, name):
 
 
 def compared(steps: dict[int, dict[str, float]], expected: list[tuple[float, float]], dtype: str) -> dict[str, float | bool]:
-    """A run's steps beside the plain loop's losses and gradient norms."""
+    """A run's steps beside the reference loop's losses and gradient norms."""
     pairs = [(steps[number], *values) for number, values in enumerate(expected, 1)]
     loss = max(abs(line["loss"] - value) for line, value, _ in pairs)
     norm = max(abs(line["grad_norm"] / value - 1) for line, _, value in pairs)

@@ -1,4 +1,4 @@
-"""Laws 1, 2 and 5: every stack and layout follows the plain single-process loop."""
+"""Invariants 1, 2 and 5: every stack and layout follows the single-process reference loop."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ NORM = 1e-4  # relative
 BF16 = 2e-3
 
 ARCHS = ("tiny", "tiny_llama")
-pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
 TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
     "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),
@@ -51,7 +51,7 @@ ONLY_LLAMA: dict[str, tuple[str, list[str]]] = {
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
 REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2")
-# Documents of very different lengths, one a sample: micro batches and ranks hold unequal numbers of targets (law 5).
+# Documents of very different lengths, one a sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
 UNEQUAL: dict[str, tuple[str, list[str]]] = {
@@ -142,7 +142,7 @@ def runs(drive, settings, with_slow, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(settings) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """{(set, arch): [(loss, norm) of each step]} of the plain loop."""
+    """{(set, arch): [(loss, norm) of each step]} of the reference loop."""
     kinds = {"fp32": [], "documents": DOCUMENTS, "within": WITHIN}
     return {
         (kind, arch): plain.losses(ROOT / f"recipes/gpt/configs/{arch}.yaml", settings + more)
@@ -153,15 +153,15 @@ def reference(settings) -> dict[tuple[str, str], list[tuple[float, float]]]:
 
 def farthest(run: Path, expected: list[tuple[float, float]]) -> tuple[float, float]:
     """Largest difference of loss, and relative of gradient norm."""
-    ours = losses(run)
-    assert sorted(ours) == list(range(1, len(expected) + 1))
-    pairs = [(ours[step], *expected[step - 1]) for step in ours]
+    lines = losses(run)
+    assert sorted(lines) == list(range(1, len(expected) + 1))
+    pairs = [(lines[step], *expected[step - 1]) for step in lines]
     loss = max(abs(line["loss"] - value) for line, value, _ in pairs)
     return loss, max(abs(line["grad_norm"] - norm) / norm for line, _, norm in pairs)
 
 
 @pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
-def test_follows_the_plain_loop(runs, reference, arch, layout, record_property):
+def test_follows_the_reference_loop(runs, reference, arch, layout, record_property):
     expected = reference["fp32", arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
     loss, norm = farthest(runs / "fp32" / arch / layout, expected)
@@ -170,13 +170,13 @@ def test_follows_the_plain_loop(runs, reference, arch, layout, record_property):
 
 
 @pytest.mark.parametrize("layout", ONLY_LLAMA)
-def test_autotp_follows_the_plain_loop(runs, reference, layout):
+def test_autotp_follows_the_reference_loop(runs, reference, layout):
     loss, norm = farthest(runs / "fp32" / "tiny_llama" / layout, reference["fp32", "tiny_llama"])
     assert loss <= LOSS and norm <= NORM
 
 
 @pytest.mark.parametrize(("kind", "arch", "layout"), rows(UNEQUAL_ROWS, SLOW_UNEQUAL_ROWS))
-def test_unequal_targets_follow_the_plain_loop(runs, reference, arch, kind, layout):
+def test_unequal_targets_follow_the_reference_loop(runs, reference, arch, kind, layout):
     loss, norm = farthest(runs / kind / arch / layout, reference[kind, arch])
     assert loss <= LOSS and norm <= NORM
 
@@ -200,8 +200,8 @@ def test_bf16_stays_near_fp32(runs, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(runs, arch):
-    found = {name: valid_loss(runs / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
-    assert max(found.values()) - min(found.values()) <= LOSS, found
+    values = {name: valid_loss(runs / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
+    assert max(values.values()) - min(values.values()) <= LOSS, values
 
 
 def test_metrics_lines_are_complete(runs):

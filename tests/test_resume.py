@@ -1,4 +1,4 @@
-"""Laws 6 and 7: ten steps and ten steps are twenty, whatever stack or layout goes on, and whatever kills the run."""
+"""Invariants 6 and 7: ten steps and ten steps are twenty, whatever stack or layout goes on, and whatever kills the run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
 }
 DTYPES = {"fp32": "fp32", "zero1_bf16": "bf16"}
-HOMES: list[tuple[str, list[str]]] = [
+MOVES: list[tuple[str, list[str]]] = [
     ("baseline", []),
     ("deepspeed", ["deepspeed.zero_stage=1"]),
     ("deepspeed", ["deepspeed.zero_stage=3"]),
@@ -35,7 +35,7 @@ HOMES: list[tuple[str, list[str]]] = [
     ("baseline", []),
 ]
 BF16 = ["zero1", "zero3", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
-EACH = 5  # steps at each home
+EACH = 5  # steps on each stack
 ARCHS = ("tiny", "tiny_llama")
 
 
@@ -53,13 +53,13 @@ def runs(drive, settings, tmp_path_factory) -> tuple[Path, str]:
         shared = [*settings, "train.dtype=bf16", "optim.decay_steps=8", *overrides]
         cases.append(case(stack, "tiny", out / "whole" / f"{name}_bf16", [*shared, "train.steps=8"]))
         cases += [case(stack, "tiny", out / "halves" / f"{name}_bf16", [*shared, f"train.steps={n}"]) for n in (4, 8)]
-    total = EACH * len(HOMES)
+    total = EACH * len(MOVES)
     for arch in ARCHS:
         moved = [*settings, f"optim.decay_steps={total}", "train.keep=100"]
-        cases.append(case("baseline", arch, out / "home" / arch, [*moved, f"train.steps={total}"]))
+        cases.append(case("baseline", arch, out / "stayed" / arch, [*moved, f"train.steps={total}"]))
         cases += [
             case(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
-            for number, (stack, overrides) in enumerate(HOMES, 1)
+            for number, (stack, overrides) in enumerate(MOVES, 1)
         ]
     return out, drive(cases, 2)
 
@@ -95,24 +95,24 @@ def test_replicated_parameters_stay_equal_with_dropout(runs):
 def test_dropout_was_on(runs):
     out, _ = runs
     dropped = losses(out / "whole" / "baseline")
-    assert dropped[1]["loss"] != losses(out / "home" / "tiny")[1]["loss"]
+    assert dropped[1]["loss"] != losses(out / "stayed" / "tiny")[1]["loss"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_many_homes(runs, arch):
+def test_one_run_moves_between_stacks(runs, arch):
     out, _ = runs
-    stayed, moved = losses(out / "home" / arch), losses(out / "moved" / arch)
+    stayed, moved = losses(out / "stayed" / arch), losses(out / "moved" / arch)
     assert sorted(stayed) == sorted(moved)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= 1e-5
     assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= 1e-4
     stacks = [json.loads((out / "moved" / arch / f"step_{n}" / "state.json").read_text())["stack"] for n in range(5, 36, 5)]
-    assert stacks == [stack for stack, _ in HOMES]
+    assert stacks == [stack for stack, _ in MOVES]
 
 
 def test_every_move_reads_back_bit_for_bit(runs):
     _, log = runs
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", log)
-    moves = len(LAYOUTS) + len(BF16) + len(ARCHS) * (len(HOMES) - 1)
+    moves = len(LAYOUTS) + len(BF16) + len(ARCHS) * (len(MOVES) - 1)
     assert len(lines) >= moves
     assert all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
@@ -160,8 +160,8 @@ def check_kills(out: Path, stack: str, settings: list[str], kills: int, nproc: i
     whole = start(out.with_name(out.name + "_whole"), stack, settings, *run, "train.save_every=0", nproc=nproc)
     printed, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, printed[-3000:]
-    expected, ours = losses(out.with_name(out.name + "_whole")), losses(out)
-    assert [ours[s]["loss"] for s in expected] == [line["loss"] for line in expected.values()]
+    expected, lines_of = losses(out.with_name(out.name + "_whole")), losses(out)
+    assert [lines_of[s]["loss"] for s in expected] == [line["loss"] for line in expected.values()]
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert len([line for line in lines if '"loss"' in line]) == total  # each step once
 

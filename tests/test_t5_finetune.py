@@ -141,12 +141,12 @@ def runs(drive, configs, seeded, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(configs, texts, seeded) -> dict[str, list[tuple[float, float]]]:
-    """The plain loop's."""
+    """The reference loop's."""
     return {name: plain_t5_finetune.losses(configs[name], seeded[name], texts[name]) for name in SPLITS}
 
 
 @pytest.mark.parametrize(("name", "layout"), RUNS)
-def test_follows_the_plain_loop(runs, reference, name, layout):
+def test_follows_the_reference_loop(runs, reference, name, layout):
     expected = reference[name]
     assert expected[-1][0] < expected[0][0] - 0.5
     loss, norm = farthest(runs / name / layout, expected)

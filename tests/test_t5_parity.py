@@ -1,4 +1,4 @@
-"""T5 under laws 1, 2, 5 and 6: every stack and layout follows the plain loop, halves are a whole, a run moves anywhere."""
+"""T5 under invariants 1, 2, 5 and 6: every layout follows the reference loop, halves are a whole, a run moves anywhere."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, case, losses, valid_loss
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest, rows
-from test_resume import HOMES as ALL_HOMES
+from test_resume import MOVES as ALL_MOVES
 
 from common import config
 from recipes.t5 import task
@@ -51,7 +51,7 @@ REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer",
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_micro1")
 # The objective's other choices, and Adafactor
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
-    # documents of very different lengths: micro batches and ranks hold unequal numbers of targets (law 5)
+    # documents of very different lengths: micro batches and ranks hold unequal numbers of targets (invariant 5)
     "documents": ("tiny_v1_1", ["data.pack=false"], FEW),
     "prefix": ("tiny", ["objective.kind=prefix", "data.target_len=24"], ("baseline", "tp2_sp")),
     "adafactor": (
@@ -67,11 +67,11 @@ SLOW_FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP) if name not i
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
 BF16_ROWS = [("tiny_v1_1", name) for name in BF16_LAYOUTS] + [("tiny", name) for name in ("baseline", "zero1")]
 SLOW_BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")]
-EACH = 5  # steps at each home
+EACH = 5  # steps on each stack
 # bf16 against the fp32 loop, from stack to stack by design (tests/test_parity.py); at most 3.2e-3 was measured, on a CPU.
 BF16 = 5e-3
-pytestmark = pytest.mark.timeout(1800)  # all runs are made by the first test
-HOMES = [home for home in ALL_HOMES if "megatron.pp=2" not in home[1]]  # an encoder and a decoder are not split
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
+MOVES = [move for move in ALL_MOVES if "megatron.pp=2" not in move[1]]  # an encoder and a decoder are not split
 
 
 def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
@@ -80,15 +80,15 @@ def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
 
 @pytest.fixture(scope="module")
 def settings(t5_settings) -> dict[str, list[str]]:
-    """{config, variant, or config + " home": overrides}, each with a seed that keeps clear of T5 1.0's ReLUs (plain_t5.py)."""
+    """{config, variant, or config + " moved": overrides}, each with a seed that keeps clear of T5 1.0's ReLUs (plain_t5.py)."""
 
     def clear(arch: str, more: list[str]) -> list[str]:
         steps = partial(plain_t5.steps, ROOT / f"recipes/t5/configs/{arch}.yaml")
         return plain_t5.clear_of_kinks(steps, [*t5_settings, *more])
 
-    made = {arch: clear(arch, []) for arch in ARCHS} | {kind: clear(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
-    moved = [f"train.steps={EACH * len(HOMES)}", f"optim.decay_steps={EACH * len(HOMES)}", "train.keep=100"]
-    return made | {f"{arch} home": clear(arch, moved) for arch in ARCHS}
+    seeded = {arch: clear(arch, []) for arch in ARCHS} | {kind: clear(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
+    moved = [f"train.steps={EACH * len(MOVES)}", f"optim.decay_steps={EACH * len(MOVES)}", "train.keep=100"]
+    return seeded | {f"{arch} moved": clear(arch, moved) for arch in ARCHS}
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +113,11 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
         cases.append(run(stack, "tiny_v1_1", out / "whole" / name, [*shared, "train.steps=12"]))
         cases += [run(stack, "tiny_v1_1", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
     for arch in ARCHS:
-        moved = settings[f"{arch} home"]
-        cases.append(run("baseline", arch, out / "home" / arch, moved))
+        moved = settings[f"{arch} moved"]
+        cases.append(run("baseline", arch, out / "stayed" / arch, moved))
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
-            for number, (stack, overrides) in enumerate(HOMES, 1)
+            for number, (stack, overrides) in enumerate(MOVES, 1)
         ]
     # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
     return out, drive(cases + autotp, 2)
@@ -125,14 +125,14 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
 
 @pytest.fixture(scope="module")
 def reference(settings) -> dict[str, list[tuple[float, float]]]:
-    """{config or variant: [(loss, norm) of each step]} of the plain loop."""
+    """{config or variant: [(loss, norm) of each step]} of the reference loop."""
     archs = {arch: arch for arch in ARCHS} | {kind: arch for kind, (arch, _, _) in VARIANTS.items()}
     return {kind: plain_t5.losses(ROOT / f"recipes/t5/configs/{a}.yaml", settings[kind]) for kind, a in archs.items()}
 
 
 def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
     """A unit whose weights are 0 has an input of 0, and a gradient behind it."""
-    for arch, found in (("tiny", True), ("tiny_v1_1", False)):  # a GELU has a derivative everywhere
+    for arch, is_seen in (("tiny", True), ("tiny_v1_1", False)):  # a GELU has a derivative everywhere
         cfg = config.load(ROOT / f"recipes/t5/configs/{arch}.yaml", [*t5_settings, "model.vocab_size=64"], task.Config)
         net = plain_t5.net_of(cfg.model)
         kinks, ids = plain_t5.Kinks(net), torch.arange(8)[None]  # (B, T)
@@ -141,11 +141,11 @@ def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
         with torch.no_grad():
             next(p for name, p in net.named_parameters() if ".DenseReluDense.wi" in name)[5] = 0
         net(input_ids=ids, labels=ids).loss.backward()
-        assert (kinks.stake(1.0) > 0) == found
+        assert (kinks.stake(1.0) > 0) == is_seen
 
 
 @pytest.mark.parametrize(("arch", "layout"), rows(FP32_ROWS, SLOW_FP32_ROWS))
-def test_follows_the_plain_loop(runs, reference, arch, layout):
+def test_follows_the_reference_loop(runs, reference, arch, layout):
     expected = reference[arch]
     assert expected[-1][0] < expected[0][0] - 0.3, "the loss must really fall"
     loss, norm = farthest(runs[0] / "fp32" / arch / layout, expected)
@@ -153,7 +153,7 @@ def test_follows_the_plain_loop(runs, reference, arch, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(kind, name) for kind, (_, _, names) in VARIANTS.items() for name in names])
-def test_other_objectives_and_adafactor_follow_the_plain_loop(runs, reference, kind, layout):
+def test_other_objectives_and_adafactor_follow_the_reference_loop(runs, reference, kind, layout):
     assert reference[kind][-1][0] < reference[kind][0][0] - 0.1
     loss, norm = farthest(runs[0] / kind / layout, reference[kind])
     assert loss <= LOSS and norm <= NORM
@@ -167,8 +167,8 @@ def test_bf16_stays_near_fp32(runs, reference, arch, layout):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_validation_agrees(runs, arch):
-    found = {name: valid_loss(runs[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
-    assert max(found.values()) - min(found.values()) <= LOSS, found
+    values = {name: valid_loss(runs[0] / "fp32" / arch / name) for a, name in FP32_ROWS if a == arch}
+    assert max(values.values()) - min(values.values()) <= LOSS, values
 
 
 @pytest.mark.parametrize("name", rows([(n,) for n in RESUMED], [(n,) for n in SLOW_RESUMED]))
@@ -187,17 +187,17 @@ def test_two_halves_are_one_run_bit_for_bit(runs, name):
 
 
 def test_dropout_was_on(runs):
-    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "home" / "tiny_v1_1")[1]["loss"]
+    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "stayed" / "tiny_v1_1")[1]["loss"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_many_homes(runs, arch):
-    stayed, moved = losses(runs[0] / "home" / arch), losses(runs[0] / "moved" / arch)
-    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(HOMES)
+def test_one_run_moves_between_stacks(runs, arch):
+    stayed, moved = losses(runs[0] / "stayed" / arch), losses(runs[0] / "moved" / arch)
+    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(MOVES)
     assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
     assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
     states = sorted((runs[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
-    assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in HOMES]
+    assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in MOVES]
 
 
 def test_every_state_reads_back_and_replicas_are_equal(runs):

@@ -1,4 +1,4 @@
-"""Checks that ride along in tests/drive.py: they wrap the doors of the training state and print one line each.
+"""Checks that ride along in tests/drive.py: they wrap the functions that load and gather the training state.
 
 READBACK: right after the start or a resume, before the next step, masters and moments read back by name are bit-equal to
 what was given (init, Hugging Face folder, checkpoint), and the model's weights are those masters in the model's dtype.
@@ -16,39 +16,39 @@ ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 
 
 def install() -> None:
-    """Wrap the doors; the recipes call them through their modules."""
-    load_torch_state, fill_zero, fill_mcore = state.load_torch_state, zero.load_state, mcore.load_state
-    read_mcore = mcore.gather_state
+    """Wrap the functions; the recipes call them through their modules."""
+    load_torch_state, load_zero, load_mcore = state.load_torch_state, zero.load_state, mcore.load_state
+    gather_mcore = mcore.gather_state
 
-    def torch_door(named, optimizer, values, step):
+    def checked_torch(named, optimizer, values, step):
         named = list(named)
         load_torch_state(named, optimizer, values, step)
         _compare(state.gather_torch_state(named, optimizer, ALONE), values, _all_equal(named, values))
 
-    def zero_door(engine, shapes, values, step):
-        fill_zero(engine, shapes, values, step)
+    def checked_zero(engine, shapes, values, step):
+        load_zero(engine, shapes, values, step)
         if engine.zero_optimization_stage():
             shards = zero.shards_of(values, shapes)
             _compare(zero.gather_state(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
 
-    def mcore_door(model, optimizer, rules, shapes, values, step):
-        fill_mcore(model, optimizer, rules, shapes, values, step)
+    def checked_mcore(model, optimizer, parameter_map, shapes, values, step):
+        load_mcore(model, optimizer, parameter_map, shapes, values, step)
         wrong = sum(
             not torch.equal(main.to(parameter.dtype), parameter.detach().flatten()[where].view_as(main))
             for _, parameter in mcore.global_names(model)
             for main, where in mcore._mains(optimizer, parameter)
         )
-        _compare(read_mcore(model, optimizer, rules), values, wrong)
+        _compare(gather_mcore(model, optimizer, parameter_map), values, wrong)
 
-    def watched_read(model, optimizer, rules):
+    def checked_gather(model, optimizer, parameter_map):
         _replicated(model)
-        return read_mcore(model, optimizer, rules)
+        return gather_mcore(model, optimizer, parameter_map)
 
     state.load_torch_state, zero.load_state, mcore.load_state, mcore.gather_state = (
-        torch_door,
-        zero_door,
-        mcore_door,
-        watched_read,
+        checked_torch,
+        checked_zero,
+        checked_mcore,
+        checked_gather,
     )
 
 
@@ -75,7 +75,7 @@ def _compare(entries, values, wrong: int) -> None:
         expected = values(name, parts["weight"].shape)
         seen += 1
         wrong += sum(not torch.equal(parts[part], expected[part]) for part in checkpoint.PARTS if part in expected)
-    _tell("READBACK", seen, wrong)
+    _report("READBACK", seen, wrong)
 
 
 def _replicated(model) -> None:
@@ -88,10 +88,10 @@ def _replicated(model) -> None:
         dist.all_gather(copies, parameter.detach().contiguous(), group=group)
         seen += 1
         wrong += sum(not torch.equal(copy, copies[0]) for copy in copies)
-    _tell("REPLICATED", seen, wrong)
+    _report("REPLICATED", seen, wrong)
 
 
-def _tell(what: str, seen: int, wrong: int) -> None:
+def _report(what: str, seen: int, wrong: int) -> None:
     totals = torch.tensor([seen, wrong], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(totals)
     if dist.get_rank() == 0:
