@@ -1,40 +1,39 @@
-"""How bad input is told: one clear line a problem, exit code 2, nothing started.
-
-Exit codes of every command: 0 done, 2 bad input, 3 the loss became NaN or infinite, 143 (SIGTERM) or 130 (SIGINT) stopped
-with the state saved; anything else is a fault and shows its traceback. A bare `torchrun -m` gives 1 for all but 0; the launch
-scripts give the code itself, and two of their own: 4 no rank made progress for train.hang_seconds, 5 the connection to another
-node was lost. 128 + N: signal N killed a rank (137: SIGKILL).
-"""
+"""How commands report bad input: one clear line per problem on stderr, exit code 2, and nothing is started."""
 
 import errno
 import io
 import sys
 from collections.abc import Callable
 
+# The exit codes of every command; --help of the launch scripts prints EXIT_CODES. Any other code is a bug, which shows its
+# traceback. A bare `torchrun -m` exits with 1 in place of each of these.
 EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 3
-EXIT_HANG = 4
+EXIT_HANG = 4  # from the launch scripts alone, as EXIT_LOST
 EXIT_LOST = 5
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
+EXIT_CODES = """\
+0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved,
+4 no progress for train.hang_seconds, 5 connection to another node lost, 128 + N: signal N killed a rank"""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # full, or not to be written to
 
 
-LINE = 4000  # characters of a problem at most, which must stay one that is read
+LINE = 4000  # characters of a problem at most: a longer line would not be read
 
 
 def printable(text: str) -> str:
-    """`text` in one line that does nothing to a terminal: control characters and the like as Python escapes them."""
+    """`text` as one line that is safe for a terminal: control characters and the like are escaped as in Python."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """`text`, of which the middle is left out where it has more than `most` characters."""
+    """`text`, without its middle if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most - 60]} ... ({len(text):,} characters) ... {text[-30:]}"
 
 
 class BadInput(Exception):
-    """Input that we refuse. Each line says what was given, what is allowed, and what to type."""
+    """Input that is refused. Each line says what was given, what is allowed, and what to type."""
 
     def __init__(self, problems: str | list[str]):
         lines = [problems] if isinstance(problems, str) else problems
@@ -43,12 +42,12 @@ class BadInput(Exception):
 
 
 class Missing(BadInput):
-    """Input that is not there yet: a dry run goes on without it."""
+    """A file that does not exist yet: a dry run continues without it."""
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; tell bad input on stderr and exit 2, else exit with what it returns (None is 0)."""
-    for stream in (sys.stdout, sys.stderr):  # paths need not be text of the terminal's encoding
+    """Run a command's `main` and exit with what it returns (None is 0). Bad input is printed to stderr, and the code is 2."""
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text in the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -61,11 +60,11 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # what was given as a path can be none: bad input, wherever it is looked at first
+        if error.errno == errno.ENAMETOOLONG:  # an argument that cannot be a path: bad input, wherever it is used first
             line = f"{str(error.filename)[:100]}...: {error.strerror}; give a path whose parts are shorter"
         elif error.errno in DISK_ERRORS:
             where = f"{error.filename}: " if error.filename else ""
-            line = f"{where}{error.strerror}; make room there, or choose another place, and try again"
+            line = f"{where}{error.strerror}; make room there, or choose another folder, and try again"
         else:
             raise
         print(f"error: {printable(line)}", file=sys.stderr)

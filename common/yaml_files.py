@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ DEPTH = 32  # of sections and lists in each other; the configs here have 4
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader for plain values. A few bytes stay a few values: no anchors, tags or deep nesting, and numbers as YAML 1.2 has
-    them (`010`, `1:30` and dates are text, `6e-4` is a number). A key that is given twice or is no word is refused."""
+    """A SafeLoader for plain values, so that a small file stays a small config: no anchors, tags or deep nesting. Numbers are
+    those of YAML 1.2 (`010`, `1:30` and dates are strings, `6e-4` is a number). A key must be a string and given once."""
 
     depth = 0
     values = 0
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -46,16 +46,16 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):  # `on` is true, `1` a number
-                told = f"the key {key_node.value if isinstance(key_node, yaml.ScalarNode) else key!r} is no word"
-                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+                message = f"the key {key_node.value if isinstance(key_node, yaml.ScalarNode) else key!r} must be a string"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             if key in seen:
-                told = f"the key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
+                message = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -64,7 +64,7 @@ _FLOAT = re.compile(
     r"^([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
-# 40 digits are more than any key takes, and few enough to be written in a message
+# at most 40 digits: more than any key takes, and few enough for a message
 _INT = re.compile(r"^([-+]?(0|[1-9][0-9_]{0,39})|0x[0-9a-fA-F]{1,16})$")
 _BOOL = re.compile(r"^(yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
 _NULL = re.compile(r"^(~|null|Null|NULL|)$")
@@ -75,7 +75,7 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that _Loader or another reader would take for something else, and writes no aliases."""
+    """Quotes every string that _Loader or another reader would take for another type, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -85,20 +85,20 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def to_yaml(values: Any, **style: Any) -> str:
-    """The YAML of plain values, in their order."""
+    """The YAML of plain values, with the keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, **style)
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML document. ValueError, in one line, if it is none that is read here."""
+    """The value of a YAML document. ValueError, whose message is one line, if it is not plain YAML."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise ValueError(told) from None
+        raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "at ").split())) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The sections of a config file. BadInput if there is no such file, or if it is not a config."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -106,34 +106,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = file.read(FILE_BYTES + 1)
         if len(content) > FILE_BYTES:
-            raise BadInput(f"{path}: more than {FILE_BYTES >> 10} KB; that is no config")
+            raise BadInput(f"{path}: has more than {FILE_BYTES >> 10} KB; a config is smaller")
         values = _parse(content.decode("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise BadInput(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
-        raise BadInput(f"{path}: must hold sections (model, data, optim, train), holds {held}")
+        what = "is empty" if values is None else f"is a {type(values).__name__}"
+        raise BadInput(f"{path}: must have sections (model, data, optim, train), and {what}")
     return values
 
 
 def no_such_config(path: Path) -> str:
-    """One line that lists the configs beside `path`, else those of the repository."""
+    """The error for a path without a config: it lists the configs in the same folder, else those of the repository."""
     what = "is a folder, not a config" if path.is_dir() else "no such config"
     folder = path if path.is_dir() else path.parent
-    there = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
-    close = difflib.get_close_matches(path.name, [p.name for p in there], 1)
-    hint = next((f"; did you mean {p}?" for p in there if p.name in close), ";")
+    configs = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
+    close = difflib.get_close_matches(path.name, [p.name for p in configs], 1)
+    hint = next((f"; did you mean {p}?" for p in configs if p.name in close), ";")
     by_folder: dict[Path, list[str]] = {}
-    for p in there:
+    for p in configs:
         by_folder.setdefault(p.parent, []).append(p.name)
     listed = " ".join(f"{folder} has: {', '.join(names)}" for folder, names in by_folder.items())
     return f"{path}: {what}{hint} {listed}"
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set `a.b=c` in place, c read as YAML; returns the problems."""
+    """Set each `a.b=c` in `values`, where c is YAML; return the problems."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -155,11 +155,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             try:
                 node[last] = _parse(value)
             except ValueError as error:
-                told = str(error).partition(" at line ")[0]
-                if told.startswith(
-                    ("the key ", "aliases ", "anchors ", "tags ", "nested ", "more than ")
-                ):  # _Loader says what to do
-                    problems.append(f"{named}: {told}")
+                message = str(error).partition(" at line ")[0]
+                if message.startswith(("the key ", "aliases ", "anchors ", "tags ", "nested ", "more than ")):  # of _Loader
+                    problems.append(f"{named}: {message}")
                     continue
                 value = shortened(value)
                 problems.append(f"{named}: {value!r} is not a YAML value; quote it: {shortened(key)}='\"{value}\"'")

@@ -44,7 +44,7 @@ def main() -> int:
     problems += [f"{word}: the seeds are given by --seeds" for word in overrides if word.startswith("train.seed=")]
     if problems:
         raise BadInput(problems)
-    with contextlib.nullcontext() if args.dry_run else lock.held(args.out):
+    with contextlib.nullcontext() if args.dry_run else lock.locked(args.out):
         return run_all(args, overrides, [int(word) for word in words])
 
 

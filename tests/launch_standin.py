@@ -101,7 +101,7 @@ def main() -> int:
         return rank(mode, Path(folder), int(*value or [0]))
     on = launcher.free_port(launcher.nodes(os.environ))
     out, limit = Path(folder) / "out", int(os.environ.get("HANG_SECONDS", "0"))
-    return launcher.run([*launcher.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
+    return launcher.run_ranks([*launcher.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
 
 
 if __name__ == "__main__":

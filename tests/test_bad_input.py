@@ -244,7 +244,7 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
         ["phases[0]: optim.begin_step=5 is above 4, the step after which it begins"],
     ),
     ("phases=[{train.steps: 8, train.global_batch: 7}]", ["phases[0]: train.global_batch=7 is not a multiple of"]),
-    ("phases=[{1: 30}]", ["override 'phases=[{1: 30}]': the key '1' is no word"]),
+    ("phases=[{1: 30}]", ["override 'phases=[{1: 30}]': the key '1' must be a string"]),
     ("optim.begin_step=2", ["optim.begin_step=2: the first schedule begins at 0; it is for a later phase"]),
     ("optim.lamb.min_coeff=11", ["optim.lamb.min_coeff=11.0 is above optim.lamb.max_coeff=10.0"]),
     # blends
@@ -278,17 +278,17 @@ def test_keys_and_values(overrides: str, messages: list[str], place: Path, attem
 # ---- the file
 
 FILES: list[tuple[str, bytes, str]] = [  # name, content, message
-    ("empty", b"", "must hold sections (model, data, optim, train), holds nothing"),
-    ("comment", b"# nothing", "holds nothing"),
-    ("list", b"- a\n- b\n", "holds a list"),
-    ("word", b"hello", "holds a str"),
+    ("empty", b"", "must have sections (model, data, optim, train), and is empty"),
+    ("comment", b"# nothing", "and is empty"),
+    ("list", b"- a\n- b\n", "is a list"),
+    ("word", b"hello", "is a str"),
     ("two documents", f"{TEXT}---\n{TEXT}".encode(), "not YAML: expected a single document"),
     ("tab", b"model:\n\tlayers: 4\n", "not YAML: while scanning for the next token found character '\\t'"),
     ("key twice", f"{TEXT}train: {{steps: 3, global_batch: 8}}\n".encode(), "the key 'train' is given twice at line 8"),
     ("key twice inside", TEXT.replace("steps: 4", "steps: 4, steps: 5").encode(), "the key 'steps' is given twice at line 4"),
-    ("number as key", f"{TEXT}1: 3\n".encode(), "the key '1' is no word at line 8"),
-    ("truth as key", TEXT.replace("steps: 4", "steps: 4, on: 5").encode(), "the key 'on' is no word at line 4"),
-    ("list as key", f"{TEXT}? [a, b]\n: 3\n".encode(), "is no word at line 8"),
+    ("number as key", f"{TEXT}1: 3\n".encode(), "the key '1' must be a string at line 8"),
+    ("truth as key", TEXT.replace("steps: 4", "steps: 4, on: 5").encode(), "the key 'on' must be a string at line 4"),
+    ("list as key", f"{TEXT}? [a, b]\n: 3\n".encode(), "must be a string at line 8"),
     ("NUL", TEXT.encode() + b"\0", "not YAML: unacceptable character #x0000"),
     ("UTF-16", TEXT.encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff"),
     ("Latin-1", TEXT.encode() + "# Jürgen".encode("latin-1"), "not YAML: 'utf-8' codec can't decode byte 0xfc"),
@@ -307,7 +307,7 @@ FILES: list[tuple[str, bytes, str]] = [  # name, content, message
     ("contains itself", TEXT.replace("4, hidden", "&l [*l], hidden").encode(), "not YAML: anchors (&l) are not read"),
     ("base 60", TEXT.replace("layers: 4", "layers: 1" + ":59" * 3000).encode(), 'model.layers="1:59:59:59'),
     ("many values", b"a: [" + b"1," * 20_000 + b"]", "not YAML: more than 10,000 values at line 1"),
-    ("a megabyte", TEXT.encode() + b"#" * 2**20, "more than 256 KB; that is no config"),
+    ("a megabyte", TEXT.encode() + b"#" * 2**20, "has more than 256 KB; a config is smaller"),
     ("1,000 phases", TEXT.encode() + b"phases:\n" + b"- {train.steps: 8}\n" * 1000, "phases=[{"),
     ("section missing", TEXT.replace("optim:", "# ").encode(), "optim: is missing; add it"),
 ]
@@ -745,7 +745,7 @@ def _edit_state(number: int, /, **values: Any) -> Callable[[Path], None]:
 
 RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("config cut", _spoil("config.yaml", b"model: {"), "out/config.yaml: not YAML"),
-    ("config empty", _spoil("config.yaml", b""), "out/config.yaml: must hold sections"),
+    ("config empty", _spoil("config.yaml", b""), "out/config.yaml: must have sections"),
     ("config of something else", _spoil("config.yaml", b"model: 3\nx: 1\n"), "config.yaml: is not the config of such a run"),
     ("facts cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
     ("facts of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
@@ -1041,7 +1041,7 @@ processes.run(main)
 
 SEEN_BY_ONE: list[tuple[str, int, list[str]]] = [
     ("input", 2, ["error: corpus/train.idx is missing", "error: and so is its other half"]),
-    ("disk", 2, ["error: out/metrics.jsonl: No space left on device; mend that: the checkpoints are whole, and the same"]),
+    ("disk", 2, ["error: out/metrics.jsonl: No space left on device; correct that: the checkpoints are whole, and the same"]),
     ("fault", 1, ["RuntimeError: a fault of our own"]),
 ]
 

@@ -236,8 +236,10 @@ def test_what_is_slow_and_makes_progress_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", waits: bool = False) -> watch.Rank:
-    return watch.Rank(rank, rank // 2, f"h{rank // 2}", heartbeat.Record(100 + rank, step, beats, 0.0, phase), state, waits)
+def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", waits: bool = False) -> watch.RankState:
+    return watch.RankState(
+        rank, rank // 2, f"h{rank // 2}", heartbeat.Record(100 + rank, step, beats, 0.0, phase), state, waits
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def row(rank: int, step: int, beats: int, phase: str, state: str = "sleeping", w
         ([row(2, 7, 3, "done"), row(3, 7, 4, "x", waits=True)], "ranks 0 to 1 of node 0 (h0), each of which stands at step 7"),
     ],
 )
-def test_which_rank_keeps_the_others_waiting(rows: list[watch.Rank], message: str) -> None:
+def test_which_rank_keeps_the_others_waiting(rows: list[watch.RankState], message: str) -> None:
     others = [row(rank, 7, 4, "waiting: sum of the loss", waits=True) for rank in (0, 1)]
     assert watch._culprits(others + rows)[0].startswith(message)
 

@@ -55,11 +55,11 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     lock.hold(out)  # at once
     lock.hold(out)  # it is ours
     with pytest.raises(BadInput, match=f"process {os.getpid()} on"):  # as another process sees it
-        descriptors, lock._held = lock._held, {}
+        descriptors, lock._locks = lock._locks, {}
         try:
             lock.hold(out)
         finally:
-            lock._held = descriptors
+            lock._locks = descriptors
     lock.release()
     assert not list(tmp_path.glob("a/out/*"))
 
@@ -86,7 +86,7 @@ def test_many_at_once_are_one_at_a_time(tmp_path: Path) -> None:
 
 def test_folders_that_were_there_stay(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with lock.held(tmp_path / "empty"), lock.held(tmp_path / "empty/new"):
+    with lock.locked(tmp_path / "empty"), lock.locked(tmp_path / "empty/new"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 

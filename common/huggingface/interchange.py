@@ -121,7 +121,7 @@ def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
     processes.start()
     hyperparameters = {f"model.{key}": value for key, value in model.model_dump().items()}
     meta = {"step": 0, "samples": 0, "stack": "huggingface", "hyperparameters": hyperparameters}
-    with lock.held(out):
+    with lock.locked(out):
         _check_new(out)
         try:
             tokenizers.copy_files(folder, out / TOKENIZER)

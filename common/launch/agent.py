@@ -1,7 +1,7 @@
-"""torchrun that leaves signals to the launcher and records which ranks failed first. For common/launch/launcher.py.
+"""torchrun, for common/launch/launcher.py: it leaves signals to the launcher and records which ranks failed first.
 
-torchrun by itself sends its ranks SIGTERM and kills them 30 s later, and ends every failure with a page of its own
-below the error that matters. The arguments are torchrun's.
+torchrun by itself sends its ranks SIGTERM, kills them 30 s later, and prints a page of its own below the error that matters.
+The arguments are torchrun's.
 """
 
 import json
@@ -18,9 +18,9 @@ from common.launch.watch import FIRST_FAILURES, GRACE
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, that of the first rank that failed (128 + signal if one killed it), or 1 if no rank could start."""
+    """The exit code: 0, that of the first rank that failed (128 + signal if one killed it), or 1 if no rank could start."""
     for number in SIGNALS:
-        # A scheduler may signal every process of a job. A handler, not SIG_IGN: the ranks would inherit that.
+        # A scheduler may signal every process of a job. This is a handler because the ranks would inherit SIG_IGN.
         signal.signal(number, lambda *_: None)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGUSR2"  # torchrun's own handlers would replace those above
     os.environ["TWINSTACK_AGENT"] = str(os.getpid())  # the ranks end with their parent
@@ -36,21 +36,21 @@ def main(argv: list[str]) -> int:
     try:
         torchrun(argv)
     except ChildFailedError as error:
-        # torchrun ends the other ranks by SIGTERM: they are not the cause
+        # torchrun ends the other ranks with SIGTERM: those are not the cause
         failed = {r: f for r, f in error.failures.items() if f.exitcode != -signal.SIGTERM} or error.failures
         code = min(failed.values(), key=lambda f: f.timestamp).exitcode
         return code if code > 0 else 128 - code
     except (DistError, RendezvousError) as error:
-        told = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split())
         names = "NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
-        print(f"error: the nodes did not find each other (check {names}): {told}", file=sys.stderr)
+        print(f"error: the nodes did not find each other (check {names}): {reason}", file=sys.stderr)
         return 1
     return 0
 
 
 def _record_first_failures() -> None:
-    """Before torchrun ends the other ranks of a failed one, write down which have failed by themselves; it then waits for
-    GRACE seconds and not for 30: a rank that waits for a lost one does not react to SIGTERM."""
+    """Patch torchrun: before it ends the other ranks of a failed one, it records which ranks failed by themselves. It then
+    waits GRACE seconds for them, not 30: a rank that waits for a lost one does not react to SIGTERM."""
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     close = SubprocessContext._close
@@ -61,7 +61,7 @@ def _record_first_failures() -> None:
             path.write_text(json.dumps([[rank, f.pid, f.exitcode] for rank, f in sorted(self._failures.items())]))
         close(self, death_sig, GRACE)
 
-    SubprocessContext._close = recording
+    SubprocessContext._close = recording  # type: ignore[method-assign]  # torchrun has no hook there
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Signs of life: each rank records where it stands, and the launcher of its node reads it (common/launch/watch.py).
+"""Heartbeats: each rank records its progress, and the launcher of its node reads the record (common/launch/watch.py).
 
-A record is a few bytes of a memory-mapped file in the launcher's scratch folder: no system call and no synchronization in the
-step. Without a launcher (a bare torchrun) every function here does nothing.
+A record is a few bytes of a memory-mapped file in the launcher's scratch folder, so that a step has no system call and no
+synchronization for it. Without a launcher (a bare torchrun) the functions for ranks do nothing.
 """
 
 import faulthandler
@@ -19,26 +19,26 @@ from types import TracebackType
 from typing import NamedTuple
 
 SCRATCH = "TWINSTACK_SCRATCH"  # environment variable: the launcher's folder on this node
-STACKS = signal.SIGUSR1  # a rank that gets it writes the Python stack of each of its threads
-WAITING = "waiting: "  # beginning of the phases in which a rank waits for the others
+DUMP_STACKS = signal.SIGUSR1  # a rank that gets it writes the Python stack of each of its threads
+WAITING = "waiting: "  # prefix of the phases in which a rank waits for the others
 DONE = "done"
 _RECORD = struct.Struct("=qqqd48s")
 
-# What gloo, NCCL and torch's store say where another process has gone, in whatever exception it comes
-_CONNECTION = re.compile(
+# What gloo, NCCL and torch's store say when another process has ended, in whatever exception it comes
+_LOST_CONNECTION = re.compile(
     r"gloo|nccl|Dist(Backend|Network|Store)Error|ProcessGroup|TCPStore|connection (was )?(closed|reset|refused)|broken pipe",
     re.I,
 )
 
 
 class Record(NamedTuple):
-    """Where a rank stands."""
+    """The progress of a rank."""
 
     pid: int
-    step: int  # 0: before its first one
+    step: int  # 0: before its first step
     beats: int  # since that step began
-    time: float  # of the last beat, seconds since 1970
-    phase: str
+    time: float  # of the last beat, in seconds since 1970
+    phase: str  # what it does now
 
     @property
     def waits(self) -> bool:
@@ -50,12 +50,12 @@ class Record(NamedTuple):
 
 
 class Crash(NamedTuple):
-    """How an exception ended a rank."""
+    """The exception that ended a rank."""
 
     message: str
     trace: str
     time: float
-    is_lost_connection: bool  # a consequence: another process has gone
+    is_lost_connection: bool  # a consequence: another process has ended
 
 
 _map: mmap.mmap | None = None
@@ -66,8 +66,7 @@ _step = _beats = 0
 
 
 def begin() -> None:
-    """The first thing that a rank does: open its record, and leave tracebacks to the launcher, which shows the one that
-    matters."""
+    """Open this rank's record, first of all, and leave tracebacks to the launcher, which shows the one that matters."""
     global _map
     folder, rank = os.environ.get(SCRATCH), os.environ.get("RANK")
     if not folder or not rank or _map is not None:
@@ -76,15 +75,15 @@ def begin() -> None:
     os.ftruncate(file, _RECORD.size)
     _map = mmap.mmap(file, _RECORD.size)
     os.close(file)
-    stacks = open(_path(Path(folder), int(rank), "stacks"), "w", encoding="utf-8")  # noqa: SIM115  open for as long as the process
-    faulthandler.enable(stacks)  # of a crash below Python, such as SIGSEGV
-    faulthandler.register(STACKS, stacks)
+    stacks = open(_path(Path(folder), int(rank), "stacks"), "w", encoding="utf-8")  # noqa: SIM115  open until the process ends
+    faulthandler.enable(stacks)  # a crash below Python, such as SIGSEGV
+    faulthandler.register(DUMP_STACKS, stacks)
     sys.excepthook = _crash
     beat("imports")
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """This rank has made progress and begins `phase` (of `step`, where one begins). About a microsecond."""
+    """Record that this rank has made progress and begins `phase`, and `step` if a new one begins. Takes about a microsecond."""
     global _step, _beats
     if _map is None:
         return
@@ -95,30 +94,30 @@ def beat(phase: str, step: int | None = None) -> None:
 
 
 def wait(what: str) -> None:
-    """This rank waits for the others from here to its next beat."""
+    """Record that this rank waits for the others, from here to its next beat."""
     beat(WAITING + what)
 
 
-def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    text = "".join(traceback.format_exception(kind, error, trace))
-    message = "".join(traceback.format_exception_only(kind, error)).strip()
-    crash = Crash(message, text, time.time(), bool(_CONNECTION.search(message)))
+def _crash(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(error_type, error, trace))
+    message = "".join(traceback.format_exception_only(error_type, error)).strip()
+    crash = Crash(message, text, time.time(), bool(_LOST_CONNECTION.search(message)))
     try:
         path = _path(Path(os.environ[SCRATCH]), int(os.environ["RANK"]), "crash")
         path.with_suffix(".tmp").write_text(json.dumps(crash), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)
     except OSError:  # a full disk
-        sys.__stderr__.write(text)
-    for stream in (sys.__stdout__, sys.__stderr__):
+        sys.stderr.write(text)
+    for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(1)  # worker threads of the stacks outlive a normal exit by seconds
+    os._exit(1)  # a normal exit would wait seconds for worker threads of the stacks
 
 
 # ---- in the launcher
 
 
 def read(folder: Path, rank: int) -> Record | None:
-    """None before the rank has begun."""
+    """The record of a rank; None before the rank has begun."""
     try:
         pid, step, beats, when, phase = _RECORD.unpack(_path(folder, rank, "record").read_bytes())
     except (FileNotFoundError, struct.error):
@@ -127,7 +126,7 @@ def read(folder: Path, rank: int) -> Record | None:
 
 
 def crash(folder: Path, rank: int) -> Crash | None:
-    """None where no exception has ended the rank."""
+    """The exception that ended a rank; None if none has."""
     try:
         return Crash(*json.loads(_path(folder, rank, "crash").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -135,7 +134,7 @@ def crash(folder: Path, rank: int) -> Crash | None:
 
 
 def stacks(folder: Path, rank: int) -> str:
-    """What a crash below Python or the signal STACKS has made the rank write, the newest last."""
+    """What a rank wrote on a crash below Python or on DUMP_STACKS, the newest last."""
     try:
         return _path(folder, rank, "stacks").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

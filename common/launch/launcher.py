@@ -1,7 +1,8 @@
 """From a launch script to running ranks: `python -m common.launch recipes.gpt.megatron.pretrain CONFIG OUT [a.b=c]`.
 
-Checks everything on the host first (torch-free, under a second), because an error is lost among the ranks' output. Then
-starts torchrun, passes signals on to the ranks, waits for their save however long it takes, and ends with their code.
+The launcher checks everything on the host first (torch-free, under a second), because an error would be lost among the output
+of the ranks. Then it starts torchrun, passes signals on to the ranks, waits for their save however long it takes, and exits
+with their exit code.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import STACKS
-from common.errors import EXIT_BAD_INPUT, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
+from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
 from common.launch import heartbeat, lock
 from common.launch.watch import Failure, Watch
 
@@ -41,11 +42,10 @@ NPROC      processes on this node (default: its GPUs, else 1)
 NNODES NODE_RANK MASTER_ADDR MASTER_PORT
            several nodes: how many, which one this is (from 0), address and port of node 0; under srun they are known
 
-exit code: 0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved,
-           4 no progress for train.hang_seconds, 5 connection to another node lost, 128 + N: signal N killed a rank"""
+exit code: {exit_codes}"""
 
 
-TASKS = {"pretrain": "task"}  # recipes/FAMILY/task.py; another script's module there has the script's name
+TASKS = {"pretrain": "task"}  # pretrain.py uses recipes/FAMILY/task.py; any other script the module of its own name
 EXAMPLES = {"pretrain": "tiny", "finetune": "finetune_*"}
 
 
@@ -68,20 +68,15 @@ class Nodes(NamedTuple):
         return self.nproc * self.nnodes
 
 
-# ---- what is asked for
+# ---- arguments and environment
 
 
 def parse(argv: Sequence[str], script: str) -> Command:
-    """Arguments of the launch script; options may stand anywhere."""
-    known = {"--dry-run"}
-    unknown = [a for a in argv if a.startswith("-") and a not in known]
+    """The arguments of a launch script; options may be anywhere among them."""
+    unknown = [a for a in argv if a.startswith("-") and a != "--dry-run"]
     words = [a for a in argv if not a.startswith("-")]
     problems = [f"unknown option {a}; the options are --dry-run, --help and --help-config" for a in unknown]
-    problems += [
-        f"{shortened(word)}: is not UTF-8; give names and values that are"
-        for word in words
-        if any("\ud800" <= c <= "\udfff" for c in word)
-    ]
+    problems += [f"{shortened(word)}: must be UTF-8" for word in words if any("\ud800" <= c <= "\udfff" for c in word)]
     problems += [f"{name} is empty" for name, word in zip(("CONFIG", "OUT"), words, strict=False) if not word]
     if not words:
         problems.append(f"CONFIG and OUT are missing; type: {script} CONFIG OUT [section.key=value ...] (or --help)")
@@ -94,9 +89,9 @@ def parse(argv: Sequence[str], script: str) -> Command:
 
 
 def nodes(given: Mapping[str, str]) -> Nodes:
-    """Processes and nodes from the environment; BadInput names every variable that makes no sense."""
+    """Processes and nodes from the environment. BadInput names every variable with a wrong value."""
     problems: list[str] = []
-    env = _from_slurm(given, problems) | {k: v for k, v in given.items() if v.strip()}
+    env = _from_slurm(given, problems) | {name: value for name, value in given.items() if value.strip()}
 
     def number(name: str, default: int, least: int, most: int = 2**20) -> int:
         text = env.get(name, "").strip()
@@ -129,7 +124,7 @@ def nodes(given: Mapping[str, str]) -> Nodes:
     else:
         try:
             socket.getaddrinfo(address, None)
-        except (OSError, ValueError):  # ValueError: no name of a host, such as one of 300 characters
+        except (OSError, ValueError):  # ValueError: a name of 300 characters, for example
             problems.append(f"MASTER_ADDR={address}: no such host; give a name or address that this node can reach")
     if problems:
         raise BadInput(problems)
@@ -137,7 +132,7 @@ def nodes(given: Mapping[str, str]) -> Nodes:
 
 
 def _from_slurm(env: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """NNODES and so on for one of srun's tasks. A batch script that does not use srun is one node."""
+    """NNODES and so on for a task of srun. A batch script without srun is one node."""
     if "SLURM_STEP_ID" not in env or "NNODES" in env:
         return {}
     count = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1")
@@ -214,20 +209,20 @@ def port_in_use(port: int) -> bool:
 
 
 def local_address(master_addr: str) -> str:
-    """This node's address on the way to MASTER_ADDR. Node 0's own name is often 127.0.1.1: then its default route."""
-    found = _route_to(master_addr)
-    literal = master_addr == "localhost" or master_addr.startswith("127.")
-    if found.startswith("127.") and not literal:
+    """The address of this node as MASTER_ADDR sees it. Node 0's own name is often 127.0.1.1: then that of its default route."""
+    address = _route_to(master_addr)
+    is_local = master_addr == "localhost" or master_addr.startswith("127.")
+    if address.startswith("127.") and not is_local:
         with contextlib.suppress(OSError):
             return _route_to("192.0.2.1")  # an address for documentation: stands for any other network
-    return found
+    return address
 
 
 def _route_to(host: str) -> str:
     family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # UDP: chooses the route, sends nothing
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def interface(address: str) -> str | None:
@@ -238,18 +233,18 @@ def interface(address: str) -> str | None:
 
 
 def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks need to know; what the user has set is kept."""
-    made = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
-    made["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a node that ends fills the screens of the others with torch's warnings
-    # On a CPU glibc gives a large tensor's memory back to the kernel and fetches it anew, page by page: a tenth of the time
-    # of a small BERT's step. It keeps up to this much instead (man 3 mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
-    made |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(4 << 30))
+    """The environment of the ranks. What the user has set stays."""
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
+    defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a node that ends fills the screens of the others with torch's warnings
+    # On a CPU glibc returns the memory of a large tensor to the kernel and gets it again page by page: a tenth of the time of
+    # a small BERT's step. With these it keeps up to so many bytes (man 3 mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
+    defaults |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(4 << 30))
     if on.master_addr is not None:
         name = interface(local_address(on.master_addr))
         if name:
-            made |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # =: this very name, no prefix
+            defaults |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # =: this name, not a prefix
     always = {heartbeat.SCRATCH: str(scratch), "TWINSTACK_EXIT_CODE": str(scratch / "exit_code"), "PET_LOG_DIR": str(scratch)}
-    return made | dict(given) | always
+    return defaults | dict(given) | always
 
 
 def cores() -> int:
@@ -260,14 +255,14 @@ def cores() -> int:
 
 
 class Stop:
-    """Passes the signals that ask us to stop on to the ranks, past torchrun, which would kill them after 30 s."""
+    """Passes signals that ask for a stop on to the ranks, past torchrun, which would kill them after 30 s."""
 
-    ever = 0  # the first signal that came in this process, whichever phase it met
+    ever = 0  # the first signal that this process got, in whichever phase
 
-    def __init__(self, agent: subprocess.Popen):
+    def __init__(self, agent: subprocess.Popen[bytes]):
         self.agent = agent
-        self.asked = 0  # the first signal that came
-        self.killed = False  # before there was anything to save
+        self.asked = 0  # the first signal since then
+        self.killed = False  # the ranks were killed, since there was nothing to save
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self)
@@ -285,7 +280,7 @@ class Stop:
             ranks = psutil.Process(self.agent.pid).children()
         except psutil.NoSuchProcess:
             return
-        # One that cannot take the signal yet has trained nothing, so neither has any: all need all.
+        # A rank that does not handle the signal yet has trained nothing, so no rank has: each step needs all of them.
         self.killed = not ranks or not all(_catches_sigterm(r.pid) for r in ranks)
         if self.killed:
             ranks = [psutil.Process(self.agent.pid), *ranks]
@@ -298,21 +293,21 @@ def _catches_sigterm(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
-        return not Path("/proc/self/status").exists()  # a process that has ended; or not Linux: taken to be ready
-    caught = int(re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)[1], 16)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
+        return not Path("/proc/self/status").exists()  # the process has ended; or not Linux: taken to be ready
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _end_with_launcher() -> None:
-    """Linux: kill -9 of the launcher takes torchrun with it (prctl PR_SET_PDEATHSIG); the ranks follow likewise."""
+    """Linux: kill -9 of the launcher kills torchrun too (prctl PR_SET_PDEATHSIG), and then the ranks likewise."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 
 
 def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0) -> int:
-    """torchrun with these arguments; returns the exit code of the launch.
+    """Run torchrun with these arguments and return the exit code of the launch.
 
-    hang_seconds: without progress for so long all is ended; 0: never. The details of a failure go to a file in OUT.
+    hang_seconds: seconds without progress after which everything is ended; 0: never. Details of a failure go to a file in OUT.
     """
     with lock.scratch_folder() as folder:
         scratch = Path(folder)
@@ -324,22 +319,26 @@ def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang
             preexec_fn=_end_with_launcher,
         )
         stop = Stop(agent)
-        failure = None
-        while failure is None and (ended := _wait(agent, watch.tick)) is None:
-            failure = watch.look()
+        failure: Failure | None = None
+        ended = _wait(agent, watch.tick)
+        while ended is None and failure is None:
+            failure = watch.check()
+            ended = None if failure else _wait(agent, watch.tick)
+        lines: list[str] = []
         if failure:
             code = failure.code
         else:
-            told, *lines = _read(scratch / "exit_code").splitlines() or ["0"]
-            code = exit_code(ended, int(told), stop)
-            if code not in (0, int(told), 128 + stop.asked):  # else the ranks have said why
-                failure = watch.failed(ended)
+            assert ended is not None
+            reported, *lines = _read(scratch / "exit_code").splitlines() or ["0"]
+            code = exit_code(ended, int(reported), stop)
+            if code not in (0, int(reported), 128 + stop.asked):  # else the ranks have printed the reason
+                failure = watch.failure(ended)
                 code = failure.code if failure else code
         for line in failure.lines if failure else ():
             print(line, file=sys.stderr, flush=True)
         if ended is None:
             _kill(agent)
-        elif failure is None and code == EXIT_BAD_INPUT:  # perhaps of this node alone, where it is on the screen
+        elif failure is None and code == EXIT_BAD_INPUT:  # perhaps on this node alone, which has printed it
             failure = Failure(code, lines)
         details = watch.close(failure, code)
         if details:
@@ -347,14 +346,14 @@ def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang
         return code
 
 
-def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
     return None
 
 
-def _kill(agent: subprocess.Popen) -> None:
-    """torchrun and its ranks, stopped ones too."""
+def _kill(agent: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and its ranks, stopped ones too."""
     import psutil
 
     try:
@@ -373,33 +372,35 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def exit_code(agent: int, told: int, stop: Stop) -> int:
-    """agent: how torchrun ended; told: what the ranks said of themselves, 0 if nothing."""
-    saved = told in (EXIT_SIGTERM, EXIT_SIGINT) and agent in (0, told)  # else a rank failed while it saved
+def exit_code(agent: int, reported: int, stop: Stop) -> int:
+    """The exit code of a launch. agent: torchrun's return code; reported: what the ranks have reported, 0 if nothing."""
+    saved = reported in (EXIT_SIGTERM, EXIT_SIGINT) and agent in (0, reported)  # else a rank failed while it saved
     if stop.asked and (stop.killed or saved):
         return 128 + stop.asked
-    if told and (saved or told not in (EXIT_SIGTERM, EXIT_SIGINT)):
-        return told
+    if reported and (saved or reported not in (EXIT_SIGTERM, EXIT_SIGINT)):
+        return reported
     return agent if agent >= 0 else 128 - agent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command: check, then start the ranks, phase by phase; returns the exit code."""
     module, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if module.count(".") < 2:
-        raise BadInput("the launch scripts start this; type bash recipes/FAMILY/STACK/pretrain.sh --help")
-    recipe, stack, kind = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
+        raise BadInput("this is started by the launch scripts; type bash recipes/FAMILY/STACK/pretrain.sh --help")
+    recipe, stack, name = module.rsplit(".", 2)  # recipes.gpt, megatron, pretrain
     if {"-h", "--help"} & set(rest):
         script = module.replace(".", "/") + ".sh"
-        print(USAGE.format(script=script, example=f"{recipe.replace('.', '/')}/configs/{EXAMPLES[kind]}.yaml"))
+        example = f"{recipe.replace('.', '/')}/configs/{EXAMPLES[name]}.yaml"
+        print(USAGE.format(script=script, example=example, exit_codes=EXIT_CODES.replace("\n", "\n" + " " * 11)))
         return 0
-    task = importlib.import_module(f"{recipe}.{TASKS.get(kind, kind)}")
+    task = importlib.import_module(f"{recipe}.{TASKS.get(name, name)}")
     if "--help-config" in rest:
         from common import config_help
 
         section = next((word for word in rest[rest.index("--help-config") + 1 :] if not word.startswith("-")), None)
         print(config_help.text(task.Config, section))
         return 0
-    command = parse(rest, f"{kind}.sh")
+    command = parse(rest, f"{name}.sh")
     if stack not in STACKS:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)
@@ -414,16 +415,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.dry_run:
         print(describe(run, task, ["torchrun", *arguments]))
         return 0
-    if (what := finished(run)) is not None:
-        print(what)
+    if (message := finished(run)) is not None:
+        print(message)
         return 0
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    with lock.held(run.out) if on.node_rank == 0 else contextlib.nullcontext():
+    with lock.locked(run.out) if on.node_rank == 0 else contextlib.nullcontext():
         code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
         while code == 0 and not run.is_last_phase:  # each phase continues from the checkpoint of the one before
             before, run = run, prepare(command.config, command.out, command.overrides, stack, task, on.world)
-            if Stop.ever:  # the phase before was over when it came
+            if Stop.ever:  # the signal came after the end of the phase before
                 print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
                 return 128 + Stop.ever
             if run.cfg.train.steps == before.cfg.train.steps:

@@ -1,8 +1,8 @@
 """One run at a time in OUT: a lock that ends with the process that holds it, whatever ends that process.
 
-The launcher of node 0 holds it from the end of its checks to its own end; without a launcher rank 0 does. It is a flock on
-OUT/run.lock, whose text says who holds it. On NFS the Linux client turns flock into a lock on the server, so that it holds
-between nodes; a file system without locks is named in a note.
+The launcher of node 0 holds it from the end of its checks to its own end; without a launcher rank 0 does. The lock is a flock
+on OUT/run.lock, whose text names the process that holds it. On NFS the Linux client turns flock into a lock on the server, so
+that it works between nodes. A note says so if the file system has no locks.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from common.errors import BadInput
 NAME = "run.lock"
 _SCRATCH = "twinstack_"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of a file system
-_held: dict[Path, tuple[int, list[Path]]] = {}  # folder -> file descriptor, the folders that were made for it
+_locks: dict[Path, tuple[int, list[Path]]] = {}  # folder -> file descriptor, folders that were created for it
 
 
 class _Taken(Exception):
-    """Another process holds the lock; its text says which."""
+    """Another process holds the lock; the message names it."""
 
 
 def hold(out: Path) -> None:
-    """Lock OUT for this process until `release` or its end, and make the folder. BadInput names the process that holds it."""
-    if out.resolve() in _held:
+    """Create OUT and lock it for this process until `release` or the end of the process. BadInput names another holder."""
+    if out.resolve() in _locks:
         return
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(out / NAME)
     except _Taken as taken:
         raise BadInput(
-            f"{out}: another run writes there ({taken or 'its process is not known'}); wait for its end, stop it by "
+            f"{out}: another run writes there ({taken or 'its process is not known'}); wait for its end, stop it with "
             "SIGTERM, or choose another OUT"
         ) from None
     except OSError as error:
@@ -47,24 +47,24 @@ def hold(out: Path) -> None:
             print(f"note: {out}: cannot be locked ({error.strerror}); start no second run there", file=sys.stderr, flush=True)
             return
         raise BadInput(f"{out}: {error.strerror}; choose another OUT") from None
-    _held[out.resolve()] = descriptor, [folder.absolute() for folder in made]
+    _locks[out.resolve()] = descriptor, [folder.absolute() for folder in created]
 
 
 def release() -> None:
-    """Give back all locks of this process, and leave no trace: folders that were made for them go where they are empty."""
-    for folder, (descriptor, made) in _held.items():
+    """Release all locks of this process and leave no trace: remove the folders that were created for them, if empty."""
+    for folder, (descriptor, created) in _locks.items():
         with contextlib.suppress(OSError):
             if _is_file(folder / NAME, descriptor):
                 os.unlink(folder / NAME)
-                for empty in made:
+                for empty in created:
                     empty.rmdir()
         os.close(descriptor)
-    _held.clear()
+    _locks.clear()
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """`hold` for a block, then `release`."""
+def locked(out: Path) -> Iterator[None]:
+    """Hold the lock of OUT in a `with` block."""
     hold(out)
     try:
         yield
@@ -73,7 +73,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
-    """The descriptor of the locked file. _Taken if another process has it; OSError where there are no locks."""
+    """Lock a file and return its descriptor. _Taken if another process has the lock; OSError if there are no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -85,7 +85,7 @@ def _acquire(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        if _is_file(path, descriptor):  # else its holder removed it between open and flock
+        if _is_file(path, descriptor):  # else its holder has removed the file between open and flock
             os.ftruncate(descriptor, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
@@ -94,6 +94,7 @@ def _acquire(path: Path) -> int:
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
+    """Is the open file the one that is at `path`?"""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -105,7 +106,7 @@ def _is_file(path: Path, descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[str]:
-    """A temporary folder of this process; those of launchers that were killed are removed."""
+    """A temporary folder for this process. Folders of launchers that were killed are removed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError, _Taken):
             if folder.stat().st_uid == os.getuid() and (folder / NAME).is_file():
@@ -113,7 +114,7 @@ def scratch_folder() -> Iterator[str]:
                 shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name:
         descriptor = None
-        with contextlib.suppress(OSError, _Taken):  # without a lock it is not removed if this process is killed
+        with contextlib.suppress(OSError, _Taken):  # without a lock the folder stays if this process is killed
             descriptor = _acquire(Path(name) / NAME)
         yield name
         if descriptor is not None:

@@ -1,4 +1,4 @@
-"""What every process of a run does first and last: device, process group, signals, random states, exit codes."""
+"""The start and end of every process of a run: device, process group, signals, random states, exit codes."""
 
 import ctypes
 import datetime
@@ -24,13 +24,15 @@ _signal = 0  # the signal that asked this process to save and stop
 
 
 class Ranks(NamedTuple):
+    """This process among those of the run."""
+
     rank: int
     world: int
     device: "torch.device"
 
 
 class Stopped(Exception):
-    """The run ends early with this exit code; what had to be saved is saved."""
+    """The run ends early with this exit code. Whatever had to be saved is saved."""
 
     def __init__(self, code: int, why: str):
         super().__init__(why)
@@ -38,7 +40,7 @@ class Stopped(Exception):
 
 
 def quiet() -> None:
-    """Silence what the libraries say on import; errors and our own lines remain. In a rank of a launch: its first heartbeat."""
+    """Silence what libraries print on import; errors and our own lines remain. In a rank of a launch: its first heartbeat."""
     heartbeat.begin()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,7 +50,7 @@ def quiet() -> None:
 
 
 def start() -> Ranks:
-    """Join the process group that torchrun describes (or be one process alone) and listen to SIGTERM and SIGINT."""
+    """Join the process group of torchrun (without torchrun: a group of one) and listen to SIGTERM and SIGINT."""
     import torch
     import torch.distributed as dist
 
@@ -62,18 +64,22 @@ def start() -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "nccl" if cuda else "gloo"
         heartbeat.wait("process group")
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout(), **alone)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout())
+        else:
+            dist.init_process_group(
+                backend, timeout=timeout(), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+            )
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed reads these although the group exists
         heartbeat.beat("preparation")
-        if alone:  # DeepSpeed reads these even though the group is there
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def timeout() -> datetime.timedelta:
-    """Of a collective. An hour: one rank may compile or export while the others wait. Where the launcher watches for progress,
-    which tells that from a hang (train.hang_seconds), a day."""
+    """The timeout of a collective: an hour, in which one rank may compile or export while the others wait. A day where the
+    launcher watches for progress (train.hang_seconds) and so can tell that from a hang."""
     watched = os.environ.get("TWINSTACK_HANG_SECONDS", "0") != "0"
     return datetime.timedelta(days=1) if watched else datetime.timedelta(hours=1)
 
@@ -84,7 +90,7 @@ def _remember(number: int, _frame: object) -> None:
 
 
 def stop_asked() -> int:
-    """The number of the signal that came, or 0. The ranks agree on it with the loss (one all-reduce a step)."""
+    """The signal that this process got, 0 for none. `reduce_step` shares it among the ranks."""
     return _signal
 
 
@@ -95,14 +101,14 @@ def forget_signal() -> None:
 
 
 def stopped(number: int, step: int) -> Stopped:
-    """How a run ends that was asked to by signal `number` (as agreed by the ranks) and saved `step`."""
+    """The end of a run that signal `number`, shared among the ranks, has asked for and that has saved `step`."""
     code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
     return Stopped(code, f"stopped after step {step}, state saved; the same command continues")
 
 
 def _die_with_parent() -> None:
-    """Linux: a rank whose torchrun is killed must not go on alone and write into OUT (prctl PR_SET_PDEATHSIG)."""
-    agent = os.environ.get("TWINSTACK_AGENT")  # its process number, from common/launch/agent.py
+    """Linux: a rank whose torchrun is killed must not continue alone and write into OUT (prctl PR_SET_PDEATHSIG)."""
+    agent = os.environ.get("TWINSTACK_AGENT")  # process id of common/launch/agent.py
     if sys.platform == "linux" and agent:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
         if os.getppid() != int(agent):  # it died before this rank got here
@@ -110,7 +116,7 @@ def _die_with_parent() -> None:
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
-    """Set torch's generators for one micro batch: random units are a function of these four alone. Returns the seed."""
+    """Seed torch's generators for one micro batch, so that dropout is a function of these four alone. Returns the seed."""
     import torch
 
     heartbeat.beat(f"micro batch {micro_batch + 1}")
@@ -120,7 +126,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> in
 
 
 def check_dtype(dtype: str, device: "torch.device") -> None:
-    """Refuse bf16 where the GPU only emulates it: compute capability below 8.0."""
+    """BadInput for bf16 on a GPU that only emulates it (compute capability below 8.0)."""
     import torch
 
     if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -129,7 +135,7 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
 
 
 def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu") -> list[int]:
-    """The sums over the ranks of `group` (default: all) of numbers that each knows for itself."""
+    """Sum numbers over the ranks of `group` (default: all)."""
     import torch
     import torch.distributed as dist
 
@@ -138,7 +144,7 @@ def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, dev
     values = torch.tensor(numbers, dtype=torch.int64, device=device)
     heartbeat.wait("sum of counts")
     dist.all_reduce(values, group=group)
-    summed = values.tolist()
+    summed: list[int] = values.tolist()
     heartbeat.beat("forward and backward")
     return summed
 
@@ -166,7 +172,7 @@ def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range)
 
 
 def must_be_finite(what: str, value: float, step: int, samples: range, when: str = "") -> None:
-    """End the run with exit code 3 at a loss or gradient norm that is NaN or infinite: nothing of it is saved."""
+    """End the run with exit code 3 if a loss or gradient norm is NaN or infinite. That step is not saved."""
     if not math.isfinite(value):
         raise Stopped(
             EXIT_NOT_FINITE,
@@ -180,7 +186,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     quiet()
     if {"-h", "--help"} & set(sys.argv[1:]):
         script = Path(sys.argv[0]).with_suffix(".sh")
-        print(f"usage: bash {script} CONFIG OUT [section.key=value ...] (--help says the rest); it starts this on every rank")
+        print(f"usage: bash {script} CONFIG OUT [section.key=value ...] (see its --help); it starts this on every rank")
         sys.exit(0)
     global _signal
     _signal = 0
@@ -197,15 +203,15 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
             raise
         where = error.filename or "writing into OUT"
         again = "the checkpoints are whole, and the same command continues"
-        code, lines = EXIT_BAD_INPUT, [f"error: {where}: {error.strerror}; mend that: {again}"]
+        code, lines = EXIT_BAD_INPUT, [f"error: {where}: {error.strerror}; correct that: {again}"]
     except Exception:
-        if _recorded() != EXIT_BAD_INPUT:  # else another rank has said why, and its end broke a collective here
+        if _recorded() != EXIT_BAD_INPUT:  # else another rank has reported the reason, and its end broke a collective here
             raise
         code = EXIT_BAD_INPUT
     first = bool(code) and _record(code, lines)
-    if code != EXIT_BAD_INPUT:  # all ranks have agreed to stop, on every node
+    if code != EXIT_BAD_INPUT:  # all ranks stop together, on every node
         first = os.environ.get("RANK", "0") == "0"
-    if first and lines:  # bad input may be seen by one rank alone (its node lacks a file): the first speaks for all
+    if first and lines:  # bad input may be seen by one rank alone (its node lacks a file): the first one prints it
         print("\n".join(lines), file=sys.stderr, flush=True)
     import torch.distributed as dist
 
@@ -215,12 +221,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     lock.release()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # worker threads of the stacks outlive a normal exit by seconds
+    os._exit(code)  # a normal exit would wait seconds for worker threads of the stacks
 
 
 def _record(code: int, lines: Sequence[str] = ()) -> bool:
-    """Tell the launcher the ranks' own exit code (torchrun reports 1 for every failure) and its reason: True where none has
-    before."""
+    """Report the exit code and its reason to the launcher (torchrun reports 1 for every failure). True if this rank is the
+    first of its node to do so."""
     path = os.environ.get("TWINSTACK_EXIT_CODE")
     if not path:
         return True
@@ -233,7 +239,7 @@ def _record(code: int, lines: Sequence[str] = ()) -> bool:
 
 
 def _recorded() -> int:
-    """The exit code that a rank of this node has told the launcher, 0 if none has."""
+    """The exit code that a rank of this node has reported to the launcher, 0 if none has."""
     try:
         with open(os.environ.get("TWINSTACK_EXIT_CODE", ""), encoding="utf-8") as file:
             return int(file.readline() or 0)

@@ -1,7 +1,7 @@
 """Which rank has stopped, hangs or was lost: what a launcher knows of its own ranks and of the other nodes. Torch-free.
 
-Several nodes share OUT/logs/nodes/node_K.json: each launcher writes there how its ranks stand and how it ended. The files are
-rewritten in place and opened anew for each reading, which a network file system answers with the current content.
+Several nodes share OUT/logs/nodes/node_K.json, where each launcher writes the state of its ranks and how it ended. The files
+are rewritten in place and opened for each reading, so that a network file system returns the current content.
 """
 
 import contextlib
@@ -12,43 +12,52 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_LOST
 from common.launch import heartbeat
 from common.launch.heartbeat import Record
 
-START = 540  # seconds at least that a rank has before its first step: imports and the reading of data show no progress
+START = 540  # seconds that a rank has at least before its first step: imports and the reading of data show no progress
 NEVER = 1e9  # seconds: longer than any limit
-GRACE = 5  # seconds that the other ranks of a node have to end by themselves once one has failed
+GRACE = 5  # seconds in which the other ranks of a node may end by themselves once one has failed
 FIRST_FAILURES = "first_failures.json"  # in the scratch folder, by agent.py: [[local rank, process, exit code], ...]
 STATES = {"stopped": "stopped by a signal", "tracing-stop": "stopped by a debugger", "zombie": "dead", "dead": "dead"}
-# Frames near the top of a stack that waits for other ranks
+# Frames near the top of the stack of a rank that waits for others
 _COLLECTIVE = re.compile(
     r"/torch/distributed/|/torch/autograd/graph\.py|/deepspeed/comm/|/deepspeed/runtime/zero/|/p2p_communication"
 )
 
 
 class Nodes(Protocol):
-    nproc: int
-    nnodes: int
-    node_rank: int
+    """Of common/launch/launcher.py, which imports this module."""
+
+    @property
+    def nproc(self) -> int: ...
+
+    @property
+    def nnodes(self) -> int: ...
+
+    @property
+    def node_rank(self) -> int: ...
 
 
 class Failure(NamedTuple):
+    """How a run failed."""
+
     code: int  # exit code
     lines: list[str]  # for the screen
-    is_cause: bool = True  # not the consequence of what happened on another node
+    is_cause: bool = True  # False: a consequence of what happened on another node
 
 
-class Rank(NamedTuple):
-    """How a rank stands, as its launcher sees it."""
+class RankState(NamedTuple):
+    """The state of a rank, as its launcher sees it."""
 
     rank: int
     node: int
     host: str
     record: Record | None  # None: it has not begun
-    state: str  # of its process, in psutil's words
+    process: str  # psutil's status of its process
     waits: bool  # for other ranks, by its phase or its stack
 
     @property
@@ -61,27 +70,28 @@ class Rank(NamedTuple):
 
 
 class Watch:
-    """Of one launch. limit: seconds without progress of any rank on any node after which it hangs, 0: none."""
+    """Watches the ranks of this node during one launch. limit: seconds without progress of any rank on any node after which the
+    run hangs; 0: never."""
 
-    def __init__(self, scratch: Path, on: Nodes, out: Path | None, limit: int):
-        self.scratch, self.on, self.out, self.limit = scratch, on, out, limit
-        self.ranks = range(on.node_rank * on.nproc, (on.node_rank + 1) * on.nproc)
+    def __init__(self, scratch: Path, nodes: Nodes, out: Path | None, limit: int):
+        self.scratch, self.nodes, self.out, self.limit = scratch, nodes, out, limit
+        self.ranks = range(nodes.node_rank * nodes.nproc, (nodes.node_rank + 1) * nodes.nproc)
         self.host = socket.gethostname()
-        self.tick = min(5.0, max(0.2, limit / 8)) if limit else 5.0  # seconds between two looks
+        self.tick = min(5.0, max(0.2, limit / 8)) if limit else 5.0  # seconds between two checks
         self.idle = 0.0  # seconds since the last progress on this node
-        self.seen: list[Record | None] = []
-        self.looked = time.monotonic()
+        self.records: list[Record | None] = []  # at the last progress
+        self.last_check = time.monotonic()
         self.stacks: dict[int, str] | None = None  # since the last progress
-        self.peers = Peers(out / "logs/nodes", on, self.tick) if out and on.nnodes > 1 else None
+        self.peers = Peers(out / "logs/nodes", nodes, self.tick) if out and nodes.nnodes > 1 else None
 
-    def look(self) -> Failure | None:
-        """Once a tick: has the run stopped making progress, or ended on another node?"""
+    def check(self) -> Failure | None:
+        """Has the run stopped making progress, or ended on another node? Called once per tick."""
         now = time.monotonic()
-        passed = min(now - self.looked, 2 * self.tick)  # not the time in which the launcher itself was stopped
-        self.looked = now
+        passed = min(now - self.last_check, 2 * self.tick)  # without the time in which the launcher itself was stopped
+        self.last_check = now
         records = [heartbeat.read(self.scratch, rank) for rank in self.ranks]
-        if records != self.seen or not any(records):
-            self.idle, self.seen, self.stacks = 0.0, records, None
+        if records != self.records or not any(records):
+            self.idle, self.records, self.stacks = 0.0, records, None
         else:
             self.idle += passed
         starts = any(record is None or not record.step for record in records)
@@ -90,9 +100,9 @@ class Watch:
             limit += 6 * GRACE
         done = all(record and record.phase == heartbeat.DONE for record in records)  # then only other nodes can hang
         if self.limit and self.idle >= 0.9 * limit and self.stacks is None:
-            self.stacks = self._dump()
+            self.stacks = self._dump_stacks()
         if self.peers:
-            self.peers.write(self.rows(), NEVER if done else self.idle)
+            self.peers.write(self.states(), NEVER if done else self.idle)
             if self.idle >= 2 * self.tick:
                 self.peers.read()
                 failure = self.peers.failure()
@@ -102,18 +112,18 @@ class Watch:
             return self._hang()
         return None
 
-    def rows(self) -> list[Rank]:
-        """How the ranks of this node stand."""
-        made = []
+    def states(self) -> list[RankState]:
+        """The states of the ranks of this node."""
+        states = []
         for rank in self.ranks:
             record = heartbeat.read(self.scratch, rank)
             stack = (self.stacks or {}).get(rank, "")
-            waits = bool(record) and (record.waits or _waits(stack))
-            made.append(Rank(rank, self.on.node_rank, self.host, record, _state(record), waits))
-        return made
+            waits = record is not None and (record.waits or _waits(stack))
+            states.append(RankState(rank, self.nodes.node_rank, self.host, record, _process_status(record), waits))
+        return states
 
-    def _dump(self) -> dict[int, str]:
-        """The Python stacks of the ranks of this node, as text; none of one that is stopped."""
+    def _dump_stacks(self) -> dict[int, str]:
+        """The Python stacks of the ranks of this node, as text; empty for a rank that is stopped."""
         before, records = {}, {}
         for rank in self.ranks:
             record = heartbeat.read(self.scratch, rank)
@@ -123,69 +133,70 @@ class Watch:
 
         for record in records.values():
             with contextlib.suppress(psutil.Error):
-                psutil.Process(record.pid).send_signal(heartbeat.STACKS)
+                psutil.Process(record.pid).send_signal(heartbeat.DUMP_STACKS)
         time.sleep(min(1.0, self.tick))
         return {rank: heartbeat.stacks(self.scratch, rank)[size:] for rank, size in before.items()}
 
     def _hang(self) -> Failure:
-        silent = self.peers.silent() if self.peers else []
-        lines = [f"error: {self.peers.lost(node)}" for node in silent]
-        lines += [] if silent else _first([f"error: {line}" for line in _culprits(self._all_rows())])
+        lines = [f"error: {self.peers.describe(node)}" for node in self.peers.silent()] if self.peers else []
+        lines = lines or _first_lines([f"error: {line}" for line in _culprits(self._all_states())])
         lines += [
             f"no rank made progress for {self.idle:.0f} s (train.hang_seconds): all were ended, nothing was saved; "
             "the same command continues from the last checkpoint"
         ]
         return Failure(EXIT_HANG, lines)
 
-    def _all_rows(self) -> list[Rank]:
-        """Of the other nodes too, as far as they are known."""
-        return sorted(self.rows() + (self.peers.rows() if self.peers else []))
+    def _all_states(self) -> list[RankState]:
+        """The states of all ranks, those of other nodes as far as they are known."""
+        return sorted(self.states() + (self.peers.states() if self.peers else []))
 
-    def failed(self, ended: int) -> Failure | None:
-        """Why torchrun has ended by `ended` (as Popen tells it); None where that is on the screen already."""
-        first, rows = self._first_failures(), {row.rank: row for row in self.rows()}
-        crashes = {rank: found for rank in self.ranks if (found := heartbeat.crash(self.scratch, rank))}
+    def failure(self, returncode: int) -> Failure | None:
+        """Why torchrun has ended with `returncode` (of Popen); None if the reason is on the screen already."""
+        first, states = self._first_failures(), {state.rank: state for state in self.states()}
+        crashes = {rank: crash for rank in self.ranks if (crash := heartbeat.crash(self.scratch, rank))}
         causes = _causes({rank: code for rank, (_, code) in first.items()}, crashes)
         if causes:
             [code, *_] = causes.values()
             trace = [crashes[rank].trace.rstrip() for rank in causes if rank in crashes]
             lines = []
-            for rank, how in causes.items():
-                where = f" at {rows[rank].record}" if rows[rank].record else ""
-                lines.append(f"error: {_name(rows[rank], first.get(rank, (0,))[0])} {_how(how)}{where}")
-            lines = trace + _first(lines)
-            # NCCL's watchdog ends a rank by SIGABRT when another has gone
+            for rank, exit_code in causes.items():
+                where = f" at {states[rank].record}" if states[rank].record else ""
+                lines.append(f"error: {_name(states[rank], first.get(rank, (0,))[0])} {_how_it_ended(exit_code)}{where}")
+            lines = trace + _first_lines(lines)
+            # NCCL's watchdog ends a rank with SIGABRT when another rank is lost
             failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT)
         elif crashes:
             message = next(iter(crashes.values())).message.splitlines()[0]
-            line = f"error: ranks of node {self.on.node_rank} ({self.host}) lost the connection to another rank: {message}"
+            line = f"error: ranks of node {self.nodes.node_rank} ({self.host}) lost the connection to another rank: {message}"
             failure = Failure(EXIT_LOST, [line], False)
-        elif ended < 0:
-            return Failure(128 - ended, [f"error: torchrun {_how(ended)}"])
+        elif returncode < 0:
+            return Failure(128 - returncode, [f"error: torchrun {_how_it_ended(returncode)}"])
         else:
             return None
         if self.peers and not failure.is_cause:
-            self.peers.write(list(rows.values()), self.idle, failure)  # no other node shall wait for this one's cause
-            failure = self.peers.cause() or failure
+            self.peers.write(list(states.values()), self.idle, failure)  # so that no other node waits for this one's cause
+            failure = self.peers.wait_for_cause() or failure
         return failure
 
     def _first_failures(self) -> dict[int, tuple[int, int]]:
-        """{rank: (process, exit code)} of those that ended before torchrun ended the others."""
+        """{rank: (process, exit code)} of the ranks that ended before torchrun ended the others."""
         try:
-            found = json.loads((self.scratch / FIRST_FAILURES).read_text(encoding="utf-8"))
+            failures = json.loads((self.scratch / FIRST_FAILURES).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        return {self.ranks[local]: (pid, code) for local, pid, code in found}
+        return {self.ranks[local]: (pid, code) for local, pid, code in failures}
 
     def close(self, failure: Failure | None, code: int) -> str | None:
-        """At the end of the launch: the other nodes learn of a failure, and its details are written. Returns what to say of
-        them. Called when the cause is on the screen: a file system that hangs may be that cause."""
-        if self.peers:
-            self.peers.write(self.rows(), self.idle, failure) if failure else self.peers.leave()
-        more = self.on.nproc * self.on.nnodes > 1 or heartbeat.stacks(self.scratch, 0)
-        if failure is None or code == EXIT_BAD_INPUT or self.out is None or not more:
+        """At the end of the launch: report a failure to the other nodes and write its details to a file. Returns a line that
+        names the file. Called once the cause is on the screen, since a file system that hangs may be the cause."""
+        if self.peers and failure:
+            self.peers.write(self.states(), self.idle, failure)
+        elif self.peers:
+            self.peers.leave()
+        has_details = self.nodes.nproc * self.nodes.nnodes > 1 or heartbeat.stacks(self.scratch, 0)
+        if failure is None or code == EXIT_BAD_INPUT or self.out is None or not has_details:
             return None
-        path = self.out / "logs" / f"failure_{time.strftime('%Y%m%d-%H%M%S')}_node{self.on.node_rank}.txt"
+        path = self.out / "logs" / f"failure_{time.strftime('%Y%m%d-%H%M%S')}_node{self.nodes.node_rank}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join([*failure.lines, "", *self._details()]) + "\n", encoding="utf-8")
@@ -194,10 +205,10 @@ class Watch:
         return f"details: {path}"
 
     def _details(self) -> list[str]:
-        lines = ["rank  node  host  process  stands at"]
-        for row in self._all_rows():
-            pid, where = (row.record.pid, row.record) if row.record else ("-", "not begun")
-            lines.append(f"{row.rank:>4}  {row.node:>4}  {row.host}  {pid}  {where}")
+        lines = ["rank  node  host  process  position"]
+        for state in self._all_states():
+            pid, position = (str(state.record.pid), str(state.record)) if state.record else ("-", "not begun")
+            lines.append(f"{state.rank:>4}  {state.node:>4}  {state.host}  {pid}  {position}")
         for rank in self.ranks:
             crash, stacks = heartbeat.crash(self.scratch, rank), heartbeat.stacks(self.scratch, rank)
             lines += [f"\n---- rank {rank}: exception", crash.trace.rstrip()] if crash else []
@@ -208,57 +219,60 @@ class Watch:
 class Peers:
     """The other nodes of a run."""
 
-    def __init__(self, folder: Path, on: Nodes, tick: float):
-        self.folder, self.on, self.tick = folder, on, tick
+    def __init__(self, folder: Path, nodes: Nodes, tick: float):
+        self.folder, self.nodes, self.tick = folder, nodes, tick
         self.count = 0
-        self.known: dict[int, dict] = {}  # what node_K.json held when it could be read last
-        self.changed: dict[int, float] = {}  # when that was new
+        self.reports: dict[int, dict[str, Any]] = {}  # {node: the last content of node_K.json that could be read}
+        self.changed: dict[int, float] = {}  # {node: when its report changed last}
         self.write([], 0.0)
 
-    def write(self, rows: Sequence[Rank], idle: float, failure: Failure | None = None) -> None:
-        """What the others shall know of this node. A disk that does not take it ends no run."""
+    def write(self, states: Sequence[RankState], idle: float, failure: Failure | None = None) -> None:
+        """Write this node's report for the others. A disk that fails does not end the run."""
         self.count += 1
-        if failure:  # its traceback is on one screen
+        if failure:  # without its traceback, which is on the screen here
             failure = failure._replace(lines=[line for line in failure.lines if line.startswith("error: ")])
-        values = {
-            "count": self.count, "host": socket.gethostname(), "ranks": (self.on.node_rank * self.on.nproc, self.on.nproc),
-            "idle": idle, "rows": rows, "failure": failure,
+        nodes = self.nodes
+        report = {
+            "count": self.count, "host": socket.gethostname(), "ranks": (nodes.node_rank * nodes.nproc, nodes.nproc),
+            "idle": idle, "states": states, "failure": failure,
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._path(self.on.node_rank).write_text(json.dumps(values), encoding="utf-8")
+            self._path(nodes.node_rank).write_text(json.dumps(report), encoding="utf-8")
 
     def read(self) -> None:
-        for node in set(range(self.on.nnodes)) - {self.on.node_rank}:
+        """Read the reports of the other nodes."""
+        for node in set(range(self.nodes.nnodes)) - {self.nodes.node_rank}:
             try:
-                found = json.loads(self._path(node).read_text(encoding="utf-8"))
+                report = json.loads(self._path(node).read_text(encoding="utf-8"))
             except FileNotFoundError:
-                found = {}  # it has ended well
+                report = {}  # the run has ended well there
             except (OSError, ValueError):
                 continue  # half written
-            if found != self.known.get(node):
-                self.known[node], self.changed[node] = found, time.monotonic()
+            if report != self.reports.get(node):
+                self.reports[node], self.changed[node] = report, time.monotonic()
 
     def are_idle(self, limit: float) -> bool:
-        """Has no rank of the other nodes made progress for so long either? (After `read`.)"""
+        """Have the ranks of the other nodes made no progress for `limit` seconds either? Call `read` before."""
         silent = self.silent()
-        return all(n in silent or not found or found["idle"] >= limit - 2 * self.tick for n, found in self.known.items())
+        return all(n in silent or not report or report["idle"] >= limit - 2 * self.tick for n, report in self.reports.items())
 
     def silent(self) -> list[int]:
-        """Nodes whose launcher gives no sign of life. (After `read`, more than once.)"""
+        """Nodes whose launcher no longer reports. Call `read` before, more than once."""
         last = time.monotonic() - max(2.0, 4 * self.tick)
-        return [n for n, found in self.known.items() if found and not found["failure"] and self.changed[n] < last]
+        return [n for n, report in self.reports.items() if report and not report["failure"] and self.changed[n] < last]
 
-    def rows(self) -> list[Rank]:
-        return [_rank(row) for found in self.known.values() for row in found.get("rows", [])]
+    def states(self) -> list[RankState]:
+        """The states of the ranks of the other nodes."""
+        return [_rank_state(values) for report in self.reports.values() for values in report.get("states", [])]
 
     def failure(self) -> Failure | None:
-        """How another node has ended, if by a cause of its own."""
-        found = [Failure(*f["failure"]) for _, f in sorted(self.known.items()) if f.get("failure")]
-        return next((failure for failure in found if failure.is_cause), None)
+        """How another node has failed, if the cause is there."""
+        failures = [Failure(*report["failure"]) for _, report in sorted(self.reports.items()) if report.get("failure")]
+        return next((failure for failure in failures if failure.is_cause), None)
 
-    def cause(self) -> Failure | None:
-        """The failure that made the ranks of this node lose a connection, once another node tells of it or is silent."""
+    def wait_for_cause(self) -> Failure | None:
+        """The failure because of which the ranks of this node lost a connection, once another node reports it or is silent."""
         end = time.monotonic() + GRACE + max(4.0, 6 * self.tick)
         while time.monotonic() < end:
             self.read()
@@ -266,25 +280,28 @@ class Peers:
             if self.failure():
                 return self.failure()
             if silent:
-                return Failure(EXIT_LOST, [f"error: {self.lost(node)}" for node in silent])
-            if all(found.get("failure") for found in self.known.values()):
-                return None  # all have lost a connection
+                return Failure(EXIT_LOST, [f"error: {self.describe(node)}" for node in silent])
+            if all(report.get("failure") for report in self.reports.values()):
+                return None  # all nodes have lost a connection
             time.sleep(min(0.5, self.tick))
         return None
 
-    def lost(self, node: int) -> str:
-        found = self.known[node]
-        begin, count = found["ranks"]
-        rows = [_rank(row) for row in found["rows"]]
-        record = max((row.record for row in rows if row.record), default=None, key=lambda record: record.time)
+    def describe(self, node: int) -> str:
+        """One line about a silent node."""
+        report = self.reports[node]
+        begin, count = report["ranks"]
+        states = [_rank_state(values) for values in report["states"]]
+        record = max((state.record for state in states if state.record), default=None, key=lambda record: record.time)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - (time.monotonic() - self.changed[node])))
         last = f"; last seen at {record}" if record else ""
-        return f"node {node} ({found['host']}, {_ranks(range(begin, begin + count))}) gives no sign of life since {since}{last}"
+        return (
+            f"node {node} ({report['host']}, {_ranks(range(begin, begin + count))}) gives no sign of life since {since}{last}"
+        )
 
     def leave(self) -> None:
-        """The run has ended well here: leave no trace."""
+        """The run has ended well on this node: remove its report."""
         with contextlib.suppress(OSError):
-            self._path(self.on.node_rank).unlink(missing_ok=True)
+            self._path(self.nodes.node_rank).unlink(missing_ok=True)
             self.folder.rmdir()
             self.folder.parent.rmdir()
             self.folder.parent.parent.rmdir()  # OUT, where the ranks have written nothing
@@ -294,10 +311,8 @@ class Peers:
 
 
 def _causes(first: dict[int, int], crashes: dict[int, heartbeat.Crash]) -> dict[int, int]:
-    """{rank: exit code} of those of a node that made the run end, none if only consequences of another node's end are known.
-
-    first: of the ranks that ended by themselves.
-    """
+    """{rank: exit code} of the ranks of this node that ended the run; empty if all failures here are consequences of another
+    node's. first: {rank: exit code} of the ranks that ended by themselves."""
     killed = {rank: code for rank, code in first.items() if code < 0 and code != -signal.SIGABRT}
     genuine = sorted((crash.time, rank) for rank, crash in crashes.items() if not crash.is_lost_connection)
     if killed or genuine:
@@ -305,17 +320,17 @@ def _causes(first: dict[int, int], crashes: dict[int, heartbeat.Crash]) -> dict[
     return {rank: code for rank, code in first.items() if rank not in crashes}
 
 
-def _rank(values: list) -> Rank:
-    """Of JSON."""
+def _rank_state(values: list[Any]) -> RankState:
+    """A RankState from JSON."""
     rank, node, host, record, *rest = values
-    return Rank(rank, node, host, Record(*record) if record else None, *rest)
+    return RankState(rank, node, host, Record(*record) if record else None, *rest)
 
 
-def _state(record: Record | None) -> str:
+def _process_status(record: Record | None) -> str:
     import psutil
 
     try:
-        return psutil.Process(record.pid).status() if record else "unknown"
+        return str(psutil.Process(record.pid).status()) if record else "unknown"
     except psutil.Error:
         return "dead"
 
@@ -326,41 +341,41 @@ def _waits(stacks: str) -> bool:
     return any(_COLLECTIVE.search(line) for line in main[1:5])
 
 
-def _culprits(rows: Sequence[Rank]) -> list[str]:
+def _culprits(states: Sequence[RankState]) -> list[str]:
     """A line for each group of ranks that keep the others waiting, as well as can be known."""
-    running = [row for row in rows if row.runs]
-    apart = [row for row in running if not row.waits]
+    running = [state for state in states if state.runs]
+    not_waiting = [state for state in running if not state.waits]
     guesses = {
-        "hangs": [row for row in running if row.state in STATES],
-        "has not begun": [row for row in running if row.record is None],
-        "hangs in the file system or a driver": [row for row in running if row.state == "disk-sleep"],
-        "hangs while others wait for it": _behind(apart) if len(apart) < len(running) else [],
+        "hangs": [state for state in running if state.process in STATES],
+        "has not begun": [state for state in running if state.record is None],
+        "hangs in the file system or a driver": [state for state in running if state.process == "disk-sleep"],
+        "hangs while others wait for it": _behind(not_waiting) if len(not_waiting) < len(running) else [],
         "is behind the others": _behind(running),
     }
     certain = "hangs" if guesses["hangs"] else ""
-    what = certain or next((what for what, found in guesses.items() if 0 < len(found) < len(running)), "stands")
-    groups: dict[tuple, list[Rank]] = {}
-    for row in guesses.get(what, running):
-        groups.setdefault((row.node, row.state, row.position), []).append(row)
+    what = certain or next((what for what, some in guesses.items() if 0 < len(some) < len(running)), "stands")
+    groups: dict[tuple[int, str, tuple[int, int]], list[RankState]] = {}
+    for state in guesses.get(what, running):
+        groups.setdefault((state.node, state.process, state.position), []).append(state)
     return [_line(group, what) for group in groups.values()]
 
 
-def _behind(rows: Sequence[Rank]) -> list[Rank]:
-    least = min((row.position for row in rows), default=None)
-    return [row for row in rows if row.position == least]
+def _behind(states: Sequence[RankState]) -> list[RankState]:
+    least = min((state.position for state in states), default=None)
+    return [state for state in states if state.position == least]
 
 
-def _line(rows: Sequence[Rank], what: str) -> str:
-    first = rows[0]
+def _line(states: Sequence[RankState], what: str) -> str:
+    first = states[0]
     name = _name(first, first.record.pid if first.record else 0)
-    if len(rows) > 1:
-        name = f"{_ranks([row.rank for row in rows])} of node {first.node} ({first.host}), each of which"
-    why = f": {STATES[first.state]}," if first.state in STATES else ""
+    if len(states) > 1:
+        name = f"{_ranks([state.rank for state in states])} of node {first.node} ({first.host}), each of which"
+    why = f": {STATES[first.process]}," if first.process in STATES else ""
     return f"{name} {what}{why}{f' at {first.record}' if first.record else ''}"
 
 
-def _name(row: Rank, pid: int) -> str:
-    return f"rank {row.rank} of node {row.node} ({row.host}{f', process {pid}' if pid else ''})"
+def _name(state: RankState, pid: int) -> str:
+    return f"rank {state.rank} of node {state.node} ({state.host}{f', process {pid}' if pid else ''})"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -370,12 +385,12 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}" if apart else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
-def _first(lines: list[str], most: int = 8) -> list[str]:
+def _first_lines(lines: list[str], most: int = 8) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"error: and {len(lines) - most} more, which the details list"]
 
 
-def _how(code: int) -> str:
-    """Of an exit code as Popen tells it."""
+def _how_it_ended(code: int) -> str:
+    """In words, from Popen's return code."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name
