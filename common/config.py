@@ -353,6 +353,11 @@ class Config(Section):
         return first | {key: value for key, value in values.items() if key not in ("phases", "quickstart") or value}
 
     @property
+    def resume_reads_init(self) -> bool:
+        """Does a continued run read init.from again? Yes if its checkpoints hold a part of the model alone (adapters)."""
+        return False
+
+    @property
     def last_step(self) -> int:
         """The step at which the run ends, after its last phase."""
         return self.phases[-1]["train.steps"] if self.phases else self.train.steps

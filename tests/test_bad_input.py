@@ -562,8 +562,8 @@ def _out_of(place: Path, name: str) -> Path:
 OUTS: list[tuple[str, str]] = [
     ("file", "file: is a file; choose another OUT"),
     ("file/out", "file/out: not writable (Not a directory); choose another OUT"),
-    ("full", "full: is not empty and holds no run (no config.yaml); choose another OUT"),
-    ("corpus", "corpus: is not empty and holds no run"),
+    ("full", "full: is not empty and has no run (no config.yaml); choose another OUT"),
+    ("corpus", "corpus: is not empty and has no run"),
     ("broken", "broken: is a broken link; choose another OUT"),
     ("loop", "loop: is a broken link"),
     ("x" * 300, "not writable (File name too long)"),
@@ -675,7 +675,7 @@ ANOTHER_RUN: list[tuple[str, list[str]]] = [  # overrides, the keys that are nam
     ("optim.decay_steps=9", ["optim.decay_steps was 4, is 9"]),
     ("optim.betas=[0.8,0.9]", ["optim.betas was [0.9, 0.999], is [0.8, 0.9]"]),
     ("optim.lr=2e-3 model.dropout=0.1 train.seed=5", ["optim.lr was", "model.dropout was 0.0, is 0.1", "train.seed was"]),
-    ("data.train=corpus/valid", ["out holds another run: the content of data.train has changed"]),
+    ("data.train=corpus/valid", ["out has another run: the content of data.train has changed"]),
     ("data.train=[corpus/train,corpus/valid]", ["the content of data.train has changed"]),
     ("train.steps=3", ["train.steps=3 is below the 4 steps that out has made; give train.steps=4 or more"]),
 ]
@@ -685,11 +685,11 @@ ANOTHER_RUN: list[tuple[str, list[str]]] = [  # overrides, the keys that are nam
 def test_out_that_holds_another_run(overrides: str, messages: list[str], place: Path, attempt: Try) -> None:
     finished_run(place / "out")
     lines = refused(place, lambda: attempt(*overrides.split()), *messages)
-    assert all("holds another run: " in line or "train.steps=3" in line for line in lines)
+    assert all("has another run: " in line or "train.steps=3" in line for line in lines)
 
 
 LONGER = (
-    "note: optim.decay_steps stays 4, the steps of the first start: from there on the rate is optim.min_lr; a longer schedule "
+    "note: optim.decay_steps stays 4, the steps of the first start: after that the rate is optim.min_lr; a longer schedule "
     "needs another OUT"
 )
 FREE: list[tuple[str, str]] = [  # stack, overrides
@@ -721,7 +721,7 @@ def test_a_corpus_moved_without_its_tokenizer_trains(place: Path, attempt: Try) 
     corpus(place / "corpus/train", tokenizer="words")
     code, lines, started = attempt()
     assert (code, started) == (0, True)
-    assert lines == ["note: corpus/words, the corpus's tokenizer, is not there: the export will hold none"]
+    assert lines == ["note: corpus/words, the corpus's tokenizer, does not exist: the export will have none"]
 
 
 def test_a_trial_shorter_than_its_warmup_leaves_a_config_that_is_valid(place: Path) -> None:
@@ -746,12 +746,12 @@ def _edit_state(number: int, /, **values: Any) -> Callable[[Path], None]:
 RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("config cut", _spoil("config.yaml", b"model: {"), "out/config.yaml: not YAML"),
     ("config empty", _spoil("config.yaml", b""), "out/config.yaml: must have sections"),
-    ("config of something else", _spoil("config.yaml", b"model: 3\nx: 1\n"), "config.yaml: is not the config of such a run"),
+    ("config of something else", _spoil("config.yaml", b"model: 3\nx: 1\n"), "is the config of another family or version"),
     ("facts cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
     ("facts of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
     (
         "checkpoint of another model", _edit_state(4, hyperparameters={"model.hidden": 128}),
-        "out/step_4 holds another run: model.hidden was 128, is 64",
+        "out/step_4 has another run: model.hidden was 128, is 64",
     ),
 ]  # fmt: skip
 

@@ -141,7 +141,7 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
     drive(cases, 2)
     refused(
         home, lambda: attempt(*shared, "objective.masking=ngram", config="bert.yaml", out=out, family="bert"),
-        f'{out} holds another run: objective.masking was "token", is "ngram"; choose another OUT',
+        f'{out} has another run: objective.masking was "token", is "ngram"; choose another OUT',
     )  # fmt: skip
     expected = losses(home / "pad_baseline")
     for name in ("pad_zero3", "pad_tp2"):

@@ -86,7 +86,7 @@ def test_one_command_goes_through_all_phases_and_exports_once(out, settings, tmp
     assert again.returncode == 0 and "tok/s" not in again.stdout  # nothing is left to do
     other = [word.replace('"data.seq_len": 96', '"data.seq_len": 80') for word in SETTINGS]
     refused = subprocess.run([*command, *settings, *other], env=env, capture_output=True, text=True)
-    assert refused.returncode == 2 and "holds another run: phases was" in refused.stderr
+    assert refused.returncode == 2 and "has another run: phases was" in refused.stderr
 
 
 def test_a_signal_at_the_end_of_a_phase_stops_the_run(settings, tmp_path):

@@ -145,7 +145,7 @@ def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str]
     assert made
     shutil.rmtree(ROOT / made[1])
     assert done.returncode == 2
-    assert "holds another run" in done.stderr and "--out DIR" in done.stderr
+    assert "has another run" in done.stderr and "--out DIR" in done.stderr
     assert training(small[0] / stacks_of(small)[0]).keys() == {1, 2, 3, 4}
 
 

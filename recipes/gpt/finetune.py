@@ -125,6 +125,10 @@ class Config(config.Config):
     task: Task
     lora: Lora | None = None
 
+    @property
+    def resume_reads_init(self) -> bool:
+        return self.lora is not None
+
     def dump(self) -> dict[str, Any]:
         """As config.Config's: a section that is not there is not written, since an empty one means its defaults."""
         return {key: value for key, value in super().dump().items() if key != "lora" or value is not None}
