@@ -95,12 +95,12 @@ def attempt(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def snapshot(folder: Path) -> dict[str, Any]:
     """Every path below a folder and what it holds."""
-    found = {}
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if "tensorboard" not in name:  # each start opens a file of its own there
-            found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
-    return found
+            contents[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+    return contents
 
 
 def refused(place: Path, attempt: Callable[[], Attempt], *messages: str) -> list[str]:
@@ -798,11 +798,11 @@ def test_a_changed_byte_of_a_checkpoint_is_found(place: Path) -> None:
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
-    found = checkpoint.latest(place / "out")
+    saved = checkpoint.latest(place / "out")
     with pytest.raises(BadInput, match=f"{SHARD}: its bytes have changed since it was written; remove .*step_4 to use"):
-        found.read("wte.weight")
+        saved.read("wte.weight")
     with pytest.raises(BadInput, match="holds no parameter lm_head.weight; it is a checkpoint of another model"):
-        found.read("lm_head.weight")
+        saved.read("lm_head.weight")
 
 
 def test_only_whole_steps_count_as_kept(place: Path) -> None:
@@ -843,10 +843,10 @@ def test_what_a_killed_run_left_half_written_is_removed(place: Path) -> None:
         (place / "out" / name / "x").mkdir(parents=True)
     for name in ("run.json.part", "config.yaml.tmp", "metrics.jsonl.part"):
         (place / "out" / name).write_text("{")
-    (place / "out/mine.tmp").write_text("do not touch")
+    (place / "out/other.tmp").write_text("do not touch")
     run_record.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
     lock.release()
-    assert snapshot(place) == before | {"out/mine.tmp": b"do not touch"}
+    assert snapshot(place) == before | {"out/other.tmp": b"do not touch"}
 
 
 def test_a_finished_run_says_so(place: Path, attempt: Try, capsys: pytest.CaptureFixture[str]) -> None:
@@ -978,15 +978,15 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
         save_file(tensors, str(folder / "model.safetensors"))
         row(name, "deepspeed", 2, words, f"init.from={folder}")
 
-    def kept() -> dict[str, Any]:
+    def unchanged() -> dict[str, Any]:
         """All, but that a run that stops at NaN has begun: config.yaml and run.json tell so."""
         return {k: v for k, v in snapshot(place).items() if not re.match(r"nan_\w+/(config.yaml|run.json)$", k)}
 
-    before = kept()
+    before = unchanged()
     output = drive(cases, 1)
     for name, words in messages.items():
         assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
-    assert kept() == before
+    assert unchanged() == before
 
 
 def pretrain(place: Path, out: Path, *overrides: str, stack: str = "baseline") -> tuple[int, list[str]]:

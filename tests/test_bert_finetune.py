@@ -1,4 +1,4 @@
-"""Finetuning BERT under the laws: every stack and layout follows transformers' own class and tokenizer; the best
+"""Finetuning BERT: every stack and layout follows transformers' own class and tokenizer; the best
 checkpoint, its predictions and metrics are what the export gives; resume; what is refused."""
 
 import json
@@ -58,15 +58,15 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def folders(sentences: Path, tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of untrained encoders, with the tokenizer of the test corpus."""
-    made = {}
+    folders = {}
     for name in ARCHS:
         cfg = config.load(ROOT / f"recipes/bert/configs/{name}.yaml", ["model.vocab_size=640", "objective.pair=none",
                                                                        "model.pair_head=false"], task.Config)  # fmt: skip
         torch.manual_seed(3)
-        made[name] = tmp_path_factory.mktemp("hf") / name
-        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(made[name])
-        tokenizer.load(sentences / "tokenizer").save(made[name])
-    return made
+        folders[name] = tmp_path_factory.mktemp("hf") / name
+        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(folders[name])
+        tokenizer.load(sentences / "tokenizer").save(folders[name])
+    return folders
 
 
 WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
@@ -130,8 +130,8 @@ def configs(folders, data, tmp_path_factory) -> dict[str, Path]:
 
 
 def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
-    made = case(stack, "tiny", out, overrides, family="bert")
-    return made | {"module": f"recipes.bert.{stack}.finetune", "config": str(path)}
+    one_case = case(stack, "tiny", out, overrides, family="bert")
+    return one_case | {"module": f"recipes.bert.{stack}.finetune", "config": str(path)}
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +179,12 @@ def valids(out: Path) -> dict[int, dict]:
 def test_the_export_is_the_best_and_gives_its_predictions(runs, data, name, layout):
     out = runs[0] / name / layout
     metric = glue.TASKS[name].metrics[0]
-    found = {step: line[f"valid_{metric}"] for step, line in valids(out).items()}
-    assert sorted(found) == [5, 10, 15, 20]
-    best = max(found, key=lambda step: (found[step], -step))
+    values = {step: line[f"valid_{metric}"] for step, line in valids(out).items()}
+    assert sorted(values) == [5, 10, 15, 20]
+    best = max(values, key=lambda step: (values[step], -step))
     assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
     rows = {row["metric"]: row for row in json.loads((out / "eval.json").read_text())}
-    assert rows.keys() == set(glue.TASKS[name].metrics) and rows[metric]["value"] == found[best] and rows[metric]["n"] == 21
+    assert rows.keys() == set(glue.TASKS[name].metrics) and rows[metric]["value"] == values[best] and rows[metric]["n"] == 21
     assert f"step {best}, the best by {metric}" in rows[metric]["protocol"]
 
     net = AutoModelForSequenceClassification.from_pretrained(out / "hf").eval()
@@ -249,9 +249,9 @@ def test_metrics_are_their_definitions():
         under = np.sqrt(float(tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         assert np.isclose(glue.metrics("cola", p, y)["matthews"], (tp * tn - fp * fn) / under)
         s, t = rng.random(50), rng.random(50)
-        found, rank = glue.metrics("stsb", s, t), lambda x: np.argsort(np.argsort(x))
-        assert np.isclose(found["pearson"], np.corrcoef(s, t)[0, 1])
-        assert np.isclose(found["spearman"], np.corrcoef(rank(s), rank(t))[0, 1])
+        scores, rank = glue.metrics("stsb", s, t), lambda x: np.argsort(np.argsort(x))
+        assert np.isclose(scores["pearson"], np.corrcoef(s, t)[0, 1])
+        assert np.isclose(scores["spearman"], np.corrcoef(rank(s), rank(t))[0, 1])
 
 
 SIZES = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277)}
@@ -292,9 +292,12 @@ def test_lines_of_qqp_that_lack_columns_are_left_out(tmp_path: Path):
     text = header + "0\t1\t2\ta\rb\tc\t1\n" + "broken\n" + "1\t3\t4\td\t" + "e" * 200_000 + "\t0\r\n"
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text(text, newline="")
-    found = glue.read("qqp", tmp_path, "dev")
-    assert found.labels.tolist() == [1, 0] and [list(map(len, column)) for column in found.texts] == [[3, 1], [1, 200_000]]
-    assert found.note == "dev: 1 lines that lack columns are left out (dev.tsv:3 is the first)"
+    examples = glue.read("qqp", tmp_path, "dev")
+    assert examples.labels.tolist() == [1, 0] and [list(map(len, column)) for column in examples.texts] == [
+        [3, 1],
+        [1, 200_000],
+    ]
+    assert examples.note == "dev: 1 lines that lack columns are left out (dev.tsv:3 is the first)"
 
 
 def test_a_correlation_with_a_constant_is_none():
@@ -366,17 +369,17 @@ def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path: Pat
 def test_evaluating_the_run_gives_its_scores(runs, data, name, tmp_path: Path):
     """By plain transformers on the export, whichever stack it is from; on 2 ranks as on 1, bit for bit."""
     run = runs[0] / name / "tp2_sp"
-    found = []
+    scores = []
     for ranks in (1, 2) if name == "squad" else (1,):
         out = tmp_path / str(ranks)
         command = ["-m", "scripts.evaluate", run, name, "--data", data / name, "--batch", 4, "--out", out]
         done = warm.run(command, nproc=ranks if ranks > 1 else 0)
         assert done.returncode == 0, done.stderr
-        found.append({row["metric"]: row["value"] for row in json.loads((out / "eval.json").read_text())})
+        scores.append({row["metric"]: row["value"] for row in json.loads((out / "eval.json").read_text())})
         for file in (run / "predictions").iterdir():
             assert (out / "predictions" / file.name).read_text() == file.read_text()
-    assert found[0] == {row["metric"]: row["value"] for row in json.loads((run / "eval.json").read_text())}
-    assert found[0] == found[-1]
+    assert scores[0] == {row["metric"]: row["value"] for row in json.loads((run / "eval.json").read_text())}
+    assert scores[0] == scores[-1]
 
 
 def test_what_is_sent_to_the_server(runs, data, tmp_path: Path):
@@ -448,7 +451,7 @@ def test_weights_of_another_depth_are_refused(folders, configs, tmp_path: Path):
 
 
 def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):
-    """A score's head for two classes: what to type begins it anew."""
+    """A score's head for two classes: what to type begins it again."""
     script, start = str(ROOT / "recipes/bert/baseline/finetune.sh"), f"init.from={runs[0] / 'stsb/baseline'}"
     command = ["bash", script, str(configs["cola"]), str(tmp_path / "out"), "--dry-run", start]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -54,10 +54,10 @@ OVERRIDES = [
 
 def leaves(values: Any, prefix: str = "") -> list[str]:
     """Every key of nested sections, such as a.b.c, sections included."""
-    found = []
+    keys = []
     for key, value in values.items() if isinstance(values, dict) else ():
-        found += [prefix + key, *leaves(value, f"{prefix}{key}.")]
-    return found
+        keys += [prefix + key, *leaves(value, f"{prefix}{key}.")]
+    return keys
 
 
 MORE = [  # keys that the configs leave out

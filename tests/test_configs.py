@@ -121,19 +121,19 @@ def test_parameters_are_those_of_the_transformers_class(name: str) -> None:
 
     model = load(name).model
     with torch.device("meta"):
-        made = family(name).hf_model(model)
-    assert sum(p.numel() for p in made.parameters()) == model.parameter_count()  # parameters() yields a tied weight once
+        net = family(name).hf_model(model)
+    assert sum(p.numel() for p in net.parameters()) == model.parameter_count()  # parameters() yields a tied weight once
 
 
 @pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
 def test_parameters_are_those_published(name: str) -> None:
     digits, unit, source = PUBLISHED[name]
-    ours = counted_as_published(name)
+    count = counted_as_published(name)
     if name == "gpt/gpt3_350m":  # the only one whose name is not its count: 355.9 million, in every reading of its shapes
-        assert ours == 355_871_744
+        assert count == 355_871_744
         return
     decimals = len(digits.partition(".")[2])
-    assert f"{ours / unit:.{decimals}f}" == digits, source
+    assert f"{count / unit:.{decimals}f}" == digits, source
 
 
 def test_the_differences_to_the_sources_are_the_stated_ones() -> None:
@@ -306,8 +306,8 @@ SHAPE = {"parameters": 1_315_819_520, "layers": 24, "hidden": 2048, "seq_len": 2
 
 
 def states(**changed: object) -> int:
-    found = estimate(**(SHAPE | changed))
-    return found["weights"] + found["gradients"] + found["optimizer"]
+    estimated = estimate(**(SHAPE | changed))
+    return estimated["weights"] + estimated["gradients"] + estimated["optimizer"]
 
 
 def test_model_states_are_the_published_bytes_a_parameter() -> None:
@@ -326,13 +326,13 @@ def test_model_states_are_those_of_deepspeeds_own_estimators() -> None:
     zero3 = importlib.import_module("deepspeed.runtime.zero.stage3").estimate_zero3_model_states_mem_needs
     n, embedding = SHAPE["parameters"], 50304 * 2048
     for gpus in (1, 8, 64):
-        _, theirs = zero2(n, gpus, 1, cpu_offload=False)
-        assert states(stack="deepspeed", zero_stage=2, dp=gpus) == pytest.approx(theirs, rel=1e-6)
-        _, theirs, _ = zero3(n, embedding, gpus, 1, cpu_offload=False)
-        assert states(stack="deepspeed", zero_stage=3, dp=gpus) == pytest.approx(theirs, rel=1e-6)
-    _, theirs = zero2(n, 8, 1, cpu_offload=True)
+        _, expected = zero2(n, gpus, 1, cpu_offload=False)
+        assert states(stack="deepspeed", zero_stage=2, dp=gpus) == pytest.approx(expected, rel=1e-6)
+        _, expected, _ = zero3(n, embedding, gpus, 1, cpu_offload=False)
+        assert states(stack="deepspeed", zero_stage=3, dp=gpus) == pytest.approx(expected, rel=1e-6)
+    _, expected = zero2(n, 8, 1, cpu_offload=True)
     offloaded = estimate(**SHAPE, stack="deepspeed", zero_stage=2, dp=8, offload=True)
-    assert offloaded["weights"] == theirs and offloaded["host"] == 2 * n and offloaded["optimizer"] == 0
+    assert offloaded["weights"] == expected and offloaded["host"] == 2 * n and offloaded["optimizer"] == 0
 
 
 def test_activations_are_those_of_the_paper() -> None:
@@ -362,8 +362,8 @@ def test_estimates_grow_and_shrink_as_they_must() -> None:
     assert total(**megatron, distributed_optimizer=True) < total(**megatron)
     assert total(**megatron, tp=2, sequence_parallel=True) < total(**megatron, tp=2) < total(**megatron)
     assert total(**megatron, pp=2, accumulate=8) < total(**megatron, accumulate=8)
-    found = estimate(**SHAPE, stack="baseline")
-    assert found["total"] == sum(found[part] for part in PARTS)
+    estimated = estimate(**SHAPE, stack="baseline")
+    assert estimated["total"] == sum(estimated[part] for part in PARTS)
 
 
 def test_peaks_and_mfu() -> None:
@@ -392,11 +392,11 @@ BASES = {"gpt": "gpt2_124m", "bert": "bert_base", "t5": "t5_base"}
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder to begin from, of each family: its config.json alone."""
-    made = {}
+    folders = {}
     for kind, base in BASES.items():
-        made[kind] = tmp_path_factory.mktemp(kind)
-        family(f"{kind}/{base}").hf_config(load(f"{kind}/{base}").model).save_pretrained(made[kind])
-    return made
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        family(f"{kind}/{base}").hf_config(load(f"{kind}/{base}").model).save_pretrained(folders[kind])
+    return folders
 
 
 @pytest.mark.parametrize("name", FINETUNES)

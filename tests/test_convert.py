@@ -30,16 +30,16 @@ def resolved(name: str, *overrides: str) -> task.Model:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of random weights, norms and biases too, as another library would save them."""
-    made = {}
+    folders = {}
     for name, overrides in SHAPES.items():
         torch.manual_seed(7)
         net = task.hf_model(resolved(name, *overrides))
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        made[name] = tmp_path_factory.mktemp("hf") / name
-        net.save_pretrained(made[name])
-    return made
+        folders[name] = tmp_path_factory.mktemp("hf") / name
+        net.save_pretrained(folders[name])
+    return folders
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -52,12 +52,12 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
     columns = {"self_attention.linear_qkv", "mlp.linear_fc1"}
     for block in layer:
         rule = rules(f"decoder.layers.3.{block}.weight")
-        theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
-        whole = rule.from_hf(*theirs)
+        tensors = [torch.randn(shapes[hf]) for hf in rule.hf]
+        whole = rule.from_hf(*tensors)
         dim = 0 if block in columns else 1
         shards = [mcore.split(whole, dim, rule.blocks, tp, rank) for rank in range(tp)]
         back = rule.to_hf(mcore.join(shards, dim, rule.blocks))
-        assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), block
+        assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), block
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def moved(drive, settings, folders, tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_hf_to_every_stack_and_back_is_bitwise(moved):
-    """The doors read back every weight of the folder before the first step (tests/watch.py)."""
+    """The functions that load read back every weight of the folder before the first step (tests/watch.py)."""
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", moved[1])
     assert len(lines) == 2 * 4 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
@@ -84,9 +84,9 @@ def test_a_vocabulary_that_does_not_divide_trains_alike(moved, name):
     out, _ = moved
     expected = losses(out / name / "baseline")
     for kind in ("zero3", "dp2", "tp2"):
-        ours = losses(out / name / kind)
-        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
-        assert max(abs(ours[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
+        lines = losses(out / name / kind)
+        assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert max(abs(lines[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
         weights = load_file(out / name / kind / "hf" / "model.safetensors")
         embedding = weights["transformer.wte.weight" if name == "tiny" else "model.embed_tokens.weight"]
         assert embedding.shape[0] == VOCAB  # the rows added for tp are gone
@@ -103,9 +103,9 @@ def test_logits_equal_transformers(settings, folders, tmp_path):
     ]  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     done = warm.run(["tests/logits.py", tmp_path / "cases.json"], nproc=2)
-    found = re.findall(r"LOGITS (\S+) of (\S+)", done.stdout)
-    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-3000:]
-    assert all(float(diff) <= 1e-5 and float(largest) > 0.1 for diff, largest in found), found
+    matches = re.findall(r"LOGITS (\S+) of (\S+)", done.stdout)
+    assert len(matches) == len(cases), done.stdout[-2000:] + done.stderr[-3000:]
+    assert all(float(diff) <= 1e-5 and float(largest) > 0.1 for diff, largest in matches), matches
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -135,8 +135,8 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     run = moved[0] / "tiny_llama" / "tp2"
     done = convert_cli("to-hf", run, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
-    ours, theirs = load_file(tmp_path / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    converted, exported = load_file(tmp_path / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")
+    assert converted.keys() == exported.keys() and all(torch.equal(converted[k], exported[k]) for k in converted)
     done = convert_cli("from-hf", folders["tiny_llama"], tmp_path / "run")
     assert done.returncode == 0, done.stderr
     state = load_file(tmp_path / "run/step_0/model.norm.weight.safetensors")
@@ -158,9 +158,9 @@ def test_commands_refuse_what_they_cannot_convert(tmp_path):
 
 
 def test_model_of_reads_the_configs_that_transformers_writes():
-    for theirs in (GPT2Config(n_layer=2, n_embd=64, n_head=4), LlamaConfig(num_hidden_layers=2, rope_theta=5e5)):
-        model = task.model_from_hf_config(json.loads(json.dumps(theirs.to_dict())))
+    for hf_config in (GPT2Config(n_layer=2, n_embd=64, n_head=4), LlamaConfig(num_hidden_layers=2, rope_theta=5e5)):
+        model = task.model_from_hf_config(json.loads(json.dumps(hf_config.to_dict())))
         with torch.device("meta"):
-            net = (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(theirs)
-        ours = task.parameter_shapes(model)
-        assert ours == {name: tuple(p.shape) for name, p in net.named_parameters()}
+            net = (GPT2LMHeadModel if model.arch == "gpt2" else LlamaForCausalLM)(hf_config)
+        shapes = task.parameter_shapes(model)
+        assert shapes == {name: tuple(p.shape) for name, p in net.named_parameters()}

@@ -124,9 +124,9 @@ def results(run: Path, data: Path) -> dict[tuple[str, str], dict]:
 def by_metric(out: Path) -> dict[tuple[str, str], dict]:
     rows = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     assert all(row.keys() == {"task", "metric", "value", "n", "protocol"} for row in rows)
-    found = {(row["task"], row["metric"]): row for row in rows}
-    assert len(found) == len(rows)
-    return found
+    by_name = {(row["task"], row["metric"]): row for row in rows}
+    assert len(by_name) == len(rows)
+    return by_name
 
 
 def test_values_are_those_of_a_reference_loop(run: Path, data: Path, results):
@@ -179,7 +179,7 @@ def test_values_are_those_of_a_reference_loop(run: Path, data: Path, results):
 def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path, tmp_path: Path):
     """Against a reference loop: every token is predicted once, the first of a window from the beginning alone."""
     evaluate(run, "wikitext2-raw", "wikitext103", "--bos", "--data", data, "--batch", 4, "--out", tmp_path)
-    found, words = by_metric(tmp_path), tokenizers.load(run / "hf")
+    scores, words = by_metric(tmp_path), tokenizers.load(run / "hf")
     net = GPT2LMHeadModel.from_pretrained(run / "hf").eval()
     length, raw = net.config.n_positions, (data / "wiki.test.raw").read_text(encoding="utf-8")
     total, ids = 0.0, words.encode(raw)
@@ -192,10 +192,10 @@ def test_a_beginning_of_text_stands_first_in_every_window(run: Path, data: Path,
         ("token_perplexity", math.exp(total / len(ids)), len(ids)),
         ("bits_per_byte", total / math.log(2) / len(raw.encode()), len(raw.encode())),
     ):
-        row = found["wikitext2-raw", metric]
+        row = scores["wikitext2-raw", metric]
         assert math.isclose(row["value"], expected, rel_tol=1e-6) and row["n"] == n
         assert ", <|endoftext|> first in every window" in row["protocol"]
-    row = found["wikitext103", "word_perplexity"]
+    row = scores["wikitext103", "word_perplexity"]
     assert row["n"] == language.words_of((data / "wiki.test.tokens").read_text(encoding="utf-8"))
     assert ", <|endoftext|> first in every window" in row["protocol"]
 
@@ -272,7 +272,7 @@ def test_weights_that_are_not_the_models_are_refused(run: Path, data: Path, tmp_
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     for change, message in (({"architectures": 5}, "is of no class"), ({"n_layer": "x"}, "n_layer")):
         (folder / "config.json").write_text(json.dumps(stored | change))
-        assert message in (found := evaluate(*text, code=2)) and "Traceback" not in found
+        assert message in (error := evaluate(*text, code=2)) and "Traceback" not in error
     (folder / "config.json").write_text("[" * 100_000)
     assert "its config.json cannot be read" in evaluate(*text, code=2)
 

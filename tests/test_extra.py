@@ -14,7 +14,7 @@ from recipes.bert import task as bert
 from recipes.gpt import task as gpt
 from recipes.t5 import task as t5
 
-LOSS = 1e-5  # law 1
+LOSS = 1e-5  # invariant 1
 TASKS = {"gpt": gpt, "bert": bert, "t5": t5}
 # {layout: (stack, its overrides, [values of extra that are unlike the defaults])}; all on two ranks
 LAYOUTS: dict[str, tuple[str, list[str], list[str]]] = {
@@ -93,9 +93,9 @@ def compare(drive, out: Path, family: str, rows: dict[str, list[str]], settings:
     for name, values in rows.items():
         plain = losses(out / name / "plain")
         for number, value in enumerate(values):
-            ours = losses(out / name / str(number))
-            assert sorted(ours) == sorted(plain) == list(range(1, 6))
-            assert max(abs(ours[step]["loss"] - plain[step]["loss"]) for step in plain) <= LOSS, (name, value)
+            lines = losses(out / name / str(number))
+            assert sorted(lines) == sorted(plain) == list(range(1, 6))
+            assert max(abs(lines[step]["loss"] - plain[step]["loss"]) for step in plain) <= LOSS, (name, value)
 
 
 def test_no_key_changes_the_loss(drive, settings, tmp_path: Path) -> None:

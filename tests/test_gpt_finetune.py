@@ -1,4 +1,4 @@
-"""Finetuning GPT under the laws: every stack and layout follows transformers' own class, tokenizer and templates; only answers
+"""Finetuning GPT: every stack and layout follows transformers' own class, tokenizer and templates; only answers
 count, and a conversation does not see its neighbours; the export is the best checkpoint; resume; what is refused."""
 
 import json
@@ -71,21 +71,21 @@ pytestmark = pytest.mark.timeout(900)
 def folders(corpus: Path, tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of untrained models: GPT-2 style with the corpus's tokenizer, which has no template, and Llama
     style with marks of turns and ChatML."""
-    made = {}
+    folders = {}
     for name in ARCHS:
         cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.positions={SEQ}", "model.vocab_size=640"],
                           task.Config)  # fmt: skip
         torch.manual_seed(3)
-        made[name] = tmp_path_factory.mktemp("hf") / name
-        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(made[name])
+        folders[name] = tmp_path_factory.mktemp("hf") / name
+        task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(folders[name])
         words = tokenizer.load(corpus / "tokenizer")
-        words.save(made[name])
-    words = AutoTokenizer.from_pretrained(made["tiny_llama"])
+        words.save(folders[name])
+    words = AutoTokenizer.from_pretrained(folders["tiny_llama"])
     words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
     words.chat_template = CHATML
-    words.save_pretrained(made["tiny_llama"])
-    assert (made["tiny_llama"] / "chat_template.jinja").is_file()
-    return made
+    words.save_pretrained(folders["tiny_llama"])
+    assert (folders["tiny_llama"] / "chat_template.jinja").is_file()
+    return folders
 
 
 WORDS = "the value of a list is returned if it was given as an argument and raises an error".split()
@@ -99,13 +99,13 @@ def chats(count: int, seed: int) -> list[list[dict[str, str]]]:
     def say(role: str, least: int, most: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(rng.choice(WORDS, rng.integers(least, most)))}
 
-    made = []
+    conversations = []
     for i in range(count):
         chat = [say("system", 1, 3)] if i % 3 == 0 else []
         for _ in range(1 + (i % 4 == 3)):
             chat += [say("user", 1, 3), say("assistant", 40, 60) if i % 9 == 8 else say("assistant", 1, 6)]
-        made.append(chat)
-    return made
+        conversations.append(chat)
+    return conversations
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +124,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def configs(folders, data, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    folder, made = tmp_path_factory.mktemp("configs"), {}
+    folder, paths = tmp_path_factory.mktemp("configs"), {}
     for arch in ARCHS:
         for kind in ("sft", "lm"):
-            made[kind, arch] = folder / f"{kind}_{arch}.yaml"
+            paths[kind, arch] = folder / f"{kind}_{arch}.yaml"
             text = TEXT.replace("FOLDER", str(folders[arch])).replace("NAME", kind).replace("DATA", str(data / kind))
-            made[kind, arch].write_text(text)
-    return made
+            paths[kind, arch].write_text(text)
+    return paths
 
 
 def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
@@ -143,18 +143,18 @@ PILOT = ["train.steps=40", "optim.lr=5.0e-3", "train.eval_every=20", "train.save
 @pytest.fixture(scope="module")
 def chatml(folders, tmp_path_factory) -> Path:
     """A folder whose turns end otherwise than its texts, and one conversation to learn from it."""
-    made = tmp_path_factory.mktemp("chatml")
+    folder = tmp_path_factory.mktemp("chatml")
     for file in ("config.json", "model.safetensors"):
-        (made / file).write_bytes((folders["tiny"] / file).read_bytes())
+        (folder / file).write_bytes((folders["tiny"] / file).read_bytes())
     words = AutoTokenizer.from_pretrained(folders["tiny"])
     words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     words.chat_template = CHATML
-    words.save_pretrained(made)
-    (made / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6, "top_k": "x"}))
+    words.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6, "top_k": "x"}))
     turns = [{"from": "human", "value": "Who is Ada?"}, {"from": "gpt", "value": "A pilot."}]  # as ShareGPT has it
     for name in ("train", "valid"):
-        (made / f"{name}.jsonl").write_text((json.dumps({"conversations": turns}) + "\n") * 16)
-    return made
+        (folder / f"{name}.jsonl").write_text((json.dumps({"conversations": turns}) + "\n") * 16)
+    return folder
 
 
 LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
@@ -216,15 +216,15 @@ def documents(folders, data, kind: str, arch: str, pack: bool = True, split: str
 
 @pytest.fixture(scope="module")
 def reference(configs, folders, data) -> dict[str, list[tuple[float, float]]]:
-    made = {}
+    curves = {}
     for kind, arch in (("sft", "tiny_llama"), ("sft", "tiny"), ("lm", "tiny")):
         groups = documents(folders, data, kind, arch)
-        made[f"{kind}_{arch}"] = plain.losses(configs[kind, arch], [], groups)
+        curves[f"{kind}_{arch}"] = plain.losses(configs[kind, arch], [], groups)
         if kind == "sft":
-            made[f"lora_{arch}"] = plain.losses(configs[kind, arch], LORA, groups, partial(plain_peft, arch=arch))
+            curves[f"lora_{arch}"] = plain.losses(configs[kind, arch], LORA, groups, partial(plain_peft, arch=arch))
     alone = documents(folders, data, "sft", "tiny", pack=False)
-    made["unpacked_tiny"] = plain.losses(configs["sft", "tiny"], ["train.steps=10"], alone)
-    return made
+    curves["unpacked_tiny"] = plain.losses(configs["sft", "tiny"], ["train.steps=10"], alone)
+    return curves
 
 
 def plain_peft(net: torch.nn.Module, arch: str) -> torch.nn.Module:
@@ -269,15 +269,15 @@ def valids(out: Path) -> dict[int, dict]:
 
 @pytest.mark.parametrize(("kind", "layout"), FOLLOW, ids=[f"{kind}-{name}" for kind, name in FOLLOW])
 def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layout):
-    """Worked out anew: plain transformers, each conversation alone."""
+    """Computed again by plain transformers, each conversation alone."""
     out, (task_name, arch) = runs / kind / layout, kind.split("_", 1)
     task_name = "lm" if task_name == "lm" else "sft"
-    found = {step: line["valid_loss"] for step, line in valids(out).items()}
-    assert sorted(found) == ([10] if "unpacked" in kind else [10, 20])
-    best = min(found, key=lambda step: (found[step], step))
+    values = {step: line["valid_loss"] for step, line in valids(out).items()}
+    assert sorted(values) == ([10] if "unpacked" in kind else [10, 20])
+    best = min(values, key=lambda step: (values[step], step))
     assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
     rows = {row["metric"]: row for row in json.loads((out / "eval.json").read_text())}
-    assert rows.keys() == {"loss", "perplexity"} and rows["loss"]["value"] == found[best]
+    assert rows.keys() == {"loss", "perplexity"} and rows["loss"]["value"] == values[best]
     assert f"step {best}, the best by loss" in rows["loss"]["protocol"]
 
     net, total, targets = AutoModelForCausalLM.from_pretrained(out / "hf").eval(), 0.0, 0
@@ -297,9 +297,9 @@ def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layo
 def test_the_export_writes_conversations_as_it_was_taught(runs, folders, arch):
     words, chat = AutoTokenizer.from_pretrained(runs / f"sft_{arch}/baseline/hf"), chats(3, 5)[2]
     template = CHATML if arch == "tiny_llama" else samples.DEFAULT_TEMPLATE
-    theirs = AutoTokenizer.from_pretrained(folders[arch]).apply_chat_template(chat, chat_template=template, return_dict=False)
-    assert words.apply_chat_template(chat, return_dict=False) == theirs
-    assert words.convert_tokens_to_ids(END[arch]) in theirs
+    expected = AutoTokenizer.from_pretrained(folders[arch]).apply_chat_template(chat, chat_template=template, return_dict=False)
+    assert words.apply_chat_template(chat, return_dict=False) == expected
+    assert words.convert_tokens_to_ids(END[arch]) in expected
 
 
 @pytest.mark.parametrize("which", ["sft_tiny_llama/baseline", "sft_tiny/zero1", "sft_tiny/pp2", "lora_tiny/zero1"])
@@ -314,13 +314,15 @@ def test_the_best_checkpoint_answers(runs, data, which):
         if (room := SEQ - given["input_ids"].shape[1]) < 1:
             continue
         end = words.convert_tokens_to_ids(END[arch])
-        made = net.generate(**given, do_sample=False, max_new_tokens=min(8, room), eos_token_id=end, pad_token_id=end)
-        said = words.decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = net.generate(**given, do_sample=False, max_new_tokens=min(8, room), eos_token_id=end, pad_token_id=end)
+        said = words.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         expected.append({"messages": [*before, {"role": "assistant", "content": said}], "reference": reference["content"]})
     step = json.loads((out / "hf/twinstack.json").read_text())["step"]
-    found = [json.loads(line) for line in (out / "predictions/valid.jsonl").read_text().splitlines()]
-    assert found == [{"step": step, **row} for row in expected[:4]]
-    assert "llama" in which or any(row["messages"][-1]["content"] for row in found)  # that one has learnt to end at once
+    conversations = [json.loads(line) for line in (out / "predictions/valid.jsonl").read_text().splitlines()]
+    assert conversations == [{"step": step, **row} for row in expected[:4]]
+    assert "llama" in which or any(
+        row["messages"][-1]["content"] for row in conversations
+    )  # that one has learnt to end at once
 
 
 def test_generate_asks_as_it_was_taught(runs):
@@ -364,9 +366,9 @@ def test_the_adapter_is_pefts_and_merged_it_is_the_export(runs, folders, kind, l
         net = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
         with_adapter = net(ids).logits
         merged = net.merge_and_unload()(ids).logits
-        ours = AutoModelForCausalLM.from_pretrained(out / "hf").eval()(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(out / "hf").eval()(ids).logits
     assert (with_adapter - before).abs().max() > 1e-2
-    assert (ours - with_adapter).abs().max() <= 1e-5 and (ours - merged).abs().max() <= 1e-6
+    assert (logits - with_adapter).abs().max() <= 1e-5 and (logits - merged).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("which", ["baseline", "tp2_sp", "lora_zero1", "lora_zero3"])
@@ -383,9 +385,9 @@ def test_two_halves_are_one_run_bit_for_bit(runs, which):
 
 
 def test_a_run_that_gets_worse_ends_early_and_stays_ended(runs):
-    found = {step: line["valid_loss"] for step, line in valids(runs / "patient").items()}
-    best = min(found, key=found.get)
-    assert max(losses(runs / "patient")) == max(found) == best + 2 < 20
+    values = {step: line["valid_loss"] for step, line in valids(runs / "patient").items()}
+    best = min(values, key=values.get)
+    assert max(losses(runs / "patient")) == max(values) == best + 2 < 20
     assert json.loads((runs / "patient/hf/twinstack.json").read_text())["step"] == best
 
 
@@ -439,7 +441,7 @@ def test_answers_count_and_nothing_else(folders, template):
     loaded.config["chat_template"] = template
     [(ids, counted)] = samples.Template(loaded, "here").encode([CHAT], ["line 1"])
     words = AutoTokenizer.from_pretrained(folders["tiny_llama"])
-    expected = [(i, mine) for text, mine in PARTS for i in words(text, add_special_tokens=False)["input_ids"]]
+    expected = [(i, is_target) for text, is_target in PARTS for i in words(text, add_special_tokens=False)["input_ids"]]
     assert list(zip(ids.tolist(), counted.tolist(), strict=True)) == expected
     assert words.decode(ids[counted]) == " fine<|im_end|>so so \n<|im_end|>"
 
@@ -496,9 +498,9 @@ def test_a_conversation_does_not_see_its_neighbours(configs, folders):
     packed.shuffle = False
 
     def of(rows: dict) -> torch.Tensor:
-        made = task.make_batch(rows, "cpu")
+        batch = task.make_batch(rows, "cpu")
         with torch.no_grad():
-            return F.cross_entropy(net(**task.model_inputs(made)).logits[0], made["targets"][0], reduction="none")
+            return F.cross_entropy(net(**task.model_inputs(batch)).logits[0], batch["targets"][0], reduction="none")
 
     rows = packed.collate([busiest])
     together, at = of(rows), 0
@@ -527,18 +529,18 @@ def test_an_epoch_has_each_conversation_once(configs):
     every = sorted(tuple(packed.ids[b:e].tolist()) for row in packed.pieces for b, e in row)
     assert len(packed.pieces) < len(every) - 10
     for epoch in (0, 3):
-        found, targets = [], 0
+        ids_seen, targets = [], 0
         for number in range(epoch * len(packed), (epoch + 1) * len(packed)):
             rows, pieces = packed.collate([number]), packed.pieces[packed.indices([number])[0]]
-            mine = [packed.ids[b:e] for b, e in pieces]
-            total = sum(map(len, mine))
-            assert rows["tokens"][0, :total].tolist() == np.concatenate(mine).tolist()
-            places = np.concatenate([np.arange(len(ids)) for ids in mine])[:SEQ]
-            assert rows["position"][0, : len(places)].tolist() == places.tolist()
+            row_ids = [packed.ids[b:e] for b, e in pieces]
+            total = sum(map(len, row_ids))
+            assert rows["tokens"][0, :total].tolist() == np.concatenate(row_ids).tolist()
+            positions = np.concatenate([np.arange(len(ids)) for ids in row_ids])[:SEQ]
+            assert rows["position"][0, : len(positions)].tolist() == positions.tolist()
             assert rows["lengths"][0] == min(total, SEQ) and not rows["loss_mask"][0, total - 1 :].any()
-            found += [tuple(ids.tolist()) for ids in mine]
+            ids_seen += [tuple(ids.tolist()) for ids in row_ids]
             targets += int(rows["loss_mask"].sum())
-        assert sorted(found) == every and targets == packed.counted.sum()
+        assert sorted(ids_seen) == every and targets == packed.counted.sum()
     order = [packed.indices(range(e * len(packed), (e + 1) * len(packed))).tolist() for e in (0, 1)]
     assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
 
@@ -581,9 +583,9 @@ def test_a_dataset_of_the_hub(configs, monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, part: ["train", "validation", "test"])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    made = [stream(configs, "sft", "tiny", ["task.data=someone/chats:short"], shuffle) for shuffle in (True, False)]
+    splits = [stream(configs, "sft", "tiny", ["task.data=someone/chats:short"], shuffle) for shuffle in (True, False)]
     assert asked == [("someone/chats", "short", "train"), ("someone/chats", "short", "validation")]
-    assert all(sum(len(row) for row in packed.pieces) == 5 for packed in made)
+    assert all(sum(len(row) for row in packed.pieces) == 5 for packed in splits)
 
     def no_network(name: str, part: str | None) -> list[str]:
         raise ConnectionError("no route")
@@ -597,16 +599,16 @@ def test_a_byte_order_mark_is_no_text(configs, data, tmp_path):
     """Of conversations, texts and JSON lines, and of what evaluation reads."""
     texts = {"lm/train.txt": "A text behind a byte order mark.\r\n" * 40, "lm/valid.txt": "A text\n" * 9}
     texts |= {f"sft/{name}.jsonl": (data / f"sft/{name}.jsonl").read_text() for name in ("train", "valid")}
-    made = {}
+    streams = {}
     for encoding in ("utf-8", "utf-8-sig"):
         for name, text in texts.items():
             path = tmp_path / encoding / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text.encode(encoding))
         for kind in ("sft", "lm"):
-            made[encoding, kind] = stream(configs, kind, "tiny", [f"task.data={tmp_path / encoding / kind}"])
+            streams[encoding, kind] = stream(configs, kind, "tiny", [f"task.data={tmp_path / encoding / kind}"])
     for kind in ("sft", "lm"):
-        assert made["utf-8", kind].content_hash == made["utf-8-sig", kind].content_hash
+        assert streams["utf-8", kind].content_hash == streams["utf-8-sig", kind].content_hash
     assert evaluate.text_of(tmp_path / "utf-8-sig/lm/train.txt") == texts["lm/train.txt"]
     assert sources.read_text(tmp_path / "utf-8-sig/lm/train.txt", sources.Errors()) == texts["lm/train.txt"]  # of the builders
     (tmp_path / "lambada.jsonl").write_text('{"text": "two words"}\n', encoding="utf-8-sig")
@@ -618,12 +620,12 @@ def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
     lines.append(json.dumps({"prompt": "is it <|endoftext|>", "response": "yes"}))
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    made = stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
-    notes = "\n".join(made.notes)
+    packed = stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
+    notes = "\n".join(packed.notes)
     assert "1 of 4 conversations are longer than data.seq_len=96 and are cut there" in notes
     assert "1 of 4 conversations are left out: no answer begins within data.seq_len=96" in notes
     assert "1 of 4 conversations are left out: a message spells a special token" in notes
-    assert sum(len(row) for row in made.pieces) == 2
+    assert sum(len(row) for row in packed.pieces) == 2
 
 
 def test_answers_without_an_end_mark_are_told(configs, folders):
@@ -762,9 +764,9 @@ def test_the_scripts_read_as_their_siblings():
 def test_conversations_of_the_library(tmp_path):
     done = subprocess.run([sys.executable, "-m", "data.python_chat", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = {name: samples.read("sft", "-", tmp_path, "train", "valid", name == "train") for name in ("train", "valid")}
-    assert len(found["train"].documents) > 2000 and not found["train"].notes
-    assert len(found["valid"].documents) == -(-(len(found["train"].documents) + len(found["valid"].documents)) // 20)
-    chats = [chat for one in found.values() for chat in one.documents]
+    splits = {name: samples.read("sft", "-", tmp_path, "train", "valid", name == "train") for name in ("train", "valid")}
+    assert len(splits["train"].documents) > 2000 and not splits["train"].notes
+    assert len(splits["valid"].documents) == -(-(len(splits["train"].documents) + len(splits["valid"].documents)) // 20)
+    chats = [chat for one in splits.values() for chat in one.documents]
     asked = {chat[0]["content"]: chat[1]["content"] for chat in chats}
     assert asked["What does textwrap.wrap do?"].startswith("Wrap a single paragraph of text")

@@ -110,8 +110,8 @@ def logits(folder: Path, of: str) -> list[torch.Tensor]:
 def exported(folder: Path, out: Path, task: ModuleType) -> tuple[Path, str]:
     """What from-hf and to-hf make of a folder, and the class that loads it; BadInput where it is refused."""
     model, _ = hf_folder.model_in(folder, task, SEED)
-    anew = init.scratch(SEED, lambda name: task.initializer(model, name))
-    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), anew)
+    scratch = init.scratch(SEED, lambda name: task.initializer(model, name))
+    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), scratch)
     out.mkdir(parents=True, exist_ok=True)
     named = {name: source(name, shape).clone() for name, shape in task.parameter_shapes(model).items()}
     save_file(named, out / "model.safetensors", metadata={"format": "pt"})
@@ -232,8 +232,8 @@ def test_published_folders_are_computed_as_transformers_does(name: str, tmp_path
 
 
 def _same_logits(folder: Path, out: Path, task: ModuleType, of: str) -> None:
-    ours = logits(*exported(folder, out, task))
-    for a, b in zip(ours, logits(folder, of), strict=True):
+    exported_logits = logits(*exported(folder, out, task))
+    for a, b in zip(exported_logits, logits(folder, of), strict=True):
         assert a.shape == b.shape and (a - b).abs().max() <= 1e-5
 
 
@@ -329,11 +329,11 @@ def test_the_list_of_tensors_with_the_heads_of_tasks(arch: str) -> None:
 
 
 def _whole(task: ModuleType, model: Any) -> dict[str, tuple[int, ...]]:
-    made = {}
+    shapes = {}
     for name, shape in task.parameter_patterns(model).items():
         layers = model.decoder_layers if name.startswith("decoder") else model.layers
-        made |= {name.replace("*", str(i)): shape for i in range(layers if "*" in name else 1)}
-    return made
+        shapes |= {name.replace("*", str(i)): shape for i in range(layers if "*" in name else 1)}
+    return shapes
 
 
 def _rename(change_name: Callable[[str], str]) -> Callable:
@@ -597,7 +597,7 @@ def damage(rng: random.Random, folder: Path) -> str:
         (size,) = struct.unpack("<Q", raw[:8])
         header = json.loads(raw[8 : 8 + size])
         if rng.random() < 0.2:
-            made = struct.pack("<Q", rng.choice([0, 1, size - 1, size + 8, 2**40, 2**63])) + raw[8:]
+            damaged = struct.pack("<Q", rng.choice([0, 1, size - 1, size + 8, 2**40, 2**63])) + raw[8:]
         else:
             name = rng.choice([n for n in header if n != "__metadata__"])
             entry, key = header[name], rng.choice(["dtype", "shape", "data_offsets", "name"])
@@ -606,13 +606,13 @@ def damage(rng: random.Random, folder: Path) -> str:
             else:
                 entry[key] = rng.choice([*ODD, "I8", "F8_E4M3", "F16", "U64", [0, 0], [2**62, 2**62], [1] * 64, [-1, 4]])
             text = json.dumps(header).encode()
-            made = struct.pack("<Q", len(text)) + text + raw[8 + size :]
-        path.write_bytes(made)
+            damaged = struct.pack("<Q", len(text)) + text + raw[8 + size :]
+        path.write_bytes(damaged)
     return f"{path.name}: {how}"
 
 
 def attempt(folder: Path, out: Path, arch: str, whole: bool) -> None:
-    """Both doors and, if `whole`, the loading of scripts.evaluate and scripts.generate: BadInput or nothing."""
+    """Both readers and, if `whole`, the loading of scripts.evaluate and scripts.generate: BadInput or nothing."""
     task = task_of(arch)
     problems = hf_folder.check(folder, "init.from=hf", _config(task.model_from_hf_config(stored(arch))), task, [])
     lines = BadInput(problems).problems  # as the terminal shows them

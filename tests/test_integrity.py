@@ -51,9 +51,9 @@ def saved(out: Path, step: int = 4) -> Path:
     return final
 
 
-def contents(found: checkpoint.Checkpoint) -> Any:
+def contents(saved: checkpoint.Checkpoint) -> Any:
     """What its readers use: where a flip renames the key `crc32`, the values beside it are as they were."""
-    return {k: found.meta[k] for k in (*META, "files")}, {n: found.read(n) for n in found.names()}
+    return {k: saved.meta[k] for k in (*META, "files")}, {n: saved.read(n) for n in saved.names()}
 
 
 def flip(path: Path, bit: int) -> None:
@@ -72,8 +72,8 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
         try:
-            found, values = contents(checkpoint.latest(tmp_path))
-            assert found == meta and all(values[n][p].equal(tensors[n][p]) for n in tensors for p in tensors[n]), (path, bit)
+            state, values = contents(checkpoint.latest(tmp_path))
+            assert state == meta and all(values[n][p].equal(tensors[n][p]) for n in tensors for p in tensors[n]), (path, bit)
             fates.append("no effect")
         except BadInput:
             fates.append("found")
@@ -124,14 +124,14 @@ def test_a_damaged_state_gives_the_step_before(number: int, tmp_path: Path) -> N
     for _ in range(number):
         (tmp_path / "step_4/state.json").write_bytes(damage(text, rng))
         notes: list[str] = []
-        found = checkpoint.latest(tmp_path, notes)
-        assert found.step in (2, 4) and len(notes) == (found.step == 2)
-        fallen += found.step == 2
-        for name in found.names():
+        latest = checkpoint.latest(tmp_path, notes)
+        assert latest.step in (2, 4) and len(notes) == (latest.step == 2)
+        fallen += latest.step == 2
+        for name in latest.names():
             try:
-                found.read(name)
+                latest.read(name)
             except BadInput:
-                assert found.step == 4
+                assert latest.step == 4
     assert fallen > number / 2
 
 
@@ -155,10 +155,10 @@ def test_a_step_that_is_not_finite_is_named(value: float, part: str, tmp_path: P
     parts[part][3, 1] = value
     meta = checkpoint.latest(tmp_path).meta
     meta["files"]["wte.weight"] = checkpoint._write(folder / "wte.weight.safetensors", parts)
-    found = checkpoint.Checkpoint(folder, meta)
+    damaged = checkpoint.Checkpoint(folder, meta)
     with pytest.raises(BadInput, match=rf"wte.weight.safetensors: its {part} holds NaN or infinite .* remove .*step_4"):
-        found.read("wte.weight")
-    found.read("ln_f.bias")
+        damaged.read("wte.weight")
+    damaged.read("ln_f.bias")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ LINES = [json.dumps({"step": n, "loss": 2.0 - n / 10, "valid_loss": 1.0}) + "\n"
 
 
 @pytest.mark.parametrize(
-    ("lines", "kept"),
+    ("lines", "whole_lines"),
     [
         (LINES, LINES[:4]),
         ([*LINES[:2], '{"step": 3, "lo'], LINES[:2]),
@@ -189,14 +189,14 @@ LINES = [json.dumps({"step": n, "loss": 2.0 - n / 10, "valid_loss": 1.0}) + "\n"
         ([], []),
     ],
 )
-def test_lines_that_are_damaged_leave_the_log(lines: list[str], kept: list[str], tmp_path: Path, capsys: Any) -> None:
+def test_lines_that_are_damaged_leave_the_log(lines: list[str], whole_lines: list[str], tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(lines), encoding="latin-1")
-    assert [json.dumps(line) + "\n" for line in log.read(path, 4)] == kept
+    assert [json.dumps(line) + "\n" for line in log.read(path, 4)] == whole_lines
     with log._reopen(path, 4) as file:
         file.write(LINES[4])
-    assert path.read_text() == "".join([*kept, LINES[4]])
-    place = max((i for i, line in enumerate(lines) if line in kept), default=-1)
+    assert path.read_text() == "".join([*whole_lines, LINES[4]])
+    place = max((i for i, line in enumerate(lines) if line in whole_lines), default=-1)
     spoiled = sum(line not in LINES for line in lines[: max(place, 0)])
     printed = capsys.readouterr().err
     assert (f"{path}: {spoiled} damaged line" in printed) == bool(spoiled) and printed.count("\n") == bool(spoiled)
@@ -209,9 +209,9 @@ def test_a_log_of_noise_is_read(tmp_path: Path) -> None:
         for _ in range(rng.randrange(1, 30)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data)
-        kept = list(log.read(path, 4))
+        whole_lines = list(log.read(path, 4))
         log._reopen(path, 4).close()
-        assert [json.loads(line) for line in path.read_bytes().splitlines()] == kept
+        assert [json.loads(line) for line in path.read_bytes().splitlines()] == whole_lines
 
 
 def test_crc32_is_that_of_the_file(tmp_path: Path) -> None:
@@ -270,12 +270,12 @@ def test_every_bit_of_an_export_counts(exported: tuple[checkpoint.Checkpoint, Pa
         path = folder / ("model.safetensors" if number % 2 else rng.choice([*sorted(record["files"]), "twinstack.json"]))
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        found = integrity.problems(folder, "x")
-        if not found:  # the record's own: what it says is the same
+        problems = integrity.problems(folder, "x")
+        if not problems:  # the record's own: what it says is the same
             values = json.loads((folder / "twinstack.json").read_text())
             assert path.name == "twinstack.json" and values.items() >= {k: v for k, v in record.items() if k != "crc32"}.items()
-        assert len(found) <= 1 and all("copy the folder again; if it was changed on purpose" in line for line in found)
-        fates.append(bool(found))
+        assert len(problems) <= 1 and all("copy the folder again; if it was changed on purpose" in line for line in problems)
+        fates.append(bool(problems))
         flip(path, bit)
     assert fates.count(True) >= 98
     assert integrity.problems(folder, "x") == []
@@ -334,8 +334,10 @@ def test_what_may_change_in_an_export(
 ) -> None:
     folder = shutil.copytree(exported[1], tmp_path / "hf")
     change(folder)
-    found = integrity.problems(folder, "init.from=hf")
-    assert len(found) == (message is not None) and all(line.startswith(f"init.from=hf: {message}") for line in found), found
+    problems = integrity.problems(folder, "init.from=hf")
+    assert len(problems) == (message is not None) and all(line.startswith(f"init.from=hf: {message}") for line in problems), (
+        problems
+    )
 
 
 def test_ids_that_a_model_does_not_know_are_refused(exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path) -> None:

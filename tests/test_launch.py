@@ -23,13 +23,13 @@ from common.launch import heartbeat, launcher, watch
 ROOT = Path(__file__).resolve().parent.parent
 STANDIN = ROOT / "tests/launch_standin.py"
 STACKS = [pytest.param(s, marks=pytest.mark.slow) if s != "baseline" else s for s in launcher.STACKS]
-OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+CLUSTER = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def env_with(**given: object) -> dict[str, str]:
     """This environment with nothing of a cluster in it, plus what is given."""
-    kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "GLOO_", "NCCL_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in given.items()}
+    clean = {k: v for k, v in os.environ.items() if k not in CLUSTER and not k.startswith(("SLURM_", "GLOO_", "NCCL_"))}
+    return clean | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in given.items()}
 
 
 def start_standin(folder: Path, *words: object, **env: object) -> subprocess.Popen:
@@ -39,9 +39,9 @@ def start_standin(folder: Path, *words: object, **env: object) -> subprocess.Pop
     return subprocess.Popen(command, env=env_with(**({"NPROC": 2} | env)), stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(found, what: str, seconds: float = 60) -> None:
+def wait_for(condition, what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.05)
 
@@ -184,7 +184,7 @@ def details(errors: str) -> str:
 
 
 def stop(folder: Path, rank: int, number: int) -> float:
-    """Send a rank a signal once all have made a step; the time at which it was sent."""
+    """Send a rank a signal once all have run a step; the time at which it was sent."""
     wait_for_ready(folder)
     time.sleep(0.3)
     os.kill(int((folder / f"pid_{rank}").read_text()), number)

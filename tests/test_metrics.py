@@ -30,26 +30,26 @@ def official(name: str, questions: list[squad.Question], said: dict[str, str], o
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
         return [word for word in re.split(r"\s+", re.sub(r"\b(?:a|an|the)\b", " ", text)) if word]
 
-    def f1_score(ours: list[str], theirs: list[str]) -> float:
-        if name == "squad2" and not (ours and theirs):
-            return float(ours == theirs)
-        same = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
-        return 2 * same / (len(ours) + len(theirs)) if same else 0.0
+    def f1_score(predicted: list[str], gold: list[str]) -> float:
+        if name == "squad2" and not (predicted and gold):
+            return float(predicted == gold)
+        same = sum(min(predicted.count(word), gold.count(word)) for word in set(predicted))
+        return 2 * same / (len(predicted) + len(gold)) if same else 0.0
 
     raw = {}
     for q in questions:
         golds = [tokens(answer) for answer in q.answers]
         golds = golds if name == "squad" else [gold for gold in golds if gold] or [[]]
-        ours = tokens(said[q.id])
-        raw[q.id] = (max(f1_score(ours, gold) for gold in golds), float(any(ours == gold for gold in golds)))
+        predicted = tokens(said[q.id])
+        raw[q.id] = (max(f1_score(predicted, gold) for gold in golds), float(any(predicted == gold for gold in golds)))
     f1, exact = (100 * sum(column) / len(raw) for column in zip(*raw.values(), strict=True))
-    made = {"f1": f1, "exact_match": exact}
+    scores = {"f1": f1, "exact_match": exact}
     for place, metric in enumerate(("f1", "exact") if odds else ()):
         ladder = [sum(not q.answers for q in questions)]  # how many are right, as one after the other is answered
         for q in sorted(questions, key=lambda q: odds[q.id]):
             ladder.append(ladder[-1] + (raw[q.id][place] if q.answers else -bool(said[q.id])))
-        made[f"best_{metric}"] = 100 * max(ladder) / len(questions)
-    return made
+        scores[f"best_{metric}"] = 100 * max(ladder) / len(questions)
+    return scores
 
 
 @pytest.mark.parametrize("name", ["squad", "squad2"])
@@ -63,16 +63,16 @@ def test_each_squad_is_scored_by_its_own_script(name: str):
         if name == "squad2":
             ask += [squad.Question(str(i), "", 0, [], None) for i in range(10, 14)]
             said |= {str(i): draw.choice(["", "the", "cat"]) for i in range(10, 14)}
-        found = squad.metrics(name, ask, said)
-        assert {key: found[key] for key in ("f1", "exact_match")} == pytest.approx(official(name, ask, said))
+        scores = squad.metrics(name, ask, said)
+        assert {key: scores[key] for key in ("f1", "exact_match")} == pytest.approx(official(name, ask, said))
     assert squad.scores("squad", "the", ["A"]) == (1, 0) and squad.scores("squad2", "the", ["A"]) == (1, 1)
     assert squad.scores("squad", "the", ["A", "AHL"]) == (1, 0) and squad.scores("squad2", "the", ["A", "AHL"]) == (0, 0)
 
 
 def test_answers_of_new_wiki_that_are_articles(source: Path):
     """Two of its questions have such an answer: 'A' counts in 1.1, with an F1 of 0."""
-    found = squad.read("squad", source / "squad", "train"), squad.read("squad", source / "squad", "dev")
-    ask = [q for part in found for q in part.questions if not all(map(squad.normalized, q.answers))]
+    parts = squad.read("squad", source / "squad", "train"), squad.read("squad", source / "squad", "dev")
+    ask = [q for part in parts for q in part.questions if not all(map(squad.normalized, q.answers))]
     assert len(ask) == 2
     said = {q.id: next(a for a in q.answers if not squad.normalized(a)) for q in ask}
     assert squad.metrics("squad", ask, said) == official("squad", ask, said) == {"f1": 0, "exact_match": 100}
@@ -86,14 +86,14 @@ def test_squad_is_torchmetrics():
     known[::7] = [[*three[:2], said[i]] for i, three in zip(range(0, 200, 7), known[::7], strict=True)]  # some are right
     known = [three for three in known if all(squad.normalized(a) for a in three)]  # its rule for others is 2.0's
     said = said[: len(known)]
-    theirs = reference(
+    expected = reference(
         [{"prediction_text": text, "id": str(i)} for i, text in enumerate(said)],
         [{"answers": {"text": three, "answer_start": [0] * 3}, "id": str(i)} for i, three in enumerate(known)],
     )
     questions = [squad.Question(str(i), "", 0, three, None) for i, three in enumerate(known)]
-    ours = squad.metrics("squad", questions, {str(i): text for i, text in enumerate(said)})
-    assert 0 < ours["exact_match"] < ours["f1"] < 100
-    assert ours == pytest.approx({name: float(value) for name, value in theirs.items()}, abs=1e-4)
+    scores = squad.metrics("squad", questions, {str(i): text for i, text in enumerate(said)})
+    assert 0 < scores["exact_match"] < scores["f1"] < 100
+    assert scores == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4)
 
 
 def test_squad_2_knows_no_answer():
@@ -117,10 +117,10 @@ def test_the_best_threshold_is_that_of_a_search():
         odds = {q.id: draw.uniform(-5, 5) for q in ask}
 
         tried = [at(threshold, ask, texts, odds) for threshold in [-9, *odds.values()]]
-        found, script = squad.best_thresholds(ask, texts, odds), official("squad2", ask, texts, odds)
+        thresholds, script = squad.best_thresholds(ask, texts, odds), official("squad2", ask, texts, odds)
         for best, metric in (("best_f1", "f1"), ("best_exact", "exact_match")):
-            assert found[best] == pytest.approx(max(values[metric] for values in tried)) == pytest.approx(script[best])
-            assert at(found[f"{best}_threshold"], ask, texts, odds)[metric] == pytest.approx(found[best])
+            assert thresholds[best] == pytest.approx(max(values[metric] for values in tried)) == pytest.approx(script[best])
+            assert at(thresholds[f"{best}_threshold"], ask, texts, odds)[metric] == pytest.approx(thresholds[best])
 
 
 def test_entities_are_counted_whole():
@@ -131,8 +131,8 @@ def test_entities_are_counted_whole():
 
 
 def test_race_has_two_levels():
-    found = race.metrics(np.array([0, 1, 2, 3]), np.array([0, 1, 0, 0]), np.array([False, False, False, True]))
-    assert found == {"accuracy": 0.5, "accuracy_middle": pytest.approx(2 / 3), "accuracy_high": 0.0}
+    scores = race.metrics(np.array([0, 1, 2, 3]), np.array([0, 1, 0, 0]), np.array([False, False, False, True]))
+    assert scores == {"accuracy": 0.5, "accuracy_middle": pytest.approx(2 / 3), "accuracy_high": 0.0}
     assert race.counts(np.array([False, False, False, True])) == {"accuracy_middle": 3, "accuracy_high": 1}
 
 
@@ -145,8 +145,8 @@ def test_words_end_at_spaces_and_tabs_alone(tmp_path: Path):
         + " \r\nend O"
     )
     (tmp_path / "train.txt").write_bytes(text.encode("utf-8-sig"))
-    found = tagging.read(tmp_path, "train")
-    assert found.words == [words, ["end"]] and found.tags == [["O", "X"] * 3, ["O"]]
+    examples = tagging.read(tmp_path, "train")
+    assert examples.words == [words, ["end"]] and examples.tags == [["O", "X"] * 3, ["O"]]
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def test_windows_are_berts(tokens: int, room: int, stride: int):
         if start + length == tokens:
             break
         start += min(length, stride)
-    found = question_answering.context_parts(tokens, room, stride)
-    assert [(part.start, part.end - part.start) for part in found] == spans
+    parts = question_answering.context_parts(tokens, room, stride)
+    assert [(part.start, part.end - part.start) for part in parts] == spans
     for token in range(tokens):
         best = None
         for number, (begin, length) in enumerate(spans):
@@ -171,7 +171,7 @@ def test_windows_are_berts(tokens: int, room: int, stride: int):
                 score = min(token - begin, begin + length - 1 - token) + 0.01 * length
                 if best is None or score > best[0]:
                     best = (score, number)
-        owners = [number for number, part in enumerate(found) if part.first <= token < part.last]
+        owners = [number for number, part in enumerate(parts) if part.first <= token < part.last]
         assert owners == [best[1]]
 
 
@@ -230,13 +230,13 @@ def test_answers_out_of_place_are_counted_and_left_out(tmp_path: Path):
 
 def test_an_empty_answer_leaves_the_others(tmp_path: Path):
     """It is counted, and takes no other's place; a question of SQuAD 1.1 without an answer is counted too."""
-    made = [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)]
-    for p in made:
+    paragraphs = [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)]
+    for p in paragraphs:
         p["qas"][0]["answers"].insert(0, {"text": "", "answer_start": 0})
-    made += [paragraph(f"a dog {i}", "dog", 2, f"n{i}") for i in range(30)]
-    for p in made[30:]:
+    paragraphs += [paragraph(f"a dog {i}", "dog", 2, f"n{i}") for i in range(30)]
+    for p in paragraphs[30:]:
         p["qas"][0]["answers"] = []
-    train = squad.read("squad", squad_file(tmp_path, made), "train")
+    train = squad.read("squad", squad_file(tmp_path, paragraphs), "train")
     named = [q.id for q in train.questions]
     assert named == [q for q in named if q.startswith("g")] and all(q.span == (4, 7) for q in train.questions)
     empty, none = len(named), 54 - len(named)
@@ -248,8 +248,8 @@ def test_an_empty_answer_leaves_the_others(tmp_path: Path):
 
 
 def test_a_dev_file_alone_is_dev(tmp_path: Path):
-    made = squad_file(tmp_path, [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)])
-    for path in (tmp_path, made.rename(tmp_path / "dev-v1.1.json")):
+    file = squad_file(tmp_path, [paragraph(f"the cat sat {i}", "cat", 4, f"g{i}") for i in range(30)])
+    for path in (tmp_path, file.rename(tmp_path / "dev-v1.1.json")):
         assert len(squad.read("squad", path, "dev").questions) == 30
         with pytest.raises(BadInput, match="is squad's dev set; give a folder with train-v1.1.json beside it"):
             squad.read("squad", path, "train")
@@ -309,8 +309,8 @@ def test_the_loss_of_a_large_vocabulary_is_exact():
     logits, targets = torch.randn(64, 50_304) * 3, torch.randint(0, 50_304, (64,))
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, targets)
-    found = cross_entropy(logits.requires_grad_(), targets).mean()
-    assert abs(found.item() - expected.item()) <= 5e-7
+    mean = cross_entropy(logits.requires_grad_(), targets).mean()
+    assert abs(mean.item() - expected.item()) <= 5e-7
     expected.backward()
-    found.backward()
+    mean.backward()
     assert (logits.grad - exact.grad).abs().max() <= 1e-8

@@ -30,9 +30,9 @@ NO_RULE = ('"self_attention.linear_proj.weight": lambda', '"self_attention.proj.
 Replacements = tuple[tuple[str, str], ...]
 
 
-def changed_recipe(house: Path, name: str, task: Replacements = (), parameter_map: Replacements = ()) -> None:
-    """recipes/NAME of the house: recipes/gpt with these replacements, each of which must apply."""
-    folder = house / "recipes" / name
+def changed_recipe(checkout: Path, name: str, task: Replacements = (), parameter_map: Replacements = ()) -> None:
+    """recipes/NAME of the checkout: recipes/gpt with these replacements, each of which must apply."""
+    folder = checkout / "recipes" / name
     shutil.copytree(ROOT / "recipes/gpt", folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
     for file, replacements in (("task.py", task), ("megatron/parameter_map.py", parameter_map)):
         text = (folder / file).read_text()
@@ -45,15 +45,15 @@ def changed_recipe(house: Path, name: str, task: Replacements = (), parameter_ma
 @pytest.fixture(scope="module")
 def outcomes(drive: Drive, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of the runs, and what tests/drive.py printed of them: two processes, every case in both."""
-    house = tmp_path_factory.mktemp("house")
+    checkout = tmp_path_factory.mktemp("checkout")
     for name in ("common", "tests"):
-        (house / name).symlink_to(ROOT / name)
+        (checkout / name).symlink_to(ROOT / name)
     model = ("def parameter_shapes", QWEN3.lstrip("\n"))
-    changed_recipe(house, "uncounted", task=(model,))
-    changed_recipe(house, "norms", task=(model, COUNTED))
-    changed_recipe(house, "twice", parameter_map=(TIED_TWICE,))
-    changed_recipe(house, "transposed", parameter_map=(TRANSPOSED,))
-    changed_recipe(house, "no_rule", parameter_map=(NO_RULE,))
+    changed_recipe(checkout, "uncounted", task=(model,))
+    changed_recipe(checkout, "norms", task=(model, COUNTED))
+    changed_recipe(checkout, "twice", parameter_map=(TIED_TWICE,))
+    changed_recipe(checkout, "transposed", parameter_map=(TRANSPOSED,))
+    changed_recipe(checkout, "no_rule", parameter_map=(NO_RULE,))
     settings = [f"data.train={corpus}/train", "data.valid=null", "model.arch=llama", "model.kv_heads=2", "train.steps=2"]
     cases = []
     for name, stack, *overrides in (
@@ -69,11 +69,11 @@ def outcomes(drive: Drive, corpus: Path, tmp_path_factory: pytest.TempPathFactor
         ("transposed", "megatron", "megatron.tp=2"),
         ("no_rule", "megatron"),
     ):
-        out = house / "out" / "-".join([name, stack, *(o.replace("=", "_") for o in overrides)])
+        out = checkout / "out" / "-".join([name, stack, *(o.replace("=", "_") for o in overrides)])
         config = str(ROOT / "recipes/gpt/configs/tiny.yaml")
         module = f"recipes.{name}.{stack}.pretrain"
         cases.append({"module": module, "config": config, "out": str(out), "overrides": [*settings, *overrides], "expect": 2})
-    return house / "out", drive(cases, 2, house)
+    return checkout / "out", drive(cases, 2, checkout)
 
 
 MISSING = r"model.layers.0.self_attn.q_norm.weight \(and 7 more\) is missing; task.parameter_shapes has it"

@@ -66,9 +66,9 @@ def test_one_curve_through_all_phases(out):
     expected = losses(out / "baseline")
     assert sorted(expected) == list(range(1, 11))
     for stack in ("deepspeed", "megatron"):
-        ours = losses(out / stack)
-        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
-        assert [ours[s]["lr"] for s in ours] == [expected[s]["lr"] for s in expected]
+        lines = losses(out / stack)
+        assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert [lines[s]["lr"] for s in lines] == [expected[s]["lr"] for s in expected]
     state = json.loads((out / "megatron/step_10/state.json").read_text())
     assert (state["samples"], state["hyperparameters"]["train.steps"]) == (64, 4)
 
@@ -80,8 +80,8 @@ def test_one_command_goes_through_all_phases_and_exports_once(out, settings, tmp
     done = subprocess.run([*command, *settings, *SETTINGS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("export    ") == 1 and "step  10/10" in done.stdout
-    ours, expected = losses(tmp_path / "run"), losses(out / "baseline")
-    assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+    lines, expected = losses(tmp_path / "run"), losses(out / "baseline")
+    assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
     again = subprocess.run([*command, *settings, *SETTINGS], env=env, capture_output=True, text=True)
     assert again.returncode == 0 and "tok/s" not in again.stdout  # nothing is left to do
     other = [word.replace('"data.seq_len": 96', '"data.seq_len": 80') for word in SETTINGS]

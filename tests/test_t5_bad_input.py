@@ -90,7 +90,7 @@ REFUSED = [  # name, what is done, overrides, messages: one entry per line
      ["data.train: spans/train holds token id", "data.valid: spans/valid holds token id",
       "model.vocab_size=128 is below the tokenizer's 700 ids"]),
     ("a folder of T5 1.0", lambda h: folder(h, feed_forward_proj="relu", tie_word_embeddings=True), "init.from=hf",
-     [f"init.from=hf: its config.json has {key}, the model gives {ours!r}" for key, ours in (
+     [f"init.from=hf: its config.json has {key}, the model gives {value!r}" for key, value in (
          ("feed_forward_proj='relu'", "gated-gelu"), ("dense_act_fn='relu'", "gelu_new"), ("is_gated_act=False", True),
          ("scale_decoder_outputs=True", False))]),
     ("a folder of scaled logits", lambda h: folder(h, scale_decoder_outputs=True), "init.from=hf",
@@ -128,5 +128,5 @@ def test_layouts(stack, nproc, overrides, message, home: Path, attempt: Try) -> 
 
 def test_the_config_itself_starts(home: Path, attempt: Try) -> None:  # noqa: F811
     for stack in ("baseline", "deepspeed", "megatron"):
-        found = attempt(config="t5.yaml", family="t5", stack=stack, nproc=1)
-        assert (found.code, found.started) == (0, True), found.lines
+        attempted = attempt(config="t5.yaml", family="t5", stack=stack, nproc=1)
+        assert (attempted.code, attempted.started) == (0, True), attempted.lines

@@ -34,7 +34,7 @@ def resolved(name: str) -> task.Model:
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of random weights, as another library would save them. Of the size that T5 begins with: its scores
     are not scaled, and with larger ones softmax is so sharp that rounding alone moves a logit by more than 1e-5."""
-    made = {}
+    folders = {}
     for name in ARCHS:
         torch.manual_seed(7)
         net = task.hf_model(resolved(name))
@@ -43,9 +43,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
                 begins = task.initializer(resolved(name), key)
                 spread = torch.randn_like(parameter)
                 parameter.copy_(1 + spread * 0.05 if begins == "ones" else spread * begins)
-        made[name] = tmp_path_factory.mktemp("hf") / name
-        net.save_pretrained(made[name])
-    return made
+        folders[name] = tmp_path_factory.mktemp("hf") / name
+        net.save_pretrained(folders[name])
+    return folders
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -57,12 +57,12 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
         for number in range(layers):
             for part in parameter_map._layer(model, stack):
                 rule = rules(f"{stack}.layers.{number}.{part}.weight")
-                theirs = [torch.randn(shapes[hf]) for hf in rule.hf]
+                tensors = [torch.randn(shapes[hf]) for hf in rule.hf]
                 seen |= set(rule.hf)
-                whole = rule.from_hf(*theirs)
+                whole = rule.from_hf(*tensors)
                 shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
                 back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
-                assert all(torch.equal(a, b) for a, b in zip(theirs, back, strict=True)), part
+                assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), part
     seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen == set(shapes), "every parameter has its place in Megatron"
 
@@ -81,7 +81,7 @@ def moved(drive, t5_settings, folders, tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_hf_to_every_stack_and_back_is_bitwise(moved):
-    """The doors read back every weight of the folder before the first step (tests/watch.py)."""
+    """The functions that load read back every weight of the folder before the first step (tests/watch.py)."""
     lines = re.findall(r"READBACK (\d+) parameters, (\d+) wrong", moved[1])
     assert len(lines) == 2 * 4 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
 
@@ -90,9 +90,9 @@ def test_hf_to_every_stack_and_back_is_bitwise(moved):
 def test_a_vocabulary_that_does_not_divide_trains_alike(moved, name):
     expected = losses(moved[0] / name / "baseline")
     for kind in ("zero3", "dp2", "tp2"):
-        ours = losses(moved[0] / name / kind)
-        assert max(abs(ours[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
-        assert max(abs(ours[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
+        lines = losses(moved[0] / name / kind)
+        assert max(abs(lines[s]["loss"] - expected[s]["loss"]) for s in expected) <= 1e-5
+        assert max(abs(lines[s]["grad_norm"] / expected[s]["grad_norm"] - 1) for s in expected) <= 1e-4
         assert load_file(moved[0] / name / kind / "hf/model.safetensors")["shared.weight"].shape[0] == VOCAB
 
 
@@ -110,8 +110,8 @@ def test_exports_load_untied_and_write_the_same_text(moved, name):
         assert ("lm_head.weight" in weights) != tied
         tokenizer = AutoTokenizer.from_pretrained(run / "hf")
         given = tokenizer(["def <extra_id_0>(self):", "import"], return_tensors="pt", padding=True)
-        made = net.generate(**given, max_new_tokens=12, do_sample=False)
-        written.add(json.dumps(made.tolist()))
+        ids = net.generate(**given, max_new_tokens=12, do_sample=False)
+        written.add(json.dumps(ids.tolist()))
     assert len(written) == 1, "greedy decoding is the same from both stacks' exports"
 
 
@@ -127,9 +127,9 @@ def test_logits_equal_transformers(t5_settings, folders, tmp_path):
     ]  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     done = warm.run(["tests/logits_t5.py", tmp_path / "cases.json"], nproc=2)
-    found = re.findall(r"LOGITS (\w+) (\S+) of (\S+)", done.stdout)
-    assert len(found) == 2 * len(cases), done.stdout[-2000:] + done.stderr[-3000:]
-    assert all(float(apart) <= 1e-5 and float(top) > 0.1 for _, apart, top in found), "\n".join(map(str, found))
+    matches = re.findall(r"LOGITS (\w+) (\S+) of (\S+)", done.stdout)
+    assert len(matches) == 2 * len(cases), done.stdout[-2000:] + done.stderr[-3000:]
+    assert all(float(apart) <= 1e-5 and float(top) > 0.1 for _, apart, top in matches), "\n".join(map(str, matches))
 
 
 LAYOUTS_REFUSED = {

@@ -1,4 +1,4 @@
-"""Finetuning T5 under the laws: every stack and layout follows transformers' own class and tokenizer; the best checkpoint,
+"""Finetuning T5: every stack and layout follows transformers' own class and tokenizer; the best checkpoint,
 what it writes and its scores are what the export gives; resume; the tasks' files; what is refused."""
 
 import json
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def folders(spans: Path, tmp_path_factory) -> dict[str, Path]:
     """Hugging Face folders of untrained models, with the tokenizer of the test corpus."""
-    made = {}
+    folders = {}
     for name, arch in (("multi30k-en-de", "tiny_v1_1"), ("mrpc", "tiny")):
         cfg = config.load(ROOT / f"recipes/t5/configs/{arch}.yaml", ["model.vocab_size=768"], task.Config)
         model = cfg.model.resolve(cfg, None)
@@ -62,10 +62,10 @@ def folders(spans: Path, tmp_path_factory) -> dict[str, Path]:
         with torch.no_grad():
             for parameter, values in net.named_parameters():
                 values.copy_(draw(parameter, values.shape))
-        made[name] = tmp_path_factory.mktemp("hf") / arch
-        net.save_pretrained(made[name])
-        tokenizer.load(spans / "tokenizer").save(made[name])
-    return made
+        folders[name] = tmp_path_factory.mktemp("hf") / arch
+        net.save_pretrained(folders[name])
+        tokenizer.load(spans / "tokenizer").save(folders[name])
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,14 @@ def data(tmp_path_factory) -> Path:
 def configs(folders, data, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("configs")
     for name, split in SPLITS.items():
-        made = TEXT.replace("FOLDER", str(folders[name])).replace("NAME", name).replace("DATA", str(data / name))
-        (folder / f"{name}.yaml").write_text(made.replace("SPLIT", split), encoding="utf-8")
+        config_text = TEXT.replace("FOLDER", str(folders[name])).replace("NAME", name).replace("DATA", str(data / name))
+        (folder / f"{name}.yaml").write_text(config_text.replace("SPLIT", split), encoding="utf-8")
     return {name: folder / f"{name}.yaml" for name in SPLITS}
 
 
 def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
-    made = case(stack, "tiny", out, overrides, family="t5")
-    return made | {"module": f"recipes.t5.{stack}.finetune", "config": str(path)}
+    one_case = case(stack, "tiny", out, overrides, family="t5")
+    return one_case | {"module": f"recipes.t5.{stack}.finetune", "config": str(path)}
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,9 @@ def valids(out: Path) -> dict[int, float]:
 
 def test_the_dev_loss_is_the_same_on_every_layout(runs):
     for name in SPLITS:
-        found = [valids(runs / name / layout) for run, layout in RUNS if run == name]
-        assert all(sorted(values) == [5, 10, 15, 20] for values in found)
-        assert all(np.ptp([values[step] for values in found]) <= LOSS for step in found[0])
+        curves = [valids(runs / name / layout) for run, layout in RUNS if run == name]
+        assert all(sorted(values) == [5, 10, 15, 20] for values in curves)
+        assert all(np.ptp([values[step] for values in curves]) <= LOSS for step in curves[0])
 
 
 def test_the_dev_loss_is_the_exports(runs, data):
@@ -186,8 +186,8 @@ def rows_of(out: Path) -> dict[str, dict]:
 @pytest.mark.parametrize(("name", "layout"), RUNS)
 def test_the_export_is_the_best_and_writes_its_predictions(runs, data, name, layout):
     out = runs / name / layout
-    found = valids(out)
-    best = min(found, key=lambda step: (found[step], step))
+    values = valids(out)
+    best = min(values, key=lambda step: (values[step], step))
     assert json.loads((out / "hf/twinstack.json").read_text())["step"] == best
     split = SPLITS[name]
     examples = text.read(name, data / name, split)
@@ -223,7 +223,7 @@ def test_a_run_without_progress_ends_early_and_stays_ended(runs):
     out = runs / "patient"
     assert max(losses(out)) == 10 and sorted(valids(out)) == [5, 10]
     assert json.loads((out / "hf/twinstack.json").read_text())["step"] == 5
-    # and is scored anew where it is asked for another search
+    # and is scored again where it is asked for another search
     assert all("step 5, the best by dev loss, beam 1" in row["protocol"] for row in rows_of(out).values())
 
 
@@ -267,14 +267,14 @@ def test_evaluate_gives_what_the_run_gave(runs, data, tmp_path):
     out = runs / "multi30k-en-de/tp2_sp"
     words = [str(out), "multi30k-en-de", "--data", str(data / "multi30k-en-de"), "--beams", "3", "--length-penalty", "0.6",
              "--tokens", "24", "--seq-len", "40"]  # fmt: skip
-    made = []
+    scores = []
     for name, ranks in (("one", 0), ("two", 2)):
         done = warm.run(["-m", "scripts.evaluate", *words, "--out", tmp_path / name], nproc=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
-        made.append({m: row["value"] for m, row in rows_of(tmp_path / name).items()})
+        scores.append({m: row["value"] for m, row in rows_of(tmp_path / name).items()})
         written = (tmp_path / name / "predictions/multi30k-en-de.txt").read_bytes()
         assert written == (out / "predictions/test.txt").read_bytes()
-    assert made[0] == made[1] == {metric: row["value"] for metric, row in rows_of(out).items()}
+    assert scores[0] == scores[1] == {metric: row["value"] for metric, row in rows_of(out).items()}
 
 
 def test_evaluate_scores_glue_in_words(runs, data, tmp_path):
@@ -336,15 +336,17 @@ def test_inputs_and_targets_are_t5s(tmp_path):
         folder.mkdir()
         for path in {file, *(dev for form in glue.FORMS[name] for dev in form.dev)}:
             (folder / path).write_text(content)
-        found = text.read(name, folder, "train")
-        assert list(zip(found.inputs, found.targets, strict=True)) == expected[name]
+        examples = text.read(name, folder, "train")
+        assert list(zip(examples.inputs, examples.targets, strict=True)) == expected[name]
     known = [{"text": "c", "answer_start": 0}, {"text": "c c", "answer_start": 0}]
     paragraph = {"context": "c c", "qas": [{"id": "1", "question": "q?", "answers": known}]}
     for split in ("train", "dev"):
         (tmp_path / f"{split}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
-    found = text.read("squad", tmp_path, "dev")
-    assert found.inputs == ["question: q? context: c c"] and found.targets == ["c"] and found.references == [["c", "c c"]]
-    assert [score[:2] for score in text.scores("squad", ["the c c"], found)] == [("f1", 100.0), ("exact_match", 100.0)]
+    examples = text.read("squad", tmp_path, "dev")
+    assert (
+        examples.inputs == ["question: q? context: c c"] and examples.targets == ["c"] and examples.references == [["c", "c c"]]
+    )
+    assert [score[:2] for score in text.scores("squad", ["the c c"], examples)] == [("f1", 100.0), ("exact_match", 100.0)]
 
 
 def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):
@@ -352,9 +354,9 @@ def test_pairs_and_summaries_come_from_json_lines_and_csv(tmp_path):
     (tmp_path / "dev.csv").write_text('id,document,summary\n1,"a, ""b""\nc",d\n')
     assert text.read("pairs", tmp_path, "train").inputs == ["a", "c\nd"]
     assert text.read("pairs", tmp_path, "train", prefix="x: ").inputs == ["x: a", "x: c\nd"]
-    found = text.read("cnn_dm", tmp_path, "dev", source="document", target="summary")
-    assert (found.inputs, found.targets) == (['summarize: a, "b"\nc'], ["d"])
-    assert text.read("xsum", tmp_path, "dev").inputs == found.inputs
+    examples = text.read("cnn_dm", tmp_path, "dev", source="document", target="summary")
+    assert (examples.inputs, examples.targets) == (['summarize: a, "b"\nc'], ["d"])
+    assert text.read("xsum", tmp_path, "dev").inputs == examples.inputs
     (tmp_path / "dev.csv").write_text("document,summary\na\u2028b,c\x85d\n", encoding="utf-8")  # no ends of lines in CSV
     assert text.read("xsum", tmp_path, "dev").targets == ["c\x85d"]
 
@@ -372,9 +374,9 @@ def test_the_hubs_columns_are_read(monkeypatch):
         return asked if "squad" in where[0] else pairs
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = text.read("wmt14-de-en", None, "dev")
-    assert found.inputs == ["translate German to English: eins", "translate German to English: zwei"]
-    assert found.targets == ["one", "two"]
+    examples = text.read("wmt14-de-en", None, "dev")
+    assert examples.inputs == ["translate German to English: eins", "translate German to English: zwei"]
+    assert examples.targets == ["one", "two"]
     assert text.read("squad", None, "train").references == [["a", "b"]]
     assert calls == [("wmt/wmt14", "de-en", "validation"), ("rajpurkar/squad", None, "train")]
 
@@ -383,18 +385,18 @@ def test_multi30k_is_as_large_as_published(source: Path):
     """Elliott et al. (arXiv:1605.00459): 29,000, 1,014 and 1,000."""
     sizes = {split: len(text.read("multi30k-en-de", source / "multi30k", split).inputs) for split in hub.SPLITS}
     assert sizes == {"train": 29_000, "dev": 1_014, "test": 1_000}
-    found = text.read("multi30k-de-en", source / "multi30k", "test")
-    assert found.inputs[0].startswith("translate German to English: Ein Mann") and found.targets[0].startswith("A man")
+    examples = text.read("multi30k-de-en", source / "multi30k", "test")
+    assert examples.inputs[0].startswith("translate German to English: Ein Mann") and examples.targets[0].startswith("A man")
 
 
 def test_a_list_of_targets_is_one_example_to_score_and_several_to_learn(tmp_path):
     rows = [{"input": "a", "target": ["b", "c"]}, {"input": "a", "target": "d"}, {"input": "e", "target": ["f"]}]
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = text.read("pairs", tmp_path, "dev")
-    assert (found.inputs, found.targets) == (["a", "a", "e"], ["b", "d", "f"])
-    assert found.references == [["b", "c"], ["d"], ["f"]]  # equal inputs stay examples of their own
-    learnt = text.each_reference(found)
+    examples = text.read("pairs", tmp_path, "dev")
+    assert (examples.inputs, examples.targets) == (["a", "a", "e"], ["b", "d", "f"])
+    assert examples.references == [["b", "c"], ["d"], ["f"]]  # equal inputs stay examples of their own
+    learnt = text.each_reference(examples)
     assert list(zip(learnt.inputs, learnt.targets, strict=True)) == [("a", "b"), ("a", "c"), ("a", "d"), ("e", "f")]
     assert learnt.notes == ("1 of 3 inputs have several targets: 4 examples",)
     for bad, message in (
@@ -431,17 +433,17 @@ def test_who_writes_the_targets_ids_has_an_exact_match(source: Path, configs, tm
             for i in range(40)]  # fmt: skip
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
-    words, found = AutoTokenizer.from_pretrained(source / "tokenizers/t5"), text.read("pairs", tmp_path, "dev")
-    order = sorted(range(40), key=lambda i: len(words(found.inputs[i])["input_ids"]))
-    net = Writes([words(found.targets[i])["input_ids"] for i in order])
+    words, examples = AutoTokenizer.from_pretrained(source / "tokenizers/t5"), text.read("pairs", tmp_path, "dev")
+    order = sorted(range(40), key=lambda i: len(words(examples.inputs[i])["input_ids"]))
+    net = Writes([words(examples.targets[i])["input_ids"] for i in order])
     search, ranks = text.Search(1, 0.6, 64, 8), Ranks(0, 1, torch.device("cpu"))
-    written = text.write(net, words, found.inputs, None, search, ranks, lambda number: None)
-    scores = {name: value for name, value, _ in text.scores("pairs", written, found, words)}
+    written = text.write(net, words, examples.inputs, None, search, ranks, lambda number: None)
+    scores = {name: value for name, value, _ in text.scores("pairs", written, examples, words)}
     assert scores["exact_match"] == 100.0 and scores["bleu"] < 100
     wrong = ["SELECT col0", *written[1:]]
-    assert dict((name, value) for name, value, _ in text.scores("pairs", wrong, found, words))["exact_match"] == 97.5
+    assert dict((name, value) for name, value, _ in text.scores("pairs", wrong, examples, words))["exact_match"] == 97.5
     note = "30 of 40 targets of dev hold what the vocabulary cannot write (<unk>)"
-    assert text.unknown(words, found.targets, "dev") == (note,)
+    assert text.unknown(words, examples.targets, "dev") == (note,)
     more = ["task.name=pairs", f"task.data={tmp_path}", f"data.tokenizer={source}/tokenizers/t5", "task.split=dev"]
     cfg = config.load(configs["multi30k-en-de"], more, finetune.Config)
     notes = finetune.dataset(cfg, "dev", shuffle=False).notes
@@ -456,7 +458,7 @@ def test_several_references():
     predictions, first = some_pairs(60)
     _, second = some_pairs(120)
     known = [[a, b] if i % 3 else [a] for i, (a, b) in enumerate(zip(first, second[60:], strict=True))]
-    cut, hits, totals, ours, theirs = Tokenizer13a(), [0] * 4, [0] * 4, 0, 0
+    cut, hits, totals, length, reference_length = Tokenizer13a(), [0] * 4, [0] * 4, 0, 0
     for prediction, texts in zip(predictions, known, strict=True):
         p, many = cut(prediction).split(), [cut(t).split() for t in texts]
         for n in range(1, 5):
@@ -465,11 +467,14 @@ def test_several_references():
                 most |= grams(r, n)
             hits[n - 1] += (grams(p, n) & most).total()
             totals[n - 1] += grams(p, n).total()
-        ours, theirs = ours + len(p), theirs + min(map(len, many), key=lambda size, p=p: (abs(size - len(p)), size))
-    expected = 100 * min(1, math.exp(1 - theirs / ours)) * math.exp(np.mean(np.log(np.divide(hits, totals))))
-    (_, found, protocol), _ = text.bleu(predictions, known)
-    assert abs(found - expected) < 1e-9 and "nrefs:var" in protocol
-    assert abs(found - text.bleu(predictions, [[t] for t in first])[0][1]) > 1e-3
+        length, reference_length = (
+            length + len(p),
+            reference_length + min(map(len, many), key=lambda size, p=p: (abs(size - len(p)), size)),
+        )
+    expected = 100 * min(1, math.exp(1 - reference_length / length)) * math.exp(np.mean(np.log(np.divide(hits, totals))))
+    (_, value, protocol), _ = text.bleu(predictions, known)
+    assert abs(value - expected) < 1e-9 and "nrefs:var" in protocol
+    assert abs(value - text.bleu(predictions, [[t] for t in first])[0][1]) > 1e-3
 
     best = [max(text.rouge([p], [[t]])[2][1] for t in texts) for p, texts in zip(predictions, known, strict=True)]
     assert abs(text.rouge(predictions, known)[2][1] - np.mean(best)) < 1e-9
@@ -497,32 +502,32 @@ def test_bleu_is_the_papers():
     from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 
     predictions, references = some_pairs(200)
-    found = {name: value for name, value, _ in text.bleu(predictions, [[r] for r in references])}
+    values = {name: value for name, value, _ in text.bleu(predictions, [[r] for r in references])}
     for name, cut in (("bleu", Tokenizer13a()), ("bleu_intl", TokenizerV14International())):
         pairs = [(cut(p).split(), cut(r).split()) for p, r in zip(predictions, references, strict=True)]
         precisions = []
         for n in range(1, 5):
             hits = sum((grams(p, n) & grams(r, n)).total() for p, r in pairs)
             precisions.append(hits / sum(grams(p, n).total() for p, _ in pairs))
-        ours, theirs = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-        expected = 100 * min(1, math.exp(1 - theirs / ours)) * math.exp(np.mean(np.log(precisions)))
-        assert abs(found[name] - expected) < 1e-9 and 20 < expected < 90
+        length, reference_length = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+        expected = 100 * min(1, math.exp(1 - reference_length / length)) * math.exp(np.mean(np.log(precisions)))
+        assert abs(values[name] - expected) < 1e-9 and 20 < expected < 90
 
 
 def test_chrf_is_the_papers():
     """Popović (2015): F2 of the mean precision and recall over n-grams of 1 to 6 characters, without blanks."""
     predictions, references = some_pairs(200)
-    [(_, found, _)] = text.chrf(predictions, [[r] for r in references])
+    [(_, value, _)] = text.chrf(predictions, [[r] for r in references])
     precisions, recalls = [], []
     for n in range(1, 7):
-        hits = ours = theirs = 0
+        hits = length = reference_length = 0
         for pair in zip(predictions, references, strict=True):
             p, r = (Counter(s[i : i + n] for i in range(len(s) - n + 1)) for s in (t.replace(" ", "") for t in pair))
-            hits, ours, theirs = hits + (p & r).total(), ours + p.total(), theirs + r.total()
-        precisions.append(hits / ours)
-        recalls.append(hits / theirs)
+            hits, length, reference_length = hits + (p & r).total(), length + p.total(), reference_length + r.total()
+        precisions.append(hits / length)
+        recalls.append(hits / reference_length)
     p, r = np.mean(precisions), np.mean(recalls)
-    assert abs(found - 100 * 5 * p * r / (4 * p + r)) < 1e-9
+    assert abs(value - 100 * 5 * p * r / (4 * p + r)) < 1e-9
 
 
 def test_rouge_is_the_papers():
@@ -530,14 +535,14 @@ def test_rouge_is_the_papers():
     from nltk.stem.porter import PorterStemmer
 
     predictions, references = some_pairs(200)
-    found = {name: value for name, value, _ in text.rouge(predictions, [[r] for r in references])}
+    values = {name: value for name, value, _ in text.rouge(predictions, [[r] for r in references])}
     stem = PorterStemmer().stem
 
     def stems(line: str) -> list[str]:
         return [stem(w) if len(w) > 3 else w for w in re.sub(r"[^a-z0-9]+", " ", line.lower()).split()]
 
-    def f1(hits: int, ours: int, theirs: int) -> float:
-        return 2 * hits / (ours + theirs) if hits else 0.0
+    def f1(hits: int, length: int, reference_length: int) -> float:
+        return 2 * hits / (length + reference_length) if hits else 0.0
 
     def common(a: list[str], b: list[str]) -> int:
         rows = [0] * (len(b) + 1)
@@ -550,9 +555,9 @@ def test_rouge_is_the_papers():
     both = [(stems(p), stems(r)) for p, r in zip(predictions, references, strict=True)]
     for n in (1, 2):
         expected = [f1((grams(p, n) & grams(r, n)).total(), grams(p, n).total(), grams(r, n).total()) for p, r in both]
-        assert abs(found[f"rouge{n}"] - 100 * np.mean(expected)) < 1e-9
-    assert abs(found["rougeL"] - 100 * np.mean([f1(common(p, r), len(p), len(r)) for p, r in both])) < 1e-9
-    assert found["rougeLsum"] >= found["rougeL"]
+        assert abs(values[f"rouge{n}"] - 100 * np.mean(expected)) < 1e-9
+    assert abs(values["rougeL"] - 100 * np.mean([f1(common(p, r), len(p), len(r)) for p, r in both])) < 1e-9
+    assert values["rougeLsum"] >= values["rougeL"]
     # by hand: of 3 words in 2 sentences 3 are found in the other order of sentences, where rougeL finds 2
     summed = {name: value for name, value, _ in text.rouge(["red . big dog"], [["big dog . red"]])}
     assert summed["rougeLsum"] == 100.0 and abs(summed["rougeL"] - 200 / 3) < 1e-9
@@ -583,8 +588,8 @@ def test_files_that_do_not_fit(file, damage, message, data: Path, configs, tmp_p
     if damage is None:
         (tmp_path / file).unlink()
     else:
-        made = damage((tmp_path / file).read_text())
-        (tmp_path / file).write_bytes(made if isinstance(made, bytes) else made.encode())
+        damaged = damage((tmp_path / file).read_text())
+        (tmp_path / file).write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
     refused(configs["multi30k-en-de"], tmp_path / "out", [f"task.data={tmp_path}"], [message])
 
 
