@@ -1,18 +1,17 @@
-"""Lists what can be built: `python -m data`."""
+"""Lists the modules of data/: `python -m data`."""
 
 import ast
-import textwrap
 from pathlib import Path
 
-ENGINE = {"__main__", "build", "sentences", "sources"}
+NOT_COMMANDS = {"__main__", "build", "sentences", "sources"}
 
 
 def main() -> None:
-    print("python -m data.NAME OUT, or --help after the name:\n")
+    print("python -m data.NAME OUT builds a corpus; --help after a NAME lists its options.\n")
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in ENGINE:
+        if path.stem not in NOT_COMMANDS:
             title = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
-            print(f"  {path.stem:<16} {textwrap.shorten(title, 60, placeholder=' ...')}")
+            print(f"  {path.stem:<16} {title}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The engine of data/: documents in, `train`, `valid` (and `test`) corpora with a tokenizer and a manifest out.
+"""Builds the corpora `train`, `valid` and `test`, their tokenizer and their manifest from the documents of a source.
 
-OUT receives train.{bin,idx,json}, valid.*, test.* (if a share was asked), tokenizer/ and, last, manifest.json. Work is
-kept in OUT/.partial until it is whole, and saved there every PART_BYTES of text: the same command continues after an
-interruption, and returns at once when OUT is finished.
+OUT receives train.{bin,idx,json,crc32}, valid.*, test.* (with --test-share), tokenizer/ and finally manifest.json. Unfinished
+work is in OUT/.partial, where the state is saved every PART_BYTES of text. So the same command continues after an interruption,
+and returns at once if OUT is finished.
 
-Shares. Where a source brings splits of its own they are taken. Otherwise a document goes to the split that a hash of
-(seed, its text) says, which depends on nothing else, so a document never moves when others are added. With few large
-files (`--split-by auto`: whole files as documents, and less than 5 to be expected in a split) that would give poor
-shares, and each file is cut instead: its last lines are `test`, the ones before it `valid`, the rest `train`.
+Shares. If a source has splits, they are taken. Otherwise a hash of (seed, text) determines the split of a document. The hash
+depends on nothing else, so a document stays in its split when others are added. Few large files (`--split-by auto`: whole files
+as documents, and fewer than FEW_DOCUMENTS expected in a split) would give poor shares. Then each file is cut instead: its last
+lines are `test`, those before them `valid`, the rest `train`.
 
-A document is one sequence that ends in the end of document id, or with `--sentences` one sequence a sentence and no such id;
-a pair (data/pairs.py) two sequences.
+A document is one sequence that ends in the end of document id, or with `--sentences` one sequence per sentence without that id.
+A pair (data/pairs.py) is two sequences.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,40 +38,44 @@ from common.json_files import write_json
 from data import sentences
 from data.sources import BETWEEN, JSON_MB, TEXT_MB, Document, Errors, Source
 
-PIECE_CHARS = 4_000  # a long document is encoded in pieces of this size, which keeps all cores busy and caches warm
-BATCH_CHARS = 2_000_000  # characters that one call of the tokenizer encodes
-BATCHES_AHEAD = 3  # in work at once: while one is encoded (outside Python), another is read or written
-PART_BYTES = 64 * 2**20  # text between two savings of the state
-TRAINING_BYTES = 256 * 2**20  # a tokenizer is trained on this much text at most, the first of the train split
-TRAINING_BYTES_SENTENCEPIECE = 64 * 2**20  # its trainer takes 45 bytes of memory for one of text, others a few
-FEW_DOCUMENTS = 5  # fewer whole files than this expected in a split: cut files instead
-MOST_MB = 1e12
-MOST_IDS = 2_000_000  # of a tokenizer trained here: the trainers reserve memory for as many, and abort where they get none
-MOST_WORKERS = 1024  # threads that the tokenizer starts
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PIECE_CHARS = 4_000  # long documents are encoded in pieces of this size, which keeps all cores busy and caches warm
+BATCH_CHARS = 2_000_000  # characters per call of the tokenizer
+BATCHES_AHEAD = 3  # batches in flight: while one is encoded (outside Python), another is read or written
+PART_BYTES = 64 * 2**20  # bytes of text between two saved states
+TRAINING_BYTES = 256 * 2**20  # a tokenizer is trained on at most the first so many bytes of the train split
+TRAINING_BYTES_SENTENCEPIECE = 64 * 2**20  # its trainer needs 45 bytes of memory per byte of text, others a few
+FEW_DOCUMENTS = 5  # if fewer whole files are expected in a split, files are cut instead
+MAX_MB = 1e12
+MAX_IDS = 2_000_000  # of a tokenizer trained here: the trainers allocate memory for as many, and abort if that fails
+MAX_WORKERS = 1024  # threads that the tokenizer starts
 FAMILIES = {"bpe": "BPE", "wordpiece": "WordPiece", "sentencepiece": "SentencePiece"}  # of a tokenizer trained here
 
+EncodedBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # arguments of IndexedDatasetWriter.append
 Cut = list[tuple[str, str]]  # (split, text) of each part a document is cut into
 Splitter = Callable[[str, bytes], Cut]  # text, and the same as UTF-8
 
 
 @dataclass
 class Options:
-    """What to make, and how. All but `out`, `workers`, `on_error`, `max_document_mb`, `force` and
-    `command` decides the content."""
+    """What to build, and how. All fields but `out`, `workers`, `on_error`, `max_document_mb`, `force` and `command` affect the
+    content."""
 
     out: Path
     corpus: str  # name of the module
-    tokenizer: str | None = None  # name or folder; 'char': the characters of this text; None: train one of vocab_size
+    tokenizer: str | None = None  # name or folder; 'char': the characters of the text; None: train one with vocab_size ids
     vocab_size: int = 4096
-    tokenizer_type: str = "bpe"  # of the one that is trained; or wordpiece, sentencepiece
-    sentences: bool = False  # one sequence a sentence, not one a document
-    pairs: bool = False  # two sequences a document, input and target
-    shares: dict[str, float] = field(default_factory=dict)  # of valid and test, in documents or in characters
+    tokenizer_type: str = "bpe"  # of a trained tokenizer: bpe, wordpiece or sentencepiece
+    sentences: bool = False  # one sequence per sentence, not one per document
+    pairs: bool = False  # two sequences per document, input and target
+    shares: dict[str, float] = field(default_factory=dict)  # of valid and test, of the documents or characters
     split_by: str = "auto"
     seed: int = 1234
     append_eod: bool = True
-    max_mb: float | None = None  # at most so much text from each part of the source, 10^6 bytes
-    max_document_mb: float | None = None  # longer ones are errors; None: as data/sources.py has it
+    max_mb: float | None = None  # limit on the text of each part of the source, 10^6 bytes
+    max_document_mb: float | None = None  # longer documents are errors; None: the defaults of data/sources.py
     on_error: str = "stop"
     workers: int | None = None  # processor cores; None: all
     force: bool = False
@@ -90,8 +94,8 @@ def parser(
     tokenizer_type: str = "bpe",
     sentences: bool | None = False,
 ) -> argparse.ArgumentParser:
-    """The options every corpus has. doc: the module's docstring. The others are defaults: tokenizer, vocab_size if there is
-    one; valid_share None where the corpus has splits of its own; sentences None where that is no question."""
+    """The options of every corpus. doc: the module's docstring. The other parameters are defaults. valid_share: None if the
+    source has splits. sentences: None if the option does not apply."""
     title, _, rest = (doc or "").strip().partition("\n")
     p = argparse.ArgumentParser(
         prog=f"python -m data.{Path(sys.argv[0]).stem}",
@@ -100,29 +104,30 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("out", metavar="OUT", type=Path, help="folder to fill, such as corpora/NAME")
-    words = p.add_mutually_exclusive_group(required=tokenizer is None and vocab_size is None)
-    default = f" (default: {tokenizer})" if tokenizer else ""
-    told = "gpt2, bert-base-uncased, t5, char, or a folder with tokenizer.json" + default
-    words.add_argument("--tokenizer", metavar="NAME_OR_DIR", help=told)
-    default = f" (default: {vocab_size})" if vocab_size else ""
-    words.add_argument("--vocab-size", metavar="N", type=int, help="train a tokenizer of N ids" + default)
-    told = "of the tokenizer that is trained: byte-level BPE, BERT's WordPiece, uncased, or T5's SentencePiece"
-    p.add_argument("--tokenizer-type", choices=tuple(FAMILIES), help=f"{told} (default: {tokenizer_type})")
+    group = p.add_mutually_exclusive_group(required=tokenizer is None and vocab_size is None)
+    text = "gpt2, bert-base-uncased, t5, char, or a folder with tokenizer.json"
+    group.add_argument("--tokenizer", metavar="NAME_OR_DIR", help=text + (f" (default: {tokenizer})" if tokenizer else ""))
+    text = "train a tokenizer of N ids"
+    group.add_argument("--vocab-size", metavar="N", type=int, help=text + (f" (default: {vocab_size})" if vocab_size else ""))
+    text = "type of the trained tokenizer: bpe (byte-level), wordpiece (BERT, uncased) or sentencepiece (T5)"
+    p.add_argument("--tokenizer-type", metavar="TYPE", choices=tuple(FAMILIES), help=f"{text} (default: {tokenizer_type})")
     if sentences is not None:
-        told = "keep the bounds of sentences, one sequence each: what BERT needs" + (" (default)" if sentences else "")
-        p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=told)
+        text = "one sequence per sentence, as BERT needs" + (" (default)" if sentences else "")
+        p.add_argument("--sentences", action=argparse.BooleanOptionalAction, default=sentences, help=text)
     p.set_defaults(default_tokenizer=tokenizer, default_vocab_size=vocab_size, default_tokenizer_type=tokenizer_type)
     if valid_share is not None:
-        p.add_argument("--valid-share", metavar="X", type=float, default=valid_share, help="default: %(default)s")
-        p.add_argument("--test-share", metavar="X", type=float, default=0.0, help="default: none")
-        told = "whole documents go to a split, or each file's tail does (default: tail for few large files)"
-        p.add_argument("--split-by", choices=("auto", "document", "tail"), default="auto", help=told)
-        p.add_argument("--seed", metavar="N", type=int, default=1234, help="of the shares (default: %(default)s)")
+        p.add_argument(
+            "--valid-share", metavar="X", type=float, default=valid_share, help="share of valid (default: %(default)s)"
+        )
+        p.add_argument("--test-share", metavar="X", type=float, default=0.0, help="share of test (default: none)")
+        text = "move whole documents to a split, or each file's tail (default: auto, tail for few large files)"
+        p.add_argument("--split-by", choices=("auto", "document", "tail"), default="auto", help=text)
+        p.add_argument("--seed", metavar="N", type=int, default=1234, help="seed of the shares (default: %(default)s)")
     p.add_argument("--max-mb", metavar="MB", type=float, help="take only the first MB of text")
-    told = f"a longer document is an error (default: {TEXT_MB}, of a JSON line {JSON_MB})"
-    p.add_argument("--max-document-mb", metavar="MB", type=float, help=told)
-    told = "at input that cannot be read; skip counts it (default: stop)"
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=told)
+    text = f"longer documents are errors (default: {TEXT_MB}, for a JSON line {JSON_MB})"
+    p.add_argument("--max-document-mb", metavar="MB", type=float, help=text)
+    text = "stop at input that cannot be read, or skip and count it (default: stop)"
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
     p.add_argument("--workers", metavar="N", type=int, help="processor cores to use (default: all)")
     p.add_argument("--force", action="store_true", help="replace what OUT holds")
     return p
@@ -132,23 +137,27 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
     """Options from parsed arguments. BadInput for values out of range."""
     shares = {"valid": getattr(args, "valid_share", 0.0), "test": getattr(args, "test_share", 0.0)}
     problems = []
-    if not (all(share >= 0 for share in shares.values()) and sum(shares.values()) < 1):  # nan is neither
-        problems.append(f"--valid-share {shares['valid']} --test-share {shares['test']}: from 0 to below 1 together")
-    if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
-        problems.append(f"--workers {args.workers}: from 1 to {MOST_WORKERS:,}")
+    if not (all(share >= 0 for share in shares.values()) and sum(shares.values()) < 1):  # NaN fails both
+        problems.append(
+            f"--valid-share {shares['valid']} --test-share {shares['test']}: must be at least 0 each and below 1 together"
+        )
+    if args.workers is not None and not 1 <= args.workers <= MAX_WORKERS:
+        problems.append(f"--workers {args.workers}: must be from 1 to {MAX_WORKERS:,}")
     for name in ("max_mb", "max_document_mb"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < MOST_MB:
-            problems.append(f"--{name.replace('_', '-')} {value}: above 0, in 10^6 bytes")
+        if value is not None and not 0 < value < MAX_MB:
+            problems.append(f"--{name.replace('_', '-')} {value}: must be above 0, in 10^6 bytes")
     if not -(2**63) <= getattr(args, "seed", 0) < 2**63:
         problems.append(f"--seed {args.seed}: must fit 64 bits")
-    if args.vocab_size is not None and not 1 <= args.vocab_size <= MOST_IDS:
-        problems.append(f"--vocab-size {args.vocab_size}: from 1 to {MOST_IDS:,}")
+    if args.vocab_size is not None and not 1 <= args.vocab_size <= MAX_IDS:
+        problems.append(f"--vocab-size {args.vocab_size}: must be from 1 to {MAX_IDS:,}")
     name, size, sentences = args.tokenizer, args.vocab_size, getattr(args, "sentences", False)
     if name is None and size is None:
         name, size = args.default_tokenizer, args.default_vocab_size
     if name is not None and args.tokenizer_type:
-        problems.append(f"--tokenizer-type {args.tokenizer_type}: {name} is not trained; give --vocab-size N, or drop it")
+        problems.append(
+            f"--tokenizer-type {args.tokenizer_type}: {name} is not trained; give --vocab-size N, or leave the option out"
+        )
     if problems:
         raise BadInput(problems)
     return Options(
@@ -175,10 +184,10 @@ def options(args: argparse.Namespace, corpus: str) -> Options:
 
 
 def build(opt: Options, source: Source, splitter: Splitter | None = None) -> dict[str, Any]:
-    """Make the corpora of `source` in opt.out and return the content of manifest.json.
+    """Build the corpora of `source` in opt.out and return the content of manifest.json.
 
-    splitter: how a document is cut into splits, if not by shares. BadInput for a folder that holds something else,
-    input that cannot be read, a split that stays empty, a disk that is full.
+    splitter: how a document is cut into splits, if not by shares. BadInput for a folder with other content, input that cannot
+    be read, an empty split, or a full disk.
     """
     if opt.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(opt.workers)  # read by the tokenizer's thread pool when it first starts
@@ -186,7 +195,7 @@ def build(opt: Options, source: Source, splitter: Splitter | None = None) -> dic
         return _build(opt, source, splitter)
     except OSError as error:
         where = error.filename or opt.out
-        raise BadInput(f"{where}: {error.strerror or error}; mend that, and the same command continues") from None
+        raise BadInput(f"{where}: {error.strerror or error}; correct that, and the same command continues") from None
 
 
 def _build(opt: Options, source: Source, splitter: Splitter | None) -> dict[str, Any]:
@@ -202,7 +211,7 @@ def _build(opt: Options, source: Source, splitter: Splitter | None) -> dict[str,
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"{opt.out}: another process builds there; wait for it, or choose another OUT") from None
+            raise BadInput(f"{opt.out}: another process is building there; wait for it, or choose another OUT") from None
         state = _state(opt, partial, request)
         splitter = splitter or _splitter(opt, source)
         tokenizer = named or _own_tokenizer(opt, partial, source, splitter)
@@ -216,7 +225,7 @@ def _build(opt: Options, source: Source, splitter: Splitter | None) -> dict[str,
 
 
 def _request(opt: Options, source: Source, named: tokenizers.Tokenizer | None) -> dict[str, Any]:
-    """All that decides the content, as JSON gives it back. Two builds with equal requests give equal files."""
+    """Everything that affects the content, after a round trip through JSON. Equal requests give equal files."""
     family = FAMILIES[opt.tokenizer_type]
     request = {
         "corpus": opt.corpus,
@@ -227,23 +236,23 @@ def _request(opt: Options, source: Source, named: tokenizers.Tokenizer | None) -
         "seed": opt.seed,
         "append_eod": opt.append_eod,
         "max_mb": opt.max_mb,
-    } | {name: True for name in ("sentences", "pairs") if getattr(opt, name)}  # no key else: manifests of before stay equal
+    } | {name: True for name in ("sentences", "pairs") if getattr(opt, name)}  # absent if false, as in earlier manifests
     return json.loads(json.dumps(request))
 
 
 def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of OUT if it holds this very corpus, None if it is free to use; BadInput if it holds another."""
+    """The manifest of OUT if it is this corpus, None if OUT is free to use. BadInput if it is another corpus."""
     path = opt.out / "manifest.json"
     if opt.force or not opt.out.exists():
         return None
     if not opt.out.is_dir():
-        raise BadInput(f"{opt.out}: is a file; choose another OUT")
+        raise BadInput(f"{opt.out}: is a file, not a folder; choose another OUT")
     if not path.is_file():
         if any(entry.name != ".partial" for entry in opt.out.iterdir()) and not (opt.out / ".partial").exists():
-            raise BadInput(f"{opt.out}: is not empty and holds no corpus; choose another OUT, or give --force")
+            raise BadInput(f"{opt.out}: is not empty and contains no corpus; choose another OUT, or give --force")
         return None
     manifest = _read(path, _is_manifest, "not a manifest of a corpus; choose another OUT, or give --force")
-    _same(manifest["request"], request, f"{opt.out}: holds another corpus", "--force replaces it")
+    _require_same(manifest["request"], request, f"{opt.out}: contains another corpus", "--force replaces it")
     for split in manifest["splits"]:
         try:
             corpus = IndexedDataset(opt.out / split)
@@ -251,19 +260,19 @@ def _finished(opt: Options, request: dict[str, Any]) -> dict[str, Any] | None:
             if corpus.tokenizer_problems():
                 raise BadInput(corpus.tokenizer_problems())
         except BadInput as error:
-            raise BadInput([f"{line}; here: the same command with --force" for line in error.problems]) from None
+            raise BadInput([f"{line}; here, repeat the same command with --force" for line in error.problems]) from None
     return manifest
 
 
-def _read(path: Path, fits: Callable[[dict[str, Any]], bool], otherwise: str) -> dict[str, Any]:
-    """The object in a JSON file of the builder. BadInput, which ends in `otherwise`, where it is none, or does not fit."""
+def _read(path: Path, valid: Callable[[dict[str, Any]], bool], message: str) -> dict[str, Any]:
+    """The object in a JSON file of the builder. BadInput, which ends in `message`, if it is not a valid one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and fits(values):
+        if isinstance(values, dict) and valid(values):
             return values
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         pass
-    raise BadInput(f"{path}: {otherwise}") from None
+    raise BadInput(f"{path}: {message}") from None
 
 
 def _are_counts(*values: Any) -> bool:
@@ -292,11 +301,12 @@ def _is_state(values: dict[str, Any]) -> bool:
     )
 
 
-def _same(held: dict[str, Any], request: dict[str, Any], what: str, remedy: str) -> None:
-    differ = [key for key in held | request if held.get(key) != request.get(key)]
-    if differ:
-        told = "; ".join(f"{key} was {_short(held.get(key))}, is {_short(request.get(key))}" for key in differ)
-        raise BadInput(f"{what} ({told}); choose another OUT, or {remedy}")
+def _require_same(before: dict[str, Any], request: dict[str, Any], what: str, remedy: str) -> None:
+    """BadInput, which lists the differences, unless an earlier request is equal to this one."""
+    keys = [key for key in before | request if before.get(key) != request.get(key)]
+    if keys:
+        differences = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(request.get(key))}" for key in keys)
+        raise BadInput(f"{what} ({differences}); choose another OUT, or {remedy}")
 
 
 def _short(value: Any) -> str:
@@ -305,12 +315,12 @@ def _short(value: Any) -> str:
 
 
 def _state(opt: Options, partial: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """How far an earlier try of this command came, or the state of a beginning."""
+    """The state of an interrupted run of this command, or that of a new one."""
     path = partial / "progress.json"
     state = None
     if path.is_file():
         try:
-            state = _read(path, _is_state, "not the state of an interrupted build; choose another OUT, or --force drops it")
+            state = _read(path, _is_state, "not the state of an interrupted build; choose another OUT, or --force discards it")
         except BadInput:
             if not opt.force:
                 raise
@@ -319,7 +329,9 @@ def _state(opt: Options, partial: Path, request: dict[str, Any]) -> dict[str, An
             _say(f"{opt.out}: continues at {state['bytes'] / 1e6:,.1f} MB")
             return state
         if state["bytes"] and not opt.force:
-            _same(state["request"], request, f"{opt.out}: an interrupted build of another corpus", "--force drops it")
+            _require_same(
+                state["request"], request, f"{opt.out}: an interrupted build of another corpus", "--force discards it"
+            )
     for entry in partial.iterdir():
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -330,7 +342,7 @@ def _state(opt: Options, partial: Path, request: dict[str, Any]) -> dict[str, An
 
 
 def _own_tokenizer(opt: Options, partial: Path, source: Source, splitter: Splitter) -> tokenizers.Tokenizer:
-    """Train the tokenizer on the text itself: characters on everything, else on train only. Kept for a continuation."""
+    """Train the tokenizer on the text: characters on all splits, others on train only. Saved in case of an interruption."""
     folder = partial / "tokenizer"
     if (folder / "tokenizer_config.json").is_file():
         return tokenizers.load(folder)
@@ -365,7 +377,7 @@ def _for_training(opt: Options, source: Source, splitter: Splitter) -> Iterator[
 
 
 def _texts(opt: Options, source: Source, splitter: Splitter) -> Iterator[tuple[str, int, str]]:
-    """(split, bytes, text) of everything, errors as in the build but not counted."""
+    """(split, bytes, text) of every document; errors are handled as in the build but not counted."""
     errors = Errors(opt.on_error)
     for part, split in enumerate(source.parts):
         for document, raw in _taken(opt, source, part, [], 0, errors):
@@ -376,7 +388,7 @@ def _texts(opt: Options, source: Source, splitter: Splitter) -> Iterator[tuple[s
 def _taken(
     opt: Options, source: Source, part: int, cursor: list[int], used: int, errors: Errors
 ) -> Iterator[tuple[Document, bytes]]:
-    """Documents of a part with something in them, and their UTF-8, up to --max-mb. used: bytes taken before."""
+    """Documents of a part that are not blank, and their UTF-8, up to --max-mb. used: bytes taken before."""
     for document in source.documents(part, cursor, errors):
         try:
             raw = document.text.encode()
@@ -407,22 +419,22 @@ def _splitter(opt: Options, source: Source) -> Splitter:
 
 
 def by_hash(shares: dict[str, float], seed: int) -> Splitter:
-    """Whole documents; the split is a pure function of (seed, text)."""
+    """Moves whole documents; the split is a pure function of (seed, text)."""
     key = seed.to_bytes(16, "little", signed=True)
 
     def split(text: str, raw: bytes) -> Cut:
-        place = int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "little") / 2**64
+        position = int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "little") / 2**64  # in [0, 1)
         for name, share in shares.items():
-            if place < share:
+            if position < share:
                 return [(name, text)]
-            place -= share
+            position -= share
         return [("train", text)]
 
     return split
 
 
 def by_tail(shares: dict[str, float]) -> Splitter:
-    """Each document cut at ends of lines: train first, then valid, then test, by characters."""
+    """Cuts each document at line ends, by characters: train first, then valid, then test."""
 
     def split(text: str, raw: bytes) -> Cut:
         bounds, rest = [len(text)], 1.0
@@ -441,7 +453,7 @@ def by_tail(shares: dict[str, float]) -> Splitter:
 
 def _encode_batch(
     tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sequences: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+) -> EncodedBatch:
     """Pieces of documents -> the arguments of IndexedDatasetWriter.append.
 
     last[k]: piece k ends its document. sequences: each piece is a sequence.
@@ -457,17 +469,17 @@ def _encode_batch(
 
 
 class _Pipeline:
-    """Reads ahead while batches are encoded, and writes them in the order they came in."""
+    """Reads ahead while batches are encoded, and writes them in the order of their arrival."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, writers: dict[str, IndexedDatasetWriter], append_eod: bool,
         cut: Callable[[str], list[str]] | None = None,
     ):  # fmt: skip
-        """cut: a document into its sequences; None: it is one."""
+        """cut: splits a document into its sequences; None: a document is one sequence."""
         self.tokenizer, self.writers, self.cut = tokenizer, writers, cut
         self.eod_id = tokenizer.eod_id if append_eod else None
         self.pool = ThreadPoolExecutor(2)
-        self.running: deque[tuple[str, Future]] = deque()
+        self.running: deque[tuple[str, Future[EncodedBatch]]] = deque()
         self.waiting: dict[str, tuple[list[str], list[bool]]] = {split: ([], []) for split in writers}
         self.chars = dict.fromkeys(writers, 0)
 
@@ -479,24 +491,24 @@ class _Pipeline:
             last.append(False)
             self.chars[split] += len(piece)
             if self.chars[split] >= BATCH_CHARS and len(pieces) > 1:
-                self._submit(split, keep=1)  # the newest piece stays: whether it is the last is not known yet
+                self._submit(split, keep=1)  # the newest piece stays, because it may not be the last of its document
                 pieces, last = self.waiting[split]
-        if last:  # else blanks alone, in a batch that has nothing yet: no sentence
+        if last:  # empty if the document has no sentence and the batch has no piece yet
             last[-1] = True
 
     def _submit(self, split: str, keep: int = 0) -> None:
         pieces, last = self.waiting[split]
-        cut = len(pieces) - keep
-        self.waiting[split] = (pieces[cut:], last[cut:])
-        self.chars[split] = sum(map(len, pieces[cut:]))
-        job = self.pool.submit(_encode_batch, self.tokenizer, pieces[:cut], last[:cut], self.eod_id, self.cut is not None)
-        self.running.append((split, job))
+        end = len(pieces) - keep
+        self.waiting[split] = (pieces[end:], last[end:])
+        self.chars[split] = sum(map(len, pieces[end:]))
+        future = self.pool.submit(_encode_batch, self.tokenizer, pieces[:end], last[:end], self.eod_id, self.cut is not None)
+        self.running.append((split, future))
         while len(self.running) > BATCHES_AHEAD:
             self._write_oldest()
 
     def _write_oldest(self) -> None:
-        split, job = self.running.popleft()
-        self.writers[split].append(*job.result())
+        split, future = self.running.popleft()
+        self.writers[split].append(*future.result())
 
     def flush(self) -> None:
         """Encode and write everything that was added."""
@@ -511,7 +523,7 @@ class _Pipeline:
 
 
 def _cut(opt: Options) -> Callable[[str], list[str]] | None:
-    """How a document becomes several sequences; None: it is one."""
+    """How a document becomes several sequences; None: it is one sequence."""
     if opt.pairs:
         return lambda text: text.split(BETWEEN)
     return sentences.split if opt.sentences else None
@@ -525,7 +537,7 @@ def _encode(
     tokenizer: tokenizers.Tokenizer,
     state: dict[str, Any],
 ) -> None:
-    """Bring the state from where it is to `encoded`, saving it on the way."""
+    """Encode the rest of the source, and save the state on the way."""
     dtype = tokenizers.token_dtype(tokenizer.size)
     names = ["train", *opt.shares] if None in source.parts else [part for part in source.parts if part]
     writers = {name: IndexedDatasetWriter(partial / name, dtype, state["writers"].get(name)) for name in names}
@@ -569,7 +581,7 @@ def _encode(
 
 
 def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.Tokenizer, state: dict[str, Any]) -> None:
-    """Everything of OUT in .partial, whole: corpora, their manifests, the tokenizer, manifest.json."""
+    """Complete .partial: the corpora, their manifests, the tokenizer and manifest.json."""
     empty = [name for name, counts in state["writers"].items() if not counts["documents"]]
     if empty:
         documents = sum(counts["documents"] for counts in state["writers"].values())
@@ -582,7 +594,7 @@ def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.T
         )
     tokenizer.save(partial / "tokenizer")
     names = source.names()
-    facts = {
+    metadata = {
         "eod_id": tokenizer.eod_id if opt.append_eod else None,
         "tokenizer": "tokenizer",
         "tokenizer_hash": tokenizer.hash,
@@ -594,10 +606,10 @@ def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.T
     }
     splits = {}
     for name, counts in state["writers"].items():
-        if not (partial / f"{name}.idx").exists():  # else interrupted behind it
+        if not (partial / f"{name}.idx").exists():  # else interrupted after this
             IndexedDatasetWriter(partial / name, tokenizers.token_dtype(tokenizer.size), counts).finish()
-        told = {"sentences": counts["sequences"]} if _cut(opt) else {}
-        splits[name] = write_manifest(partial / name, facts | told)
+        sequences = {"sentences": counts["sequences"]} if _cut(opt) else {}
+        splits[name] = write_manifest(partial / name, metadata | sequences)
     counted = ["tokens", "documents", *(["sentences"] if _cut(opt) else [])]
     manifest = (
         {
@@ -606,24 +618,24 @@ def _finish(opt: Options, partial: Path, source: Source, tokenizer: tokenizers.T
             "bytes_of_text": state["bytes"],
             "splits": {name: {key: m[key] for key in (*counted, "sha256")} for name, m in splits.items()},
         }
-        | facts
+        | metadata
         | {"source_names": names, "request": state["request"]}
     )
     write_json(partial / "manifest.json", manifest)
 
 
 def _publish(out: Path, partial: Path) -> dict[str, Any]:
-    """Move what .partial holds to OUT, manifest.json last: with it OUT is finished."""
+    """Move the content of .partial to OUT, manifest.json last: then OUT is finished."""
     remedy = f"delete {partial} and repeat the command"
     manifest = _read(partial / "manifest.json", _is_manifest, f"not a manifest of a corpus; {remedy}")
     (out / "manifest.json").unlink(missing_ok=True)
     for split in ("train", "valid", "test"):
         if split not in manifest["splits"]:
-            for suffix in FILES:  # of a corpus that is being replaced
+            for suffix in FILES:  # of the corpus that is replaced
                 (out / (split + suffix)).unlink(missing_ok=True)
     moves = [f"{split}{suffix}" for split in manifest["splits"] for suffix in FILES]
     for name in moves:
-        if (partial / name).exists():  # else moved before an interruption
+        if (partial / name).exists():  # else it was moved before an interruption
             os.replace(partial / name, out / name)
     if (partial / "tokenizer").exists():
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
@@ -633,7 +645,7 @@ def _publish(out: Path, partial: Path) -> dict[str, Any]:
     return manifest
 
 
-# ---- what is shown --------------------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def _say(line: str) -> None:
@@ -642,8 +654,8 @@ def _say(line: str) -> None:
 
 def _report(out: Path, manifest: dict[str, Any], how: str) -> None:
     for name, split in manifest["splits"].items():
-        kept = f"  {split['sentences']:>12,} sentences" if "sentences" in split else ""
-        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {split['documents']:>11,} documents{kept}")
+        sentences = f"  {split['sentences']:>12,} sentences" if "sentences" in split else ""
+        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {split['documents']:>11,} documents{sentences}")
     for kind, count in manifest["skipped"].items():
         _say(f"skipped: {count:,} x {kind}")
     text = f"{manifest['bytes_of_text'] / 1e6:,.1f} MB of text"
@@ -651,24 +663,22 @@ def _report(out: Path, manifest: dict[str, Any], how: str) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, else a line every 10 s. In 10^6 bytes of text read and encoded, and per second."""
+    """A progress bar on a terminal, else one line every 10 s: 10^6 bytes of text encoded, and 10^6 bytes per second."""
 
     def __init__(self, total: int | None, done: int):
         self.total, self.first, self.done = total, done, done
         self.start = self.shown = time.monotonic()
-        self.bar = None
-        if sys.stdout.isatty():
-            self._start_bar()
+        self.bar = self._bar() if sys.stdout.isatty() else None
+        if self.bar:
+            self.task = self.bar.add_task("", total=self.total, completed=self.done)
+            self.bar.start()
 
-    def _start_bar(self) -> None:
+    def _bar(self) -> "Progress | None":
         try:
             from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
         except ImportError:
-            return  # plain lines do
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, transient=True)
-        self.task = self.bar.add_task("", total=self.total, completed=self.done)
-        self.bar.start()
+            return None  # plain lines will do
+        return Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), transient=True)
 
     def update(self, done: int) -> None:
         self.done = done

@@ -1,7 +1,9 @@
-"""C4, English (364,868,892 documents): T5's training text. Its own validation split becomes valid.
+"""C4, English (364,868,892 documents): T5's training text.
 
-Streamed from the hub, or from --source, local folders of the dataset with both splits. --max-mb takes the first MB of
-each split. T5 takes it with its own SentencePiece (--tokenizer t5), GPT with gpt2.
+The dataset's validation split becomes valid. It is streamed from the hub, or
+read from --source, local folders of the dataset with both splits. --max-mb
+takes the first MB of each split. T5 takes its own SentencePiece (--tokenizer
+t5), GPT takes gpt2.
 
     python -m data.c4 corpora/c4 --tokenizer t5 --max-mb 1000
 """

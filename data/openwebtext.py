@@ -1,7 +1,8 @@
-"""OpenWebText (8,013,769 documents, about 9 billion of GPT-2's tokens): the open copy of GPT-2's training text.
+"""OpenWebText (8,013,769 documents): a copy of GPT-2's text.
 
-One document in 2,000 goes to valid, as in nanoGPT, though not the same ones: ours are told by a hash of their text.
-Streamed from the hub, or from --source, local folders of the dataset.
+About 9 billion of GPT-2's tokens. One document in 2,000 goes to valid, as in
+nanoGPT, but not the same documents: here a hash of the text decides. The
+dataset is streamed from the hub, or read from --source, local folders of it.
 
     python -m data.openwebtext corpora/owt
 """

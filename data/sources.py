@@ -1,7 +1,7 @@
-"""Where documents come from: files on disk, a dataset of the Hugging Face hub or a local copy of one.
+"""Sources of documents: files on disk, or a dataset of the Hugging Face hub or a local copy of one.
 
-A source is read front to back and can begin anywhere: each document carries a cursor, and `documents(part, cursor)`
-goes on behind it. That is what makes an interrupted build continue.
+A source is read from front to back. Each document carries a cursor, and `documents(part, cursor)` continues after that
+document, so an interrupted build can continue.
 """
 
 import gzip
@@ -23,34 +23,37 @@ TEXT_SUFFIXES = frozenset(
 )
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PACKED_SUFFIXES = frozenset({".gz", ".zst"})
-TEXT_MB = 256  # 10^6 bytes: a longer document is refused unless --max-document-mb says otherwise; it is held in memory whole
-JSON_MB = 32  # the same of a JSON line, which may take 20 times its size when it is parsed
+TEXT_MB = 256  # 10^6 bytes: longer documents are refused without --max-document-mb, because a document is read into memory
+JSON_MB = 32  # the same for a JSON line, which may need 20 times its size when it is parsed
 
 
 class Document(NamedTuple):
     text: str
     where: str  # for messages: file and line, or dataset and row
-    cursor: list[int]  # where to go on behind this document
+    cursor: list[int]  # where to continue after this document
 
 
 class Errors:
-    """What to do about input that cannot be used: `stop` raises BadInput, `skip` counts it by kind in `counts`."""
+    """Handles input that cannot be used: `stop` raises BadInput, `skip` counts it by kind in `counts`."""
 
     def __init__(self, on_error: str = "stop", counts: dict[str, int] | None = None):
         self.on_error = on_error
         self.counts: Counter[str] = Counter(counts or {})
 
     def bad(self, where: str, kind: str, detail: str = "") -> None:
-        """kind: what is wrong, in a few words that serve as the name of its count too."""
+        """kind: what is wrong, in a few words that are also the name of its count."""
         if self.on_error != "skip":
-            told = f" ({detail})" if detail else ""
-            raise BadInput(f"{where}: {kind}{told}; mend it, or give --on-error skip to leave out and count such input")
+            reason = f" ({detail})" if detail else ""
+            raise BadInput(f"{where}: {kind}{reason}; correct it, or give --on-error skip to leave out and count such input")
         self.counts[kind] += 1
 
 
 class Source(Protocol):
-    """parts: which split each part is for, None where shares decide. whole_files: files that are one document each, or
-    None where documents are smaller than files. total_bytes: of all text, or None where unknown."""
+    """What the builder reads documents from.
+
+    parts: the split of each part; None if shares decide. whole_files: number of files if each is one document, or None if
+    documents are smaller than files. total_bytes: size of all text, None if unknown.
+    """
 
     parts: list[str | None]
     whole_files: int | None
@@ -60,22 +63,22 @@ class Source(Protocol):
         """What the content depends on, without names of folders: equal for copies of one source."""
 
     def names(self) -> list[str]:
-        """For the manifest."""
+        """The names of the files or datasets, for the manifest."""
 
     def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
-        """The documents of a part behind `cursor` ([] is its beginning)."""
+        """The documents of a part after `cursor` ([]: from the beginning)."""
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 class Files:
-    """Text and JSON-lines files, each also packed as .gz or .zst; folders are searched for known suffixes, sorted.
+    """Text and JSON-lines files, also compressed as .gz or .zst; folders are searched for known suffixes, in sorted order.
 
-    split_documents (text): 'none', a file is a document; 'blank-line', documents are separated by blank lines; 'line'.
-    text_key (JSON lines): the field that holds the text; a line is a document.
-    max_document_mb: 10^6 bytes of a document, unpacked, at most. Default: TEXT_MB, of a JSON line JSON_MB. Longer ones are
-    errors; what is read of one is bounded, whatever a packed file expands to.
+    split_documents (text): 'none': a file is a document; 'blank-line': blank lines separate documents; 'line': each line.
+    text_key (JSON lines): the field of the text; a line is a document.
+    max_document_mb: limit on a document, uncompressed, in 10^6 bytes. Default: TEXT_MB, for a JSON line JSON_MB. Longer
+    documents are errors; no more than the limit is read, whatever a compressed file expands to.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Files:
         return [name for name, _ in self.files]
 
     def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
-        """A cursor is [file, lines of it that are done]."""
+        """A cursor is [file, number of its lines that are done]."""
         first, done = cursor or (0, 0)
         for number in range(first, len(self.files)):
             path = self.files[number][1]
@@ -115,13 +118,13 @@ class Files:
             done = 0
 
     def _of_json_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
-        count, most = 0, self.max_document_mb or JSON_MB
-        for count, line in enumerate(_lines(path, most), 1):
+        count, limit = 0, self.max_document_mb or JSON_MB
+        for count, line in enumerate(_lines(path, limit), 1):
             if count <= done or not line or line.isspace():
                 continue
             where = f"{path}:{count}"
-            if len(line) > most * 1e6:
-                _too_long(where, most, errors)
+            if len(line) > limit * 1e6:
+                _too_long(where, limit, errors)
                 continue
             try:
                 text = self._text_of(json.loads(line.decode("utf-8-sig" if count == 1 else "utf-8")))
@@ -137,23 +140,23 @@ class Files:
             errors.bad(str(path), "empty file")
 
     def _text_of(self, record: Any) -> str:
-        """Of a JSON line; NoText where there is none."""
+        """The text of a JSON line. NoText if there is none."""
         return string_under(record, self.text_key, "--text-key")
 
     def _of_lines(self, path: Path, number: int, done: int, errors: Errors) -> Iterator[Document]:
         by_line = self.split_documents == "line"
-        held: list[str] = []  # lines of the document being read
-        count, most = 0, self.max_document_mb or TEXT_MB
-        size = 0  # of the document, in bytes; beyond `most` its lines are dropped
-        for count, raw in enumerate(_lines(path, most), 1):
+        lines: list[str] = []  # of the document that is being read
+        count, limit = 0, self.max_document_mb or TEXT_MB
+        size = 0  # of the document, in bytes; beyond `limit` its lines are dropped
+        for count, raw in enumerate(_lines(path, limit), 1):
             if count <= done:
                 continue
             blank = raw.isspace()
             before, size = size, size + (0 if blank else len(raw))
-            if size > most * 1e6:
-                if before <= most * 1e6:
-                    _too_long(f"{path}:{count}", most, errors)
-                held, size = [], 0 if by_line or blank else size
+            if size > limit * 1e6:
+                if before <= limit * 1e6:
+                    _too_long(f"{path}:{count}", limit, errors)
+                lines, size = [], 0 if by_line or blank else size
                 continue
             try:
                 line = raw.decode("utf-8-sig" if count == 1 else "utf-8")
@@ -161,35 +164,36 @@ class Files:
                 errors.bad(f"{path}:{count}", "not UTF-8", f"byte {error.start} of the line")
                 continue
             if line.strip():
-                held.append(line)
-            if held and (by_line or not line.strip()):
-                yield Document("".join(held), f"{path}:{count}", [number, count])
-                held, size = [], 0
-        if held:
-            yield Document("".join(held), f"{path}:{count}", [number, count])
+                lines.append(line)
+            if lines and (by_line or not line.strip()):
+                yield Document("".join(lines), f"{path}:{count}", [number, count])
+                lines, size = [], 0
+        if lines:
+            yield Document("".join(lines), f"{path}:{count}", [number, count])
         if not count:
             errors.bad(str(path), "empty file")
 
 
-BETWEEN = "\x1e"  # ASCII's record separator: between the input and the target of a pair, in neither of which it may stand
+BETWEEN = "\x1e"  # ASCII's record separator: separates input and target of a pair, neither of which may contain it
 
 
 class NoText(Exception):
-    """What a JSON line lacks; kind: the name of its count."""
+    """A JSON line without a usable text. kind: the name of its count."""
 
-    def __init__(self, told: str, kind: str = "no such text field"):
-        super().__init__(told)
+    def __init__(self, message: str, kind: str = "no such text field"):
+        super().__init__(message)
         self.kind = kind
 
 
 def string_under(record: Any, key: str, option: str) -> str:
+    """The string under a key of a JSON line. NoText, which names the command line's option, if there is none."""
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         raise NoText(f"{option} {key}: no string under this key")
     return record[key]
 
 
 class Pairs(Files):
-    """JSON lines with an input and a target each; `prefix` goes before every input ("translate English to German: ")."""
+    """JSON lines with an input and a target each; `prefix` is put before every input ("translate English to German: ")."""
 
     def __init__(
         self,
@@ -214,25 +218,27 @@ class Pairs(Files):
             if not text.strip():
                 raise NoText(f"{key} is blank", "empty text")
             if BETWEEN in text:
-                raise NoText(f"{key} holds U+001E, which separates input and target in the corpus", "U+001E in a text")
+                raise NoText(f"{key} contains U+001E, which separates input and target in the corpus", "U+001E in a text")
         return f"{self.prefix}{texts[0]}{BETWEEN}{texts[1]}"
 
 
 def find_files(source: Path) -> list[tuple[str, Path]]:
-    """(name relative to the source, path) of a file, or of the files of a folder that can be read."""
+    """(name relative to the source, path) of a file, or of the files of a folder that have a known suffix."""
     if os.path.isfile(source):
         return [(source.name, source)]
-    if not os.path.isdir(source):  # also False for a name that is too long
+    if not os.path.isdir(source):  # False for a name that is too long, too
         raise BadInput(f"--source {source}: no such file or folder")
-    found = sorted(
+    files = sorted(
         (path.relative_to(source).as_posix(), path)
         for path in source.rglob("*")
         if path.is_file() and _inner_suffix(path) in TEXT_SUFFIXES | JSON_SUFFIXES
     )
-    if not found:
+    if not files:
         known = " ".join(sorted(TEXT_SUFFIXES | JSON_SUFFIXES))
-        raise BadInput(f"--source {source}: no file of a kind we take ({known}, each also .gz .zst); name the files")
-    return found
+        raise BadInput(
+            f"--source {source}: no file with a known suffix ({known}, each also with .gz or .zst); give the files by name"
+        )
+    return files
 
 
 def _inner_suffix(path: Path) -> str:
@@ -244,7 +250,7 @@ def _is_json(path: Path) -> bool:
 
 
 def hash_of_files(files: Sequence[tuple[str, Path]]) -> str:
-    """sha256 (hex) over names, sizes and sampled content: equal for copies, wherever they lie."""
+    """sha256 (hex) of names, sizes and sampled content: equal for copies, wherever they are."""
     parts = [[name, fingerprint(path)] for name, path in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -257,11 +263,11 @@ def _unpacked(path: Path) -> Any:
     return open(path, "rb")
 
 
-PACKED_AT_ONCE = 2**10  # bytes of a .zst: unpacked they are 32 MiB at most (a block of 4 bytes may stand for 128 KiB)
+PACKED_AT_ONCE = 2**10  # bytes of a .zst per read: at most 32 MiB uncompressed (a block of 4 bytes may expand to 128 KiB)
 
 
 class _Zst(io.RawIOBase):
-    """A .zst file unpacked. The library's reader takes a file cut short for a whole one; this raises EOFError."""
+    """Decompresses a .zst file. The library's reader accepts a truncated file; this one raises EOFError."""
 
     def __init__(self, path: Path):
         import zstandard
@@ -270,7 +276,7 @@ class _Zst(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None  # None between frames
         self._packed = b""
-        self._ready = memoryview(b"")  # unpacked and not read yet: taken from the front without a copy
+        self._ready = memoryview(b"")  # decompressed but not read yet; taken from the front without a copy
 
     def readable(self) -> bool:
         return True
@@ -298,7 +304,7 @@ class _Zst(io.RawIOBase):
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged packed file raises."""
+    """The exceptions that reading a damaged compressed file raises."""
     import zlib
 
     try:
@@ -308,13 +314,13 @@ def _damage() -> tuple[type[Exception], ...]:
     return (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
-def _too_long(where: str, most: float, errors: Errors) -> None:
-    errors.bad(where, f"a document of over {most:g} MB", "--max-document-mb N allows more; --split-documents, smaller ones")
+def _too_long(where: str, limit: float, errors: Errors) -> None:
+    errors.bad(where, f"a document of over {limit:g} MB", "--max-document-mb N raises the limit; --split-documents cuts files")
 
 
-def _lines(path: Path, most: float) -> Iterator[bytes]:
-    """Lines of a file, of one over `most` x 10^6 bytes one byte more than so many: its rest is read and dropped."""
-    limit = int(most * 1e6) + 1
+def _lines(path: Path, max_mb: float) -> Iterator[bytes]:
+    """The lines of a file. A line of over `max_mb` x 10^6 bytes is cut to one byte more than that; its rest is dropped."""
+    limit = int(max_mb * 1e6) + 1
     try:
         with _unpacked(path) as file:
             while line := file.readline(limit):
@@ -323,21 +329,21 @@ def _lines(path: Path, most: float) -> Iterator[bytes]:
                 while rest and not rest.endswith(b"\n"):
                     rest = file.readline(2**20)
     except _damage() as error:
-        raise BadInput(f"{path}: cannot be unpacked: {error}; get the file again") from None
+        raise BadInput(f"{path}: cannot be decompressed: {error}; get the file again") from None
 
 
 def read_text(path: Path, errors: Errors, max_mb: float | None = None) -> str | None:
-    """A file as text, exactly as stored but for a byte order mark; None for one that `errors` skipped, such as one over
-    max_mb (default: TEXT_MB), of which no more is read."""
-    most, raw = max_mb or TEXT_MB, bytearray()
+    """The text of a file exactly as stored, without a byte order mark; None for a file that `errors` skips, for example one of
+    over max_mb (default: TEXT_MB), of which no more is read."""
+    limit, raw = max_mb or TEXT_MB, bytearray()
     try:
         with _unpacked(path) as file:
-            while len(raw) <= most * 1e6 and (chunk := file.read(2**20)):
+            while len(raw) <= limit * 1e6 and (chunk := file.read(2**20)):
                 raw += chunk
     except _damage() as error:
-        raise BadInput(f"{path}: cannot be unpacked: {error}; get the file again") from None
-    if len(raw) > most * 1e6:
-        _too_long(str(path), most, errors)
+        raise BadInput(f"{path}: cannot be decompressed: {error}; get the file again") from None
+    if len(raw) > limit * 1e6:
+        _too_long(str(path), limit, errors)
         return None
     if not raw or raw.isspace():
         errors.bad(str(path), "empty file")
@@ -353,15 +359,16 @@ def read_text(path: Path, errors: Errors, max_mb: float | None = None) -> str | 
 
 
 class Hub:
-    """A dataset by the library `datasets`: a name on the hub, streamed, or local folders of the same schema.
+    """A dataset that the library `datasets` reads: a name on the hub, streamed, or local folders of the same schema.
 
-    names: one name or folder, or several folders, one after the other. splits: for each part (our split or None, theirs):
-    [(None, 'train')] shares one split of theirs by our shares, [('valid', 'validation'), ('train', 'train')] takes theirs.
-    text_key: the column of the text, or names of which it has one. max_document_mb: as Files has it, in 10^6 characters.
+    names: one name or folder, or several folders, one after the other. splits: per part (split of the corpus or None, split of
+    the dataset): [(None, 'train')] divides the dataset's train by shares, [('valid', 'validation'), ('train', 'train')] takes
+    the dataset's splits. text_key: the column of the text, or several names of which the dataset has one. max_document_mb: as
+    in Files, in 10^6 characters.
     """
 
-    whole_files = None
-    total_bytes = None
+    whole_files: int | None = None
+    total_bytes: int | None = None
 
     def __init__(
         self,
@@ -375,12 +382,12 @@ class Hub:
         self.config, self.splits, self.text_key = config, list(splits), text_key
         self.max_document_mb = max_document_mb or TEXT_MB
         # a part is one split of one folder
-        self.of_part = [(name, theirs) for _, theirs in self.splits for name in self.folders]
-        self.parts = [ours for ours, _ in self.splits for _ in self.folders]
+        self.of_part = [(name, hub_split) for _, hub_split in self.splits for name in self.folders]
+        self.parts = [split for split, _ in self.splits for _ in self.folders]
 
     def identity(self) -> Any:
-        found = [self._identity(name) for name in self.folders]
-        return found[0] if len(found) == 1 else found
+        identities = [self._identity(name) for name in self.folders]
+        return identities[0] if len(identities) == 1 else identities
 
     def _identity(self, name: str) -> Any:
         if os.path.isdir(name):
@@ -389,10 +396,10 @@ class Hub:
         return [name, self.config, self.splits, self.text_key]
 
     def names(self) -> list[str]:
-        return [f"{name} {self.config or ''} {theirs}".replace("  ", " ") for name, theirs in self.of_part]
+        return [f"{name} {self.config or ''} {split}".replace("  ", " ") for name, split in self.of_part]
 
     def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
-        """A cursor is [rows done]."""
+        """A cursor is [number of rows done]."""
         done = cursor[0] if cursor else 0
         name, split = self.of_part[part]
         rows = self._open(name, split)
@@ -412,7 +419,7 @@ class Hub:
 
     def _key_in(self, name: str, batch: dict[str, Any]) -> str:
         if isinstance(self.text_key, str) and self.text_key not in batch:
-            raise BadInput(f"{name}: has no column {self.text_key!r}; --text-key takes {' or '.join(batch)}")
+            raise BadInput(f"{name}: has no column {self.text_key!r}; --text-key may be {' or '.join(batch)}")
         keys = [self.text_key] if isinstance(self.text_key, str) else [key for key in self.text_key if key in batch]
         if not keys:
             raise BadInput(f"{name}: has no column {' or '.join(self.text_key)}; it has {', '.join(batch)}")
@@ -423,7 +430,7 @@ class Hub:
         from huggingface_hub.utils import logging
 
         datasets.disable_progress_bars()
-        logging.set_verbosity_error()  # its retries; what fails in the end is told below
+        logging.set_verbosity_error()  # hides its retries; a final failure is reported below
         try:
             if os.path.isdir(name) and any((Path(name) / f).is_file() for f in ("dataset_dict.json", "state.json")):
                 saved = datasets.load_from_disk(name)
@@ -431,7 +438,7 @@ class Hub:
             return datasets.load_dataset(name, self.config, split=split, streaming=True)
         except KeyError:
             raise BadInput(f"{name}: has no split {split!r}; it has {', '.join(saved)}") from None
-        except Exception as error:  # no network, no such name or split or config: each has its own class there
+        except Exception as error:  # no network, no such name, split or config: each raises another class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadInput(
                 f"dataset {name} ({self.config or 'default'}, {split}) cannot be opened: {reason}; check the "

@@ -1,7 +1,9 @@
-"""Tiny Shakespeare (1.1 MB): one text, its first 90% of characters train, the rest valid, no end of document.
+"""Tiny Shakespeare (1.1 MB, public domain), as in nanoGPT.
 
-As nanoGPT prepares it: with characters (65 ids) 1,003,854 and 111,540 tokens, with --tokenizer gpt2 301,966 and 36,059.
-Public domain; downloaded, or taken from --source (the file input.txt, or the folder it is in).
+One text: the first 90% of its characters are train, the rest is valid, and
+there is no end of document. With characters (65 ids) that is 1,003,854 and
+111,540 tokens, with --tokenizer gpt2 301,966 and 36,059. It is downloaded, or
+read from --source (the file input.txt or its folder).
 
     python -m data.tinyshakespeare corpora/shakespeare_char
 """
@@ -21,24 +23,24 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def cut(text: str, raw: bytes) -> build.Cut:
-    """nanoGPT's: by characters, not at a line."""
+    """nanoGPT's split: by characters, not at a line end."""
     bound = int(len(text) * 0.9)
     return [("train", text[:bound]), ("valid", text[bound:])]
 
 
 def find(source: Sequence[str] | None, download_to: Path) -> list[Path]:
-    """The text: what --source names, or the input.txt in there, or downloaded once beside OUT."""
+    """The text: a file of --source, or input.txt in a folder of --source, or a download that is stored beside OUT."""
     if source is not None:
-        inside = [(Path(given), Path(given) / "input.txt") for given in source]
-        return [text if os.path.isfile(text) else given for given, text in inside]
+        paths = [(Path(path), Path(path) / "input.txt") for path in source]
+        return [text if os.path.isfile(text) else path for path, text in paths]
     if not download_to.is_file():
         try:
-            with urllib.request.urlopen(URL, timeout=30) as answer:
-                content = answer.read()
+            with urllib.request.urlopen(URL, timeout=30) as response:
+                content = response.read()
         except OSError as error:
-            raise BadInput(f"{URL} cannot be fetched ({error}); give the file by --source FILE") from None
+            raise BadInput(f"{URL} cannot be fetched ({error}); give the file with --source FILE") from None
         if hashlib.sha256(content).hexdigest() != SHA256:
-            raise BadInput(f"{URL}: what came is not the known text ({len(content):,} bytes); give --source FILE")
+            raise BadInput(f"{URL}: the download ({len(content):,} bytes) is not the known text; give --source FILE")
         download_to.parent.mkdir(parents=True, exist_ok=True)
         download_to.write_bytes(content)
     return [download_to]

@@ -1,13 +1,17 @@
-"""Compare corpora on disk, whole, with the checksums that their builder wrote: every byte of .bin and .idx is read.
+"""Verify every byte of corpora on disk against their checksums.
 
-PREFIX is as in a config (corpora/NAME/train), or a folder, of which every corpus is taken. Checked are the index, the
-checksum of each block (PREFIX.crc32), the sha256 of both files and the largest id (PREFIX.json), and the tokenizer's folder. A
-corpus by Megatron's own tool has no checksums: its index and the ids alone are checked.
+PREFIX is as in a config (corpora/NAME/train), or a folder, which stands for
+every corpus in it. Checked are the index, the checksum of each block
+(PREFIX.crc32), the sha256 of both files, the largest id (PREFIX.json) and the
+tokenizer's folder. A corpus of Megatron's own tool has no checksums, so only
+its index and ids are checked. Training verifies each block when it first reads
+the block.
 
     python -m data.verify corpora/books
     python -m data.verify corpora/books/train corpora/books/valid
 
-Exit code: 0 whole, 2 damaged; what is damaged stands on stderr, a line each. Training verifies a block when it first reads it.
+Exit code 0: all corpora are intact. 2: some are damaged; stderr has one line
+per damage.
 """
 
 import argparse
@@ -23,23 +27,23 @@ from common.data.indexed_dataset import IndexedDataset, largest_id
 from common.data.manifest import BLOCK
 from common.errors import BadInput, exit_cleanly
 
-AT_ONCE = 64 * BLOCK  # bytes
-SHOWN = 5  # damaged blocks of a file that are named
+AT_ONCE = 64 * BLOCK  # bytes per read
+SHOWN = 5  # damaged blocks that are named per file
 EVERY = 10.0  # seconds between two lines of progress
 
 
-def corpora_in(given: str) -> list[str]:
+def corpora_in(path: str) -> list[str]:
     """The prefixes of a folder's corpora, or the prefix itself."""
-    if not os.path.isdir(given):
-        return [given]
-    found = sorted({str(path.with_suffix("")) for suffix in (".idx", ".bin") for path in Path(given).glob(f"*{suffix}")})
-    if not found:
-        raise BadInput(f"{given}: no corpus in this folder (no .bin, .idx)")
-    return found
+    if not os.path.isdir(path):
+        return [path]
+    prefixes = sorted({str(file.with_suffix("")) for suffix in (".idx", ".bin") for file in Path(path).glob(f"*{suffix}")})
+    if not prefixes:
+        raise BadInput(f"{path}: no corpus in this folder (no .bin, .idx)")
+    return prefixes
 
 
 def problems_of(corpus: IndexedDataset) -> list[str]:
-    """What differs from the manifest of a corpus that could be opened."""
+    """What is damaged in a corpus that could be opened."""
     problems = [problem for suffix in ("bin", "idx") for problem in _file_problems(corpus, suffix)]
     if not problems:
         largest = largest_id(corpus)
@@ -55,10 +59,11 @@ def _file_problems(corpus: IndexedDataset, suffix: str) -> list[str]:
     with open(path, "rb") as file:
         while chunk := file.read(AT_ONCE):
             digest.update(chunk)
-            for begin in range(0, len(chunk), BLOCK) if expected is not None else ():
-                block = (done + begin) // BLOCK
-                if zlib.crc32(memoryview(chunk)[begin : begin + BLOCK]) != expected[block]:
-                    damaged.append(block)
+            if expected is not None:
+                for begin in range(0, len(chunk), BLOCK):
+                    block = (done + begin) // BLOCK
+                    if zlib.crc32(memoryview(chunk)[begin : begin + BLOCK]) != expected[block]:
+                        damaged.append(block)
             done += len(chunk)
             if time.monotonic() - shown > EVERY:
                 shown = time.monotonic()
@@ -74,8 +79,8 @@ def _file_problems(corpus: IndexedDataset, suffix: str) -> list[str]:
 
 def _checked_by(corpus: IndexedDataset) -> str:
     if not corpus.manifest:
-        return "index and ids sound; no manifest, so nothing to compare the contents with"
-    return "whole: sha256" + (", checksums of blocks" if corpus.checksums("bin") is not None else "")
+        return "index and ids valid; no manifest, so no checksums to compare with"
+    return "intact: sha256" + (", checksums of blocks" if corpus.checksums("bin") is not None else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,18 +88,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.verify", description=title, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="of a corpus, or a folder of corpora")
+    parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="prefix of a corpus, or a folder of corpora")
     problems: list[str] = []
-    for prefix in [prefix for given in parser.parse_args(argv).prefixes for prefix in corpora_in(given)]:
+    for prefix in [prefix for path in parser.parse_args(argv).prefixes for prefix in corpora_in(path)]:
         try:
             corpus = IndexedDataset(prefix)
-            found = problems_of(corpus)
+            new = problems_of(corpus)
         except BadInput as error:
-            found = error.problems
+            new = error.problems
         except OSError as error:
-            found = [f"{error.filename or prefix}: cannot be read ({error.strerror})"]
-        problems += found
-        if not found:
+            new = [f"{error.filename or prefix}: cannot be read ({error.strerror})"]
+        problems += new
+        if not new:
             print(f"{prefix}  {corpus.tokens:,} tokens  {_checked_by(corpus)}", flush=True)
     sys.stdout.flush()
     if problems:

@@ -1,12 +1,15 @@
-"""Wikipedia and books: BERT's training text as it can still be had, cut into sentences, WordPiece.
+"""Wikipedia and books in sentences: BERT's training text.
 
-Wikipedia of November 2023 (6.4 million articles) and English books of Project Gutenberg, in place of BookCorpus, which
-is no longer distributed: both streamed from the hub. Or --source: text files and folders of them, local folders of these
-data sets (column: text or TEXT). --max-mb takes the first MB of each.
+Wikipedia of November 2023 (6.4 million articles) and English books of Project
+Gutenberg, in place of BookCorpus, which is no longer distributed. Both are
+streamed from the hub, or read from --source: text files and folders of them,
+or local folders of these datasets (column: text or TEXT). --max-mb takes the
+first MB of each.
 
-Of a book what stands between Project Gutenberg's marks is taken; of any text the closing sections (References, See also,
-...) are dropped. A document of fewer than --min-words words, and one that came before, case and blanks aside, is skipped
-and counted; each data set is compared with itself, files with each other.
+Of a book the text between Project Gutenberg's marks is taken. Closing sections
+(References, See also, ...) are dropped. Documents of fewer than --min-words
+words and duplicates (apart from case and blanks) are skipped and counted.
+Duplicates are searched within each dataset, and among all files.
 
     python -m data.wiki_books corpora/wiki_books
     python -m data.wiki_books corpora/books --source books/ --vocab-size 8192
@@ -34,7 +37,7 @@ _CLOSING = re.compile(
 
 
 def clean(text: str) -> str:
-    """A text without Project Gutenberg's head and foot and without the closing sections of an article."""
+    """A text without Project Gutenberg's header and footer and without the closing sections of an article."""
     begin, end = _BEGIN.search(text), _END.search(text)
     text = text[begin.end() if begin else 0 : end.start() if end else None]
     closing = _CLOSING.search(text, max(len(text) // 2, len(text) - CLOSING_CHARS))
@@ -46,14 +49,14 @@ def _key(text: str) -> bytes:
 
 
 class WikiBooks:
-    """Other sources, one part each; their documents cleaned, the short ones and those that came before left out."""
+    """Other sources, one part each, with cleaned documents and without short documents and duplicates."""
 
     def __init__(self, sources: Sequence[Source], min_words: int):
         self.sources, self.min_words = list(sources), min_words
         self.parts: list[str | None] = [None] * len(self.sources)
         self.whole_files = self.sources[0].whole_files if len(self.sources) == 1 else None
-        sizes = [source.total_bytes for source in self.sources]
-        self.total_bytes = None if None in sizes else sum(sizes)
+        sizes = [source.total_bytes for source in self.sources if source.total_bytes is not None]
+        self.total_bytes = sum(sizes) if len(sizes) == len(self.sources) else None
 
     def identity(self) -> Any:
         return [[source.identity() for source in self.sources], self.min_words]
@@ -62,7 +65,7 @@ class WikiBooks:
         return [name for source in self.sources for name in source.names()]
 
     def documents(self, part: int, cursor: list[int], errors: Errors) -> Iterator[Document]:
-        """A cursor is the source's own. What came before it is read again, for what must not come twice."""
+        """A cursor is that of the source. Documents before it are read again, to know which ones are duplicates."""
         source, seen = self.sources[part], set[bytes]()
         if cursor:
             for document in source.documents(0, [], Errors("skip")):
@@ -91,23 +94,24 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def sources(given: Sequence[str] | None, max_document_mb: float | None = None) -> list[Source]:
-    """Wikipedia and books of the hub, or what was given: each data set by itself, all files together."""
+    """Wikipedia and books of the hub, or the sources given: one per dataset, and one for all files."""
     if given is None:
         return [Hub(name, config, [(None, "train")], column, max_document_mb) for name, config, column in (WIKI, BOOKS)]
-    sets = [path for path in given if _is_dataset(Path(path))]
-    files = [path for path in given if path not in sets]
-    found: list[Source] = [Hub(path, None, [(None, "train")], ("text", "TEXT"), max_document_mb) for path in sets]
-    return found + ([Files(files, max_document_mb=max_document_mb)] if files else [])
+    folders = [path for path in given if _is_dataset(Path(path))]
+    files = [path for path in given if path not in folders]
+    datasets: list[Source] = [Hub(path, None, [(None, "train")], ("text", "TEXT"), max_document_mb) for path in folders]
+    return datasets + ([Files(files, max_document_mb=max_document_mb)] if files else [])
 
 
 def main() -> None:
     p = build.parser(__doc__, valid_share=0.005, tokenizer="bert-base-uncased", tokenizer_type="wordpiece", sentences=True)
-    p.add_argument("--source", metavar="PATH", nargs="+", help="text files, folders of them or of data sets instead")
-    told = "skip documents of fewer words (default: %(default)s)"
-    p.add_argument("--min-words", metavar="N", type=int, default=32, help=told)
+    p.add_argument("--source", metavar="PATH", nargs="+", help="text files, folders of them, or folders of datasets instead")
+    p.add_argument(
+        "--min-words", metavar="N", type=int, default=32, help="skip documents of fewer words (default: %(default)s)"
+    )
     args = p.parse_args()
     if args.min_words < 1:
-        raise BadInput(f"--min-words {args.min_words}: at least 1")
+        raise BadInput(f"--min-words {args.min_words}: must be at least 1")
     build.build(build.options(args, "wiki_books"), WikiBooks(sources(args.source, args.max_document_mb), args.min_words))
 
 

@@ -433,8 +433,8 @@ def _of_megatrons_tool(place: Path) -> None:
 
 CORPORA: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [  # name, what is done, overrides, messages
     ("missing", lambda p: None, "data.train=nothing", ["no corpus at "]),
-    ("missing .bin", lambda p: (p / "corpus/train.bin").unlink(), "", ["train.bin is missing beside its other half"]),
-    ("missing .idx", lambda p: (p / "corpus/train.idx").unlink(), "", ["train.idx is missing beside its other half"]),
+    ("missing .bin", lambda p: (p / "corpus/train.bin").unlink(), "", ["train.bin is missing although its other half exists"]),
+    ("missing .idx", lambda p: (p / "corpus/train.idx").unlink(), "", ["train.idx is missing although its other half exists"]),
     ("truncated .bin", _cut("corpus/train.bin"), "", ["train.bin has 7,992 bytes"]),
     ("truncated .idx", _cut("corpus/valid.idx"), "", ["valid.idx: "]),
     ("truncated manifest", _cut("corpus/train.json"), "", ["train.json: not a manifest"]),

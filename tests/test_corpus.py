@@ -395,7 +395,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     assert old.collate([bad * per_block])["tokens"].shape == (1, 257)  # read with what it has
     write_manifest(prefix, {})
     (tmp_path / "a.crc32").unlink()
-    with pytest.raises(BadInput, match=r"a\.crc32: is missing beside .*a\.json"):
+    with pytest.raises(BadInput, match=r"a\.crc32: is missing although .*a\.json names it"):
         IndexedDataset(prefix)
 
 

@@ -179,7 +179,7 @@ def test_packed_files_and_folders_give_the_same_ids(speeches, jsonl, words, tmp_
         damaged = tmp_path / f"damaged.jsonl{packed}"
         for damage in (whole[:3000], whole[:200_000], whole[:-1], whole[:3000] + b"\0" * 3000, b"not packed at all"):
             damaged.write_bytes(damage)
-            with pytest.raises(BadInput, match=rf"damaged\.jsonl\{packed}: cannot be unpacked"):
+            with pytest.raises(BadInput, match=rf"damaged\.jsonl\{packed}: cannot be decompressed"):
                 for _ in sources.Files([damaged]).documents(0, [], sources.Errors("skip")):
                     pass
 
@@ -247,10 +247,10 @@ PAIRS_REFUSED = {
     "no such key": ({}, ["--target-key", "no"], ":1: no such text field (--target-key no: no string under this key)"),
     "an empty target": ({"there": "a", "back": " "}, [], ":201: empty text (back is blank)"),
     "a number": ({"there": 3, "back": "b"}, [], ":201: no such text field"),
-    "the separator": ({"there": "a\x1eb", "back": "b"}, [], ":201: U+001E in a text (there holds U+001E"),
+    "the separator": ({"there": "a\x1eb", "back": "b"}, [], ":201: U+001E in a text (there contains U+001E"),
     "a text file": (None, [], "not JSON lines (.jsonl, .ndjson), which pairs are read from"),
-    "a prefix with the separator": ({}, ["--prefix", "a\x1e"], "--prefix: holds U+001E"),
-    "a prefix that is no text": ({}, ["--prefix", "a\udcff"], "--prefix 'a\\udcff': is not UTF-8"),
+    "a prefix with the separator": ({}, ["--prefix", "a\x1e"], "--prefix: contains U+001E"),
+    "a prefix that is no text": ({}, ["--prefix", "a\udcff"], "--prefix 'a\\udcff': not UTF-8"),
     "a seed beyond 64 bits": ({}, ["--seed", str(2**63)], f"--seed {2**63}: must fit 64 bits"),
     "tails": ({}, ["--split-by", "tail"], "--split-by tail: a pair is not cut"),
 }
@@ -422,7 +422,7 @@ def test_wiki_books(wiki_like, source, tmp_path, monkeypatch):
     assert manifest["skipped"] == {"came before": 2, "shorter than 8 words": 1}
     assert manifest["tokenizer_hash"] == bert.hash and manifest["eod_id"] is None
     make("wiki_books", monkeypatch, tmp_path / "out", *args)  # already there
-    with pytest.raises(BadInput, match="--min-words 0: at least 1"):
+    with pytest.raises(BadInput, match="--min-words 0: must be at least 1"):
         make("wiki_books", monkeypatch, tmp_path / "x", *args[:-3], 0)
     with pytest.raises(BadInput, match="bert-base-uncased is not trained; give --vocab-size"):
         words_ = ("--tokenizer", "bert-base-uncased", "--tokenizer-type", "wordpiece")
@@ -482,7 +482,7 @@ def test_datasets(speeches, words, tmp_path, monkeypatch):
     assert sorted(found[0] + found[1]) == sorted(parts["train"])
     make("openwebtext", monkeypatch, tmp_path / "owt", "--source", files, *args)
     assert texts(tmp_path / "owt" / "valid", tokenizer) == found[1]
-    with pytest.raises(BadInput, match="has no column 'body'; --text-key takes text or url"):
+    with pytest.raises(BadInput, match="has no column 'body'; --text-key may be text or url"):
         make("hub", monkeypatch, tmp_path / "x", "--name", files, "--text-key", "body", "--tokenizer", words)
     with pytest.raises(BadInput, match="has no split 'dev'; it has train, validation"):
         make("hub", monkeypatch, tmp_path / "y", "--name", tmp_path / "saved", "--split", "dev", "--tokenizer", words)
@@ -572,7 +572,7 @@ def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, c
     capsys.readouterr()
     make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words)
     assert "already there" in capsys.readouterr().out and (out / "train.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(BadInput, match="holds another corpus .*shares was"):
+    with pytest.raises(BadInput, match="contains another corpus .*shares was"):
         make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, "--valid-share", 0.3)
     assert contents(out) == before
     shares = ("--valid-share", 0, "--test-share", 0.3)
@@ -584,7 +584,7 @@ def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, c
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.doc").touch()
-    with pytest.raises(BadInput, match="not empty and holds no corpus"):
+    with pytest.raises(BadInput, match="not empty and contains no corpus"):
         make("text", monkeypatch, mine, "--source", jsonl, "--tokenizer", words)
 
 
@@ -657,7 +657,7 @@ print(int(peak.split()[1]) // 1024, round(used.ru_utime + used.ru_stime))
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     megabytes, seconds = map(int, told[2].split())
     assert bomb.stat().st_size < 50_000 and megabytes < 1000 and seconds < 10
-    assert "a.jsonl.zst:1: a document of over 32 MB (--max-document-mb N allows more" in told[0]
+    assert "a.jsonl.zst:1: a document of over 32 MB (--max-document-mb N raises the limit" in told[0]
     assert "b.txt.zst: a document of over 256 MB" in told[1]
 
 
@@ -709,7 +709,7 @@ def test_damaged_records_of_the_builder_are_one_line(jsonl, words, tmp_path, mon
     broken = [good[: len(good) // 2], "", "[]", "[" * 10**5, good.replace("1234", "Infinity"), "\0", *map(json.dumps, nested)]
     for text in broken:
         path.write_text(text)
-        with pytest.raises(BadInput, match=r"manifest\.json: not a manifest|holds another corpus") as error:
+        with pytest.raises(BadInput, match=r"manifest\.json: not a manifest|contains another corpus") as error:
             make("text", monkeypatch, out, *args)
         assert "\n" not in str(error.value)
     path.unlink()
@@ -729,7 +729,7 @@ def test_verify_reads_everything(jsonl, words, tmp_path, monkeypatch, capsys):
     verify.main([str(out), str(out / "valid")])
     told = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in told] == [str(out / name) for name in ("train", "valid", "valid")]
-    assert all("whole: sha256, checksums of blocks" in line for line in told)
+    assert all("intact: sha256, checksums of blocks" in line for line in told)
     good, rng = {name: (out / name).read_bytes() for name in FILES[:8]}, np.random.default_rng(0)
     for number in range(24):
         path = out / FILES[number % 8]
@@ -798,9 +798,9 @@ def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path,
 
 def test_numbers_out_of_range_are_refused(jsonl, words, tmp_path, monkeypatch):
     for told, args in (
-        ("--vocab-size 1000000000: from 1 to 2,000,000", ("--vocab-size", 10**9)),
-        ("--vocab-size 99999999999999999999: from 1 to", ("--vocab-size", 10**20 - 1)),
-        ("--workers 1000000: from 1 to 1,024", ("--tokenizer", words, "--workers", 10**6)),
+        ("--vocab-size 1000000000: must be from 1 to 2,000,000", ("--vocab-size", 10**9)),
+        ("--vocab-size 99999999999999999999: must be from 1 to", ("--vocab-size", 10**20 - 1)),
+        ("--workers 1000000: must be from 1 to 1,024", ("--tokenizer", words, "--workers", 10**6)),
         ("--valid-share nan", ("--tokenizer", words, "--valid-share", "nan")),
         ("--max-mb nan: above 0", ("--tokenizer", words, "--max-mb", "nan")),
         ("--max-document-mb inf: above 0", ("--tokenizer", words, "--max-document-mb", "inf")),
@@ -836,7 +836,7 @@ def test_the_command_line_refuses_in_one_line(jsonl, words, tmp_path):
     out, by = tmp_path / "out", ("--tokenizer", words)
     for told, args in (
         ("nowhere: no such file", (out, "--source", tmp_path / "nowhere", *by)),
-        ("no file of a kind we take", (out, "--source", tmp_path / "folder", *by)),
+        ("no file with a known suffix", (out, "--source", tmp_path / "folder", *by)),
         ("empty.txt: empty file", (out, "--source", tmp_path / "empty.txt", *by)),
         ("--valid-share 1.5", (out, "--source", jsonl, *by, "--valid-share", 1.5)),
         ("no document fell into valid", (out, "--source", jsonl, *by, "--valid-share", 1e-9)),

@@ -693,7 +693,7 @@ DAMAGED = {
                 "train.jsonl:2: message 0 (assistant) has content null; it must be a text"),
     "no_answer": ('{"messages": [{"role": "user", "content": "a"}]}', "train.jsonl:2: has no assistant message"),
     "nested": ("[" * 100_000, "train.jsonl:2: is not JSON"),
-    "half": ('{"prompt": "a", "response": "\\ud83d"}', "holds half of a surrogate pair, which is no character"),
+    "half": ('{"prompt": "a", "response": "\\ud83d"}', "contains half of a surrogate pair"),
     "none": ('{"messages": []}', "train.jsonl:2: `messages` must be a list of messages"),
 }  # fmt: skip
 

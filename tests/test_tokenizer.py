@@ -581,8 +581,8 @@ def test_a_thousand_damaged_files_are_one_line(saved, tmp_path):
 @pytest.mark.parametrize(
     ("file", "values", "told"),
     [
-        ("tokenizer_config.json", [1], "holds no object, but list"),
-        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, and must be a token"),
+        ("tokenizer_config.json", [1], "it holds list, not an object"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5; it must be a token"),
         ("tokenizer_config.json", {"chat_template": 5}, "its chat_template is no text"),
         ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "its chat_template is no text"),
         ("tokenizer.json", {"model": {"vocab": {"a": 2**40}}}, "it has an id 1099511627776 among 1 tokens"),

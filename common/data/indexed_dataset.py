@@ -1,9 +1,8 @@
 """Tokenized corpora on disk, in the format of Megatron's IndexedDataset.
 
-A corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents), plus our PREFIX.json (the
-manifest: counts, checksums, tokenizer) and PREFIX.crc32 (a checksum of each block of both files, verified when the block is
-first read). Files by Megatron's own builder, without a manifest, and corpora built before there were block checksums are read
-as well, with what they have.
+A corpus is PREFIX.bin (ids end to end) and PREFIX.idx (lengths of sequences, bounds of documents). This project adds
+PREFIX.json (the manifest: counts, checksums, tokenizer) and PREFIX.crc32 (a checksum per block of both files, verified when
+the block is first read). Corpora without these two, from Megatron's own tool or from earlier versions, are read unchecked.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ FILES = (".bin", ".idx", ".crc32", ".json")
 
 
 class IndexedDatasetWriter:
-    """Writes PREFIX.bin and PREFIX.idx under temporary names, which `finish` renames: half a corpus never looks whole.
+    """Writes PREFIX.bin and PREFIX.idx under temporary names, which `finish` renames, so half a corpus never looks complete.
 
     A document is one sequence, or several where `append` gets `documents` (BERT: a sentence is a sequence). `sync` returns a
     state; `IndexedDatasetWriter(prefix, dtype, resume=state)` continues from it after an interruption and drops what was
@@ -48,24 +47,24 @@ class IndexedDatasetWriter:
         state = resume or {"documents": 0, "tokens": 0}
         self.documents, self.tokens = state["documents"], state["tokens"]
         self.sequences = state.get("sequences", self.documents)
-        self._open_tokens = 0  # written of a sequence that has not ended
+        self._open_tokens = 0  # already written, of a sequence that has not ended
         self._bound = self.sequences  # sequences before the document that has not ended
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = self._open(".bin.part", self.tokens * self.dtype.itemsize, resume is None)
         self._lengths = self._open(".lengths.part", self.sequences * 4, resume is None)
-        self._bounds: Any = None  # ends of documents in sequences, int64; there once a document has several
+        self._bounds: Any = None  # ends of documents in sequences, int64; None until a document has several
         if self.sequences > self.documents:
             self._bounds = self._open(".bounds.part", self.documents * 8, new=False)
 
     def _open(self, suffix: str, size: int, new: bool) -> Any:
-        whole = self.prefix + suffix.removesuffix(".part")
-        if not new and not os.path.exists(self.prefix + suffix) and os.path.exists(whole):
-            os.replace(whole, self.prefix + suffix)  # interrupted inside `finish`
+        final = self.prefix + suffix.removesuffix(".part")
+        if not new and not os.path.exists(self.prefix + suffix) and os.path.exists(final):
+            os.replace(final, self.prefix + suffix)  # interrupted inside `finish`
         file = open(self.prefix + suffix, "wb" if new else "r+b")
         file.seek(0, os.SEEK_END)
         if file.tell() < size:
             file.close()
-            raise BadInput(f"{self.prefix}{suffix}: shorter than when last saved; delete its folder to begin anew")
+            raise BadInput(f"{self.prefix}{suffix}: shorter than when last saved; delete its folder to start over")
         file.truncate(size)
         file.seek(size)
         return file
@@ -73,11 +72,11 @@ class IndexedDatasetWriter:
     def append(
         self, ids: np.ndarray, ends: np.ndarray | Sequence[int], documents: np.ndarray | Sequence[int] | None = None
     ) -> None:
-        """Append ids; `ends` are the places in `ids` (0 < end <= len) at which a sequence ends, in rising order.
+        """Append ids. `ends` are the positions in `ids` (0 < end <= len) at which a sequence ends, in ascending order.
 
-        documents: how many of these ends lie before each end of a document (1 <= number <= len(ends)), in rising order:
-        ends 3, 8, 9 and documents 2, 3 are a document of 3 + 5 ids and one of 1; sequences without ids, and documents
-        without sequences, are left out. None: every sequence is a document.
+        documents: for each document the number of ends up to its own end (1 <= number <= len(ends)), in ascending order. Ends
+        3, 8, 9 with documents 2, 3 are a document of 3 + 5 ids and one of 1 id. Sequences without ids and documents without
+        sequences are left out. None: every sequence is a document.
         """
         ends = np.asarray(ends, dtype=np.int64)
         self._bin.write(memoryview(np.ascontiguousarray(ids, dtype=self.dtype)).cast("B"))
@@ -90,8 +89,8 @@ class IndexedDatasetWriter:
         if documents is None:
             bounds = self.sequences + np.arange(1, len(lengths) + 1)
         else:
-            filled = np.concatenate([[0], np.cumsum(lengths > 0)])  # before each sequence, and before the end
-            bounds = np.unique(self.sequences + filled[np.asarray(documents, dtype=np.int64)])
+            nonempty = np.concatenate([[0], np.cumsum(lengths > 0)])  # sequences before each sequence, and before the end
+            bounds = np.unique(self.sequences + nonempty[np.asarray(documents, dtype=np.int64)])
             bounds, lengths = bounds[bounds > self._bound], lengths[lengths > 0]
         if lengths.max(initial=0) >= 2**31:
             raise BadInput(f"{self.prefix}: a sequence of {lengths.max():,} tokens; at most 2^31 - 1; split it")
@@ -100,10 +99,10 @@ class IndexedDatasetWriter:
         self._end_documents(bounds)
 
     def _end_documents(self, bounds: np.ndarray) -> None:
-        """bounds: number of sequences, from the corpus's beginning, at which documents end."""
+        """bounds: number of sequences, from the start of the corpus, at which documents end."""
         if not len(bounds):
             return
-        if self._bounds is None and bounds[-1] > self.documents + len(bounds):  # the first of several sequences
+        if self._bounds is None and bounds[-1] > self.documents + len(bounds):  # the first document of several sequences
             self._bounds = self._open(".bounds.part", 0, new=True)
             self._bounds.write(np.arange(1, self.documents + 1, dtype="<i8").tobytes())
         if self._bounds is not None:
@@ -116,7 +115,7 @@ class IndexedDatasetWriter:
         self.append(np.asarray(ids, dtype=self.dtype), [len(ids)])
 
     def add_sentences(self, sentences: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Append one whole document, each of its sentences (their ids) a sequence; those without ids are left out."""
+        """Append one whole document of sentences (their ids), each a sequence; sentences without ids are left out."""
         ids = np.concatenate([np.empty(0, self.dtype), *(np.asarray(s, dtype=self.dtype) for s in sentences)])
         self.append(ids, np.cumsum([len(sentence) for sentence in sentences]), [len(sentences)])
 
@@ -124,7 +123,7 @@ class IndexedDatasetWriter:
         return [file for file in (self._bin, self._lengths, self._bounds) if file is not None]
 
     def sync(self) -> dict[str, int]:
-        """Put everything on disk and return the state to resume from. Between documents only."""
+        """Flush everything to disk and return the state to resume from. Only between documents."""
         if self._open_tokens or self._bound != self.sequences:
             raise ValueError("sync inside a document")
         for file in self._files():
@@ -138,7 +137,7 @@ class IndexedDatasetWriter:
             file.close()
 
     def finish(self) -> None:
-        """Write the index and give both files their names."""
+        """Write the index and give both files their final names."""
         self.sync()
         self.close()
         lengths = np.fromfile(self.prefix + ".lengths.part", dtype="<i4")
@@ -163,14 +162,14 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """A corpus, read through a memory map. Opening it reads the index whole (10 million sequences: 0.3 s), and no ids.
+    """A corpus, read through a memory map. Opening it reads the whole index (10 million sequences: 0.3 s) but no ids.
 
     documents, tokens: counts. lengths: tokens of each sequence, int32. bounds: (documents + 1,) number of the first sequence
-    of each document; a document is one sequence, or where sentences are kept (--sentences, BERT) one a sentence. manifest:
-    content of PREFIX.json, {} without one. flat: ids of all documents end to end, (tokens,), unchecked; `read` and `get`
-    check what they return.
+    of each document; a document is one sequence, or one sequence per sentence if it was built with --sentences (BERT).
+    manifest: content of PREFIX.json, {} if there is none. flat: ids of all documents end to end, (tokens,), unchecked; `read`
+    and `get` check what they return.
 
-    BadInput, naming the file, when one is missing, truncated, damaged, or does not belong to the other.
+    BadInput, which names the file, if a file is missing, truncated or damaged, or belongs to another corpus.
     """
 
     def __init__(self, prefix: str | Path):
@@ -193,26 +192,26 @@ class IndexedDataset:
                 f"{self.tokens * self.dtype.itemsize:,}: one is cut or of another corpus; build or copy both again"
             )
         self.flat = np.empty(0, self.dtype)
-        if self.tokens:  # as a plain array over the map: slicing it does not pass through memmap's Python code
+        if self.tokens:  # a plain array over the map: slicing it does not go through memmap's Python code
             self.flat = np.asarray(np.memmap(self.prefix + ".bin", self.dtype, "r"))
         self.manifest = read_manifest(self.prefix)
         self._compare_counts()
-        self._checksums = self._read_checksums(bin_size)  # of each block of .bin, then of .idx; None where there are none
+        self._checksums = self._read_checksums(bin_size)  # per block of .bin, then of .idx; None without PREFIX.crc32
         self._check_index_blocks(-(-bin_size // BLOCK))
         self._per_block = BLOCK // self.dtype.itemsize  # ids
-        self._checked = np.zeros(-(-bin_size // BLOCK), bool)  # blocks of .bin, by this process
+        self._checked = np.zeros(-(-bin_size // BLOCK), bool)  # blocks of .bin that this process has checked
 
     def _require_files(self) -> None:
         missing = [suffix for suffix in (".bin", ".idx") if not os.path.isfile(self.prefix + suffix)]
         if len(missing) == 1:
-            raise BadInput(f"{self.prefix}{missing[0]} is missing beside its other half; build or copy both again")
+            raise BadInput(f"{self.prefix}{missing[0]} is missing although its other half exists; build or copy both again")
         if missing and os.path.isfile(os.path.join(self.prefix, "train.bin")):
             raise BadInput(f"{self.prefix} is a folder of corpora; give one of them, such as {self.prefix}/train")
         if missing:
             folder = os.path.dirname(self.prefix) or "corpora/NAME"
             raise Missing(
                 f"no corpus at {self.prefix} ({self.prefix}.bin and .idx); build it (python -m data.NAME {folder}; "
-                "the modules are in data/), or give the prefix of one that is there"
+                "the modules are in data/), or give the prefix of an existing one"
             )
 
     def _read_index(self) -> None:
@@ -226,10 +225,10 @@ class IndexedDataset:
         if version != 1 or code not in _DTYPE_OF_CODE:
             raise BadInput(f"{path}: version {version}, type code {code}; known: version 1, codes {[*_DTYPE_OF_CODE]}")
         expected = _HEADER.size + sequences * 12 + bounds * 8
-        if size not in (expected, expected + sequences):  # a byte a sequence more where modes are kept (images)
-            raise BadInput(f"{path}: {size:,} bytes where its head announces {expected:,}; build or copy it again")
+        if size not in (expected, expected + sequences):  # one byte more per sequence if it records modes (images)
+            raise BadInput(f"{path}: {size:,} bytes where its header announces {expected:,}; build or copy it again")
         self.dtype = np.dtype(_DTYPE_OF_CODE[code])
-        # The three arrays do not lie at multiples of their item size; numpy reads them all the same.
+        # The three arrays are not aligned to their item size; numpy reads them all the same.
         self._index = np.asarray(np.memmap(path, np.uint8, "r"))
         first, second = _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
         self.lengths = self._index[_HEADER.size : first].view("<i4")
@@ -238,41 +237,41 @@ class IndexedDataset:
         self.documents = max(bounds - 1, 0)
 
     def _check_index(self, bin_size: int, chunk: int = 2**20) -> int:
-        """Bytes of ids that the index describes. BadInput unless its sequences lie end to end and its documents in order."""
-        path, again = self.prefix + ".idx", "the file is damaged: build or copy it again"
+        """Bytes of ids that the index describes. BadInput unless sequences are contiguous and documents are in order."""
+        path, remedy = self.prefix + ".idx", "the file is damaged: build or copy it again"
         end = 0  # of the sequences so far, in bytes
         for first in range(0, len(self.lengths), chunk):
             lengths = self.lengths[first : first + chunk].astype(np.int64)
             if lengths.min() < 0:
                 number = first + int(np.argmax(lengths < 0))
-                raise BadInput(f"{path}: sequence {number:,} has a length of {self.lengths[number]:,}; {again}")
+                raise BadInput(f"{path}: sequence {number:,} has a length of {self.lengths[number]:,}; {remedy}")
             begins = end + (np.cumsum(lengths) - lengths) * self.dtype.itemsize
             wrong = begins != self._pointers[first : first + chunk]
             if wrong.any():
-                place = int(np.argmax(wrong))
+                position = int(np.argmax(wrong))
                 raise BadInput(
-                    f"{path}: sequence {first + place:,} begins at byte {self._pointers[first + place]:,}, the one before it "
-                    f"ends at {begins[place]:,}; {again}"
+                    f"{path}: sequence {first + position:,} begins at byte {self._pointers[first + position]:,}, the one "
+                    f"before it ends at {begins[position]:,}; {remedy}"
                 )
             end = int(begins[-1] + lengths[-1] * self.dtype.itemsize)
             if end > bin_size:
-                break  # named by the comparison of sizes, and no sum overflows
+                break  # the comparison of sizes reports it; no sum overflows
         sequences, bounds = len(self.lengths), self.bounds
         if not len(bounds) or bounds[0] or (np.diff(bounds) < 0).any():
-            raise BadInput(f"{path}: its documents do not follow one another from sequence 0 on; {again}")
+            raise BadInput(f"{path}: its documents do not follow one another from sequence 0 on; {remedy}")
         if bounds[-1] != sequences:
-            raise BadInput(f"{path}: {sequences:,} sequences, documents end at {bounds[-1]:,}; {again}")
+            raise BadInput(f"{path}: {sequences:,} sequences, documents end at {bounds[-1]:,}; {remedy}")
         if sequences <= self.documents and np.diff(bounds).max(initial=0) > 1:
             raise BadInput(
                 f"{path}: {sequences:,} sequences for {self.documents:,} documents, and document "
-                f"{int(np.argmax(np.diff(bounds) > 1)):,} has several; {again}"
+                f"{int(np.argmax(np.diff(bounds) > 1)):,} has several; {remedy}"
             )
         return end
 
     def _compare_counts(self) -> None:
-        """The manifest describes these files: BadInput for other counts."""
-        found = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences, "dtype": self.dtype.name}
-        for name, value in found.items():
+        """BadInput unless the manifest has the counts of these files."""
+        counts = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences, "dtype": self.dtype.name}
+        for name, value in counts.items():
             if self.manifest.get(name, value) != value:
                 raise BadInput(
                     f"{self.prefix}.json describes another corpus: {name} is {self.manifest[name]} there, {value} in "
@@ -281,35 +280,37 @@ class IndexedDataset:
 
     def _read_checksums(self, bin_size: int) -> np.ndarray | None:
         known = self.manifest.get("blocks")
-        if known is None:  # built before there were checksums of blocks
+        if known is None:  # built by a version without block checksums
             return None
-        path, again = self.prefix + ".crc32", "build or copy all files of the corpus again"
+        path, remedy = self.prefix + ".crc32", "build or copy all files of the corpus again"
         if known["bytes"] != BLOCK:
-            raise BadInput(f"{path}: of blocks of {known['bytes']} bytes; this version knows {BLOCK}; {again}")
+            raise BadInput(f"{path}: has blocks of {known['bytes']} bytes; this version reads blocks of {BLOCK}; {remedy}")
         if not os.path.isfile(path):
-            raise BadInput(f"{path}: is missing beside {self.prefix}.json; {again}")
+            raise BadInput(f"{path}: is missing although {self.prefix}.json names it; {remedy}")
         try:
-            found = np.asarray(np.memmap(path, "<u4", "r"))
-        except (OSError, ValueError) as error:  # ValueError: empty, or no whole number of checksums
-            raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {again}") from None
-        if len(found) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or crc32(found) != known["crc32"]:
-            raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {again}")
-        return found
+            checksums = np.asarray(np.memmap(path, "<u4", "r"))
+        except (OSError, ValueError) as error:  # ValueError: empty, or not a whole number of checksums
+            raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from None
+        if len(checksums) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or crc32(checksums) != known["crc32"]:
+            raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {remedy}")
+        return checksums
 
     def checksums(self, suffix: str) -> np.ndarray | None:
-        """CRC-32 of each block of PREFIX.bin ('bin') or .idx ('idx'), uint32; None where the corpus has none."""
+        """CRC-32 of each block of PREFIX.bin ('bin') or .idx ('idx'), uint32; None without PREFIX.crc32."""
+        if self._checksums is None:
+            return None
         blocks = len(self._checked)
-        return None if self._checksums is None else self._checksums[:blocks] if suffix == "bin" else self._checksums[blocks:]
+        return self._checksums[:blocks] if suffix == "bin" else self._checksums[blocks:]
 
     def _check_index_blocks(self, before: int) -> None:
-        """before: blocks of .bin, whose checksums come first."""
+        """before: number of blocks of .bin, whose checksums come first."""
         if self._checksums is not None:
             for number, expected in enumerate(self._checksums[before:].tolist()):
                 if zlib.crc32(self._index[number * BLOCK : (number + 1) * BLOCK]) != expected:
                     raise BadInput(self.damage("idx", number))
 
     def damage(self, suffix: str, block: int) -> str:
-        """The line that says that a block of PREFIX.bin or .idx is not what was built."""
+        """The message for a block of PREFIX.bin or .idx that is not as it was built."""
         size = os.path.getsize(f"{self.prefix}.{suffix}")
         begin, end = block * BLOCK, min((block + 1) * BLOCK, size)
         return (
@@ -322,15 +323,15 @@ class IndexedDataset:
         return f"{self.key}: {self.prefix}" if self.key else self.prefix
 
     def limit_ids(self, vocab_size: int | None, key: str) -> None:
-        """What the model's embedding holds: from here on `read` refuses ids outside it. key: of the config, for messages."""
+        """From now on `read` refuses ids of `vocab_size` or more. key: of the config, for messages."""
         self.vocab_size, self.key = vocab_size, key
         self._checked[:] = False
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Ids `start` to `end` - 1 of all documents end to end, (end - start,): a view, in the stored type.
 
-        The first time that this process reads a block of the file, the block's checksum and its ids are checked: BadInput,
-        naming the block, or the document of an id that the model does not know. Safe to call from several threads.
+        When this process reads a block of the file for the first time, it checks the block's checksum and ids. BadInput names
+        the block, or the document of an id outside the model's vocabulary. Safe to call from several threads.
         """
         if end > start:
             first, last = int(start) // self._per_block, (int(end) - 1) // self._per_block
@@ -343,22 +344,23 @@ class IndexedDataset:
         ids = self.flat[block * self._per_block : (block + 1) * self._per_block]
         if self._checksums is not None and zlib.crc32(ids) != self._checksums[block]:
             raise BadInput(self.damage("bin", block))
-        # read as unsigned, so that ids below 0 are large
-        if self.vocab_size is not None and int(ids.view(f"u{ids.itemsize}").max()) >= self.vocab_size:
-            unknown = (ids < 0) | (ids >= self.vocab_size)
-            self._refuse(block * self._per_block + int(np.argmax(unknown)))
+        vocab_size = self.vocab_size
+        # viewed as unsigned, so that ids below 0 are large
+        if vocab_size is not None and int(ids.view(f"u{ids.itemsize}").max()) >= vocab_size:
+            unknown = (ids < 0) | (ids >= vocab_size)
+            self._refuse(block * self._per_block + int(np.argmax(unknown)), vocab_size)
         self._checked[block] = True
 
-    def _refuse(self, place: int) -> NoReturn:
-        """place: in `flat`, of an id that the model does not know."""
-        sequence = int(np.searchsorted(self.starts, place, "right")) - 1
+    def _refuse(self, position: int, vocab_size: int) -> NoReturn:
+        """position: in `flat`, of an id outside the model's vocabulary."""
+        sequence = int(np.searchsorted(self.starts, position, "right")) - 1
         document = int(np.searchsorted(self.bounds, sequence, "right")) - 1
         remedy = "tokenize the corpus with the model's tokenizer, or set model.vocab_size above it"
-        if self.flat[place] < 0:
+        if self.flat[position] < 0:
             remedy = "the file is damaged, or of another type than its index says: build or copy it again"
         raise BadInput(
-            f"{self._name}: document {document:,} holds token id {int(self.flat[place]):,}, "
-            f"the model knows ids from 0 to {self.vocab_size - 1:,}; {remedy}"
+            f"{self._name}: document {document:,} holds token id {int(self.flat[position]):,}, "
+            f"the model knows ids from 0 to {vocab_size - 1:,}; {remedy}"
         )
 
     def _start(self, document: int) -> int:
@@ -366,7 +368,7 @@ class IndexedDataset:
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self.lengths) else self.tokens
 
     def get(self, document: int, limit: int | None = None) -> np.ndarray:
-        """Ids of a document, (tokens,), at most the first `limit`, checked as `read` does."""
+        """Ids of a document, (tokens,), at most the first `limit`, checked as in `read`."""
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
         start, end = self._start(document), self._start(document + 1)
@@ -374,69 +376,70 @@ class IndexedDataset:
 
     @property
     def sentences(self) -> int:
-        """Number of sequences: of sentences where their bounds are kept, else of documents."""
+        """Number of sequences: of sentences if their bounds are recorded, else of documents."""
         return len(self.lengths)
 
     @property
     def has_sentence_bounds(self) -> bool:
-        """Whether documents are kept as one sequence a sentence: their builder says so, or a document has several."""
+        """Whether each sentence is a sequence: the builder recorded so, or a document has several sequences."""
         return self.sentences > self.documents or "sentences" in self.manifest
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Place in `flat` at which each sequence begins, and at the end `tokens`: (sentences + 1,) int64."""
+        """Position in `flat` at which each sequence begins, followed by `tokens`: (sentences + 1,) int64."""
         return np.append(self._pointers // self.dtype.itemsize, np.int64(self.tokens))
 
     @property
     def eod_id(self) -> int | None:
-        """Id that ends every document, or None where there is none, or no manifest to tell."""
+        """The id that ends every document; None if there is none, or no manifest."""
         return self.manifest.get("eod_id")
 
     @property
     def tokenizer_hash(self) -> str | None:
-        """`Tokenizer.hash` of the tokenizer it was made with; None without a manifest."""
+        """`Tokenizer.hash` of the tokenizer that it was made with; None without a manifest."""
         return self.manifest.get("tokenizer_hash")
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """Folder of the tokenizer it was made with; None without a manifest."""
+        """Folder of the tokenizer that it was made with; None without a manifest."""
         relative = self.manifest.get("tokenizer")
         return None if relative is None else Path(self.prefix).parent / relative
 
     def tokenizer_problems(self) -> list[str]:
-        """What is wrong with the folder of the tokenizer, where there is one: it must be the one the corpus was made with."""
+        """What is wrong with the tokenizer's folder, if it exists: it must hold the tokenizer that the corpus was made with."""
         folder = self.tokenizer_dir
         if folder is None or not os.path.isdir(folder):
             return []
         from common.data import tokenizer
 
         try:
-            found = tokenizer.load(folder).hash
+            folder_hash = tokenizer.load(folder).hash
         except BadInput as error:
             return error.problems
-        if found == self.tokenizer_hash:
+        if folder_hash == self.tokenizer_hash:
             return []
         return [
-            f"{self.prefix} was made with tokenizer {str(self.tokenizer_hash)[:12]}, its folder {folder} holds {found[:12]}; "
-            "put the tokenizer back, build the corpus again, or give the one it was made with: data.tokenizer=DIR"
+            f"{self.prefix} was made with tokenizer {str(self.tokenizer_hash)[:12]}, its folder {folder} holds "
+            f"{folder_hash[:12]}; put the tokenizer back, build the corpus again, or give the tokenizer that it was made with: "
+            "data.tokenizer=DIR"
         ]
 
     @cached_property
     def max_token_id(self) -> int:
-        """The largest id; from the manifest, else by reading the corpus once. -1 when empty. BadInput for ids below 0."""
+        """The largest id, from the manifest or by reading the corpus once; -1 if it is empty. BadInput for ids below 0."""
         return self.manifest["max_token_id"] if self.manifest else largest_id(self)
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) over those of .bin and .idx; from the manifest, else by reading both once."""
+        """sha256 (hex) of the sha256 of .bin and .idx, from the manifest or by reading both once."""
         sums = self.manifest["sha256"] if self.manifest else {s: sha256(f"{self.prefix}.{s}") for s in ("bin", "idx")}
         return hashlib.sha256(f"{sums['bin']} {sums['idx']}".encode()).hexdigest()
 
     def verify(self, vocab_size: int | None = None) -> None:
         """Compare size and sampled blocks of both files with the manifest; check that every id is below `vocab_size`.
 
-        About a megabyte is read: files swapped, cut or built again are found. A changed byte elsewhere is found when its block
-        is first read, or by `python -m data.verify`. BadInput names the file.
+        About a megabyte is read, which finds files that were swapped, cut or rebuilt. A byte changed elsewhere is found when
+        its block is first read, or by `python -m data.verify`. BadInput names the file.
         """
         for suffix, expected in self.manifest.get("fingerprint", {}).items():
             if fingerprint(f"{self.prefix}.{suffix}") != expected:
@@ -450,15 +453,15 @@ class IndexedDataset:
             )
 
 
-_FACTS = {"eod_id": None, "tokenizer": None, "tokenizer_hash": None, "tokenizer_size": None}
+_UNKNOWN = {"eod_id": None, "tokenizer": None, "tokenizer_hash": None, "tokenizer_size": None}
 
 
-def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write PREFIX.crc32 (checksums of blocks) and PREFIX.json: what the files tell (counts, checksums, largest id) and
-    `facts`; return the content of PREFIX.json.
+def write_manifest(prefix: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Write PREFIX.crc32 (checksums of blocks) and PREFIX.json: counts, checksums and the largest id of the files, and
+    `metadata`. Returns the content of PREFIX.json.
 
-    facts: eod_id, tokenizer (its folder, relative to the manifest), tokenizer_hash, tokenizer_size, each None where
-    unknown, and whatever else the builder knows (command, sources, what was skipped).
+    metadata: eod_id, tokenizer (its folder, relative to the manifest), tokenizer_hash, tokenizer_size, each None if unknown,
+    and whatever else the builder records (command, sources, what it skipped).
     """
     prefix = str(prefix)
     for suffix in (".json", ".crc32"):
@@ -475,8 +478,8 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
             "fingerprint": {suffix: fingerprint(f"{prefix}.{suffix}") for suffix in ("bin", "idx")},
             "blocks": {"bytes": BLOCK, "crc32": write_checksums(prefix)},
         }
-        | _FACTS
-        | facts
+        | _UNKNOWN
+        | metadata
     )
     manifest["checksum"] = checksum(manifest)
     write_json(prefix + ".json", manifest)
@@ -484,11 +487,11 @@ def write_manifest(prefix: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_id(corpus: IndexedDataset, chunk: int = 2**24) -> int:
-    """The largest id, -1 when there is none. BadInput for one below 0."""
+    """The largest id; -1 if there are no ids. BadInput for an id below 0."""
     largest = -1
     for start in range(0, corpus.tokens, chunk):
         ids = corpus.flat[start : start + chunk]
         if ids.min() < 0:
-            raise BadInput(f"{corpus.prefix}.bin: holds token id {ids.min()}; ids begin at 0: build the corpus again")
+            raise BadInput(f"{corpus.prefix}.bin: holds token id {ids.min()}; ids start at 0: build the corpus again")
         largest = max(largest, int(ids.max()))
     return largest

@@ -1,4 +1,4 @@
-"""Text files as everything here reads them: UTF-8, and a byte order mark is no part of the text."""
+"""Reads text files and JSON lines: UTF-8, without a byte order mark."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from common.errors import BadInput
 
 
 def read_text(path: Path) -> str:
-    """A file's text, line ends as they are stored. BadInput where it cannot be read or is not UTF-8."""
+    """The text of a file, with its line ends as stored. BadInput if it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -19,10 +19,10 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(FILE:LINE, value) of each line that is not blank. BadInput for one that is not JSON."""
+    """(FILE:LINE, value) of each line that is not blank. BadInput for a line that is not JSON."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}:{number}: is not JSON ({error}); one object a line, none broken over lines") from None
+                raise BadInput(f"{path}:{number}: is not JSON ({error}); each line must be one whole object") from None

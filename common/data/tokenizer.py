@@ -1,13 +1,13 @@
-"""Tokenizers of every family behind one class, `Tokenizer`, which `load` reads from the files that the families come in.
+"""One class, `Tokenizer`, for byte-level BPE, WordPiece (BERT), SentencePiece's unigram model (T5) and characters; `load` reads
+one from a folder or by name.
 
-Text is data here: a special token spelled out in a text (`<|endoftext|>` in a web page) is encoded as the ordinary
-characters it is made of, never as the special id. Whoever wants an end of document appends `eod_id`.
-
-Families: byte-level BPE, WordPiece (BERT), SentencePiece's unigram model (T5) and characters.
+Text is data here: a special token spelled out in a text (`<|endoftext|>` in a web page) is encoded as the ordinary characters
+that it consists of, never as the special id. A caller that needs an end of document appends `eod_id`.
 """
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -25,33 +25,33 @@ from common.data.text_files import read_text
 from common.errors import BadInput
 from common.launch import heartbeat
 
-if TYPE_CHECKING:  # the library is imported by the functions that need it: validating a config must not wait for it
+if TYPE_CHECKING:  # functions import the library when they need it, so that checking a config does not wait for it
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_SIZE = 50_257
 GPT2_EOD = 50_256
-TOKENIZERS = Path(__file__).resolve().parents[2] / "corpora" / "tokenizers"  # where a name is looked up first
+TOKENIZERS = Path(__file__).resolve().parents[2] / "corpora" / "tokenizers"  # searched first for a name
 HUB_NAMES = {
     "gpt2": "openai-community/gpt2",
     "bert-base-uncased": "google-bert/bert-base-uncased",
     "t5": "google-t5/t5-base",
 }
 BERT_SIZE = 30_522
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of WordPiece; where it is trained here, ids 0 to 4
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of WordPiece; ids 0 to 4 if it is trained here
 T5_SIZE = 32_100
-SENTINELS = 100  # <extra_id_0> ... of T5, which stand for the spans left out; <extra_id_0> has the highest id
+SENTINELS = 100  # T5's <extra_id_0> ..., which stand for masked spans; <extra_id_0> has the highest id
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
-# A cut point that no pre-token spans: GPT-2's regex `'s|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` has no
-# alternative in which whitespace follows something else, and none that looks behind. The classes are the ones on which
-# Python's and the tokenizer's Unicode tables cannot disagree.
+# A cut point inside no pre-token: GPT-2's regex `'s|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` has no
+# alternative in which whitespace follows something else, and none that looks behind. On these character classes Python's and
+# the tokenizer's Unicode tables cannot disagree.
 _CUT = re.compile(r"[\w!-~](?=[ \n])")
 
-# The same for SentencePiece, where a space begins a word and no piece spans two. Its normalizer rewrites clusters of
-# characters, and none reaches across the bounds of these three, which it leaves as they are.
+# The same for SentencePiece, where a space begins a word and no piece spans two words. Its normalizer rewrites clusters of
+# characters; none crosses the bounds of these three characters, which it leaves unchanged.
 _CUT_UNIGRAM = re.compile(r"[!-~](?= [!-~])")
-# As transformers converts T5's model: blanks at the end go, several become one, each is the begin of a word.
+# As transformers converts T5's model: trailing blanks are stripped, runs of blanks become one, each blank begins a word.
 _UNIGRAM_STEPS = [
     {"type": "Strip", "strip_left": False, "strip_right": True},
     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
@@ -60,25 +60,25 @@ _METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "a
 
 
 def token_dtype(size: int) -> type[np.uint16] | type[np.int32]:
-    """The type ids are stored in, by Megatron's rule: 2 bytes while `size` (number of ids) < 65,500, else 4."""
+    """The type in which ids are stored, by Megatron's rule: 2 bytes if `size` (number of ids) < 65,500, else 4."""
     return np.uint16 if size < 65_500 else np.int32
 
 
 def encoded(encode_batch: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
-    """What a tokenizer of the Rust library gives for texts, nothing added. BadInput for a text with half of a character, which
+    """The Rust library's encodings of texts, without special tokens. BadInput for a text with half of a surrogate pair, which
     JSON can spell (\\ud83d alone) and UTF-8 cannot."""
-    made = []
+    encodings: list[Any] = []
     try:
         for first in range(0, len(texts), 4096):  # a corpus of long texts takes minutes
             heartbeat.beat("tokenization")
-            made += encode_batch(texts[first : first + 4096], add_special_tokens=False)
-        return made
+            encodings += encode_batch(texts[first : first + 4096], add_special_tokens=False)
+        return encodings
     except TypeError:
         half = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
         if half is None:
             raise
-        raise BadInput(f"{ascii(half[:60])}: holds half of a surrogate pair, which is no character; mend the text") from None
-    except Exception as error:  # plain, of Rust: a vocabulary that lacks its own unknown token
+        raise BadInput(f"{ascii(half[:60])}: contains half of a surrogate pair; correct the text") from None
+    except Exception as error:  # a bare Exception from Rust: a vocabulary without its own unknown token
         raise BadInput(f"the tokenizer cannot encode a text: {_reason(error)}; get its files again") from None
 
 
@@ -88,11 +88,11 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """BadInput, with `what`, for whatever the Rust library raises of damaged files: plain Exception, and panics, which are no
-    Exception and which it writes to stderr besides."""
+    """BadInput, with `what`, for whatever the Rust library raises for damaged files: bare Exceptions, and panics, which are not
+    subclasses of Exception and which it also writes to stderr."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     except BadInput:
@@ -102,27 +102,27 @@ def refusing(what: str) -> Iterator[None]:
             raise
         raise BadInput(f"{what}: {_reason(error)}; get it again") from None
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 class Tokenizer:
-    """One tokenizer. Made by `load` or a `train_...`.
+    """One tokenizer, from `load` or a function of common/data/tokenizer_training.py.
 
-    size: number of ids. eod_id: id that ends a document (WordPiece has none; T5's is </s>); pad_id, cls_id, sep_id, mask_id:
-    of padding, of the begin and the end of a sentence and of a masked place; each None where there is none.
-    kind: 'bpe', 'wordpiece', 'unigram' (SentencePiece, of T5), 'char', or the model's name in lower case.
+    size: number of ids. eod_id: ends a document (None for WordPiece; </s> for T5). pad_id: padding. cls_id, sep_id: the begin
+    and the end of a sentence. mask_id: a masked token. Each is None if the tokenizer has no such token.
+    kind: 'bpe', 'wordpiece', 'unigram' (T5's SentencePiece), 'char', or the model's name in lower case.
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", config: dict[str, Any] | None = None):
-        """backend: a `tokenizers.Tokenizer`. config: content of its tokenizer_config.json, if it has one."""
+        """config: content of tokenizer_config.json, if there is one."""
         self.backend = backend
         self.config = dict(config or {})
-        backend.encode_special_tokens = True  # special tokens spelled in a text are text
+        backend.encode_special_tokens = True  # special tokens spelled out in a text are text
         backend.no_truncation()
         backend.no_padding()
-        self.size: int = 1 + max(backend.get_vocab().values(), default=-1)  # ids may have holes
+        self.size: int = 1 + max(backend.get_vocab().values(), default=-1)  # ids may have gaps
         self.kind: str = type(backend.model).__name__.lower()
         eod = {"wordpiece": None, "unigram": "</s>"}.get(self.kind, END_OF_TEXT)
         pad = {"wordpiece": "[PAD]", "unigram": "<pad>"}.get(self.kind)
@@ -141,15 +141,15 @@ class Tokenizer:
 
     @cached_property
     def unk_id(self) -> int | None:
-        """The id of what the vocabulary cannot write; None where it can write everything."""
+        """The id for what the vocabulary cannot encode; None if it can encode everything."""
         model = self._spec["model"]
         if self.kind == "unigram":
             return model["unk_id"]
-        found = self.backend.token_to_id(model.get("unk_token") or "")
-        return None if found == self.eod_id else found  # GPT-2's copies name one; its bytes write everything
+        unk_id = self.backend.token_to_id(model.get("unk_token") or "")
+        return None if unk_id == self.eod_id else unk_id  # copies of GPT-2 name one, though its bytes encode everything
 
     def continues(self) -> np.ndarray:
-        """Which ids are pieces that continue a word (WordPiece's ##ing): (size,) bool."""
+        """Which ids continue a word (WordPiece's ##ing): (size,) bool."""
         out = np.zeros(self.size, dtype=bool)
         prefix = self._spec["model"].get("continuing_subword_prefix")
         if prefix:
@@ -157,27 +157,26 @@ class Tokenizer:
         return out
 
     def sentinels(self) -> np.ndarray:
-        """Ids that stand for spans left out, in the order of use (T5's <extra_id_0> first): int32, empty where none are."""
-        found = [(int(match[1]), i) for token, i in self._added.items() if (match := _SENTINEL.fullmatch(token))]
-        return np.array([i for _, i in sorted(found)], dtype=np.int32)
+        """Ids that stand for masked spans, in the order of use (T5's <extra_id_0> first): int32, empty if there are none."""
+        numbered = [(int(match[1]), i) for token, i in self._added.items() if (match := _SENTINEL.fullmatch(token))]
+        return np.array([i for _, i in sorted(numbered)], dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added. BadInput when a character tokenizer does not know a character."""
+        """Ids of a text, without special tokens. BadInput for a character that a character tokenizer does not know."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, nothing added; the texts are shared among the processor's cores."""
+        """Ids of each text, without special tokens; the texts are distributed over the processor's cores."""
         if self.kind == "char":
             return [self._encode_chars(text).tolist() for text in texts]
         return [encoding.ids for encoding in encoded(self._encoder.encode_batch_fast, texts)]
 
     def encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Of each text its ids, and where in it each begins and ends, in characters; nothing added."""
-        found = encoded(self._encoder.encode_batch, texts)
-        return [(encoding.ids, encoding.offsets) for encoding in found]
+        """Per text its ids, without special tokens, and the bounds of each id in the text, in characters."""
+        return [(encoding.ids, encoding.offsets) for encoding in encoded(self._encoder.encode_batch, texts)]
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, in the type they are stored in, and the number of ids of each text (int64)."""
+        """Ids of all texts end to end, in the type in which they are stored, and the number of ids per text (int64)."""
         dtype = token_dtype(self.size)
         if self.kind == "char":
             arrays = [self._encode_chars(text) for text in texts]
@@ -189,14 +188,13 @@ class Tokenizer:
         return np.fromiter(ids, dtype, int(lengths.sum())), lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens spelled out."""
+        """The text of ids, with special tokens spelled out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
         """The text cut into pieces of about `size` characters whose ids, end to end, are the ids of the whole text.
 
-        One long text occupies one core; its pieces occupy all. A tokenizer for which no cut is known to be harmless
-        gives the text whole.
+        One long text occupies one core; its pieces occupy all. The text stays whole if no safe cut is known for the tokenizer.
         """
         start = 0
         cut = _CUT_UNIGRAM if self.kind == "unigram" else _CUT
@@ -214,15 +212,15 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[str, int]:
-        """The tokens that are no piece of text, and their ids."""
+        """The added tokens, which are not pieces of text, and their ids."""
         return {token["content"]: token["id"] for token in self._spec["added_tokens"]}
 
     @cached_property
     def _encoder(self) -> "tokenizers.Tokenizer":
-        """What encodes: the backend, or for a unigram model a copy that cannot find the special tokens in a text.
+        """The backend, or for a unigram model a copy that cannot find the special tokens in a text.
 
-        There they are pieces of the model, and of the best score. A space before a piece hides it: the model never sees a
-        space, since the words it is given have \u2581 instead. Ids are places in the list and stay.
+        In a unigram model special tokens are pieces with the best score. A space before a piece hides it, because the model
+        never sees a space: its words have \u2581 instead. Ids are positions in the list, so they stay the same.
         """
         if self.kind != "unigram":
             return self.backend
@@ -254,7 +252,7 @@ class Tokenizer:
 
     @cached_property
     def _id_of_character(self) -> np.ndarray:
-        """Code point -> id, -1 where unknown; the last entry stands for every code point beyond the table."""
+        """Code point -> id, or -1 if unknown; the last entry stands for every code point beyond the table."""
         vocab = {ord(char): i for char, i in self.backend.get_vocab().items() if len(char) == 1}
         table = np.full(max(vocab) + 2, -1, dtype=np.int32)
         table[list(vocab)] = list(vocab.values())
@@ -265,19 +263,19 @@ class Tokenizer:
         table = self._id_of_character
         ids = table[np.minimum(points, len(table) - 1)]
         if len(ids) and ids.min() < 0:
-            where = int(ids.argmin())
+            unknown = text[int(ids.argmin())]
             raise BadInput(
-                f"character {text[where]!r} is not among the {self.size} of the tokenizer; "
-                "remove it from the text or build the corpus, and with it the tokenizer, from text that has it"
+                f"character {unknown!r} is not among the {self.size} of the tokenizer; "
+                "remove it from the text, or build the corpus, and with it the tokenizer, from text that has it"
             )
         return ids
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of what decides the ids; equal for copies of one tokenizer in whichever files they came."""
+        """sha256 (hex) of what determines the ids: equal for copies of one tokenizer, whatever files they come from."""
         spec = {key: self._spec[key] for key in ("model", "normalizer", "pre_tokenizer", "post_processor")}
         if (spec["post_processor"] or {}).get("type") == "ByteLevel" or self.kind in ("wordpiece", "unigram"):
-            spec["post_processor"] = None  # moves offsets; or adds [CLS] and [SEP], or </s>, which we never ask for
+            spec["post_processor"] = None  # moves offsets, or adds [CLS], [SEP] or </s>, which is never requested here
         spec["pre_tokenizer"] = {k: v for k, v in (spec["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
         spec["model"] = {key: value or None for key, value in spec["model"].items()}  # "" and null are the same affix
         if self.kind == "unigram":
@@ -288,7 +286,7 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, the form `transformers.AutoTokenizer` loads."""
+        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.config
@@ -301,7 +299,7 @@ class Tokenizer:
         if self.kind == "unigram":
             roles["pad_token"] = self.pad_id
             sentinels = [self.backend.id_to_token(i) for i in self.sentinels().tolist()]
-            if sentinels:  # transformers' class of T5 adds those it is not told of
+            if sentinels:  # transformers' T5 tokenizer adds the sentinels that are not listed
                 config.setdefault("extra_ids", len(sentinels))
                 config.setdefault("additional_special_tokens", sentinels)
             if self._spec["model"]["unk_id"] is not None:
@@ -314,8 +312,8 @@ class Tokenizer:
 
 
 def _scores(model: dict[str, Any]) -> list[tuple[str, float]]:
-    """Pieces of a unigram model and their scores, in float32 as SentencePiece has them: the last digits of what is read
-    from a tokenizer.json depend on how often it was read and written, and they would decide between equal ways to cut."""
+    """Pieces of a unigram model and their scores, in float32 as in SentencePiece. The last digits in a tokenizer.json depend on
+    how often it was read and written, and they would decide between segmentations of equal score."""
     return [(piece, float(np.float32(score))) for piece, score in model["vocab"]]
 
 
@@ -324,7 +322,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "spec
 
 
 def copy_files(folder: Path, to: Path) -> None:
-    """Copy a folder's tokenizer as it is; nothing where it has none."""
+    """Copy the tokenizer's files of a folder unchanged, those that exist."""
     for name in FILES:
         if (folder / name).is_file():
             to.mkdir(parents=True, exist_ok=True)
@@ -333,9 +331,9 @@ def copy_files(folder: Path, to: Path) -> None:
 
 def load(name_or_dir: str | Path) -> Tokenizer:
     """The tokenizer in a folder (tokenizer.json, GPT-2's vocab.json + merges.txt, BERT's vocab.txt or T5's spiece.model), or
-    the one of a name (`gpt2`, `bert-base-uncased`, `t5`).
+    the one with a name (`gpt2`, `bert-base-uncased`, `t5`).
 
-    A name is looked up in corpora/tokenizers/NAME, then on the Hugging Face hub. BadInput when there is none.
+    A name is looked up in corpora/tokenizers/NAME, then on the Hugging Face hub. BadInput if there is no such tokenizer.
     """
     folder = Path(name_or_dir)
     if not folder.is_dir():
@@ -344,7 +342,7 @@ def load(name_or_dir: str | Path) -> Tokenizer:
         tokenizer = _read(folder)
         if tokenizer.kind != "char":
             tokenizer.encode("a b\n")
-        assert tokenizer.hash and tokenizer.size  # what is wrong shows here, not in the middle of a text
+        assert tokenizer.hash and tokenizer.size  # a fault shows here, not in the middle of a text
     if str(name_or_dir) == "gpt2":
         _check_gpt2(tokenizer, folder)
     if str(name_or_dir) == "bert-base-uncased":
@@ -377,7 +375,7 @@ def _find_by_name(name: str) -> Path:
         return local
     if name == "char":
         raise BadInput(
-            "tokenizer char: characters are those of one text, so there is no such tokenizer by itself; "
+            "tokenizer char: its characters are those of one text, so it does not exist by itself; "
             "build a corpus with it (python -m data.tinyshakespeare OUT) and give OUT/tokenizer"
         )
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -387,17 +385,17 @@ def _find_by_name(name: str) -> Path:
     try:
         wanted = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"]
         return Path(huggingface_hub.snapshot_download(HUB_NAMES.get(name, name), allow_patterns=wanted))
-    except Exception as error:  # no network, no such name, no access: each has a class of its own
+    except Exception as error:  # no network, no such name, no access: each raises another class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"tokenizer {name}: no such folder, nor is it in corpora/tokenizers or on the hub ({reason}); put its "
+            f"tokenizer {name}: no such folder, and not found in corpora/tokenizers or on the hub ({reason}); put its "
             "tokenizer.json (or vocab.json and merges.txt, or vocab.txt, or spiece.model) "
             f"into corpora/tokenizers/{name} or give their folder"
         ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Content of tokenizer_config.json, {} without one; with it the chat template, which transformers 5 keeps in a file."""
+    """Content of tokenizer_config.json ({} if there is none), and the chat template, which transformers 5 keeps in a file."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = _object(path) if path.is_file() else {}
     if template.is_file():
@@ -405,11 +403,11 @@ def _config(folder: Path) -> dict[str, Any]:
     for key, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
         if key in ROLES and value is not None and not (isinstance(text, str) and text.isascii() | text.isprintable()):
-            raise BadInput(f"{path}: {key} is {json.dumps(value)[:60]}, and must be a token; get it again")
+            raise BadInput(f"{path}: {key} is {json.dumps(value)[:60]}; it must be a token; get the file again")
     given = config.get("chat_template")
     named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
     if not all(isinstance(one, dict) and isinstance(one.get("template"), str) and "name" in one for one in named):
-        raise BadInput(f"{path}: its chat_template is no text, nor a list of names and texts; get it again")
+        raise BadInput(f"{path}: its chat_template must be a string or a list of names and templates; get the file again")
     return config
 
 
@@ -417,18 +415,18 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_t
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file. BadInput if it holds something else."""
     try:
         values = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read: {_reason(error)}; get it again") from None
     if not isinstance(values, dict):
-        raise BadInput(f"{path}: cannot be read: holds no object, but {type(values).__name__}; get it again")
+        raise BadInput(f"{path}: cannot be read: it holds {type(values).__name__}, not an object; get it again")
     return values
 
 
 def check_ids(folder: Path) -> None:
-    """BadInput for ids of a tokenizer.json that are none, or so far apart that the library would take hours from one to the
+    """BadInput for invalid ids in a tokenizer.json, and for ids so far apart that the library would take hours from one to the
     next."""
     values = _object(folder / "tokenizer.json")
     vocab, added = (values.get("model") or {}).get("vocab") or {}, values.get("added_tokens") or []
@@ -446,7 +444,7 @@ def _from_json(folder: Path) -> Tokenizer:
 
 
 def _from_vocab_txt(folder: Path) -> Tokenizer:
-    """BERT's vocab.txt: a piece a line, its id is the number of the line."""
+    """BERT's vocab.txt: one piece per line; its id is the line's number."""
     lines, config = read_text(folder / "vocab.txt").removesuffix("\n").split("\n"), _config(folder)
     tokens = [line.removesuffix("\r") for line in lines]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -455,7 +453,7 @@ def _from_vocab_txt(folder: Path) -> Tokenizer:
         raise BadInput(
             f"{folder / 'vocab.txt'}: {len(tokens):,} lines, {len(tokens) - len(vocab):,} of them repeated, "
             f"{tokens.count('')} empty, without {', '.join(missing) or 'none'} of {' '.join(SPECIAL)}; "
-            "each line must be another piece: get the file again, or give the tokenizer.json"
+            "each line must be a different piece: get the file again, or give the tokenizer.json"
         )
     cased = any(token != token.lower() for token in tokens if not re.fullmatch(r"\[.*\]", token))
     return Tokenizer(wordpiece_backend(vocab, bool(config.get("do_lower_case", not cased))), config)
@@ -509,7 +507,7 @@ def _from_spiece(folder: Path) -> Tokenizer:
         return Tokenizer(unigram_backend(model, sentinels), config)
     except BadInput:
         raise
-    except Exception as error:  # of protobuf and tokenizers, each has a class of its own
+    except Exception as error:  # protobuf and tokenizers raise classes without a common base
         raise BadInput(
             f"{path}: cannot be read as a SentencePiece unigram model with T5's special pieces ({_reason(error)}); "
             "get the file again, or give the tokenizer.json"
@@ -517,24 +515,30 @@ def _from_spiece(folder: Path) -> Tokenizer:
 
 
 def unigram_backend(model: bytes, sentinels: int) -> "tokenizers.Tokenizer":
-    """T5's frame around the file of a SentencePiece unigram model, as transformers' T5Converter makes it.
+    """T5's tokenizer from the file of a SentencePiece unigram model, as transformers' T5Converter builds it.
 
-    Behind the model's pieces come the sentinels, the first of them last. ValueError where the model is none of that kind.
+    The sentinels follow the model's pieces, the first of them last. ValueError if the model is of another type.
     """
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which tensorboard brings
     from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    # generated at import, so type checkers do not see its classes; needs protobuf, which tensorboard brings
+    messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = messages.ModelProto.FromString(model)
     names = [piece.piece for piece in proto.pieces]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     missing = [token for token in ("<pad>", "</s>", "<unk>") if token not in names]
     if missing or trainer.model_type != trainer.UNIGRAM:
-        told = f"without {', '.join(missing)}" if missing else f"of type {trainer.model_type}, unigram is {trainer.UNIGRAM}"
-        raise ValueError(f"{len(names):,} pieces, {told}")
+        fault = f"without {', '.join(missing)}"
+        if not missing:
+            fault = f"of type {trainer.model_type}, unigram is {trainer.UNIGRAM}"
+        raise ValueError(f"{len(names):,} pieces, {fault}")
     extra = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
     vocab = [(piece.piece, piece.score) for piece in proto.pieces] + [(token, 0.0) for token in extra]
     backend = Backend(models.Unigram(vocab, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
-    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    steps: list[normalizers.Normalizer] = [
+        normalizers.Strip(left=False, right=True),
+        normalizers.Replace(Regex(" {2,}"), "\u2581"),
+    ]
     if normalizer.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
     backend.normalizer = normalizers.Sequence(steps)
@@ -552,7 +556,7 @@ def unigram_backend(model: bytes, sentinels: int) -> "tokenizers.Tokenizer":
 
 
 def byte_level_backend(model: Any) -> "tokenizers.Tokenizer":
-    """GPT-2's frame around a BPE model: its splitting regex, bytes as letters, no space put before a text."""
+    """GPT-2's tokenizer around a BPE model: its splitting regex, bytes as letters, no space added before a text."""
     from tokenizers import Tokenizer as Backend, decoders, pre_tokenizers, processors
 
     backend = Backend(model)
@@ -563,7 +567,7 @@ def byte_level_backend(model: Any) -> "tokenizers.Tokenizer":
 
 
 def wordpiece_backend(vocab: dict[str, int], lowercase: bool) -> "tokenizers.Tokenizer":
-    """BERT's frame around a WordPiece vocabulary that holds SPECIAL."""
+    """BERT's tokenizer around a WordPiece vocabulary that contains SPECIAL."""
     from tokenizers import Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
 
     backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))

@@ -16,7 +16,7 @@ from common.data.tokenizer import (
 )
 from common.errors import BadInput
 
-ALPHABET = 1_000  # characters, the most frequent, that a WordPiece trained here knows; others become [UNK]
+ALPHABET = 1_000  # a WordPiece trained here has so many of the most frequent characters; others become [UNK]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -40,13 +40,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
     """Train a WordPiece of at most `vocab_size` ids: SPECIAL, the characters, those inside words (##x), then pieces.
 
-    Fewer ids than asked for come of too little text. BadInput for a size below what the characters alone need.
+    Too little text gives fewer ids. BadInput for a size below what the characters alone need.
     """
     from tokenizers import Tokenizer as Backend, models, pre_tokenizers, trainers
 
     start = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
     normalizer = wordpiece_backend(start, lowercase).normalizer
-    normal = [normalizer.normalize_str(text) for text in texts]  # what costs most, once for the two passes
+    normal = [normalizer.normalize_str(text) for text in texts]  # the costliest part, once for both passes
     counts: Counter[str] = Counter()
     for text in normal:
         counts.update(text)
@@ -67,8 +67,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
         backend.train_from_iterator(normal, trainer)
         return backend.get_vocab(with_added_tokens=False)
 
-    # The library numbers the ##x in the order of a hash table, another one in each process, and their numbers decide
-    # between pairs of one frequency. So the first pass only finds them, and the second is given them in a fixed order.
+    # The library numbers the ##x in the order of a hash table, which differs per process, and the numbers break ties between
+    # pairs of equal frequency. So the first pass only finds them, and the second gets them in a fixed order.
     inside = sorted(token for token in train(0, [*SPECIAL]) if token.startswith("##"))
     first = [*SPECIAL, *sorted(characters), *inside]
     if vocab_size < len(first):
@@ -80,15 +80,15 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = SENTINELS) -> Tokenizer:
-    """Train SentencePiece's unigram model by T5's settings, of at most `vocab_size` ids: <pad>, </s>, <unk> (0 to 2), pieces
-    from the most probable on, then the sentinels. What it learns from is lines; one of over 2^20 bytes is left out.
+    """Train SentencePiece's unigram model with T5's settings, of at most `vocab_size` ids: <pad>, </s>, <unk> (0 to 2), pieces
+    in descending probability, then the sentinels. It learns from lines; lines of over 2^20 bytes are left out.
 
-    Fewer ids than asked for come of too little text. BadInput for no text, or a size below what the characters alone need.
+    Too little text gives fewer ids. BadInput for no text, or a size below what the characters alone need.
     """
     import sentencepiece
 
     model, pieces = io.BytesIO(), vocab_size - sentinels
-    stopped: list[BadInput] = []  # what the texts raise; the trainer makes a RuntimeError of it
+    stopped: list[BadInput] = []  # raised by the texts; the trainer turns it into a RuntimeError
 
     def lines() -> Iterator[str]:
         try:
@@ -103,7 +103,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
             sentence_iterator=lines(),
             model_writer=model,
             model_type="unigram",
-            vocab_size=max(pieces, 4),  # below that it tells of something else than the size
+            vocab_size=max(pieces, 4),  # below 4 its error is about something else than the size
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -112,7 +112,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
             character_coverage=0.9995,
             max_sentence_length=2**20,
             hard_vocab_limit=False,
-            num_threads=16,  # the order of sums, and so the last digits, depend on it: not on the machine's cores
+            num_threads=16,  # fixed, because the order of sums, and so the last digits, depend on it
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -133,12 +133,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sentinels: int = 
 
 
 def train_char(text: str) -> Tokenizer:
-    """One id a character of `text`, in code point order, no special ids: nanoGPT's shakespeare_char (65 there)."""
+    """One id per character of `text`, in code point order, without special ids, as in nanoGPT's shakespeare_char (65 ids)."""
     from tokenizers import Tokenizer as Backend, decoders, models
 
     if not text:
-        raise BadInput("no text to take characters from; give a source that is not empty")
+        raise BadInput("no text to take characters from; give a source with text")
     vocab = {char: i for i, char in enumerate(sorted(set(text)))}
-    backend = Backend(models.BPE(vocab, []))  # no merges: one id a character
+    backend = Backend(models.BPE(vocab, []))  # no merges: one id per character
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend)
