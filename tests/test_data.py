@@ -252,7 +252,7 @@ PAIRS_REFUSED = {
     "a prefix with the separator": ({}, ["--prefix", "a\x1e"], "--prefix: contains U+001E"),
     "a prefix that is no text": ({}, ["--prefix", "a\udcff"], "--prefix 'a\\udcff': not UTF-8"),
     "a seed beyond 64 bits": ({}, ["--seed", str(2**63)], f"--seed {2**63}: must fit 64 bits"),
-    "tails": ({}, ["--split-by", "tail"], "--split-by tail: a pair is not cut"),
+    "tails": ({}, ["--split-by", "tail"], "--split-by tail: a pair cannot be cut"),
 }
 
 
@@ -802,9 +802,9 @@ def test_numbers_out_of_range_are_refused(jsonl, words, tmp_path, monkeypatch):
         ("--vocab-size 99999999999999999999: must be from 1 to", ("--vocab-size", 10**20 - 1)),
         ("--workers 1000000: must be from 1 to 1,024", ("--tokenizer", words, "--workers", 10**6)),
         ("--valid-share nan", ("--tokenizer", words, "--valid-share", "nan")),
-        ("--max-mb nan: above 0", ("--tokenizer", words, "--max-mb", "nan")),
-        ("--max-document-mb inf: above 0", ("--tokenizer", words, "--max-document-mb", "inf")),
-        ("--max-document-mb -1.0: above 0", ("--tokenizer", words, "--max-document-mb", -1)),
+        ("--max-mb nan: must be above 0", ("--tokenizer", words, "--max-mb", "nan")),
+        ("--max-document-mb inf: must be above 0", ("--tokenizer", words, "--max-document-mb", "inf")),
+        ("--max-document-mb -1.0: must be above 0", ("--tokenizer", words, "--max-document-mb", -1)),
     ):
         with pytest.raises(BadInput, match=told):
             make("text", monkeypatch, tmp_path / "out", "--source", jsonl, *args)
