@@ -246,7 +246,7 @@ def test_the_head_and_the_arithmetic_are_true(name: str) -> None:
         batch, length = cfg.train.global_batch, str(cfg.data.seq_len)
         if cfg.data.sample_tokens != cfg.data.seq_len:
             length = f"({length} + {cfg.data.target_len})"
-        assert f"{batch} x {length} = {batch * cfg.data.sample_tokens:,} tokens a step" in text
+        assert f"{batch} x {length} = {batch * cfg.data.sample_tokens:,} tokens per step" in text
     above, mark, below = text.partition("# ---- below this line nothing may change the loss ----\n")
     assert mark and re.findall(r"^(?!quickstart)(\w+):", below, re.M) == list(config.STACKS)
     assert not any(f"\n{stack}:" in above for stack in config.STACKS)
