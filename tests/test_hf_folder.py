@@ -462,7 +462,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
         assert notes == [f"init.from=hf: {line.replace('SEED', 'train.seed')}" for line in lines]
 
     shapes = task.model_from_hf_config(stored("bert")).model_dump(exclude={"pair_head"})
-    model = finetune.Model(**shapes, kind="text", labels=["a", "b"], pair_head=False)
+    model = finetune.Model(**shapes, task_type="sequence_classification", labels=["a", "b"], pair_head=False)
     replaced = model.model_copy(update={"new_head": True})
     pretraining = [unused.format(head) for head in ("cls.predictions.", "cls.seq_relationship.")]
     for begins, folder, lines in (
