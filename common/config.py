@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
@@ -20,6 +20,9 @@ from common.errors import BadInput, shortened
 from common.evaluation import metrics
 from common.stacks import extra
 from common.yaml_files import apply_overrides, read_yaml, to_yaml
+
+if TYPE_CHECKING:
+    from common.training.lora import Adapters
 
 STACKS = ("baseline", "deepspeed", "megatron")
 
@@ -353,9 +356,9 @@ class Config(Section):
         return first | {key: value for key, value in values.items() if key not in ("phases", "quickstart") or value}
 
     @property
-    def resume_reads_init(self) -> bool:
-        """Does a continued run read init.from again? Yes if its checkpoints hold a part of the model alone (adapters)."""
-        return False
+    def adapters(self) -> "Adapters | None":
+        """The low-rank adapters that are trained in place of the weights; None in pretraining."""
+        return None
 
     @property
     def last_step(self) -> int:

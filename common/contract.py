@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from common.config import Config
     from common.data.batches import MicroBatch
+    from common.launch.processes import Ranks
+    from common.preflight import Run
+    from common.training.finetuning import Results
     from common.training.init import Source
 
 
@@ -232,3 +235,22 @@ class PretrainingFamily(Family, Protocol):
 
     def model_from_hf_config(self, config: dict[str, Any], /) -> Any:
         """The resolved section `model` for a folder's config.json. KeyError where it lacks a shape."""
+
+
+class FinetuningFamily(Family, Protocol):
+    """`finetune.py` alone: how checkpoints are compared, and what happens before the first step and after the export."""
+
+    def selection_metric(self, cfg: Any, /) -> str:
+        """The metric that decides which checkpoint is the best: `loss`, or a key of `validation_metrics`."""
+
+    def validation_metrics(self, run: "Run", predictions: Any, /) -> dict[str, float]:
+        """The metrics of an evaluation besides its loss, from predictions (n, width)."""
+
+    def best_results(self, run: "Run", loss: float, n: int, predictions: Any, /) -> "Results | None":
+        """What rank 0 writes to OUT for the best evaluation so far, whose mean loss is over n targets; None: nothing."""
+
+    def before_start(self, run: "Run", /) -> None:
+        """Rank 0, before the first step, once OUT is the run's: what it adds to OUT/tokenizer."""
+
+    def after_export(self, run: "Run", ranks: "Ranks", /) -> None:
+        """All ranks, after OUT/hf is written: what the best checkpoint generates."""

@@ -128,7 +128,7 @@ def prepare(
         resume = checkpoint.latest(out_path, notes)
         if resume is not None:
             problems += _continues(whole, resume)
-    reads_folder = cfg.init.from_ != "scratch" and (resume is None or cfg.resume_reads_init)
+    reads_folder = cfg.init.from_ != "scratch" and (resume is None or cfg.adapters)
     if reads_folder and not problems and integrity.is_first_reader():
         problems += integrity.problems(find(cfg.init.from_), f"init.from={cfg.init.from_}")
     if problems:

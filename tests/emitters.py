@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def of_evaluators(folder: Path) -> Scores:
-    found = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts(folder / "texts")
+    found = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts()
     for name in TASKS:
         scores = of_head(name, folder / "bert")
         assert found.get(name, scores).keys() == scores.keys(), name  # of a head and in words: the same names
@@ -72,23 +71,9 @@ def labels_of(name: str) -> np.ndarray:
     return np.arange(8) % len(known) if known else np.arange(8, dtype=np.float32) % 5
 
 
-class Dataset(list[str]):
-    unit = "examples"
-    notes: list[str] = []
-
-
-def of_finetuned_texts(folder: Path) -> Scores:
+def of_finetuned_texts() -> Scores:
     """recipes/gpt/finetune.py after an evaluation without loss."""
-    found = {}
-    for name in ("lm", "sft"):
-        cfg = SimpleNamespace(task=SimpleNamespace(name=name), train=SimpleNamespace(eval_samples=None))
-        run = SimpleNamespace(out=folder / name, cfg=cfg, train=Dataset(TEXTS), valid=Dataset(TEXTS))
-        selection = SimpleNamespace(enter=lambda step, loss: True, best=1, metric="loss")
-        log = SimpleNamespace(valid=lambda *values, **more: None, first=True)
-        of_texts.is_best(run, selection, log, 1, 0.0, len(TEXTS))
-        rows = json.loads((folder / name / "eval.json").read_text(encoding="utf-8"))
-        found[name] = {row["metric"]: row["value"] for row in rows}
-    return found
+    return {name: of_texts.best_results(None, 0.0, len(TEXTS), None).scores for name in ("lm", "sft")}
 
 
 def of_head(name: str, folder: Path) -> dict[str, float]:

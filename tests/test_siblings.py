@@ -1,4 +1,5 @@
-"""The recipes are siblings: the scripts of gpt and t5 differ only in the name, those of bert also by its two-part loss.
+"""The recipes are siblings: the scripts of gpt and t5 differ only in the name. Those of bert differ too by the two parts of the
+pretraining loss, and in finetuning by the head of a task and its predictions.
 
 Where a difference is meant, write the new ones down: `python -m tests.test_siblings`.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("baseline/pretrain.py", "deepspeed/pretrain.py", "megatron/pretrain.py")
+SCRIPTS = tuple(f"{stack}/{name}.py" for stack in ("baseline", "deepspeed", "megatron") for name in ("pretrain", "finetune"))
 NAMES = {"gpt": "GPT", "t5": "T5", "bert": "BERT"}
 DIFFERENCES = ROOT / "tests/siblings"
 
@@ -43,7 +44,7 @@ def test_deepspeed_builds_every_family_alike(family):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_bert_differs_only_by_its_two_part_loss(name):
+def test_bert_differs_only_by_its_loss_and_predictions(name):
     assert difference(name) == golden(name).read_text(), f"if it is meant: python -m tests.test_siblings ({golden(name).name})"
 
 

@@ -9,12 +9,14 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
-from common.config import Section
-from common.contract import Family
+from common import config
+from common.config import Positive, Section
+from common.contract import Dataset, FinetuningFamily
 from common.data import batches
 from common.errors import BadInput
 from common.evaluation import metrics
@@ -22,43 +24,99 @@ from common.huggingface import export, hf_folder
 from common.json_files import read_object, write_json
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
-from common.preflight import Run, data_notes, find
-from common.training import log, lora
+from common.paths import find
+from common.preflight import Run, data_notes
+from common.training import lora
+from common.training.log import Log, read
 
 if TYPE_CHECKING:
     import torch
 
-BEST_KEPT = 2  # a resume may go back behind the last
+BEST_KEPT = 2  # best checkpoints that are kept: a resume may go back to the one before the last
+
+
+class Task(Section):
+    """The keys of the section `task` that every family has."""
+
+    name: str
+    patience: Positive | None = Field(
+        default=None, description="Evaluations without a better one after which the run ends. Default: never."
+    )
+
+
+class Config(config.Config):
+    """The config of a finetuning run."""
+
+    task: Task
+
+
+def settings(run: Run) -> Config:
+    """The config of a run, which must be one of finetuning."""
+    if not isinstance(run.cfg, Config):
+        raise TypeError(f"a config of finetuning is needed, not {type(run.cfg).__name__}")
+    return run.cfg
+
+
+def validation_set(run: Run) -> Dataset:
+    """Finetuning has always one: a split of the task, or a share of train."""
+    if run.valid is None:
+        raise TypeError("finetuning needs a validation set")
+    return run.valid
+
+
+# ---- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """What the best evaluation so far leaves in OUT."""
+
+    scores: dict[str, float]  # for eval.json, by metric
+    n: int  # examples, answers or targets that they are computed from
+    counts: Mapping[str, int] = {}  # {metric: n} for those that are computed from a part of them
+    files: Mapping[str, str] = {}  # {name: text} in OUT/predictions
 
 
 class Selection:
     """Which evaluation of a run is the best so far. After a resume it is read from metrics.jsonl.
 
-    metric: its name there, without `valid_`; of a `loss` the lowest is the best, of all else the highest.
+    metric: task.selection_metric, without `valid_`; the best `loss` is the lowest, the best value of all others the highest.
     """
 
-    def __init__(self, run: Run, metric: str):
-        self.metric, self.sign = metric, -1 if metric == "loss" else 1
-        self.patience = run.cfg.task.patience
-        self.values: dict[int, float] = {}
-        for line in log.read(run.out / "metrics.jsonl", run.resume.step) if run.resume else ():
-            if f"valid_{metric}" in line:
-                self.enter(line["step"], line[f"valid_{metric}"])
+    def __init__(self, run: Run, task: FinetuningFamily, log: Log):
+        self.run, self.task, self.log = run, task, log
+        self.metric = task.selection_metric(run.cfg)
+        self.sign = -1 if self.metric == "loss" else 1
+        self.patience = settings(run).task.patience
+        self.values: dict[int, float] = {}  # by step
+        for line in read(run.out / "metrics.jsonl", run.resume.step) if run.resume else ():
+            if f"valid_{self.metric}" in line:
+                self.values[line["step"]] = line[f"valid_{self.metric}"]
 
-    def enter(self, step: int, value: float) -> bool:
-        """An evaluation, alike on every rank; is it the best so far?"""
-        self.values[step] = value
-        return self.best == step
+    def judge(self, step: int, loss: float, n: int, predictions: np.ndarray | None = None) -> bool:
+        """Log an evaluation, equal on every rank, and write its results if it is the best so far. Is it?
+
+        loss: mean over n targets. predictions: (n, width), where the task's metrics are computed from them.
+        """
+        values = self.task.validation_metrics(self.run, predictions)
+        self.log.valid(step, loss, n, **values)
+        self.values[step] = ({"loss": loss} | values)[self.metric]
+        is_best = self.best == step
+        if is_best and self.log.first:
+            results = self.task.best_results(self.run, loss, n, predictions)
+            if results:
+                write_results(self.run, f"step {step}, the best by {self.metric}", results)
+        return is_best
 
     @property
     def best(self) -> int | None:
-        """Its step: of equal ones the first."""
+        """The step of the best evaluation: the first of equal ones. None before the first evaluation."""
         return max(self.values, key=lambda step: (self.sign * self.values[step], -step)) if self.values else None
 
     @property
     def is_over(self) -> bool:
         """Have there been `task.patience` evaluations since the best?"""
-        return bool(self.patience and self.values and sum(step > self.best for step in self.values) >= self.patience)
+        best = self.best
+        return bool(self.patience and best is not None and sum(step > best for step in self.values) >= self.patience)
 
 
 # ---- where it begins -------------------------------------------------------------------------------------------------
@@ -68,22 +126,22 @@ SHAPES = {"layers", "hidden", "heads"}
 
 
 def with_shapes(
-    values: Any, model_from_hf_config: Callable[[dict[str, Any]], Section], types: Sequence[str], own: set[str]
-) -> Any:
-    """A config's values with the shapes of init.from as its model, and init.from the folder of the weights. What the config
-    says of the model counts more. types: that config.json may name; own: keys of the model that a folder does not decide.
-    BadInput for a folder of another family, or for none where the config has no shapes."""
-    begin, given = ((values.get(key) or {}) if isinstance(values, dict) else None for key in ("init", "model"))
-    start = begin.get("from") if isinstance(begin, dict) and isinstance(given, dict) else None
+    values: dict[str, Any], model_from_hf_config: Callable[[dict[str, Any]], Section], types: Sequence[str], own: set[str]
+) -> dict[str, Any]:
+    """A config's values with the shapes in init.from as its model, and the folder of the weights as init.from. Shapes that the
+    config gives count first. types: the model types that config.json may name; own: keys of the model that a folder does not
+    decide. BadInput for a folder of another family, or for no folder where the config has no shapes."""
+    init, model = (values.get(key) or {} for key in ("init", "model"))
+    start = init.get("from") if isinstance(init, dict) and isinstance(model, dict) else None
     if not isinstance(start, str) or start == "scratch":
         return values
-    if not find(start).exists() and SHAPES <= given.keys():  # a finished run's own config, its beginning no longer there
+    if not find(start).exists() and SHAPES <= model.keys():  # the config of a finished run, whose init.from is gone
         return values
     folder = weights_folder(start)
     stored = read_object(folder / "config.json")
     if stored is None:
-        if SHAPES <= given.keys():
-            return values  # told by common/preflight.py with all else
+        if SHAPES <= model.keys():
+            return values  # common/preflight.py reports it with all else
         if folder.name == "hf" and (folder.parent / "run.json").is_file():
             raise BadInput(f"init.from={start}: the run has no export yet; finish it by its own command")
         wanted = "give a Hugging Face folder, a name on the hub (OWNER/NAME), or OUT of a finished run"
@@ -91,12 +149,11 @@ def with_shapes(
     if stored.get("model_type") not in types:
         raise BadInput(f"init.from={start}: is a {stored.get('model_type')!r} model; give one of {' or '.join(types)}")
     known = hf_folder.model_from_hf_config(stored, f"init.from={start}", model_from_hf_config)
-    shapes = known.model_dump(exclude=own)
-    return values | {"model": shapes | given, "init": begin | {"from": str(folder)}}
+    return values | {"model": known.model_dump(exclude=own) | model, "init": init | {"from": str(folder)}}
 
 
 def weights_folder(start: str) -> Path:
-    """Of init.from: the folder itself, the export of a run, or what the hub has under that name, fetched once."""
+    """The folder that init.from means: itself, the export of a run, or what the hub has under that name, downloaded once."""
     folder = find(start)
     if (folder / "run.json").is_file():
         return folder / "hf"
@@ -107,78 +164,81 @@ def weights_folder(start: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(start, allow_patterns=wanted))
-    except Exception as error:  # no network, no such repository: each has a class of its own there
+    except Exception as error:  # no network, no such repository: each raises another class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"init.from={start}: no such folder, and the hub does not give it: {reason}; give a folder") from None
+        raise BadInput(f"init.from={start}: no such folder, and not on the hub: {reason}; give a folder") from None
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
 
 
-def dev_size(run: Run) -> int:
-    return min(run.cfg.train.eval_samples or len(run.valid), len(run.valid))
+def validation_size(run: Run) -> int:
+    size = len(validation_set(run))
+    return min(run.cfg.train.eval_samples or size, size)
 
 
 class Predictions:
-    """What the model says of each dev example, gathered over all ranks. width: numbers that one prediction takes."""
+    """What the model predicts for each validation example, gathered over all ranks. width: numbers per prediction."""
 
     def __init__(self, run: Run, ranks: Ranks, width: int):
         import torch
 
         self.width = width
         # (3 + N x width,): the summed loss, its targets, the examples, each prediction. fp64: exact for class numbers
-        self.totals = torch.zeros(3 + dev_size(run) * width, dtype=torch.float64, device=ranks.device)
+        self.totals = torch.zeros(3 + validation_size(run) * width, dtype=torch.float64, device=ranks.device)
 
-    def add(self, rows: batches.MicroBatch, loss: "torch.Tensor", predictions: "torch.Tensor") -> None:
-        """Enter one micro batch: its summed loss, and predictions (B, at most width). Repeated examples, which count nowhere,
+    def add(self, micro_batch: batches.MicroBatch, loss: "torch.Tensor", predictions: "torch.Tensor") -> None:
+        """Add one micro batch: its summed loss, and predictions (B, at most width). Repeated examples, which count nowhere,
         are left out."""
         import torch
 
-        real = torch.from_numpy(rows["example_mask"]).to(self.totals.device)
-        indices = torch.from_numpy(rows["indices"]).to(self.totals.device)[real]
+        real = torch.from_numpy(micro_batch["example_mask"]).to(self.totals.device)
+        indices = torch.from_numpy(micro_batch["indices"]).to(self.totals.device)[real]
         self.totals[0] += loss.double()
-        self.totals[1] += batches.targets([rows])
+        self.totals[1] += batches.targets([micro_batch])
         self.totals[2] += real.sum()
         self.totals[3:].view(-1, self.width)[indices, : predictions.shape[1]] = predictions[real].double()
 
-    def gather(self) -> None:
-        """Sum over the ranks, each of which has entered what none else has."""
+    def gather(self, reports: bool = True) -> tuple[float, int, np.ndarray]:
+        """Mean loss, number of examples, and predictions (N, width), on every rank. reports: does this rank's part count? Of
+        the ranks with the same examples one must report."""
         import torch.distributed as dist
 
+        self.totals *= reports
         dist.all_reduce(self.totals)
-
-    def read(self) -> tuple[float, np.ndarray]:
-        """Mean loss, and predictions (N, width)."""
         values = self.totals.cpu().numpy()
-        found = values[3:].reshape(-1, self.width)
-        if int(values[2]) != len(found):
-            raise RuntimeError(f"{int(values[2])} of {len(found)} dev examples were evaluated")
-        return float(values[0] / values[1]), found
+        predictions = values[3:].reshape(-1, self.width)
+        if int(values[2]) != len(predictions):
+            raise RuntimeError(f"{int(values[2])} of {len(predictions)} validation examples were evaluated")
+        return float(values[0] / values[1]), len(predictions), predictions
 
 
-def write_results(
-    run: Run, selection: Selection, values: dict[str, float], n: int, files: dict[str, str], counts: Mapping[str, int] = {}
-) -> None:
-    """Rank 0, of the best evaluation so far: eval.json, and files {name: text} in OUT/predictions. n: what the values are of;
-    counts: in its place, for metrics that are of a part."""
+def write_results(run: Run, checkpoint: str, results: Results) -> None:
+    """Rank 0: OUT/eval.json and the files of OUT/predictions. checkpoint: which one, for the protocol."""
     folder = run.out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
+    for name, text in results.files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    size, used = len(run.valid), dev_size(run)
-    part = "" if used == size else f", the first {used:,} of {size:,} {run.valid.unit}"
-    notes = "".join(f"; {note}" for note in data_notes(run.train, run.valid))
-    how = f"{run.cfg.task.name} dev{part}, step {selection.best}, the best by {selection.metric}{notes}"
-    rows = [metrics.row(run.cfg.task.name, name, value, counts.get(name, n), how) for name, value in values.items()]
+    valid, used, name = validation_set(run), validation_size(run), settings(run).task.name
+    part = "" if used == len(valid) else f", the first {used:,} of {len(valid):,} {valid.unit}"
+    notes = "".join(f"; {note}" for note in data_notes(run.train, valid))
+    protocol = f"{name} dev{part}, {checkpoint}{notes}"
+    rows = [
+        metrics.row(name, metric, value, results.counts.get(metric, results.n), protocol)
+        for metric, value in results.scores.items()
+    ]
     write_json(run.out / "eval.json", rows)
 
 
+# ---- after the last step ---------------------------------------------------------------------------------------------
+
+
 def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
-    """Of what the export writes, `number` texts in batches of `size`. Called before each batch: rank 0 says every 10 s how far
-    it is; True where a signal has come: write no more (end_if_asked)."""
+    """For the generation of `number` texts in batches of `size`: a function that is called before each batch. On rank 0 it
+    prints the progress every 10 s. It returns True where a signal has come: generate no more (end_if_asked)."""
     begin = shown = time.monotonic()
 
-    def tell(done_batches: int) -> bool:
+    def report(done_batches: int) -> bool:
         nonlocal shown
         heartbeat.beat("writing")
         now = time.monotonic()
@@ -187,11 +247,11 @@ def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
             print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
         return bool(processes.stop_asked())
 
-    return tell
+    return report
 
 
 def end_if_asked(ranks: Ranks, step: int) -> None:
-    """By every rank, when all have written their share: end the run, whose state is saved, if a signal has come to any."""
+    """On every rank, when all have generated their share: end the run, whose state is saved, if a signal has come to any."""
     import torch
     import torch.distributed as dist
 
@@ -201,9 +261,9 @@ def end_if_asked(ranks: Ranks, step: int) -> None:
         raise processes.stopped(int(asked), step)
 
 
-def finish(run: Run, task: Family, ranks: Ranks) -> None:
-    """The export of the best checkpoint; where adapters were trained, these too, and the export is the merged model."""
-    lora.export(run, task, ranks, best_folder(run))
+def finish(run: Run, task: FinetuningFamily, ranks: Ranks) -> None:
+    """Export the best checkpoint; where adapters were trained, these too, and the model merged with them."""
+    lora.export(run, ranks, best_folder(run))
     export.to_hf(run, task, ranks, best_folder(run), lora.merging(run.whole, task))
 
 

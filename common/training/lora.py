@@ -1,14 +1,14 @@
 """Low-rank adapters (Hu et al., arXiv:2106.09685), by peft: the model's own weights stay, W x becomes W x + alpha / rank B A x.
 
 Only A and B are trained, and only they are in a checkpoint. OUT/adapter is peft's form of them; OUT/hf is the merged model.
-Without the section `lora` each function leaves things as they are. Torch-free but for what the functions import.
+Without adapters (Config.adapters is None) each function does nothing. The module does not import torch, its functions do.
 """
 
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -40,43 +40,48 @@ class Lora(Section):
     )
 
 
-def of(cfg: Config) -> Lora | None:
-    return getattr(cfg, "lora", None)
+class Adapters(NamedTuple):
+    """The section `lora` of a config, with the layers of its model."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]  # names of linear layers
+    weights_are_transposed: bool  # (in, out), as in transformers' Conv1D
 
 
 def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def peft_config(cfg: Config, task: Family) -> "peft.LoraConfig":
+def peft_config(adapters: Adapters, cfg: Config) -> "peft.LoraConfig":
     import peft
 
-    lora = of(cfg)
     return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-        target_modules=sorted(lora.targets or task.linear_layers(cfg.model)), base_model_name_or_path=cfg.init.from_,
-        fan_in_fan_out=task.weights_are_transposed(cfg.model),
+        task_type="CAUSAL_LM", r=adapters.rank, lora_alpha=adapters.alpha, lora_dropout=adapters.dropout, bias="none",
+        target_modules=sorted(adapters.targets), base_model_name_or_path=cfg.init.from_,
+        fan_in_fan_out=adapters.weights_are_transposed,
     )  # fmt: skip
 
 
-def add(net: "torch.nn.Module", cfg: Config, task: Family) -> None:
+def add(net: "torch.nn.Module", cfg: Config) -> None:
     """Put adapters into the model, without values yet, and freeze all else."""
-    if of(cfg):
+    if cfg.adapters:
         import peft
 
-        peft.inject_adapter_in_model(peft_config(cfg, task), net)
+        peft.inject_adapter_in_model(peft_config(cfg.adapters, cfg), net)
 
 
 def expected(cfg: Config, task: Family) -> dict[str, tuple[int, ...]]:
-    """As parameters.expected, with the adapters, and the names that the model's own weights have beside them."""
+    """As parameters.expected, with the adapters, and the names that the model's own weights have then."""
     import torch
 
     shapes = parameters.expected(cfg.model, task)
-    if not of(cfg):
+    if not cfg.adapters:
         return shapes
     with torch.device("meta"):
         net = task.hf_model(cfg.model)
-        add(net, cfg, task)
+        add(net, cfg)
     adapted = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     own = {_own_name(name): shape for name, shape in adapted.items() if not is_adapter(name)}
     parameters.prove(own, shapes, "the model with adapters")
@@ -84,32 +89,33 @@ def expected(cfg: Config, task: Family) -> dict[str, tuple[int, ...]]:
 
 
 def _own_name(name: str) -> str:
-    """The name that a weight of the model has without an adapter beside it."""
+    """The name that a weight of the model has without an adapter."""
     return name.replace(".base_layer.", ".")
 
 
 def trained(shapes: Shapes, cfg: Config) -> Shapes:
-    """The parameters that a checkpoint holds: the adapters alone where there are some."""
-    return {name: shape for name, shape in shapes.items() if is_adapter(name)} if of(cfg) else shapes
+    """The parameters in a checkpoint: only the adapters, where there are adapters."""
+    return {name: shape for name, shape in shapes.items() if is_adapter(name)} if cfg.adapters else shapes
 
 
 def values(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> state.Values:
     """As state.values: adapters come from the checkpoint, else from the seed; the model's own weights never change."""
-    if not of(cfg):
+    if not cfg.adapters:
         return state.values(cfg, task, shapes, resume)
-    base, kept = state.values(cfg, task, shapes, None), resume and state.stored(resume, trained(shapes, cfg))
+    base = state.values(cfg, task, shapes, None)
+    saved = state.stored(resume, trained(shapes, cfg)) if resume else None
 
     def value(name: str, shape: Sequence[int]) -> state.Parts:
         if not is_adapter(name):
             return base(_own_name(name), shape)
-        return kept(name, shape) if kept else {"weight": initial(cfg.train.seed, name, shape)}
+        return saved(name, shape) if saved else {"weight": initial(cfg.train.seed, name, shape)}
 
     return value
 
 
 def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
-    """B is zero; A (rank, in) is uniform within 1 / sqrt(in), as peft draws it (tuners/lora/layer.py, reset_lora_parameters:
-    kaiming_uniform with a = sqrt(5)), from (seed, name, shape) as all that is drawn here."""
+    """B is zero; A (rank, in) is uniform within 1 / sqrt(in), as in peft (tuners/lora/layer.py, reset_lora_parameters:
+    kaiming_uniform with a = sqrt(5)), and a function of (seed, name, shape) like every initial value."""
     import torch
 
     if ".lora_B." in name:
@@ -123,14 +129,13 @@ def initial(seed: int, name: str, shape: Sequence[int]) -> "torch.Tensor":
 
 
 class Merged:
-    """The whole model of a checkpoint that holds adapters, as huggingface/export.py reads it: W + alpha / rank B A."""
+    """The whole model of a checkpoint of adapters, as huggingface/export.py reads it: W + alpha / rank B A."""
 
-    def __init__(self, adapters: Checkpoint, cfg: Config, task: Family):
-        self.path, self.step, self.adapters = adapters.path, adapters.step, adapters
+    def __init__(self, source: Checkpoint, adapters: Adapters, cfg: Config, task: Family):
+        self.path, self.step, self.source, self.adapters = source.path, source.step, source, adapters
         self.whole = parameters.expected(cfg.model, task)
         self.base = state.values(cfg, task, self.whole, None)
-        self.meta = adapters.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.whole.items()}}
-        self.scale, self.transposed = of(cfg).alpha / of(cfg).rank, task.weights_are_transposed(cfg.model)
+        self.meta = source.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.whole.items()}}
 
     def names(self) -> list[str]:
         return list(self.whole)
@@ -139,31 +144,32 @@ class Merged:
         return self.whole
 
     def read(self, name: str, parts: Any = None) -> dict[str, "torch.Tensor"]:
-        """The weight alone."""
+        """{"weight": the merged weight}."""
         weight = self.base(name, self.whole[name])["weight"]
         layer = name.removesuffix(".weight")
-        if f"{layer}.lora_A.default.weight" in self.adapters.meta["files"]:
-            a, b = (self.adapters.read(f"{layer}.lora_{which}.default.weight", ("weight",))["weight"] for which in "AB")
-            change = self.scale * (b @ a)  # (out, in)
-            weight = weight + (change.T if self.transposed else change)
+        if f"{layer}.lora_A.default.weight" in self.source.meta["files"]:
+            a, b = (self.source.read(f"{layer}.lora_{which}.default.weight", ("weight",))["weight"] for which in "AB")
+            change = self.adapters.alpha / self.adapters.rank * (b @ a)  # (out, in)
+            weight = weight + (change.T if self.adapters.weights_are_transposed else change)
         return {"weight": weight}
 
 
 def merging(cfg: Config, task: Family) -> Callable[[Checkpoint], Any]:
-    """What common/huggingface/export.py reads in place of a checkpoint."""
-    return (lambda adapters: Merged(adapters, cfg, task)) if of(cfg) else (lambda whole: whole)
+    """What common/huggingface/export.py reads instead of a checkpoint."""
+    adapters = cfg.adapters
+    return (lambda source: Merged(source, adapters, cfg, task)) if adapters else (lambda source: source)
 
 
-def export(run: Run, task: Family, ranks: Ranks, steps: Path) -> None:
-    """OUT/adapter of the newest checkpoint in `steps`, by rank 0: what peft.PeftModel.from_pretrained loads."""
-    if not of(run.cfg) or ranks.rank:
+def export(run: Run, ranks: Ranks, steps: Path) -> None:
+    """Rank 0 writes OUT/adapter from the newest checkpoint in `steps`: what peft.PeftModel.from_pretrained loads."""
+    adapters, source = run.cfg.adapters, checkpoint.latest(steps)
+    if adapters is None or source is None or ranks.rank:
         return
-    source = checkpoint.latest(steps)
     tmp, folder = run.out / "adapter.tmp", run.out / "adapter"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
-    peft_config(run.cfg, task).save_pretrained(tmp)
-    names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}
-    shapes = {theirs: source.meta["files"][ours]["shape"] for theirs, ours in names.items()}
-    write_tensors(tmp / "adapter_model.safetensors", shapes, lambda theirs: source.read(names[theirs], ("weight",))["weight"])
+    peft_config(adapters, run.cfg).save_pretrained(tmp)
+    names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}  # peft's name: ours
+    shapes = {peft_name: source.meta["files"][name]["shape"] for peft_name, name in names.items()}
+    write_tensors(tmp / "adapter_model.safetensors", shapes, lambda name: source.read(names[name], ("weight",))["weight"])
     integrity.replace_folder(tmp, folder)

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from common import config
-from common.config import FilePath, NonEmpty, Positive, Section, Share
+from common.config import FilePath, NonEmpty, Positive, Share
 from common.data import batches
 from common.errors import BadInput
 from common.evaluation import glue, labelled, metrics
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from common.launch.processes import Ranks
     from common.preflight import Run
-    from common.training.log import Log
 
 
 class Model(task.Model):
@@ -104,6 +104,10 @@ class Model(task.Model):
     def task_head(self) -> base.Head:
         return registry.HEADS[self.task_type]
 
+    @property
+    def classifier(self) -> str:
+        return self.task_head.parameter
+
     def parameter_count(self) -> int:
         h = self.hidden
         mlm_head = h * h + h + 2 * h + self.vocab_size
@@ -122,7 +126,7 @@ class Data(config.Data):
     )
 
 
-class Task(Section):
+class Task(finetuning.Task):
     """The task and its files."""
 
     name: Literal[*registry.TASKS] = Field(
@@ -131,9 +135,6 @@ class Task(Section):
     data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
     train_examples: Positive | None = Field(
         default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
-    )
-    patience: Positive | None = Field(
-        default=None, description="Evaluations without a better one after which the run ends. Default: never."
     )
     labels: list[NonEmpty] = Field(default=[], description="classify: all labels. Default: those of train, sorted.")
     tags: list[NonEmpty] = Field(default=[], description="ner: all tags.")
@@ -148,7 +149,7 @@ class Task(Section):
         return {"data", "patience"}
 
 
-class Config(config.Config):
+class Config(finetuning.Config):
     model: Model
     data: Data = Data()
     task: Task
@@ -331,6 +332,11 @@ def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
 # ---- batch and loss --------------------------------------------------------------------------------------------------
 
 
+def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
+    """[targets, tokens without padding] of these micro batches."""
+    return [batches.targets(micro_batches), batches.tokens(micro_batches)]
+
+
 def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of a TaskDataset as tensors, with attention_mask (B x C, T) bool in place of lengths."""
     import torch
@@ -353,14 +359,29 @@ def logits_of(output: Any) -> torch.Tensor:
     return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
 
 
-def judge(run: Run, selection: finetuning.Selection, log: Log, step: int, found: finetuning.Predictions) -> bool:
-    """Score an evaluation, alike on every rank, and tell it; is it the best so far?"""
-    loss, predictions = found.read()
-    values = run.valid.metrics(predictions)
-    log.valid(step, loss, len(predictions), **values)
-    best = selection.enter(step, values[selection.metric])
-    if best and log.first:
-        n = len(predictions)
-        files, counts = run.valid.files(predictions), run.valid.counts(n)
-        finetuning.write_results(run, selection, values, run.valid.scored(n), files, counts)
-    return best
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def validation_set(run: Run) -> base.TaskDataset:
+    if not isinstance(run.valid, base.TaskDataset):
+        raise TypeError("the validation set of a task is needed")
+    return run.valid
+
+
+def validation_metrics(run: Run, predictions: np.ndarray) -> dict[str, float]:
+    """The task's metrics of predictions (n, width)."""
+    return validation_set(run).metrics(predictions)
+
+
+def best_results(run: Run, loss: float, n: int, predictions: np.ndarray) -> finetuning.Results:
+    """The task's metrics, and the predictions in the benchmark's format."""
+    valid = validation_set(run)
+    return finetuning.Results(valid.metrics(predictions), valid.scored(n), valid.counts(n), valid.files(predictions))
+
+
+def before_start(run: Run) -> None:
+    """Nothing: the tokenizer is exported as it is."""
+
+
+def after_export(run: Run, ranks: Ranks) -> None:
+    """Nothing: BERT generates no text."""

@@ -105,6 +105,11 @@ class Model(Section):
         if self.pair_head and cfg.objective.pair == "none":
             yield "model.pair_head=true with objective.pair=none: the head would get no gradient; give model.pair_head=false"
 
+    @property
+    def classifier(self) -> str:
+        """The linear layer that Megatron calls binary_head: of the pairs, in finetuning of the task."""
+        return "cls.seq_relationship"
+
     def resolved_ffn(self) -> int:
         return self.ffn or 4 * self.hidden
 

@@ -16,14 +16,14 @@ import numpy as np
 from pydantic import Field
 
 from common import config
-from common.config import Count, FilePath, Positive, Section
+from common.config import Count, FilePath, Positive
 from common.data import examples
 from common.errors import BadInput
 from common.huggingface import export, pretrained
 from common.json_files import write_json
 from common.launch.processes import Ranks
 from common.training import finetuning
-from common.training.lora import Lora
+from common.training.lora import Adapters, Lora
 
 from . import samples, task
 from .task import (  # what finetuning takes over unchanged
@@ -32,6 +32,7 @@ from .task import (  # what finetuning takes over unchanged
     HF_MODEL_TYPES as HF_MODEL_TYPES,
     IGNORED_HF_HEADS as IGNORED_HF_HEADS,
     IGNORED_HF_KEYS as IGNORED_HF_KEYS,
+    counts as counts,
     duplicate_names as duplicate_names,
     export_loss_sums as export_loss_sums,
     forward_backward_flops as forward_backward_flops,
@@ -61,7 +62,6 @@ from .task import (  # what finetuning takes over unchanged
 
 if TYPE_CHECKING:
     from common.preflight import Run
-    from common.training.log import Log
 
 
 class Model(task.Model):
@@ -99,7 +99,7 @@ class Data(config.Data):
     )
 
 
-class Task(Section):
+class Task(finetuning.Task):
     """What is learned, from which files."""
 
     name: Literal["lm", "sft"] = Field(description="lm: the next token of texts. sft: the assistant's part of conversations.")
@@ -119,15 +119,19 @@ class Task(Section):
         return {"data", "patience", "answers", "max_new_tokens"}
 
 
-class Config(config.Config):
+class Config(finetuning.Config):
     model: Model
     data: Data
     task: Task
     lora: Lora | None = None
 
     @property
-    def resume_reads_init(self) -> bool:
-        return self.lora is not None
+    def adapters(self) -> Adapters | None:
+        if self.lora is None:
+            return None
+        targets = self.lora.targets or linear_layers(self.model)
+        transposed = self.model.arch == "gpt2"  # transformers' Conv1D: weights (in, out)
+        return Adapters(self.lora.rank, self.lora.alpha, self.lora.dropout, list(targets), transposed)
 
     def dump(self) -> dict[str, Any]:
         """As config.Config's: a section that is not there is not written, since an empty one means its defaults."""
@@ -143,11 +147,6 @@ def linear_layers(model: Model) -> tuple[str, ...]:
     if model.arch == "gpt2":
         return ("c_attn", "c_proj", "c_fc")
     return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def weights_are_transposed(model: Model) -> bool:
-    """GPT-2's layers are transformers' Conv1D: weights (in, out)."""
-    return model.arch == "gpt2"
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -243,19 +242,24 @@ def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: st
 # ---- evaluation and export -------------------------------------------------------------------------------------------
 
 
-def is_best(run: Run, selection: finetuning.Selection, log: Log, step: int, loss: float, targets: int) -> bool:
-    """Enter an evaluation's mean loss over its targets; log it, and write eval.json if it is the best so far."""
-    log.valid(step, loss, targets)
-    best = selection.enter(step, loss)
-    if best and log.first:
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        finetuning.write_results(run, selection, values, targets, {})
-    return best
+def selection_metric(cfg: Config) -> str:
+    """The metric that decides which checkpoint is the best."""
+    return "loss"
 
 
-def keep_template(run: Run) -> None:
-    """Rank 0, after run.begin: what the export has beside the tokenizer. The chat template that the run learns, and in
-    generation_config.json the ids that end what is written: those of the folder it begins from, and of the answers learnt."""
+def validation_metrics(run: Run, predictions: None) -> dict[str, float]:
+    """No metric besides the loss."""
+    return {}
+
+
+def best_results(run: Run, loss: float, n: int, predictions: None) -> finetuning.Results:
+    """The mean loss over n targets, and the perplexity."""
+    return finetuning.Results({"loss": loss, "perplexity": math.exp(min(loss, 50.0))}, n)
+
+
+def before_start(run: Run) -> None:
+    """Rank 0: what OUT/tokenizer, and so the export, has besides the tokenizer. The chat template that the run learns, and in
+    generation_config.json the ids that end a text: those of the folder that it starts from, and those that end answers."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
 
@@ -309,7 +313,7 @@ def questions(cfg: Config, template: samples.Template) -> list[Question]:
     return found
 
 
-def answer(run: Run, ranks: Ranks) -> None:
+def after_export(run: Run, ranks: Ranks) -> None:
     """What the export, in plain transformers, says to `questions`, the likeliest token each time: OUT/predictions/valid.jsonl,
     a line each. A conversation is answered alone, by one rank: 2 ranks write what 1 writes. Nothing is done where the answers
     of this export are there already."""

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from common import config
-from common.config import FilePath, Positive, Section, Share
+from common.config import FilePath, Positive, Share
 from common.data import batches, examples
 from common.errors import BadInput
 from common.evaluation import metrics, text
@@ -33,6 +33,7 @@ from .task import (  # what finetuning takes over unchanged
     HF_MODEL_TYPES as HF_MODEL_TYPES,
     IGNORED_HF_HEADS as IGNORED_HF_HEADS,
     IGNORED_HF_KEYS as IGNORED_HF_KEYS,
+    counts as counts,
     duplicate_names as duplicate_names,
     export_loss_sums as export_loss_sums,
     forward_backward_flops as forward_backward_flops,
@@ -87,7 +88,7 @@ class Data(config.Data):
         return self.seq_len + self.target_len
 
 
-class Task(Section):
+class Task(finetuning.Task):
     """The task, its files, and how texts are generated for its scores."""
 
     name: Literal[*text.NAMES] = Field(description="Translation, summaries, GLUE and SQuAD as text, or pairs of your own.")
@@ -119,7 +120,7 @@ class Task(Section):
         return {"data", "patience", "split", "beams", "length_penalty", "generation_batch_size"}
 
 
-class Config(config.Config):
+class Config(finetuning.Config):
     model: Model
     data: Data = Data()
     task: Task
@@ -232,7 +233,25 @@ def encoded(tokenizer: Any, texts: list[str]) -> Ids:
 # ---- what the best checkpoint writes ---------------------------------------------------------------------------------
 
 
-def score(run: Run, ranks: Ranks) -> None:
+def selection_metric(cfg: Config) -> str:
+    """The metric that decides which checkpoint is the best."""
+    return "loss"
+
+
+def validation_metrics(run: Run, predictions: None) -> dict[str, float]:
+    """No metric besides the loss: the published scores need the generated texts."""
+    return {}
+
+
+def best_results(run: Run, loss: float, n: int, predictions: None) -> None:
+    """Nothing before the end: `after_export` scores the best checkpoint."""
+
+
+def before_start(run: Run) -> None:
+    """Nothing: the tokenizer is exported as it is."""
+
+
+def after_export(run: Run, ranks: Ranks) -> None:
     """What the export, in plain transformers, writes to the inputs of task.split: OUT/predictions/SPLIT.txt, a line each, and
     as GLUE and SQuAD want it; its scores in OUT/eval.json. Nothing is done where they are there already."""
     import torch

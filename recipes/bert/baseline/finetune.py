@@ -1,6 +1,6 @@
-"""Finetune BERT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+"""Finetune BERT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
 
-bash recipes/bert/baseline/finetune.sh recipes/bert/configs/finetune_mrpc.yaml out/mrpc init.from=HF_DIR task.data=DIR
+bash recipes/bert/baseline/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/bert/configs/finetune_*.yaml
 """
 
 from contextlib import nullcontext
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, run_record, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
-from common.training import finetuning, init, optim
+from common.training import finetuning, init, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica a process.
+    # bf16: fp32 weights under autocast. One replica per process.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -42,18 +42,19 @@ def main(argv: list[str]) -> None:
     with init_empty_weights():
         net = task.hf_model(cfg.model)
     init.allocate(net, torch.float32)
+    lora.add(net, cfg)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(micro_batch: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of one micro batch, and predictions (B, width)."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = task.logits_of(model(**task.model_inputs(batch)))
         return head.loss_sum(logits, batch), head.predictions(logits.detach(), batch)
 
@@ -61,24 +62,25 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        found = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
-            found.add(rows, *loss_of(rows))
-        found.gather()
+        predictions = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
+            predictions.add(micro_batch, *loss_of(micro_batch))
         model.train()
-        return task.judge(run, selection, log, step, found)
+        return selection.judge(step, *predictions.gather())
 
     def save(out: Path, step: int, keep: int) -> None:
         entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(out, entries, shapes, state.meta(run, step), keep)
+        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
+    state.load(net, optimizer, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, task.selection_metric(cfg))
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     model.train()
@@ -90,19 +92,18 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows), batches.tokens(rows)]
-        targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        micro_batches = next(prefetched)
+        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # of the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
-                micro_loss, _ = loss_of(micro_rows)
-                # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
+                micro_loss, _ = loss_of(micro_batch)
+                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
-            loss += micro_loss.detach() / targets
-        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
+            share += micro_loss.detach() / targets
+        [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
@@ -123,6 +124,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     finetuning.finish(run, task, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

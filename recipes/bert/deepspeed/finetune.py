@@ -1,6 +1,6 @@
-"""Finetune BERT with DeepSpeed: ZeRO stage 0 to 3, AutoTP, offload, recompute.
+"""Finetune BERT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
 
-bash recipes/bert/deepspeed/finetune.sh recipes/bert/configs/finetune_mrpc.yaml out/mrpc init.from=HF_DIR task.data=DIR
+bash recipes/bert/deepspeed/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/bert/configs/finetune_*.yaml
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, run_record, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
 from common.stacks import zero
-from common.training import finetuning, optim
+from common.training import finetuning, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
@@ -38,20 +38,21 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    lora.add(net, cfg)
+    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(micro_batch: batches.MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of one micro batch, and predictions (B, width)."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = task.logits_of(engine(**task.model_inputs(batch)))
         return head.loss_sum(logits, batch), head.predictions(logits.detach(), batch)
 
@@ -59,24 +60,25 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         engine.eval()
-        found = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            found.add(rows, *loss_of(rows))
-        found.totals *= reports
-        found.gather()
+        predictions = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            predictions.add(micro_batch, *loss_of(micro_batch))
         engine.train()
-        return task.judge(run, selection, log, step, found)
+        return selection.judge(step, *predictions.gather(reports))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), keep)
+        entries = zero.gather_state(engine, ranks, shapes)
+        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
+    zero.load_state(engine, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, task.selection_metric(cfg))
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     engine.train()
@@ -88,23 +90,23 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
+        micro_batches = next(prefetched)
+        counts = [count * reports for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            micro_loss, _ = loss_of(micro_rows)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            micro_loss, _ = loss_of(micro_batch)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
-            loss += micro_loss.detach() / targets
+            share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
@@ -121,6 +123,7 @@ def main(argv: list[str]) -> None:
     log.close()
     engine.destroy()
     finetuning.finish(run, task, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Finetune BERT with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
 
-bash recipes/bert/megatron/finetune.sh recipes/bert/configs/finetune_mrpc.yaml out/mrpc init.from=HF_DIR task.data=DIR
+bash recipes/bert/megatron/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/bert/configs/finetune_*.yaml
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,10 @@ from common.training import finetuning, optim
 from common.training.log import Log
 
 from .. import finetune as task
-from . import model as megatron_model
+from . import finetune_model as megatron_model
 from .parameter_map import parameter_map
+
+Seeded = tuple[int, batches.MicroBatch]  # seed of the dropout (0: none), samples
 
 
 def main(argv: list[str]) -> None:
@@ -40,11 +42,11 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica tells the loss: the last stage's first tp rank
+    # one rank of each replica reports the loss: the last stage's first tp rank
     reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
-    net = megatron_model.build_headed(cfg, layout)
+    net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
     mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
@@ -53,52 +55,50 @@ def main(argv: list[str]) -> None:
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
-    zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
     schedule = get_forward_backward_func()  # with or without pipeline
 
-    def forward(
-        micro_batches: Iterator[tuple[int, batches.MicroBatch]], model: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable]:
+    def forward_step(
+        seeded: Iterator[Seeded], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
-        seed, rows = next(micro_batches)
+        seed, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(rows, ranks.device)
-        mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
-        output = model(batch["tokens"], batch["token_types"], mask)
+        batch = task.make_batch(micro_batch, ranks.device)
+        output = megatron_model.forward(model, batch)
 
-        def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            """logits of the last stage -> summed loss, number of targets, what the schedule returns."""
-            total = head.loss_sum(logits, batch)
-            # the schedule divides in place: give it a value of its own
-            told = {"loss": total.detach().clone(), "predictions": head.predictions(logits.detach(), batch)}
-            return total, batch["loss_mask"].sum().int(), told
+        def loss_of(logits: torch.Tensor) -> mcore.StepLoss:
+            """Of the last stage's logits: summed loss, number of targets, and what the schedule returns."""
+            total, predictions = head.loss_sum(logits, batch), head.predictions(logits.detach(), batch)
+            # the schedule divides in place: it gets a copy
+            returned = {"loss": total.detach().clone(), "predictions": predictions}
+            return total, batch["loss_mask"].sum().int(), returned
 
         return output, loss_of
 
-    def run_schedule(micro_batches: list[tuple[int, batches.MicroBatch]], forward_only: bool) -> list[dict[str, torch.Tensor]]:
-        """Loss and predictions of each micro batch; none on ranks that do not tell them."""
+    def run_schedule(seeded: list[Seeded], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        """Loss and predictions of each micro batch; none on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
-            told = schedule(
-                forward_step_func=forward, data_iterator=iter(micro_batches), model=[model],
-                num_microbatches=len(micro_batches), seq_length=cfg.data.seq_len,
-                micro_batch_size=layout.micro_batch * head.sequences, forward_only=forward_only,
+            outputs = schedule(
+                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
+                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch * head.sequences, forward_only=forward_only,
             )  # fmt: skip
-        return told if reports else []
+        return outputs if reports else []
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
-        found = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
-        for micro_rows, told in zip(rows, run_schedule([(0, r) for r in rows], forward_only=True), strict=False):
-            found.add(micro_rows, told["loss"], told["predictions"])
-        found.gather()
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        predictions = finetuning.Predictions(run, ranks, head.prediction_width(cfg.data.seq_len))
+        outputs = run_schedule([(0, micro_batch) for micro_batch in micro_batches], forward_only=True)
+        for micro_batch, output in zip(micro_batches, outputs, strict=False):  # no outputs on ranks that do not report
+            predictions.add(micro_batch, output["loss"], output["predictions"])
         model.train()
-        return task.judge(run, selection, log, step, found)
+        return selection.judge(step, *predictions.gather())
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), keep)
+        entries = mcore.gather_state(model, optimizer, mapping)
+        checkpoint.save(out, entries, shapes, state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
@@ -106,7 +106,9 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, task.selection_metric(cfg))
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     model.train()
@@ -117,16 +119,16 @@ def main(argv: list[str]) -> None:
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows), batches.tokens(rows)]
-        targets, tokens = processes.totals(counts, dp_group, ranks.device)  # of the global batch
-        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
+        micro_batches = next(prefetched)
+        targets, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)  # of the global batch
+        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
+        # Megatron sums gradients over micro batches and ranks, and divides by the targets of the global batch (invariant 5)
+        seeded = list(zip(seeds, micro_batches, strict=True))
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
-        told = run_schedule(list(zip(seeds, rows, strict=True)), forward_only=False)
-        loss = sum((t["loss"].double() for t in told), zero) / targets
-        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
+        zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        share = sum((output["loss"].double() for output in run_schedule(seeded, forward_only=False)), zero) / targets
+        [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
@@ -144,6 +146,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     finetuning.finish(run, task, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

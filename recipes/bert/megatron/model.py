@@ -13,11 +13,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.config import Config
 from common.layout import Layout
 from common.stacks import mcore
 
-from .. import finetune, task
-from ..tasks.base import Head
+from .. import task
 
 Heads = tuple[torch.Tensor, torch.Tensor | None]  # logits of the masked positions, logits of the pairs
 Output = torch.Tensor | Heads  # of a pipeline stage; the last one gives Heads
@@ -60,26 +60,6 @@ class Bert(BertModel):
             self.pooler.sequence_parallel = False
 
 
-class Headed(Bert):
-    """Bert with transformers' head for a task in place of those of pretraining."""
-
-    head: Head
-
-    def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As Bert.forward; on the last stage logits (B, L) of a pooled head or (B, T, L), alike on every tp rank."""
-        hidden = super().forward(tokens, token_types, mask, None)
-        if not self.post_process:
-            return hidden
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        seen = self.pooler(hidden, 0) if self.head.pooled else hidden.transpose(0, 1)  # (B, H) or (B, T, H)
-        return self.binary_head(F.dropout(seen, self.config.hidden_dropout, self.training and self.head.dropout))
-
-    def use_whole_positions(self) -> None:
-        if self.pooler is not None:
-            self.pooler.sequence_parallel = False
-
-
 class PostNorm(torch.nn.Module):
     """Megatron's bias-dropout-add with a norm behind it: in both places of a layer without norms, a post-norm layer."""
 
@@ -92,7 +72,7 @@ class PostNorm(torch.nn.Module):
         return lambda output_and_bias, residual, dropout: self.norm(add(output_and_bias, residual, dropout))
 
 
-def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
+def transformer_config(cfg: Config, layout: Layout) -> TransformerConfig:
     m = cfg.model
     return mcore.transformer_config(
         cfg, layout, num_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads, ffn_hidden_size=m.ffn,
@@ -100,7 +80,7 @@ def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
     )  # fmt: skip
 
 
-def layer_spec(cfg: task.Config, config: TransformerConfig) -> ModuleSpec:
+def layer_spec(cfg: Config, config: TransformerConfig) -> ModuleSpec:
     if cfg.megatron.transformer_engine and cfg.model.arch == "megatron-bert":
         from megatron.core.models.bert.bert_layer_specs import get_bert_layer_with_transformer_engine_spec
 
@@ -116,19 +96,18 @@ def layer_spec(cfg: task.Config, config: TransformerConfig) -> ModuleSpec:
 
 def build(cfg: task.Config, layout: Layout) -> Bert:
     """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
-    return _build(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
+    net = build_stage(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
+    if net.post_process:
+        net.use_whole_positions()
+    return net
 
 
-def build_headed(cfg: finetune.Config, layout: Layout) -> Headed:
-    """The same for finetuning."""
-    return _build(cfg, layout, Headed, share_embeddings_and_output_weights=False, add_binary_head=True)
-
-
-def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert], **heads: bool) -> Bert:
+def build_stage[B: Bert](cfg: Config, layout: Layout, cls: type[B], **heads: bool) -> B:
+    """The stage as an instance of `cls`, for pretraining and for finetuning (finetune_model.py)."""
     m = cfg.model
     config = transformer_config(cfg, layout)
     bert_lm_head.LNImpl = mcore.Norm
-    net = kind(
+    net = cls(
         config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, config),
         vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=m.positions,
         **heads, pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
@@ -139,13 +118,6 @@ def _build(cfg: task.Config | finetune.Config, layout: Layout, kind: type[Bert],
         if net.pre_process:  # the norm comes before the dropout
             norm = mcore.Norm(config, m.hidden, m.norm_eps)
             net.embedding.embedding_dropout = torch.nn.Sequential(norm, net.embedding.embedding_dropout)
-    if net.post_process and kind is Headed:
-        net.head = m.task_head
-        net.lm_head = net.output_layer = None
-        net.pooler = net.pooler if m.task_head.pooled else None
-        net.binary_head = torch.nn.Linear(m.hidden, len(m.labels))
-    if net.post_process:
-        net.use_whole_positions()
     return net
 
 

@@ -8,7 +8,7 @@ import torch
 
 from common.stacks.parameter_map import Conversion, ParameterMap
 
-from .. import finetune, task
+from .. import task
 
 
 def qkv(heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def _outer(m: task.Model) -> dict[str, Conversion]:
     }
     both = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.layer_norm": "cls.predictions.transform.LayerNorm"}
     both |= {"pooler.dense": "bert.pooler.dense"}
-    both |= {"binary_head": m.task_head.parameter if isinstance(m, finetune.Model) else "cls.seq_relationship"}
+    both |= {"binary_head": m.classifier}
     if m.arch == "bert":
         both["embedding.embedding_dropout.0"] = "bert.embeddings.LayerNorm"
     else:

@@ -1,6 +1,6 @@
-"""Finetune GPT with plain data parallelism, as one would write it by hand with accelerate. The referee of the two stacks.
+"""Finetune GPT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
 
-bash recipes/gpt/baseline/finetune.sh recipes/gpt/configs/finetune_sft.yaml out/sft init.from=HF_DIR task.data=DIR
+bash recipes/gpt/baseline/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/gpt/configs/finetune_*.yaml
 """
 
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica a process.
+    # bf16: fp32 weights under autocast. One replica per process.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     with init_empty_weights():
         net = task.hf_model(cfg.model)
     init.allocate(net, torch.float32)
-    lora.add(net, cfg, task)
+    lora.add(net, cfg)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> None:
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = model(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
@@ -62,12 +62,12 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
-            totals[0] += loss_of(rows)
-            totals[1] += batches.targets([rows])
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
+            totals[0] += loss_of(micro_batch)
+            totals[1] += task.counts([micro_batch])[0]
         dist.all_reduce(totals)
         model.train()
-        return task.is_best(run, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+        return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
         entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
@@ -79,11 +79,13 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-        task.keep_template(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     model.train()
+    prefetched = batches.prefetch(run, step, ranks.rank)
     while step < cfg.train.steps and not selection.is_over:
         step += 1
         log.begin_step()
@@ -91,19 +93,18 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.for_step(run.train, run.samples(step), layout, ranks.rank))
-        counts = [batches.targets(rows), batches.tokens(rows)]
-        targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        micro_batches = next(prefetched)
+        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # of the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
-                micro_loss = loss_of(micro_rows)
-                # data parallelism averages gradients over the ranks: x world makes it their sum (law 5)
+                micro_loss = loss_of(micro_batch)
+                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
-            loss += micro_loss.detach() / targets
-        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
+            share += micro_loss.detach() / targets
+        [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))
 
         clip = cfg.optim.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     finetuning.finish(run, task, ranks)
-    task.answer(run, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

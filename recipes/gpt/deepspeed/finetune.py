@@ -1,6 +1,6 @@
 """Finetune GPT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
 
-bash recipes/gpt/deepspeed/finetune.sh recipes/gpt/configs/finetune_sft.yaml out/sft init.from=HF_DIR task.data=DIR
+bash recipes/gpt/deepspeed/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/gpt/configs/finetune_*.yaml
 """
 
 from pathlib import Path
@@ -37,11 +37,11 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
-    net = zero_model.build(cfg, ds_config)
-    lora.add(net, cfg, task)
+    net = zero_model.build(cfg, ds_config, task)
+    lora.add(net, cfg)
     shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = engine(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
@@ -60,16 +60,17 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            totals[0] += loss_of(rows)
-            totals[1] += batches.targets([rows])
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            totals[0] += loss_of(micro_batch)
+            totals[1] += task.counts([micro_batch])[0]
         totals *= reports
         dist.all_reduce(totals)
         engine.train()
-        return task.is_best(run, selection, log, step, (totals[0] / totals[1]).item(), int(totals[1]))
+        return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.gather_state(engine, ranks, shapes), lora.trained(shapes, cfg), state.meta(run, step), keep)
+        entries = zero.gather_state(engine, ranks, shapes)
+        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
@@ -77,11 +78,13 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-        task.keep_template(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     engine.train()
+    prefetched = batches.prefetch(run, step, dp_rank)
     while step < cfg.train.steps and not selection.is_over:
         step += 1
         log.begin_step()
@@ -89,23 +92,23 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = list(batches.for_step(run.train, run.samples(step), layout, dp_rank))
-        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
+        micro_batches = next(prefetched)
+        counts = [count * reports for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            micro_loss = loss_of(micro_rows)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            micro_loss = loss_of(micro_batch)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
-            loss += micro_loss.detach() / targets
+            share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> None:
     log.close()
     engine.destroy()
     finetuning.finish(run, task, ranks)
-    task.answer(run, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Finetune T5 with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
 
-bash recipes/t5/deepspeed/finetune.sh recipes/t5/configs/finetune_multi30k.yaml out/multi30k task.data=DIR
+bash recipes/t5/deepspeed/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/t5/configs/finetune_*.yaml
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from common import preflight
-from common.checkpoints import checkpoint, parameters, run_record, state
+from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
 from common.stacks import zero
-from common.training import finetuning, optim
+from common.training import finetuning, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
@@ -37,20 +37,21 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica tells the loss
+    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
-    net = zero_model.build(cfg, ds_config)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    net = zero_model.build(cfg, ds_config, task)
+    lora.add(net, cfg)
+    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
 
     # ---- data
-    def loss_of(rows: batches.MicroBatch) -> torch.Tensor:
+    def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed loss of one micro batch."""
-        batch = task.make_batch(rows, ranks.device)
+        batch = task.make_batch(micro_batch, ranks.device)
         logits = engine(**task.model_inputs(batch)).logits  # (B, T, V)
         return task.loss_sum(logits, batch["targets"], batch["loss_mask"])
 
@@ -59,26 +60,27 @@ def main(argv: list[str]) -> None:
         """Is this the best so far?"""
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for rows in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            totals[0] += loss_of(rows)
-            totals[1] += batches.targets([rows])
+        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
+            totals[0] += loss_of(micro_batch)
+            totals[1] += task.counts([micro_batch])[0]
         totals *= reports
         dist.all_reduce(totals)
-        loss = (totals[0] / totals[1]).item()
-        log.valid(step, loss, int(totals[1]))
         engine.train()
-        return selection.enter(step, loss)
+        return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), keep)
+        entries = zero.gather_state(engine, ranks, shapes)
+        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
-    zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
+    zero.load_state(engine, shapes, lora.values(cfg, task, shapes, run.resume), step)
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     engine.train()
@@ -90,23 +92,23 @@ def main(argv: list[str]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows) * reports, batches.tokens(rows) * reports]
+        micro_batches = next(prefetched)
+        counts = [count * reports for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for micro, micro_rows in enumerate(rows):
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            micro_loss = loss_of(micro_rows)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (law 5)
+            micro_loss = loss_of(micro_batch)
+            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
-            loss += micro_loss.detach() / targets
+            share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # not a boundary: counts the micro batch, no update
-        [loss], stop = processes.reduce_step(loss[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
-        grad_norm = grad_norm if system.zero_stage == 0 else zero.grad_norm(engine, shapes)
+        grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 
         log.step(step, loss, grad_norm, lr, tokens)
@@ -123,7 +125,7 @@ def main(argv: list[str]) -> None:
     log.close()
     engine.destroy()
     finetuning.finish(run, task, ranks)
-    task.score(run, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":

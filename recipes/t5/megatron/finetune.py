@@ -1,6 +1,6 @@
 """Finetune T5 with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
 
-bash recipes/t5/megatron/finetune.sh recipes/t5/configs/finetune_multi30k.yaml out/multi30k task.data=DIR
+bash recipes/t5/megatron/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/t5/configs/finetune_*.yaml
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +27,8 @@ from .. import finetune as task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
+Seeded = tuple[int, batches.MicroBatch]  # seed of the dropout (0: none), samples
+
 
 def main(argv: list[str]) -> None:
     # ---- config
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica tells the loss: the last stage's first tp rank
+    # one rank of each replica reports the loss: the last stage's first tp rank
     reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
@@ -52,51 +54,49 @@ def main(argv: list[str]) -> None:
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
-    schedule = get_forward_backward_func()
+    schedule = get_forward_backward_func()  # with or without pipeline
 
-    def forward(
-        micro_batches: Iterator[tuple[int, batches.MicroBatch]], model: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable]:
+    def forward_step(
+        seeded: Iterator[Seeded], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
         """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
-        seed, rows = next(micro_batches)
+        seed, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(rows, ranks.device)
-        mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
-        output = model(batch["inputs"], batch["decoder_inputs"], mask, labels=batch["targets"])
+        batch = task.make_batch(micro_batch, ranks.device)
+        output = megatron_model.forward(model, batch)
 
-        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            """losses (B, S) -> sum, number of targets, what the schedule returns."""
+        def loss_of(losses: torch.Tensor) -> mcore.StepLoss:
+            """Of the last stage's losses (B, T): sum, number of targets, and what the schedule returns."""
             total = (losses.float() * batch["loss_mask"]).sum()
-            # the schedule divides in place: give it a value of its own
+            # the schedule divides in place: it gets a copy
             return total, batch["loss_mask"].sum().int(), {"loss": total.detach().clone()}
 
         return output, loss_of
 
-    def run_schedule(micro_batches: Iterator[tuple[int, batches.MicroBatch]], number: int, forward_only: bool) -> torch.Tensor:
-        """The summed loss of `number` micro batches; zero on ranks that do not tell it."""
+    def run_schedule(seeded: list[Seeded], forward_only: bool) -> torch.Tensor:
+        """Summed loss of the micro batches; zero on ranks that do not report it."""
         with cuda_stand_in.active(ranks):
-            told = schedule(
-                forward_step_func=forward, data_iterator=micro_batches, model=[model], num_microbatches=number,
+            outputs = schedule(
+                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
             )  # fmt: skip
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        return sum((t["loss"].double() for t in told), zero) if reports else zero
+        return sum((output["loss"].double() for output in outputs), zero) if reports else zero
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
         """Is this the best so far?"""
         model.eval()
-        rows = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
-        loss = run_schedule(iter([(0, r) for r in rows]), len(rows), forward_only=True)
-        totals = torch.stack([loss, torch.full_like(loss, batches.targets(rows) * reports)])
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        loss = run_schedule([(0, micro_batch) for micro_batch in micro_batches], forward_only=True)
+        totals = torch.stack([loss, torch.full_like(loss, task.counts(micro_batches)[0] * reports)])
         dist.all_reduce(totals)
-        loss = (totals[0] / totals[1]).item()
-        log.valid(step, loss, int(totals[1]))
         model.train()
-        return selection.enter(step, loss)
+        return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        checkpoint.save(out, mcore.gather_state(model, optimizer, mapping), shapes, state.meta(run, step), keep)
+        entries = mcore.gather_state(model, optimizer, mapping)
+        checkpoint.save(out, entries, shapes, state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
@@ -104,7 +104,9 @@ def main(argv: list[str]) -> None:
     dist.barrier()  # no rank refuses the run from here on
     if ranks.rank == 0:
         run_record.begin(run)
-    log, selection = Log(run, task, ranks), finetuning.Selection(run, "loss")
+        task.before_start(run)
+    log = Log(run, task, ranks)
+    selection = finetuning.Selection(run, task, log)
 
     # ---- loop
     model.train()
@@ -115,15 +117,15 @@ def main(argv: list[str]) -> None:
         lr = optim.lr_at(step, cfg.optim)
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
-        rows = next(prefetched)
-        counts = [batches.targets(rows), batches.tokens(rows)]
-        targets, tokens = processes.totals(counts, dp_group, ranks.device)  # of the global batch
-        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(rows))]
+        micro_batches = next(prefetched)
+        targets, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)  # of the global batch
+        seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
+        # Megatron sums gradients over micro batches and ranks, and divides by the targets of the global batch (invariant 5)
+        seeded = list(zip(seeds, micro_batches, strict=True))
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        # sums gradients over micro batches and ranks, and divides them by the targets of the global batch (law 5)
-        loss = run_schedule(iter(zip(seeds, rows, strict=True)), layout.accumulate, forward_only=False) / targets
-        [loss], stop = processes.reduce_step(loss[None], ranks, step, run.samples(step))
+        share = run_schedule(seeded, forward_only=False) / targets
+        [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))
 
         grad_norm = mcore.update(optimizer, ranks)
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> None:
     # ---- export
     log.close()
     finetuning.finish(run, task, ranks)
-    task.score(run, ranks)
+    task.after_export(run, ranks)
 
 
 if __name__ == "__main__":
