@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from common.errors import BadInput, shortened
-from common.evaluation import metrics
 from common.stacks import extra
 from common.yaml_files import apply_overrides, read_yaml, to_yaml
 
@@ -497,8 +496,11 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
-    for name, expect in cfg.expect.items():
-        yield from metrics.problems(name, expect.value)
+    if cfg.expect:
+        from common.evaluation import metrics
+
+        for name, expect in cfg.expect.items():
+            yield from metrics.problems(name, expect.value)
     yield from extra.problems("deepspeed", cfg.deepspeed)
     yield from extra.problems("megatron", cfg.megatron)
 

@@ -143,8 +143,8 @@ class Family(Protocol):
         """The class of the section `model`."""
 
     def dataset(self, cfg: Any, data: Any, /, shuffle: bool) -> Dataset:
-        """Open data.train (shuffle) or data.valid. data: a blend of corpora with its paths found, or in finetuning the name of
-        a split. BadInput for a file, a tokenizer or a sample that cannot be used; Missing for files that are not there."""
+        """Open data.train (shuffle) or data.valid. data: as in the config: a blend of corpora, in finetuning the name of a
+        split. BadInput for a file, a tokenizer or a sample that cannot be used; Missing for files that are not there."""
 
     def make_batch(self, micro_batch: "MicroBatch", device: Any, /) -> "dict[str, torch.Tensor]":
         """A micro batch of `dataset` as tensors on `device`."""

@@ -23,7 +23,7 @@ from common.errors import BadInput, Missing
 from common.json_files import read_object
 from common.launch import lock
 from common.layout import Layout, layout_for
-from common.paths import SHOWN, Blend, find, find_blend, prefixes
+from common.paths import SHOWN, Blend, find, prefixes
 
 
 class Run(NamedTuple):
@@ -164,7 +164,7 @@ def _datasets(cfg: Config, task: Family) -> tuple[Dataset | None, Dataset | None
         dataset = None
         if blend is not None:
             try:
-                dataset = task.dataset(cfg, find_blend(blend), shuffle)
+                dataset = task.dataset(cfg, blend, shuffle)
                 dataset.verify()
             except BadInput as error:
                 dataset = None

@@ -17,7 +17,7 @@ from conftest import ROOT, case, losses
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 
-from common import config
+from common import config, paths, preflight
 from common.data import tokenizer
 from common.errors import BadInput
 from common.evaluation import glue, hub, text
@@ -608,6 +608,15 @@ def test_lines_that_are_no_pairs(content, message, tmp_path: Path):
     (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(BadInput, match=re.escape(message)):
         text.read("pairs", tmp_path, "train")
+
+
+def test_a_folder_with_the_name_of_a_split_is_not_the_split(configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Corpora are looked for in the repository's root too; the splits `train` and `dev` are names, not paths."""
+    for split in ("train", "dev"):
+        (tmp_path / split).mkdir()
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    run = preflight.prepare(str(configs["multi30k-en-de"]), str(tmp_path / "out"), [], "baseline", finetune, 1)
+    assert len(run.train) == 60 and len(run.valid) > 0
 
 
 REFUSED = [

@@ -172,7 +172,7 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> base.TaskDataset:
     t = cfg.task
     return registry.TASKS[t.name].dataset.open(
         base.Split(
-            task=t.name, name=Path(split).name, folder=find(t.data) if t.data else None, labels=task_labels(t),
+            task=t.name, name=split, folder=find(t.data) if t.data else None, labels=task_labels(t),
             tokenizer_dir=folder, tokenizer=tokenizer, special=special, seq_len=cfg.data.seq_len,
             pad_to_seq_len=cfg.megatron.pp > 1, seed=cfg.train.seed, shuffle=shuffle,
             subset=t.train_examples if shuffle else None, stride=t.stride, question_len=t.question_len,

@@ -167,10 +167,12 @@ class Config(config.Config):
 
 def dataset(cfg: Config, data: str | list, shuffle: bool) -> Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    from common.paths import find_blend
+
     d = cfg.data
     masks = {"eod_mask_loss": d.eod_mask_loss, "reset_attention": d.reset_attention}
     eod_id = _eod_id(d.tokenizer) if d.tokenizer and any(masks.values()) else None
-    return Samples(data, d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
+    return Samples(find_blend(data), d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
 
 
 def _eod_id(given: str) -> int | None:

@@ -189,15 +189,16 @@ def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset
-    from common.paths import find, first_prefix
+    from common.paths import find, find_blend, first_prefix
 
-    corpus = IndexedDataset(first_prefix(data))
+    blend = find_blend(data)
+    corpus = IndexedDataset(first_prefix(blend))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
     if folder is None:
         raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR")
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
     name = f"data.tokenizer={cfg.data.tokenizer}" if cfg.data.tokenizer else corpus.prefix
-    return samples.open_dataset(cfg, data, shuffle, tokenizer.load(folder), name)
+    return samples.open_dataset(cfg, blend, shuffle, tokenizer.load(folder), name)
 
 
 def hf_config(model: Model) -> PreTrainedConfig:
