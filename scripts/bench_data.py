@@ -23,7 +23,7 @@ from common.data import tokenizer as tokenizers
 from common.data.indexed_dataset import IndexedDatasetWriter
 from data.build import _Pipeline
 from data.sources import Errors, Files
-from recipes.gpt.pretraining_samples import Samples
+from recipes.gpt.samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """

@@ -132,7 +132,7 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     from tokenizers import Tokenizer as Backend
 
     from common.data.tokenizer import Tokenizer
-    from recipes.gpt.samples import Template
+    from recipes.gpt.finetune_samples import Template
 
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise BadInput(f"{folder}: its tokenizer is none of the library `tokenizers`; leave out --chat")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common import config
 from common.training import init, optim
 from recipes.gpt import task
-from recipes.gpt.pretraining_samples import Samples
+from recipes.gpt.samples import Samples
 
 
 def losses(config_path: Path, overrides: list[str], device: torch.device | str = "cpu") -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from common import config
 from common.data.sampler import epoch_key, permute
 from common.training import optim
-from recipes.gpt import finetune, samples
+from recipes.gpt import finetune, finetune_samples as samples
 
 Document = tuple[list[int], list[bool]]  # ids, and which of them are targets
 

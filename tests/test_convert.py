@@ -114,7 +114,7 @@ def test_export_loads_with_plain_transformers(moved, corpus, name):
     net = AutoModelForCausalLM.from_pretrained(run / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     assert type(net).__name__ == ("GPT2LMHeadModel" if name == "tiny" else "LlamaForCausalLM")
-    from recipes.gpt.pretraining_samples import Samples
+    from recipes.gpt.samples import Samples
 
     stream = Samples(str(corpus / "valid"), 64, shuffle=False)
     tokens = torch.from_numpy(stream.collate(range(16))["tokens"])

@@ -25,7 +25,7 @@ from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, wr
 from common.data.sampler import permute
 from common.errors import BadInput
 from recipes.gpt import task
-from recipes.gpt.pretraining_samples import Samples
+from recipes.gpt.samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
@@ -688,7 +688,7 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
 
 
 def test_the_order_is_the_same_in_another_process(prefix):
-    code = f"from recipes.gpt.pretraining_samples import Samples; print(Samples({prefix!r}, 64).indices(range(50)))"
+    code = f"from recipes.gpt.samples import Samples; print(Samples({prefix!r}, 64).indices(range(50)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == str(Samples(prefix, 64).indices(range(50)))
 

@@ -31,7 +31,7 @@ from common.errors import BadInput
 from common.evaluation import language
 from common.training import lora
 from data import sources
-from recipes.gpt import finetune, samples, task
+from recipes.gpt import finetune, finetune_samples as samples, task
 from scripts import evaluate, generate
 from tests import plain_gpt_finetune as plain, warm
 

@@ -50,10 +50,10 @@ class Config(config.Config):
     task: Task
 
 
-def settings(run: Run) -> Config:
-    """The config of a run, which must be one of finetuning."""
-    if not isinstance(run.cfg, Config):
-        raise TypeError(f"a config of finetuning is needed, not {type(run.cfg).__name__}")
+def settings[C: Config](run: Run, schema: type[C]) -> C:
+    """The config of a finetuning run, as the family's own type."""
+    if not isinstance(run.cfg, schema):
+        raise TypeError(f"a config of type {schema.__name__} is needed, not {type(run.cfg).__name__}")
     return run.cfg
 
 
@@ -86,7 +86,7 @@ class Selection:
         self.run, self.task, self.log = run, task, log
         self.metric = task.selection_metric(run.cfg)
         self.sign = -1 if self.metric == "loss" else 1
-        self.patience = settings(run).task.patience
+        self.patience = settings(run, Config).task.patience
         self.values: dict[int, float] = {}  # by step
         for line in read(run.out / "metrics.jsonl", run.resume.step) if run.resume else ():
             if f"valid_{self.metric}" in line:
@@ -219,7 +219,7 @@ def write_results(run: Run, checkpoint: str, results: Results) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in results.files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    valid, used, name = validation_set(run), validation_size(run), settings(run).task.name
+    valid, used, name = validation_set(run), validation_size(run), settings(run, Config).task.name
     part = "" if used == len(valid) else f", the first {used:,} of {len(valid):,} {valid.unit}"
     notes = "".join(f"; {note}" for note in data_notes(run.train, valid))
     protocol = f"{name} dev{part}, {checkpoint}{notes}"

@@ -1,6 +1,6 @@
 """GPT finetuned: on a text (`lm`), or on conversations of which it learns the assistant's part (`sft`).
 
-A task module as task.py is: what it leaves out it has from there. samples.py says what is read.
+A family module like task.py, which it imports the rest from. finetune_samples.py reads and packs the data.
 Letters in shapes: B samples, T positions, V vocabulary.
 """
 
@@ -25,7 +25,7 @@ from common.launch.processes import Ranks
 from common.training import finetuning
 from common.training.lora import Adapters, Lora
 
-from . import samples, task
+from . import finetune_samples as samples, task
 from .task import (  # what finetuning takes over unchanged
     FAMILY as FAMILY,
     HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
@@ -91,7 +91,8 @@ class Data(config.Data):
         default="train", description="File of task.data with or without its ending, or a split of its dataset."
     )
     valid: FilePath = Field(
-        default="valid", description="The same. Where there is none, a share of train is drawn (samples.py, VALID_SHARE)."
+        default="valid",
+        description="The same. Where there is none, 5 % of train are drawn.",
     )
     pack: bool = Field(default=True, description="Several documents per sample. false: one document per sample, padded.")
     reset_attention: bool | None = Field(
@@ -105,9 +106,6 @@ class Task(finetuning.Task):
     name: Literal["lm", "sft"] = Field(description="lm: the next token of texts. sft: the assistant's part of conversations.")
     data: FilePath = Field(
         description="Folder with train.jsonl (lm: or train.txt), or a dataset of the hub: OWNER/NAME or OWNER/NAME:CONFIG."
-    )
-    patience: Positive | None = Field(
-        default=None, description="Evaluations without a better one after which the run ends. Default: never."
     )
     answers: Count = Field(default=16, description="sft: conversations of valid that the best checkpoint answers at the end.")
     max_new_tokens: Positive = Field(default=128, description="sft: longest answer, in tokens.")
@@ -184,7 +182,7 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
         notes = [*notes, f"{unknown:,} of {len(lengths):,} hold targets that the vocabulary cannot write (<unk>)"]
     notes = [f"{name}: {note}" for note in [*notes, f"{len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]]
     if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
-        notes.append("the tokenizer has no chat template: the default of recipes/gpt/samples.py is used")
+        notes.append("the tokenizer has no chat template: the default of recipes/gpt/finetune_samples.py is used")
 
     content = samples.content_hash(ids, counted, np.array(lengths, np.int64))
     source = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))

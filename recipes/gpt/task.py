@@ -19,7 +19,7 @@ from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.training.loss import cross_entropy
 
-from .pretraining_samples import Samples
+from .samples import Samples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,7 +1,6 @@
 """T5 on text-to-text tasks: translation, summaries, GLUE and questions as T5 is given them, or pairs of your own.
 
-A task module as task.py is: what it leaves out it has from there. The tasks: common/evaluation/text.py. Letters in shapes: B
-samples, T positions of the input, S of the target.
+A family module like task.py, which it imports the rest from. The tasks are those of common/evaluation/text.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from common import config
 from common.config import FilePath, Positive, Share
-from common.data import batches, examples
+from common.data import examples
 from common.errors import BadInput
 from common.evaluation import metrics, text
 from common.huggingface import export, pretrained
@@ -26,7 +25,7 @@ from common.launch.processes import Ranks
 from common.preflight import Run, data_notes
 from common.training import finetuning
 
-from . import task
+from . import finetune_samples, task
 from .task import (  # what finetuning takes over unchanged
     FAMILY as FAMILY,
     HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
@@ -59,8 +58,6 @@ from .task import (  # what finetuning takes over unchanged
     reorder_labels as reorder_labels,
     stored_names as stored_names,
 )
-
-ROUND = 8  # a micro batch is padded to its longest input and target, rounded up to a multiple of this
 
 
 class Model(task.Model):
@@ -103,9 +100,6 @@ class Task(finetuning.Task):
     train_examples: Positive | None = Field(
         default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
     )
-    patience: Positive | None = Field(
-        default=None, description="Evaluations without a better one after which the run ends. Default: never."
-    )
     split: Literal["dev", "test"] = Field(default="dev", description="Split on which the best checkpoint is scored at the end.")
     beams: Positive = Field(default=4, description="Beams of the beam search (arXiv:1910.10683, section 3.1.4).")
     length_penalty: Annotated[float, Field(ge=0)] = Field(
@@ -137,47 +131,11 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
 
 # ---- examples --------------------------------------------------------------------------------------------------------
 
-Ids = tuple[np.ndarray, np.ndarray]  # of many texts, end to end; where each begins (N + 1,)
-
-
-class Samples(examples.Examples):
-    """Inputs and targets, each with the end of sequence."""
-
-    def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
-                 multiple: int, **order: Any):  # fmt: skip
-        super().__init__(source, sum(np.diff(starts) for _, starts in ids), **order)
-        (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
-        self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
-
-    def collate(self, numbers: Any) -> batches.MicroBatch:
-        """As recipes/t5/samples.py gives them: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
-        bool, lengths (B,), tokens of both. T and S: the longest of these rounded up."""
-        places = self.indices(numbers).tolist()
-        sources, input_lengths = self._padded(self.sources, places, self.seq_len)
-        targets, target_lengths = self._padded(self.targets, places, self.target_len)
-        loss_mask = np.arange(targets.shape[1]) < target_lengths[:, None]
-        return {
-            "inputs": sources, "targets": targets, "loss_mask": loss_mask, "input_lengths": input_lengths,
-            "lengths": input_lengths + target_lengths,
-        }  # fmt: skip
-
-    def _padded(self, ids: Ids, places: list[int], most: int) -> tuple[np.ndarray, np.ndarray]:
-        flat, starts = ids
-        lengths = np.array([min(int(starts[i + 1] - starts[i]) + 1, most) for i in places])
-        longest = min(most, -(-int(lengths.max()) // self.multiple) * self.multiple)
-        made = np.full((len(places), longest), self.pad, np.int64)
-        for row, (i, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
-            made[row, : length - 1] = flat[starts[i] : starts[i] + length - 1]
-            made[row, length - 1] = self.eos
-        return made, lengths
-
-
 SUBSET_SEED = 1234
-AT_ONCE = 10_000  # texts that are tokenized at once
 
 
-def dataset(cfg: Config, split: str, shuffle: bool) -> Samples:
-    """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that does not do."""
+def dataset(cfg: Config, split: str, shuffle: bool) -> finetune_samples.Samples:
+    """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that cannot be used."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
 
@@ -188,30 +146,34 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> Samples:
     tokenizer = tokenizers.load(folder)
     if tokenizer.eod_id is None:
         raise BadInput(f"{given}: its tokenizer has no end of sequence; T5 takes a SentencePiece tokenizer with </s>")
-    found = text.each_reference(read(cfg, split)) if cfg.task.name in text.PAIRS else read(cfg, split)
+    pairs = text.each_reference(read(cfg, split)) if cfg.task.name in text.PAIRS else read(cfg, split)
     if not shuffle:
-        read(cfg, cfg.task.split)  # what is wrong with it is told before anything starts
-    keep, notes = range(len(found.inputs)), list(found.notes)
+        read(cfg, cfg.task.split)  # BadInput before anything starts
+    size, used, notes = len(pairs.inputs), list(range(len(pairs.inputs))), list(pairs.notes)
     if shuffle and cfg.task.train_examples:
-        if cfg.task.train_examples > len(keep):
-            raise BadInput(f"task.train_examples={cfg.task.train_examples}: train has {len(keep):,}; give at most that")
-        chosen = np.random.default_rng(SUBSET_SEED).permutation(len(keep))[: cfg.task.train_examples]
-        notes.append(f"{len(chosen):,} of {len(keep):,} examples of train, drawn by seed {SUBSET_SEED}")
-        keep = np.sort(chosen).tolist()
-    sources, targets = (encoded(tokenizer, [texts[i] for i in keep]) for texts in (found.inputs, found.targets))
-    limits = (("inputs", "seq_len", sources), ("targets", "target_len", targets))
-    for what, key, (flat, starts) in limits:
-        most = getattr(cfg.data, key)
-        cut = int((np.diff(starts) >= most).sum())
-        notes += [f"{cut:,} {what} of {split} are cut to data.{key}={most}"] if cut else []
-        places = np.flatnonzero(flat == tokenizer.unk_id) if tokenizer.unk_id is not None else []
-        count = len(np.unique(np.searchsorted(starts, places, side="right")))
-        notes += [text.unknown_note(count, len(keep), f"{what} of {split}")] if count else []
+        if cfg.task.train_examples > size:
+            raise BadInput(f"task.train_examples={cfg.task.train_examples}: train has {size:,}; give at most that")
+        chosen = np.random.default_rng(SUBSET_SEED).permutation(size)[: cfg.task.train_examples]
+        notes.append(f"{len(chosen):,} of {size:,} examples of train, drawn by seed {SUBSET_SEED}")
+        used = np.sort(chosen).tolist()
+    sources, targets = (
+        finetune_samples.encoded(tokenizer, [texts[i] for i in used]) for texts in (pairs.inputs, pairs.targets)
+    )
+    d = cfg.data
+    for what, key, limit, (flat, starts) in (
+        ("inputs", "seq_len", d.seq_len, sources),
+        ("targets", "target_len", d.target_len, targets),
+    ):
+        cut = int((np.diff(starts) >= limit).sum())
+        notes += [f"{cut:,} {what} of {split} are cut to data.{key}={limit}"] if cut else []
+        unknown = np.flatnonzero(flat == tokenizer.unk_id) if tokenizer.unk_id is not None else np.empty(0, np.int64)
+        count = len(np.unique(np.searchsorted(starts, unknown, side="right")))
+        notes += [text.unknown_note(count, len(used), f"{what} of {split}")] if count else []
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
-    source = examples.Source(f"{cfg.task.name} {split}", found.hash, folder, tokenizer, largest)
-    # a multiple of tp too, among whose ranks sequence parallelism shares the positions
-    multiple = math.lcm(ROUND, cfg.megatron.tp if cfg.megatron.sequence_parallel else 1)
-    return Samples(
+    source = examples.Source(f"{cfg.task.name} {split}", pairs.hash, folder, tokenizer, largest)
+    # a multiple of tp too, by whose ranks sequence parallelism divides the positions
+    multiple = math.lcm(finetune_samples.PAD_MULTIPLE, cfg.megatron.tp if cfg.megatron.sequence_parallel else 1)
+    return finetune_samples.Samples(
         source, (sources, targets), eos=tokenizer.eod_id, pad=tokenizer.pad_id or 0, seq_len=cfg.data.seq_len,
         target_len=cfg.data.target_len, multiple=multiple, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
     )  # fmt: skip
@@ -224,13 +186,7 @@ def read(cfg: Config, split: str) -> text.Examples:
     return text.read(t.name, find(t.data) if t.data else None, split, t.prefix, t.source, t.target)
 
 
-def encoded(tokenizer: Any, texts: list[str]) -> Ids:
-    parts = [tokenizer.encode_flat(texts[i : i + AT_ONCE]) for i in range(0, len(texts), AT_ONCE)]
-    lengths = np.concatenate([lengths for _, lengths in parts])
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([[0], np.cumsum(lengths)])
-
-
-# ---- what the best checkpoint writes ---------------------------------------------------------------------------------
+# ---- evaluation and export -------------------------------------------------------------------------------------------
 
 
 def selection_metric(cfg: Config) -> str:
@@ -252,39 +208,40 @@ def before_start(run: Run) -> None:
 
 
 def after_export(run: Run, ranks: Ranks) -> None:
-    """What the export, in plain transformers, writes to the inputs of task.split: OUT/predictions/SPLIT.txt, a line each, and
-    as GLUE and SQuAD want it; its scores in OUT/eval.json. Nothing is done where they are there already."""
+    """Score the export in plain transformers: its outputs for the inputs of task.split go to OUT/predictions/SPLIT.txt, one per
+    line, and in the formats of GLUE and SQuAD; its scores to OUT/eval.json. Does nothing where they are there already."""
     import torch
     import transformers
 
     if not run.is_last_phase:
         return
-    t, folder = run.cfg.task, run.out / "hf"
+    cfg = finetuning.settings(run, Config)
+    t, folder = cfg.task, run.out / "hf"
     step = export.exported_step(folder)
-    search = text.Search(t.beams, t.length_penalty, run.cfg.data.target_len, t.generation_batch_size)
+    search = text.Search(t.beams, t.length_penalty, cfg.data.target_len, t.generation_batch_size)
     how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
     if _is_scored(run.out / "eval.json", how):
         return
-    found = read(run.cfg, t.split)
+    pairs = read(cfg, t.split)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
+    transformers.utils.logging.set_verbosity_error()  # it warns at length that T5 1.1 is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     pretrained.write_plainly(net)
-    tell = finetuning.progress(len(found.inputs), t.generation_batch_size, ranks)
-    written = text.write(net, tokenizer, found.inputs, run.cfg.data.seq_len, search, ranks, tell)
+    report = finetuning.progress(len(pairs.inputs), t.generation_batch_size, ranks)
+    written = text.write(net, tokenizer, pairs.inputs, cfg.data.seq_len, search, ranks, report)
     finetuning.end_if_asked(ranks, step)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
-        files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, found)
+        files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, pairs)
         for file, content in files.items():
             (run.out / "predictions" / file).write_text(content, encoding="utf-8")
-        told = [*data_notes(run.train, run.valid), *text.unknown(tokenizer, found.targets, t.split)]
-        notes = "".join(f"; {note}" for note in dict.fromkeys(told))
-        counts = text.counts(t.name, len(written), found)
+        known = [*data_notes(run.train, run.valid), *text.unknown(tokenizer, pairs.targets, t.split)]
+        notes = "".join(f"; {note}" for note in dict.fromkeys(known))
+        counts = text.counts(t.name, len(written), pairs)
         rows = [
-            metrics.row(t.name, name, value, counts.get(name, len(written)), f"{how}; {worked_out}{notes}")
-            for name, value, worked_out in text.scores(t.name, written, found, tokenizer)
+            metrics.row(t.name, name, value, counts.get(name, len(written)), f"{how}; {computation}{notes}")
+            for name, value, computation in text.scores(t.name, written, pairs, tokenizer)
         ]
         write_json(run.out / "eval.json", rows)
         print("\n".join(f"{t.split:<9} {row['metric']} {row['value']:.4f}  {row['protocol']}" for row in rows), flush=True)

@@ -1,0 +1,55 @@
+"""What T5 is finetuned on: pairs of an input and a target, tokenized, and padded in a batch. Torch-free.
+
+Letters in shapes: B samples, T positions of the input, S of the target.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.data import batches, examples
+from common.data.tokenizer import Tokenizer
+
+PAD_MULTIPLE = 8  # a micro batch is padded to its longest input and target, rounded up to a multiple of this
+CHUNK = 10_000  # texts per call of the tokenizer
+Ids = tuple[np.ndarray, np.ndarray]  # of N texts, end to end, and where each starts (N + 1,)
+
+
+class Samples(examples.Examples):
+    """Inputs and targets, each with the end of sequence."""
+
+    def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
+                 multiple: int, **order: Any):  # fmt: skip
+        super().__init__(source, np.diff(ids[0][1]) + np.diff(ids[1][1]), **order)
+        (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
+        self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
+
+    def collate(self, numbers: np.ndarray | range) -> batches.MicroBatch:
+        """As in samples.py: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
+        bool, lengths (B,), tokens of both. T and S: the longest of the batch, rounded up."""
+        indices = self.indices(numbers).tolist()
+        sources, input_lengths = self._padded(self.sources, indices, self.seq_len)
+        targets, target_lengths = self._padded(self.targets, indices, self.target_len)
+        loss_mask = np.arange(targets.shape[1]) < target_lengths[:, None]
+        return {
+            "inputs": sources, "targets": targets, "loss_mask": loss_mask, "input_lengths": input_lengths,
+            "lengths": input_lengths + target_lengths,
+        }  # fmt: skip
+
+    def _padded(self, ids: Ids, indices: list[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) int64 of these texts, cut to `limit` tokens with the end of sequence, and their lengths (B,)."""
+        flat, starts = ids
+        lengths = np.array([min(int(starts[i + 1] - starts[i]) + 1, limit) for i in indices])
+        width = min(limit, -(-int(lengths.max()) // self.multiple) * self.multiple)
+        padded = np.full((len(indices), width), self.pad, np.int64)
+        for row, (i, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
+            padded[row, : length - 1] = flat[starts[i] : starts[i] + length - 1]
+            padded[row, length - 1] = self.eos
+        return padded, lengths
+
+
+def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
+    parts = [tokenizer.encode_flat(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
+    lengths = np.concatenate([lengths for _, lengths in parts])
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([[0], np.cumsum(lengths)])
