@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -66,10 +67,8 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
 
 
 def scheduled(name: str, begin_step: int = 0) -> config.Optim:
-    return config.Optim(
-        lr=LR, min_lr=MIN, warmup_steps=WARMUP, decay_steps=STEPS, schedule=name, begin_step=begin_step, decay_rate=0.9,
-        decay_interval=250,
-    )  # fmt: skip
+    values = {"lr": LR, "min_lr": MIN, "warmup_steps": WARMUP, "decay_steps": STEPS, "schedule": name, "begin_step": begin_step}
+    return config.Optim.model_validate(values | {"decay_rate": 0.9, "decay_interval": 250})
 
 
 @pytest.mark.parametrize("begin_step", [0, 40])
@@ -82,7 +81,7 @@ def test_the_rate_of_every_step_is_the_formulas(name: str, begin_step: int) -> N
 
 
 def test_every_schedule_has_a_formula_of_its_own() -> None:
-    names = config.Optim.model_fields["schedule"].annotation.__args__
+    names = get_args(config.Optim.model_fields["schedule"].annotation)
     assert set(names) == {*SCHEDULES, "wsd"}
     middle = [SCHEDULES[name](2 * STEPS // 3) for name in SCHEDULES]
     assert min(abs(a - b) for i, a in enumerate(middle) for b in middle[:i]) > LR / 200
@@ -113,7 +112,7 @@ CONFIGS = {"gpt": ("tiny", "tiny_llama"), "bert": ("tiny", "tiny_postln"), "t5":
 MODELS = [(family, name) for family in families.names() if family in CONFIGS for name in CONFIGS[family]]
 
 
-def model_of(family: str, name: str, overrides: tuple[str, ...] = ()) -> tuple[config.Optim, object, object]:
+def model_of(family: str, name: str, overrides: tuple[str, ...] = ()) -> tuple[config.Optim, Any, Any]:
     """Of a tiny config: (its optimizer's section, resolved shapes, family module)."""
     task = import_module(f"recipes.{family}.task")
     shape = [*overrides, "model.vocab_size=768", "data.valid=null"]
@@ -128,7 +127,8 @@ def test_matrices_decay_and_biases_and_norms_do_not(family: str, name: str) -> N
     net = task.hf_model(model)
     norms = tuple(type(m) for m in net.modules() if "Norm" in type(m).__name__)
     assert norms
-    decays, decay_free = [], []
+    decays: list[torch.nn.Parameter] = []
+    decay_free: list[torch.nn.Parameter] = []
     for module in net.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             (decay_free if isinstance(module, norms) or leaf == "bias" else decays).append(parameter)
@@ -257,7 +257,7 @@ def test_a_loop_that_shares_nothing_with_the_recipe_gives_its_curve(corpus: Path
     """20 steps from a folder of transformers, against the baseline's training script."""
     folder, out, path = tmp_path / "hf", tmp_path / "out", ROOT / "recipes/gpt/configs/tiny.yaml"
     torch.manual_seed(3)
-    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    dropout: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     shape = GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=4, n_head=4, **dropout)
     GPT2LMHeadModel(shape).save_pretrained(folder)
     done = warm.run(["-m", "recipes.gpt.baseline.pretrain", path, out, *settings, f"init.from={folder}"], nproc=2)

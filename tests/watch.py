@@ -5,12 +5,20 @@ what was given (init, Hugging Face folder, checkpoint), and the model's weights 
 REPLICATED: before a save, the parameters that tensor parallelism does not split are bit-equal on its ranks.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from common.checkpoints import checkpoint, state
+from common.checkpoints.checkpoint import Entry
+from common.checkpoints.parameters import Shapes
+from common.checkpoints.state import Named, Values
 from common.launch.processes import Ranks
 from common.stacks import mcore, zero
+from common.stacks.parameter_map import ParameterMap
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 
@@ -20,18 +28,20 @@ def install() -> None:
     load_torch_state, load_zero, load_mcore = state.load_torch_state, zero.load_state, mcore.load_state
     gather_mcore = mcore.gather_state
 
-    def checked_torch(named, optimizer, values, step):
+    def checked_torch(named: Named, optimizer: torch.optim.Optimizer, values: Values, step: int) -> None:
         named = list(named)
         load_torch_state(named, optimizer, values, step)
         _compare(state.gather_torch_state(named, optimizer, ALONE), values, _all_equal(named, values))
 
-    def checked_zero(engine, shapes, values, step):
+    def checked_zero(engine: Any, shapes: Shapes, values: Values, step: int) -> None:
         load_zero(engine, shapes, values, step)
         if engine.zero_optimization_stage():
             shards = zero.shards_of(values, shapes)
             _compare(zero.gather_state(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
 
-    def checked_mcore(model, optimizer, parameter_map, shapes, values, step):
+    def checked_mcore(
+        model: Any, optimizer: Any, parameter_map: ParameterMap, shapes: Shapes, values: Values, step: int
+    ) -> None:
         load_mcore(model, optimizer, parameter_map, shapes, values, step)
         wrong = sum(
             not torch.equal(main.to(parameter.dtype), parameter.detach().flatten()[where].view_as(main))
@@ -40,23 +50,19 @@ def install() -> None:
         )
         _compare(gather_mcore(model, optimizer, parameter_map), values, wrong)
 
-    def checked_gather(model, optimizer, parameter_map):
+    def checked_gather(model: Any, optimizer: Any, parameter_map: ParameterMap) -> Iterator[Entry]:
         _replicated(model)
         return gather_mcore(model, optimizer, parameter_map)
 
-    state.load_torch_state, zero.load_state, mcore.load_state, mcore.gather_state = (
-        checked_torch,
-        checked_zero,
-        checked_mcore,
-        checked_gather,
-    )
+    state.load_torch_state, zero.load_state = checked_torch, checked_zero
+    mcore.load_state, mcore.gather_state = checked_mcore, checked_gather
 
 
-def _all_equal(named, values) -> int:
+def _all_equal(named: Named, values: Values) -> int:
     return sum(not torch.equal(p.detach().cpu(), values(n, p.shape)["weight"].to(p.dtype)) for n, p in named)
 
 
-def _zero_weights_equal(engine, values) -> int:
+def _zero_weights_equal(engine: Any, values: Values) -> int:
     import deepspeed
 
     wrong = 0
@@ -67,7 +73,7 @@ def _zero_weights_equal(engine, values) -> int:
     return wrong
 
 
-def _compare(entries, values, wrong: int) -> None:
+def _compare(entries: Iterable[Entry], values: Values, wrong: int) -> None:
     seen = 0
     for name, parts in entries:
         if parts is None:
@@ -78,8 +84,8 @@ def _compare(entries, values, wrong: int) -> None:
     _report("READBACK", seen, wrong)
 
 
-def _replicated(model) -> None:
-    group = mcore.parallel_state.get_tensor_model_parallel_group()
+def _replicated(model: torch.nn.Module) -> None:
+    group = parallel_state.get_tensor_model_parallel_group()
     seen = wrong = 0
     for _, parameter in mcore.global_names(model):
         if getattr(parameter, "tensor_model_parallel", False):
