@@ -18,8 +18,8 @@ pass       |measured - published| <= tolerance. Two-sided: a score that is bette
            distance * sqrt(n) >= 3 sigma. The inequality is printed.
 fail       outside; with several seeds -distance * sqrt(n) >= 3 sigma.
 undecided  several seeds show neither: run more seeds.
-not-run    no evidence, and why. A run is evidence if it is finished, has the config's science and steps, and no `extra`;
-           a score, if it was measured on the whole published set.
+not-run    no evidence, and why. A run is evidence if it is finished, has the config's hyperparameters and steps, and uses no
+           `extra`; a score is, if it was measured on the whole published set.
 
 The exit code is 0 if no row fails, 1 if one does, 2 on bad input.
 """
@@ -141,15 +141,15 @@ def stacks_of(recipe: Path) -> Iterator[str]:
 def run_rows(given: Sequence[Path]) -> list[Row]:
     """The rows of OUT folders, each against the config that its run.json names."""
     runs = [run for folder in given for run in seeds_of(folder)]
-    finetunings = {run: found for run in runs for found in finetuning(run)}
+    finetunings = {run: one for run in runs for one in finetuning(run)}
     ids = {run_json(run).get("id") for run in runs} - {None}
     rows: list[Row] = []
     problems: list[str] = []
     for run in runs:
-        facts = run_json(run)
-        path = ROOT / "recipes" / facts["family"] / "configs" / f"{config_name(facts)}.yaml"
-        claim = claim_of(path, facts["family"]) if path.is_file() else Claim(path, facts["family"], {})
-        rows += judge(run, claim, facts["stack"], list(finetunings.values()))
+        info = run_json(run)
+        path = ROOT / "recipes" / info["family"] / "configs" / f"{config_name(info)}.yaml"
+        claim = claim_of(path, info["family"]) if path.is_file() else Claim(path, info["family"], {})
+        rows += judge(run, claim, info["stack"], list(finetunings.values()))
         start = finetunings[run].start if run in finetunings else {}
         if not claim.expect and start.get("id") not in ids:
             problems.append(f"{run}: nothing to check: {why_idle(claim, finetunings.get(run))}")
@@ -198,10 +198,10 @@ def seeds_of(run: Path) -> list[Path]:
 
 def finetuning(run: Path, root: Path = ROOT) -> list[Finetuning]:
     """The run in this folder if it is one of finetuning, else nothing."""
-    facts = run_json(run)
-    if "task" not in recorded_values(run, facts, root):
+    info = run_json(run)
+    if "task" not in recorded_values(run, info, root):
         return []
-    return [Finetuning(run, recorded_config(run, facts, root), facts.get("init") or {})]
+    return [Finetuning(run, recorded_config(run, info, root), info.get("init") or {})]
 
 
 # ---- the config of a run ---------------------------------------------------------------------------------------------
@@ -209,18 +209,18 @@ def finetuning(run: Path, root: Path = ROOT) -> list[Finetuning]:
 
 def run_json(run: Path) -> dict[str, Any]:
     path = run / "run.json"
-    facts = read_json(path)
-    strings = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("config", "family", "stack"))
-    if not strings or facts["stack"] not in STACKS:
+    info = read_json(path)
+    strings = isinstance(info, dict) and all(isinstance(info.get(key), str) for key in ("config", "family", "stack"))
+    if not strings or info["stack"] not in STACKS:
         raise BadInput(f"{path}: must hold config, family and stack (one of {', '.join(STACKS)})")
-    if not isinstance(facts.get("id"), str | None) or not isinstance(facts.get("init"), dict | None):
+    if not isinstance(info.get("id"), str | None) or not isinstance(info.get("init"), dict | None):
         raise BadInput(f"{path}: its id must be a string and its init an object; restore it")
-    return facts
+    return info
 
 
-def config_name(facts: dict[str, Any]) -> str:
+def config_name(info: dict[str, Any]) -> str:
     """Without .yaml; a point may be part of the name (megatron_1.3b)."""
-    return Path(facts["config"]).name.removesuffix(".yaml")
+    return Path(info["config"]).name.removesuffix(".yaml")
 
 
 def record_of(run: Path) -> dict[str, Any] | None:
@@ -235,23 +235,23 @@ def record_of(run: Path) -> dict[str, Any] | None:
     return record
 
 
-def recorded_values(run: Path, facts: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
+def recorded_values(run: Path, info: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
     """The values of a run's config as they are in a file: the resolved one of an OUT folder, that of a record's recipe."""
     path = run / "config.yaml"
-    return read_yaml(path if record_of(run) is None else recipe_config(run, facts, root))
+    return read_yaml(path if record_of(run) is None else recipe_config(run, info, root))
 
 
-def recorded_config(run: Path, facts: dict[str, Any], root: Path = ROOT) -> Config:
+def recorded_config(run: Path, info: dict[str, Any], root: Path = ROOT) -> Config:
     """The config of a run. Its own `expect` is left out: it proves nothing, and may have names of an earlier version."""
-    record, values = record_of(run), recorded_values(run, facts, root)
-    schema: type[Config] = task_module(facts["family"], values).Config
+    record, values = record_of(run), recorded_values(run, info, root)
+    schema: type[Config] = task_module(info["family"], values).Config
     if record is None:
         return config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)
-    return config.load(recipe_config(run, facts, root), [*record["overrides"], "expect={}"], schema)
+    return config.load(recipe_config(run, info, root), [*record["overrides"], "expect={}"], schema)
 
 
-def recipe_config(run: Path, facts: dict[str, Any], root: Path) -> Path:
-    path = root / "recipes" / facts["family"] / "configs" / f"{config_name(facts)}.yaml"
+def recipe_config(run: Path, info: dict[str, Any], root: Path) -> Path:
+    path = root / "recipes" / info["family"] / "configs" / f"{config_name(info)}.yaml"
     if not path.is_file():
         raise BadInput(f"{run / 'run.json'}: names a config that is not there: {path}")
     return path
@@ -301,18 +301,18 @@ def judge(run: Path, claim: Claim, stack: str, finetunings: Sequence[Finetuning]
     """The rows of `run` against a config."""
     if not claim.expect:
         return []
-    facts, name = run_json(run), claim.path.stem
+    info, name = run_json(run), claim.path.stem
     try:
-        if (facts["family"], config_name(facts), facts["stack"]) != (claim.family, name, stack):
-            raise NotEvidence(f"its run.json says {facts['config']} of {facts['family']} on {facts['stack']}")
+        if (info["family"], config_name(info), info["stack"]) != (claim.family, name, stack):
+            raise NotEvidence(f"its run.json says {info['config']} of {info['family']} on {info['stack']}")
         unchanged(run, claim.path)
-        cfg = recorded_config(run, facts, root)
+        cfg = recorded_config(run, info, root)
         words = beginning(claim.path, cfg.dump())
         same_experiment(cfg, config.load(claim.path, words, type(cfg)), stack)
         lines = finished(run, cfg)
     except NotEvidence as reason:
         return not_run(claim, stack, str(reason))
-    start = {"id": facts.get("id"), "step": cfg.last_step}
+    start = {"id": info.get("id"), "step": cfg.last_step}
     evidence = Evidence(run, cfg, lines, [other for other in finetunings if other.start == start])
     rows = []
     for metric, expect in claim.expect.items():
@@ -348,7 +348,7 @@ def with_defaults(cfg: Config) -> Config:
 
 
 def resolved(cfg: Config) -> dict[str, Any]:
-    """The science with its defaults filled in, and what may change in a continued run but not in a published one."""
+    """The hyperparameters with their defaults filled in, and the keys that only a continued run may change."""
     steps = {"train.steps": cfg.train.steps, "last step": cfg.last_step}
     return config.hyperparameters(with_defaults(cfg)) | steps | {"train.eval_samples": cfg.train.eval_samples or "all"}
 
@@ -406,8 +406,8 @@ def of_seeds(name: str, runs: Sequence[Finetuning]) -> Scores:
     values: dict[int, float] = {}
     protocol, first = "", resolved(runs[0].cfg)
     for run, cfg, _ in runs:
-        science = resolved(cfg)
-        differing = [key for key in first if key not in ("train.seed", "init.from") and science.get(key) != first[key]]
+        hyperparameters = resolved(cfg)
+        differing = [key for key in first if key not in ("train.seed", "init.from") and hyperparameters.get(key) != first[key]]
         if differing:
             raise NotEvidence(f"{runs[0].folder} and {run} are two experiments: {differing[0]} differs; give one of them")
         if cfg.train.seed in values:

@@ -49,10 +49,10 @@ def main() -> None:
 
 
 def write(run: Path, out: Path, also: list[str], root: Path = ROOT) -> None:
-    facts = check.run_json(run)
-    path = root / "recipes" / facts["family"] / "configs" / f"{check.config_name(facts)}.yaml"
+    info = check.run_json(run)
+    path = root / "recipes" / info["family"] / "configs" / f"{check.config_name(info)}.yaml"
     if not path.is_file():
-        raise BadInput(f"{run / 'run.json'}: names config {facts['config']}, and there is no {path}")
+        raise BadInput(f"{run / 'run.json'}: names config {info['config']}, and there is no {path}")
     lines = check.read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     if not steps:
@@ -62,7 +62,7 @@ def write(run: Path, out: Path, also: list[str], root: Path = ROOT) -> None:
         raise BadInput(f"--also {' '.join(unknown)}: no such column; there are {', '.join(steps[0])}")
     warm = steps[int(len(steps) * WARM_UP) :]
     record: dict[str, Any] = {
-        "overrides": overrides(run, path, facts["family"]),
+        "overrides": overrides(run, path, info["family"]),
         "config_sha256": check.config_sha256(path),
         "steps": steps[-1]["step"],
         "seconds": round(sum(line["ms"] for line in steps) / 1e3, 1),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv ready: `bash scripts/setup.sh [test|dev]`. Reuses what is there; instant when nothing has changed.
-# Which Python: $PYTHON, else the first of 3.12 or newer that is found.
+# Create or update .venv: `bash scripts/setup.sh [test|dev]`. Returns at once if nothing has changed.
+# Uses $PYTHON, or else the first Python 3.12 or newer that it finds.
 set -euo pipefail
 
 fail() {
@@ -18,7 +18,7 @@ find_python() {
     new_enough "$PYTHON" && echo "$PYTHON"
     return
   fi
-  # Tested versions first. pyenv has commands in the PATH for versions that are not switched on: they fail, its own do not.
+  # Tested versions first. The commands that pyenv puts into PATH fail for versions that are not active; those in its folder work.
   for candidate in python3.12 python3.13 python3 python3.14 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
     if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
       command -v "$candidate"
@@ -28,7 +28,7 @@ find_python() {
   return 1
 }
 
-requirements() { # PYTHON PYPROJECT EXTRA: one requirement a line
+requirements() { # PYTHON PYPROJECT EXTRA: one requirement per line
   "$1" - "$2" "$3" <<'PYTHON'
 import re, sys, tomllib
 
@@ -50,7 +50,7 @@ case $extra in
     exit 0
     ;;
 esac
-case $extra in "" | test | dev) ;; *) fail "no extra named $extra; there is test and dev" ;; esac
+case $extra in "" | test | dev) ;; *) fail "unknown extra $extra; the extras are test and dev" ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
@@ -63,17 +63,17 @@ quiet=(--quiet)
 if [[ ! -e $venv ]]; then
   quiet=() # minutes of downloads: show them
   found=$(find_python) ||
-    fail "no Python 3.12 or newer found; install one, or name it: PYTHON=/path/to/python3.12 bash scripts/setup.sh"
-  echo "setup: making .venv with $found"
+    fail "no Python 3.12 or newer found; install one, or give its path: PYTHON=/path/to/python3.12 bash scripts/setup.sh"
+  echo "setup: creating .venv with $found"
   "$found" -m venv "$venv" ||
-    fail "$found cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv); remove .venv, then again"
+    fail "$found cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv); remove .venv and try again"
 fi
-new_enough "$python" || fail ".venv is there without a working Python 3.12 or newer; move it away, then run this again"
+new_enough "$python" || fail ".venv has no working Python 3.12 or newer; move it away and run this again"
 
 echo "setup: installing into .venv"
 mapfile -t packages < <(requirements "$python" "$root/pyproject.toml" "$extra")
 "$python" -m pip install "${quiet[@]}" --disable-pip-version-check -c "$root/constraints.txt" "${packages[@]}" ||
-  fail "pip could not install (see above); run this again when that is solved"
+  fail "pip could not install the packages (see above); correct that and run this again"
 echo "$wanted" >"$stamp"
 if [[ -n $extra ]]; then echo "$wanted" >"$venv/.installed-plain"; fi
 echo "setup: .venv is ready"

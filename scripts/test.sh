@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Check everything that is checked before a change lands: ruff, shellcheck, the tests that need neither GPU nor cluster.
+# Run all checks of a change: ruff, shellcheck, and the tests that need neither a GPU nor a cluster.
 #   bash scripts/test.sh [--source DIR] [pytest arguments ...]
-# --source (or SOURCE): a folder of texts and data sets that some tests can use. Slow ones: add -m slow.
+# --source (or SOURCE): a folder of texts and datasets that some tests use. For the slow tests, add -m slow.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +27,7 @@ if [[ -n $source_dir ]]; then
     echo "error: --source $source_dir: no such folder" >&2
     exit 2
   }
-  arguments+=("--source=$(cd -- "$source_dir" && pwd)") # one word: pytest would take a second for a place of tests
+  arguments+=("--source=$(cd -- "$source_dir" && pwd)") # one word: pytest would take a second one for a test file
 fi
 
 bash "$root/scripts/setup.sh" test

@@ -47,8 +47,8 @@ def run_folder(out: Path, named: Path, overrides: list[str], losses: dict[int, f
     optim = cfg.optim.model_copy(update={"decay_steps": cfg.optim.decay_steps or cfg.last_step})
     out.mkdir(parents=True)
     config.write_yaml(cfg.model_copy(update={"model": cfg.model.resolve(cfg, 65), "optim": optim}), out / "config.yaml")
-    facts = {"config": named.stem, "family": family, "stack": stack, "commit": "0123abcd", "id": str(out), "init": None}
-    (out / "run.json").write_text(json.dumps(facts))
+    info = {"config": named.stem, "family": family, "stack": stack, "commit": "0123abcd", "id": str(out), "init": None}
+    (out / "run.json").write_text(json.dumps(info))
     lines = []
     for step in [*range(1, min(steps, 3000)), steps]:
         lines.append(trained(step, 4.17 - 2.3 * step / steps))
@@ -70,8 +70,8 @@ def finetuned(out: Path, run: Path, name: str, seed: int = 1234, **more: Any) ->
     run_folder(out, named, words, {}, values["train"]["steps"], "deepspeed")
     steps = recorded["phases"][-1]["train.steps"] if recorded.get("phases") else recorded["train"]["steps"]
     start = {"id": json.loads((run / "run.json").read_text())["id"], "step": steps}
-    facts = json.loads((out / "run.json").read_text()) | {"init": start} | more
-    (out / "run.json").write_text(json.dumps(facts))
+    info = json.loads((out / "run.json").read_text()) | {"init": start} | more
+    (out / "run.json").write_text(json.dumps(info))
     return out
 
 
@@ -227,9 +227,9 @@ def test_finetunings_are_found_by_the_run_that_they_begin_from(bert: Path, tmp_p
     mnli, squad = finetuned(tmp_path / "mnli", bert, "mnli"), finetuned(tmp_path / "squad", bert, "squad")
     evaluated(mnli, "mnli", {"accuracy": 0.849}, 9_815)
     evaluated(squad, "squad", {"f1": 88.7, "exact_match": 81.0}, 10_570)
-    found = [("mnli_accuracy", "pass", "0.8490"), ("squad_f1", "pass", "88.7000")]
-    assert verdicts(check.run_rows([bert, mnli, squad])) == found
-    assert verdicts(check.run_rows([squad, bert])) == [("mnli_accuracy", "not-run", "-"), found[1]]
+    expected = [("mnli_accuracy", "pass", "0.8490"), ("squad_f1", "pass", "88.7000")]
+    assert verdicts(check.run_rows([bert, mnli, squad])) == expected
+    assert verdicts(check.run_rows([squad, bert])) == [("mnli_accuracy", "not-run", "-"), expected[1]]
     rows = check.run_rows([other, bert, mnli])  # the other run has none
     assert [row.verdict for row in rows] == ["not-run", "not-run", "pass", "not-run"]
     assert "nor a finetuning on mnli from its last step" in rows[0].reason
@@ -287,13 +287,13 @@ SEEDS = [  # three seeds, of which sigma is 0.1, against 88.5 +- 0.5: 3 sigma ar
 ]
 
 
-@pytest.mark.parametrize("scores, verdict, told", SEEDS)
-def test_of_seeds_the_mean_must_be_shown(scores: list[float], verdict: str, told: str, bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scores, verdict, message", SEEDS)
+def test_of_seeds_the_mean_must_be_shown(scores: list[float], verdict: str, message: str, bert: Path, tmp_path: Path) -> None:
     for seed, score in enumerate(scores, 1):
         evaluated(finetuned(tmp_path / f"seeds/seed_{seed}", bert, "squad", seed), "squad", {"f1": score}, 10_570)
     (tmp_path / "seeds/seeds.json").write_text("[]")
     row = check.run_rows([bert, tmp_path / "seeds"])[1]
-    assert row.verdict == verdict and told in row.reason, row
+    assert row.verdict == verdict and message in row.reason, row
     assert math.isnan(sum(scores)) or row.reason.startswith("mean of seeds 1 2 3: (")
 
 
@@ -420,20 +420,20 @@ BAD_EXPECT = [
 ]
 
 
-@pytest.mark.parametrize("name, value, told", BAD_EXPECT)
-def test_an_expectation_that_nothing_can_meet_is_refused(name: str, value: float, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, value, message", BAD_EXPECT)
+def test_an_expectation_that_nothing_can_meet_is_refused(name: str, value: float, message: str, tmp_path: Path) -> None:
     """When the config is loaded: by pretrain.sh, and by check of configs that no run needs."""
     schema = task_module("gpt", {}).Config
     words = f"{{value: {value}, tolerance: 0.1, source: me}}"
     with pytest.raises(BadInput) as refused:
         config.load(CPU, [f"expect.{name}={words}"], schema)
-    assert len(refused.value.problems) == 1 and told in refused.value.problems[0]
+    assert len(refused.value.problems) == 1 and message in refused.value.problems[0]
     folder = tmp_path / "recipes/gpt/configs"
     folder.mkdir(parents=True)
     (folder / "c.yaml").write_text(CPU.read_text().replace("expect:", f"expect:\n  {name}: {words}"))
     with pytest.raises(BadInput) as refused:
         check.all_rows(tmp_path)
-    assert len(refused.value.problems) == 1 and told in refused.value.problems[0]
+    assert len(refused.value.problems) == 1 and message in refused.value.problems[0]
 
 
 def test_runs_name_where_they_begin(drive, bert_settings, sentences: Path, tmp_path: Path) -> None:
@@ -464,8 +464,8 @@ def test_runs_name_where_they_begin(drive, bert_settings, sentences: Path, tmp_p
 
 
 def test_parameters(good: Path) -> None:
-    ours = config.load(good / "config.yaml", [], task_module("gpt", {}).Config)
-    assert check.scores_of("parameters", check.Evidence(good, ours, [], [])).values == {1337: 809_856}
+    cfg = config.load(good / "config.yaml", [], task_module("gpt", {}).Config)
+    assert check.scores_of("parameters", check.Evidence(good, cfg, [], [])).values == {1337: 809_856}
 
 
 def test_all_covers_every_expect_and_stack(tmp_path: Path) -> None:
@@ -537,10 +537,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name, text, told", BAD)
-def test_bad_input_is_named(good: Path, name: str, text: str | None, told: str) -> None:
+@pytest.mark.parametrize("name, text, message", BAD)
+def test_bad_input_is_named(good: Path, name: str, text: str | None, message: str) -> None:
     done = command("scripts.check", str(broken(good, name, text)))
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -567,10 +567,10 @@ PLAN_BAD = [
 ]
 
 
-@pytest.mark.parametrize("words, told", PLAN_BAD)
-def test_plan_bad_input(words: list[str], told: str) -> None:
+@pytest.mark.parametrize("words, message", PLAN_BAD)
+def test_plan_bad_input(words: list[str], message: str) -> None:
     done = command("scripts.plan", *words)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_plan_says_why_the_configs_own_layout_cannot_be() -> None:

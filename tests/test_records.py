@@ -25,12 +25,12 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("record", RECORDS, ids=name_of)
 def test_a_record_belongs_to_its_folder_and_config(record: Path) -> None:
-    facts = check.run_json(record)
+    info = check.run_json(record)
     family, name, *rest = record.relative_to(RESULTS).parts
-    assert facts["family"] == family and facts["stack"] in rest
-    assert facts["config"] == name or name == "finetune_minilm"
-    check.unchanged(record, check.recipe_config(record, facts, ROOT))
-    cfg = check.recorded_config(record, facts)
+    assert info["family"] == family and info["stack"] in rest
+    assert info["config"] == name or name == "finetune_minilm"
+    check.unchanged(record, check.recipe_config(record, info, ROOT))
+    cfg = check.recorded_config(record, info)
     assert check.record_of(record)["steps"] == cfg.last_step
     assert check.finished(record, cfg)
     assert {path.name for path in record.iterdir()} <= {"run.json", "record.yaml", "loss.tsv", "eval.json"}
