@@ -1,6 +1,6 @@
 """Loss curves of several runs on top of each other, and how far each is from the first.
 
-python -m scripts.plot RUN... --out curves.png     each RUN an OUT folder of pretrain.sh
+python -m scripts.plot RUN... --out curves.png     each RUN an OUT folder of pretrain.sh or a record of docs/results
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BadInput, exit_cleanly
-from scripts.check import read_lines
+from scripts.check import logged
 
 SMOOTH_ABOVE = 500  # steps; a longer curve is smoothed so that its trend can be read
 # Curves that are equal cover each other: later ones are thinner and have longer gaps, so that the earlier show through.
@@ -51,7 +51,7 @@ def labels(paths: list[str]) -> dict[str, Path]:
 
 def curves(run: Path) -> tuple[Curve, Curve]:
     """(training loss, validation loss) of a run."""
-    lines = read_lines(run / "metrics.jsonl")
+    lines = logged(run)
     train = {line["step"]: line["loss"] for line in lines if "loss" in line}
     valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
     if not train and not valid:
