@@ -42,10 +42,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(ours: Callable[[], object], bare: Callable[[], object], runs: int) -> tuple[float, float, float]:
+def in_turn(project: Callable[[], object], bare: Callable[[], object], runs: int) -> tuple[float, float, float]:
     """Median seconds of both and of their ratio, run by turns after one run each that is not counted."""
-    ours(), bare()
-    pairs = [(seconds(ours), seconds(bare)) for _ in range(runs)]
+    project(), bare()
+    pairs = [(seconds(project), seconds(bare)) for _ in range(runs)]
     a, b = zip(*pairs, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
 
@@ -67,9 +67,9 @@ def whole(source: list[str], paths: list[Path], tokenizer: Path, folder: Path, r
     def run(*command: str) -> None:
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
-    ours = ["-m", "data.text", str(folder / "whole"), "--source", *source, "--tokenizer", str(tokenizer), "--force"]
+    project = ["-m", "data.text", str(folder / "whole"), "--source", *source, "--tokenizer", str(tokenizer), "--force"]
     bare = ["-c", BARE, str(tokenizer / "tokenizer.json"), *map(str, paths)]
-    return in_turn(lambda: run(*ours), lambda: run(*bare), runs)
+    return in_turn(lambda: run(*project), lambda: run(*bare), runs)
 
 
 def reading(prefix: Path, batches: int = 500) -> float:
@@ -92,11 +92,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save(folder / "tokenizer")
-        ours, bare, ratio = steady(tokenizer, texts, folder, args.runs)
-        print(f"steady         {mb / ours:6.2f} MB/s   bare {mb / bare:6.2f} MB/s   time ratio {ratio:.2f}")
+        project, bare, ratio = steady(tokenizer, texts, folder, args.runs)
+        print(f"steady         {mb / project:6.2f} MB/s   bare {mb / bare:6.2f} MB/s   time ratio {ratio:.2f}")
         names = [str(Path(path).resolve()) for path in args.source]
-        ours, bare, ratio = whole(names, [path for _, path in source.files], folder / "tokenizer", folder, args.runs)
-        print(f"whole process  {ours:6.2f} s      bare {bare:6.2f} s      time ratio {ratio:.2f}")
+        project, bare, ratio = whole(names, [path for _, path in source.files], folder / "tokenizer", folder, args.runs)
+        print(f"whole process  {project:6.2f} s      bare {bare:6.2f} s      time ratio {ratio:.2f}")
         print(f"reading        {reading(folder / 'whole' / 'train') * 1e6:6.0f} us a batch of 8 x 257 tokens")
 
 

@@ -212,12 +212,12 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         with cuda_stand_in.active(ranks):
-            told = schedule(
+            outputs = schedule(
                 forward_step_func=forward, data_iterator=iter([(inputs, targets)]), model=[model], num_microbatches=1,
                 seq_length=run.cfg.data.seq_len, micro_batch_size=run.layout.micro_batch, forward_only=False,
             )  # fmt: skip
             optimizer.step()
-        return told[0]["loss"].item()
+        return outputs[0]["loss"].item()
 
     return step
 
@@ -229,7 +229,7 @@ MINIMAL = {"baseline": minimal_baseline, "deepspeed": minimal_deepspeed, "megatr
 
 
 class Enough(Exception):
-    """All rounds are made."""
+    """All rounds are done."""
 
 
 class Rounds:
@@ -243,7 +243,7 @@ class Rounds:
         self.began = 0.0
 
     def before_step(self, run: "Run", device: "torch.device") -> None:
-        """Ends the recipe's last step, lets the others make theirs, begins the recipe's next."""
+        """Ends the recipe's last step, lets the other loops make theirs, begins the recipe's next."""
         import torch
 
         if self.others is None:
@@ -318,16 +318,16 @@ def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) 
     }  # fmt: skip
 
 
-def ratio(other: Sequence[float], ours: Sequence[float]) -> float:
-    """How fast ours is, in units of the other: the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(other, ours, strict=True))
+def ratio(other: Sequence[float], recipe: Sequence[float]) -> float:
+    """The speed of the recipe in units of the other loop: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(other, recipe, strict=True))
 
 
 def missed(result: dict[str, Any]) -> list[str]:
     """The goals that a result does not reach, one line each."""
-    stack, found = result["stack"], result["ratio"]
+    stack, ratios = result["stack"], result["ratio"]
     goals = GOALS[stack].items()
-    return [f"{stack}: {found[name]:.3f} of {name}, goal {goal}" for name, goal in goals if found[name] < goal]
+    return [f"{stack}: {ratios[name]:.3f} of {name}, goal {goal}" for name, goal in goals if ratios[name] < goal]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -357,10 +357,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         given = sys.argv[1:]
         for stack in args.stacks:
-            told = Path(folder) / f"{stack}.json"
-            command = [sys.executable, "-m", "scripts.bench_speed", *given, "--stacks", stack, "--out", str(told), "--child"]
+            result_file = Path(folder) / f"{stack}.json"
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.bench_speed",
+                *given,
+                "--stacks",
+                stack,
+                "--out",
+                str(result_file),
+                "--child",
+            ]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            results.append(json.loads(told.read_text(encoding="utf-8")))
+            results.append(json.loads(result_file.read_text(encoding="utf-8")))
             print(f"{stack}: {json.dumps(results[-1]['ratio'])}", file=sys.stderr, flush=True)
     print(table(results))
     if args.out:

@@ -148,9 +148,9 @@ def footnotes(runs: list[Summary]) -> list[str]:
             notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
     versions = first.facts.get("versions")
     versions = {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {}
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    version_list = ", ".join(f"{name} {version}" for name, version in versions.items())
     commits = dict.fromkeys(str(run.facts.get("commit")) for run in runs)
-    notes.append(f"{machine()}. {told}. Commit {', '.join(commits)}.")
+    notes.append(f"{machine()}. {version_list}. Commit {', '.join(commits)}.")
     return notes
 
 

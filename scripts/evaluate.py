@@ -85,9 +85,9 @@ class Model(NamedTuple):
 
 def main() -> None:
     files = {name: f"; {task.folder}/{task.file}" if task.file else "" for name, task in TASKS.items()}
-    told = "\n".join(f"  {name:<14} {task.what}{files[name]}" for name, task in TASKS.items())
+    listing = "\n".join(f"  {name:<14} {task.what}{files[name]}" for name, task in TASKS.items())
     p = argparse.ArgumentParser(
-        prog="python -m scripts.evaluate", description=__doc__, epilog=f"tasks, and their files:\n{told}",
+        prog="python -m scripts.evaluate", description=__doc__, epilog=f"tasks, and their files:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("model", metavar="MODEL")
@@ -101,15 +101,15 @@ def main() -> None:
     p.add_argument("--split", choices=("dev", "test"), help="of the task (default: test; of GLUE, SQuAD, RACE and tags dev)")
     p.add_argument("--prefix", metavar="TEXT", help="goes before every input (default: T5's for the task)")
     p.add_argument("--beams", metavar="N", type=int, default=4, help="default: %(default)s")
-    told = "log probabilities are divided by length ^ A (default: %(default)s)"
-    p.add_argument("--length-penalty", metavar="A", type=float, default=0.6, help=told)
+    help_text = "log probabilities are divided by length ^ A (default: %(default)s)"
+    p.add_argument("--length-penalty", metavar="A", type=float, default=0.6, help=help_text)
     p.add_argument("--tokens", metavar="N", type=int, default=128, help="written at most (default: %(default)s)")
     p.add_argument("--out", metavar="DIR", type=Path, help="where eval.json goes (default: MODEL)")
     args = p.parse_args()
     folder = export_of(Path(args.model))
     texts = checked(args, folder)
     out = args.out or Path(args.model)
-    kept = held(out / "eval.json")
+    recorded = read_results(out / "eval.json")
 
     processes.quiet()
     ranks = processes.start()
@@ -119,18 +119,18 @@ def main() -> None:
     for name in args.tasks:
         begin = time.perf_counter()
         score = partial(of_inputs, name) if isinstance(texts[name], text.Examples) else EVALUATE[name]
-        found = score(model, texts[name], out if ranks.rank == 0 else None)
+        rows = score(model, texts[name], out if ranks.rank == 0 else None)
         if step is not None:
-            found = [row | {"protocol": f"{row['protocol']}, step {step}"} for row in found]
+            rows = [row | {"protocol": f"{row['protocol']}, step {step}"} for row in rows]
         if args.dtype != "fp32":
-            found = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in found]
-        results += [metrics.row(name, **row) for row in found]
+            rows = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in rows]
+        results += [metrics.row(name, **row) for row in rows]
         if ranks.rank == 0:
-            for row in found:
+            for row in rows:
                 print(f"{name:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} {row['protocol']}", flush=True)
             print(f"{'':<14} {time.perf_counter() - begin:.0f} s", flush=True)
     if ranks.rank == 0:
-        write(out / "eval.json", kept, results)
+        write(out / "eval.json", recorded, results)
         print(f"results   {out / 'eval.json'}")
 
 
@@ -166,8 +166,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             problems.append(f"{what}, and these tasks are for {of}")
     able = text.NAMES if architecture.endswith("ForConditionalGeneration") else heads.tasks_of(architecture)
     wrong = [name for name in args.tasks if name in heads.TASKS and name not in able]
-    told = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
-    problems += [f"{what}, and {name} is {told}" for name in wrong]
+    suited = "for BERT with the head of such a task, or (GLUE but for WNLI, squad) for an encoder-decoder"
+    problems += [f"{what}, and {name} is {suited}" for name in wrong]
     no_bos = [name for name in args.tasks if args.bos and name in KNOWN and EVALUATE.get(name) not in (of_words, of_tokens)]
     problems += [f"--bos: is for perplexities, and {name} has none; leave it out" for name in no_bos]
     positions = positions_of(config)
@@ -186,8 +186,8 @@ def checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return positions if isinstance(positions, int) else None
 
 
 def data_of(name: str, args: argparse.Namespace, folder: Path, able: Sequence[str]) -> Any:
@@ -312,13 +312,13 @@ def of_tokens(model: Model, text: str, out: Path | None) -> list[Result]:
     windows = every[: len(losses)]
     targets = sum(min(w.length, bound) for w in windows)
     file = f"{model.how.data.name}, " if model.how.data and model.how.data.is_file() else ""
-    told = f"{file}windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}{first(model)}"
+    how = f"{file}windows of {model.length}, apart{limited(len(windows), len(every), 'windows')}{first(model)}"
     rows = [{"metric": "token_perplexity", "value": language.perplexity(math.fsum(losses[:, 0]), targets), "n": targets,
-             "protocol": f"token-perplexity, {told}"}]  # fmt: skip
+             "protocol": f"token-perplexity, {how}"}]  # fmt: skip
     if len(windows) == len(every):  # else the bytes of what was scored are not known
-        size, told = len(text.encode()), f"{file}windows of {model.length}, every token{first(model) or ' but the first'}"
+        size, how = len(text.encode()), f"{file}windows of {model.length}, every token{first(model) or ' but the first'}"
         bits = math.fsum(losses.flat) / math.log(2) / size
-        rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {told}"})
+        rows.append({"metric": "bits_per_byte", "value": bits, "n": size, "protocol": f"bits-per-byte, {how}"})
     return rows
 
 
@@ -328,16 +328,16 @@ def of_last_words(model: Model, texts: list[str], out: Path | None) -> list[Resu
     rows = []
 
     def score(batch: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-        found = language.answers(model.net, batch, model.ranks.device)
-        return [float(answer == label.tolist()) for answer, (_, label) in zip(found, batch, strict=True)]
+        answers = language.answers(model.net, batch, model.ranks.device)
+        return [float(answer == label.tolist()) for answer, (_, label) in zip(answers, batch, strict=True)]
 
     for name in ("lambada-strict", "lambada-last-token"):
         passages = [passage(model, text, strict=name == "lambada-strict") for text in texts]
         long = next((n for n, (c, w) in enumerate(passages, 1) if len(c) + len(w) > model.length), None)
         if long:
             room = positions_of(model.net.config.to_dict())
-            told = "give --seq-len" if not room or model.length < room else f"the model has {room} positions, --limit is left"
-            raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; {told}")
+            remedy = "give --seq-len" if not room or model.length < room else f"the model has {room} positions, --limit is left"
+            raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; {remedy}")
         batches = [passages[i : i + model.batch] for i in range(0, len(passages), model.batch)]
         right = language.shared_out(batches, score, model.ranks, progress(name, len(passages), model))
         rows.append({"metric": "accuracy" if name == "lambada-strict" else "last_token_accuracy", "value": right.mean().item(),
@@ -359,30 +359,30 @@ def passage(model: Model, text: str, strict: bool) -> tuple[np.ndarray, np.ndarr
     return model.tokenize(context), model.tokenize(word)
 
 
-def of_inputs(name: str, model: Model, found: text.Examples, out: Path | None) -> list[Result]:
+def of_inputs(name: str, model: Model, examples: text.Examples, out: Path | None) -> list[Result]:
     """What beam search writes to each input: predictions/TASK.txt, a line each, all of GLUE's and SQuAD's in predictions/TASK
     as the benchmark has them; and its scores."""
-    whole, how = len(found.inputs), model.how
-    inputs, references = found.inputs[: model.limit], found.references[: model.limit]
-    labels = None if found.labels is None else found.labels[: model.limit]
+    whole, how = len(examples.inputs), model.how
+    inputs, references = examples.inputs[: model.limit], examples.references[: model.limit]
+    labels = None if examples.labels is None else examples.labels[: model.limit]
     search = text.Search(how.beams, how.length_penalty, how.tokens, model.batch)
     tell = progress("inputs", len(inputs), model)
     written = text.write(model.net, model.tokenizer, inputs, model.length, search, model.ranks, tell)
     if out:
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         (out / f"predictions/{name}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
-        for file, content in text.files(name, written, found).items() if len(inputs) == whole else ():
+        for file, content in text.files(name, written, examples).items() if len(inputs) == whole else ():
             (out / "predictions" / name).mkdir(exist_ok=True)
             (out / "predictions" / name / file).write_text(content, encoding="utf-8")
-    unknown = text.unknown(model.tokenizer, found.targets[: model.limit], split_of(name, how))
-    notes = "".join(f"; {note}" for note in (*found.notes, *unknown))
+    unknown = text.unknown(model.tokenizer, examples.targets[: model.limit], split_of(name, how))
+    notes = "".join(f"; {note}" for note in (*examples.notes, *unknown))
     given = f", prefix {how.prefix!r}" if how.prefix is not None else ""
     given += f", inputs of {how.seq_len} tokens" if how.seq_len else ""
-    told = f"{split_of(name, how)}, {search}{given}{limited(len(inputs), whole, 'inputs')}{notes}"
-    scores = text.scores(name, written, found._replace(references=references, labels=labels), model.tokenizer)
-    n, counts = len(inputs), text.counts(name, len(inputs), found)
+    protocol = f"{split_of(name, how)}, {search}{given}{limited(len(inputs), whole, 'inputs')}{notes}"
+    scores = text.scores(name, written, examples._replace(references=references, labels=labels), model.tokenizer)
+    n, counts = len(inputs), text.counts(name, len(inputs), examples)
     return [
-        {"metric": metric, "value": value, "n": counts.get(metric, n), "protocol": f"{told}; {worked_out}"}
+        {"metric": metric, "value": value, "n": counts.get(metric, n), "protocol": f"{protocol}; {worked_out}"}
         for metric, value, worked_out in scores
     ]
 
@@ -422,7 +422,7 @@ def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
     return tell
 
 
-def held(path: Path) -> list[Result]:
+def read_results(path: Path) -> list[Result]:
     """What eval.json holds already; BadInput where results could not be added to it."""
     there = next(folder for folder in path.parents if folder.exists())
     predictions = path.parent / "predictions"
@@ -430,25 +430,25 @@ def held(path: Path) -> list[Result]:
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
             raise BadInput(f"{place}: {what}; give --out DIR")
     try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}; give --out DIR") from None
     except (ValueError, RecursionError):
-        kept = None
-    if not isinstance(kept, list) or not all(isinstance(row, dict) and row.keys() >= KEYS for row in kept):
+        recorded = None
+    if not isinstance(recorded, list) or not all(isinstance(row, dict) and row.keys() >= KEYS for row in recorded):
         raise BadInput(f"{path}: is not a list of results; move it away, or give --out DIR")
-    return kept
+    return recorded
 
 
 KEYS = {"task", "metric", "protocol"}
 
 
-def write(path: Path, kept: list[Result], results: list[Result]) -> None:
+def write(path: Path, recorded: list[Result], results: list[Result]) -> None:
     """Add to what eval.json holds; a result of the same task, metric and protocol is replaced."""
     new = {(r["task"], r["metric"], r["protocol"]) for r in results}
-    kept = [r for r in kept if (r["task"], r["metric"], r["protocol"]) not in new]
+    recorded = [r for r in recorded if (r["task"], r["metric"], r["protocol"]) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").write_text(json.dumps(recorded + results, indent=1) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 

@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--prompt", metavar="TEXT", default="", help="how it begins (default: as a document begins)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question of a conversation")
     parser.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens to add (default: %(default)s)")
-    told = "0 takes the likeliest token each time (default: %(default)s)"
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.7, help=told)
-    told = "choose among the K likeliest tokens (default: %(default)s)"
-    parser.add_argument("--top-k", metavar="K", type=int, default=20, help=told)
+    help_text = "0 takes the likeliest token each time (default: %(default)s)"
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.7, help=help_text)
+    help_text = "choose among the K likeliest tokens (default: %(default)s)"
+    parser.add_argument("--top-k", metavar="K", type=int, default=20, help=help_text)
     parser.add_argument("--seed", metavar="N", type=int, default=1234, help="default: %(default)s")
     args = parser.parse_args()
     folders = [given if (Path(given) / "config.json").is_file() else str(Path(given) / "hf") for given in args.folders]

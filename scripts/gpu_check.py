@@ -143,7 +143,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         if estimate > FULL * room:
             notes.append(f"micro batch {micro}: {estimate / 1e9:.0f} GB estimated, too much")
             continue
-        held = torch.cuda.memory_allocated(device) if cuda else 0
+        allocated = torch.cuda.memory_allocated(device) if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         module, out = f"recipes.{family}.{stack}.pretrain", folder / f"{name}_{stack}_{micro}"
@@ -163,7 +163,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             "tokens_per_s": rate, "ms": statistics.median(seconds) * 1e3,
             "mfu": {kind: flops.mfu(value, rate, gpu, 1) for kind, value in per_token.items()},
             "tflops": {kind: value * rate / 1e12 for kind, value in per_token.items()},
-            "peak_bytes": torch.cuda.max_memory_allocated(device) - held if cuda else None,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) - allocated if cuda else None,
             "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
             "estimated_bytes": estimate, "notes": notes,
         }  # fmt: skip

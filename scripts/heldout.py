@@ -3,8 +3,8 @@
 python -m scripts.heldout RUN... [--data PREFIX] [--samples N|all]
 
 RUN is an OUT folder of pretrain.sh that has its export, OUT/hf. The text is the run's own data.valid and
-train.eval_samples, so that the value must be the run's last validation loss. It is kept in OUT/hf/heldout.json and
-not worked out twice.
+train.eval_samples, so that the value must be the run's last validation loss. It is recorded in OUT/hf/heldout.json and
+not computed twice.
 """
 
 import argparse
@@ -75,21 +75,21 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     cfg = config.at_step(cfg, cfg.last_step)
     stream = task.dataset(cfg, prefixes, shuffle=False)
     stream.limit_ids(cfg.model.vocab_size, "--data" if data else "data.valid")
-    theirs, ours = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
-    if ours and theirs - {ours}:
+    corpus_hashes, run_hash = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
+    if run_hash and corpus_hashes - {run_hash}:
         raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")
     limit = len(stream) if samples == 0 else min(samples or cfg.train.eval_samples or len(stream), len(stream))
 
     known = {"data": stream.content_hash, "seq_len": cfg.data.seq_len, "samples": limit}
-    kept = export / "heldout.json"
-    found = read_object(kept) or {}
-    if known.items() <= found.items() and isinstance(found.get("loss"), float) and is_count(found.get("tokens")):
-        return found["loss"], found["tokens"]
+    record_path = export / "heldout.json"
+    record = read_object(record_path) or {}
+    if known.items() <= record.items() and isinstance(record.get("loss"), float) and is_count(record.get("tokens")):
+        return record["loss"], record["tokens"]
     changed = integrity.problems(export, str(export))
     if changed:
         raise BadInput(changed)
     loss, tokens = mean_loss(export, stream, limit, task, cfg)
-    write_where_possible(kept, known | {"loss": loss, "tokens": tokens})
+    write_where_possible(record_path, known | {"loss": loss, "tokens": tokens})
     return loss, tokens
 
 
@@ -116,7 +116,7 @@ def mean_loss(export: Path, stream: Dataset, samples: int, task: PretrainingFami
 
 
 def write_where_possible(path: Path, values: dict[str, Any]) -> None:
-    """Keep a result beside the export; one that cannot be written to is evaluated anew each time."""
+    """Keep a result beside the export; where it cannot be written, each call evaluates again."""
     try:
         path.write_text(json.dumps(values) + "\n", encoding="utf-8")
     except OSError:

@@ -72,10 +72,10 @@ def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
             if name.startswith("*"):
                 print(f"{name:<44} cannot: {error.problems[0]}")
             continue  # the other rows are examples: those that do not divide are left out
-        found = memory.estimate_for(changed, cfg.model, stack, gpus)
+        estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
         row = f"{name:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
-        row += "".join(f"{found[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
-        print(row + "".join(f"{'fits' if found['total'] < size * 1e9 else '-':>8}" for size in SIZES))
+        row += "".join(f"{estimate[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
+        print(row + "".join(f"{'fits' if estimate['total'] < size * 1e9 else '-':>8}" for size in SIZES))
 
 
 def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:

@@ -61,11 +61,11 @@ def curves(run: Path) -> tuple[Curve, Curve]:
 
 def smooth(curve: Curve, span: int) -> Curve:
     """Exponential mean over about `span` steps, its start corrected as Adam's is (arXiv:1412.6980, section 3)."""
-    keep, mean, made = 1 - 1 / span, 0.0, {}
+    keep, mean, smoothed = 1 - 1 / span, 0.0, {}
     for count, (step, loss) in enumerate(curve.items(), 1):
         mean = keep * mean + (1 - keep) * loss
-        made[step] = mean / (1 - keep**count)
-    return made
+        smoothed[step] = mean / (1 - keep**count)
+    return smoothed
 
 
 def draw(runs: dict[str, tuple[Curve, Curve]], out: Path) -> None:
@@ -95,8 +95,8 @@ def draw(runs: dict[str, tuple[Curve, Curve]], out: Path) -> None:
             }
             top.plot(list(valid), list(valid.values()), label=f"{name}, validation", **(style | marks))
         if several and i:
-            for part, ours, theirs in (("training", train, first[0]), ("validation", valid, first[1])):
-                apart = {s: max(abs(ours[s] - theirs[s]), FLOOR) for s in ours if s in theirs}
+            for part, curve, reference in (("training", train, first[0]), ("validation", valid, first[1])):
+                apart = {s: max(abs(curve[s] - reference[s]), FLOOR) for s in curve if s in reference}
                 style = {"color": f"C{i}", "linewidth": 0.8, "markersize": 4, "markerfacecolor": "none"}
                 mark = "o" if part == "validation" else "-"
                 axes[1][0].plot(list(apart), list(apart.values()), mark, label=f"{name}, {part}", **style)

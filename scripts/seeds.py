@@ -88,15 +88,15 @@ def run_to_its_end(command: list[str]) -> int:
 
 def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
     """{seed: OUT} -> a row for each metric. eval.json begins with the run's own; scripts/evaluate.py adds others behind."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    by_metric: dict[tuple[str, str], dict[int, float]] = {}
     for seed, run in runs.items():
         for row in results(run / "eval.json"):
-            found.setdefault((row["task"], row["metric"]), {}).setdefault(seed, row["value"])
+            by_metric.setdefault((row["task"], row["metric"]), {}).setdefault(seed, row["value"])
     return [
         {"task": task, "metric": metric, "median": statistics.median(values.values()), "least": min(values.values()),
          "greatest": max(values.values()), "mean": statistics.fmean(values.values()),
          "sigma": statistics.stdev(values.values()) if len(values) > 1 else None, "values": values}
-        for (task, metric), values in found.items()
+        for (task, metric), values in by_metric.items()
     ]  # fmt: skip
 
 

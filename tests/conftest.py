@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common import families
 from tests import warm
 from tests.drive import BEGIN, END
 
@@ -118,7 +119,15 @@ def case(stack: str, config: str, out: Path, overrides: Sequence[str], expect: i
     }  # fmt: skip
 
 
+def launch_script(stack: str, kind: str = "pretrain", family: str = "gpt") -> Path:
+    """recipes/FAMILY/STACK/KIND.sh; the test is skipped where the recipe has no such stack."""
+    if stack not in families.stacks(family):
+        pytest.skip(f"recipes/{family} has no {stack}")
+    return ROOT / f"recipes/{family}/{stack}/{kind}.sh"
+
+
 Drive = Callable[..., str]
+LEFT_OUT: dict[Path, str] = {}  # OUT of each run of `drive` whose stack the recipe does not have: why
 FAILED: dict[Path, str] = {}  # OUT of each run of `drive` that did not end as expected: its error
 REPORTED: set[Path] = set()  # those that a test has failed by
 
@@ -132,6 +141,10 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drive]:
 
     def run(cases: list[dict[str, Any]], nproc: int, cwd: Path = ROOT) -> str:
         path, output = tmp_path_factory.mktemp("cases") / "cases.json", ""
+        for case in cases:
+            if not (cwd / case["module"].replace(".", "/")).with_suffix(".py").is_file():
+                LEFT_OUT[Path(case["out"])] = f"there is no {case['module']}"
+        cases = [case for case in cases if Path(case["out"]) not in LEFT_OUT]
         while cases:
             path.write_text(json.dumps(cases), encoding="utf-8")
             printed = warm.run(["tests/drive.py", path], nproc, cwd, merged=True, timeout=3600).stdout
@@ -158,7 +171,10 @@ def error_of(printed: str) -> str:
 
 
 def finished(out: Path) -> Path:
-    """`out`, the folder of a run of `drive`; the test fails with the run's error where it has one."""
+    """`out`, the folder of a run of `drive`; the test fails with the run's error where it has one, and is
+    skipped where the recipe has no such stack."""
+    if out in LEFT_OUT:
+        pytest.skip(LEFT_OUT[out])
     if out in FAILED:
         REPORTED.add(out)
         pytest.fail(f"the run {out} failed:\n{FAILED[out]}", pytrace=False)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Drive, case, losses
+from conftest import ROOT, Drive, case, launch_script, losses
 
 from common import preflight
 from common.checkpoints import checkpoint, run_record, state
@@ -29,7 +29,6 @@ from common.errors import BadInput, exit_cleanly
 from common.launch import launcher, lock
 from recipes.gpt import task
 
-SCRIPT = ROOT / "recipes/gpt/baseline/pretrain.sh"
 TEXT = """\
 model: {arch: gpt2, layers: 4, hidden: 64, heads: 4, vocab_size: 128}
 data: {train: corpus/train, valid: corpus/valid, seq_len: 32}
@@ -632,7 +631,7 @@ def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
     there = place / "a b/ünï"
     there.mkdir(parents=True)
     (there / "c'onfig.yaml").write_text(TEXT.replace("corpus/", "../../corpus/"))
-    command = ["bash", str(SCRIPT), "c'onfig.yaml", "o ut"]
+    command = ["bash", str(launch_script("baseline")), "c'onfig.yaml", "o ut"]
     env = os.environ | {"NPROC": "1"}
     done = subprocess.run([*command, "--dry-run"], cwd=there, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "parameters        210,304" in done.stdout

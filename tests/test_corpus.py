@@ -19,7 +19,7 @@ import pytest
 from conftest import case, losses
 from hypothesis import given, settings, strategies as st
 
-from common import preflight
+from common import families, preflight
 from common.data import batches, examples, indexed_dataset, manifest, sampler, tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.data.sampler import permute
@@ -29,7 +29,7 @@ from recipes.gpt.samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 EOD = 0
-STACKS = ("baseline", "deepspeed", "megatron")
+STACKS = families.stacks("gpt")
 
 
 @pytest.fixture(scope="module")

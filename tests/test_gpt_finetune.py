@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import config
+from common import config, families
 from common.data import limited_process, tokenizer
 from common.errors import BadInput
 from common.evaluation import language
@@ -753,7 +753,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folders, configs, tmp_path):
 
 
 def test_the_scripts_read_as_their_siblings():
-    for stack in ("baseline", "deepspeed", "megatron"):
+    for stack in families.stacks("gpt"):
         folder = ROOT / "recipes/gpt" / stack
         scripts = [(folder / f"{kind}.py").read_text() for kind in ("pretrain", "finetune")]
         banners = [re.findall(r"^    # ---- (\w+)$", text, re.M) for text in scripts]

@@ -412,7 +412,7 @@ def read_all(out: Path) -> None:
         lambda: compare.summary("run", out, with_export=False),
         lambda: heldout.evaluate(out, data="nowhere"),
         lambda: seeds.summary({1: out}),
-        lambda: evaluate.held(out / "eval.json"),
+        lambda: evaluate.read_results(out / "eval.json"),
         lambda: export._losses(out / "metrics.jsonl", 4),
         lambda: export.exported_step(out / "hf"),
         lambda: integrity.problems(out / "hf", "hf"),

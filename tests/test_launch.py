@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from conftest import launch_script
 
 from common.errors import BadInput
 from common.launch import heartbeat, launcher, watch
@@ -91,7 +92,7 @@ def test_bad_environment_is_told_in_one_line(env: dict[str, str], message: str) 
 )
 def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     for kind in ("pretrain", "finetune"):
-        script = ROOT / f"recipes/gpt/baseline/{kind}.sh"
+        script = launch_script("baseline", kind)
         done = subprocess.run(["bash", script, *arguments], env=env_with(), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
         assert message.replace("pretrain", kind) in done.stderr and "Traceback" not in done.stderr
@@ -99,7 +100,7 @@ def test_bad_arguments_exit_2_and_start_nothing(arguments: list[str], message: s
 
 
 def test_every_bad_variable_is_told_at_once() -> None:
-    script = ROOT / "recipes/gpt/baseline/pretrain.sh"
+    script = launch_script("baseline")
     env = env_with(NPROC="x", MASTER_PORT="99999", NNODES=2)
     done = subprocess.run(["bash", script, "a.yaml", "out"], env=env, capture_output=True, text=True)
     assert done.returncode == 2
@@ -359,10 +360,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def pretrain(stack: str, config: Path, out: Path, *overrides: str) -> list[str]:
-    script = ROOT / f"recipes/gpt/{stack}/pretrain.sh"
-    if not (script.parent / "pretrain.py").exists():
-        pytest.skip(f"no {stack} recipe")
-    return ["bash", str(script), str(config), str(out), *overrides]
+    return ["bash", str(launch_script(stack)), str(config), str(out), *overrides]
 
 
 def training_lines(out: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses
+from conftest import ROOT, launch_script, losses
 
 from common.errors import BadInput
 from common.launch import lock
@@ -120,7 +120,7 @@ def test_scratch_of_killed_launchers_is_removed(tmp_path: Path, monkeypatch: pyt
 
 
 def pretrain(out: Path, settings: list[str], *overrides: str) -> subprocess.Popen:
-    command = ["bash", "recipes/gpt/baseline/pretrain.sh", "recipes/gpt/configs/tiny.yaml", str(out), *settings, *overrides]
+    command = ["bash", str(launch_script("baseline")), "recipes/gpt/configs/tiny.yaml", str(out), *settings, *overrides]
     env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import ROOT, case, losses
+from conftest import ROOT, case, launch_script, losses
 
 from common import config, preflight
 from common.training import optim
@@ -75,7 +75,7 @@ def test_one_curve_through_all_phases(out):
 
 def test_one_command_goes_through_all_phases_and_exports_once(out, settings, tmp_path):
     config_path = ROOT / "recipes/gpt/configs/tiny.yaml"
-    command = ["bash", str(ROOT / "recipes/gpt/baseline/pretrain.sh"), str(config_path), str(tmp_path / "run")]
+    command = ["bash", str(launch_script("baseline")), str(config_path), str(tmp_path / "run")]
     env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, *settings, *SETTINGS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -93,7 +93,7 @@ def test_a_signal_at_the_end_of_a_phase_stops_the_run(settings, tmp_path):
     """It comes while the last step of a phase is validated or saved: the next phase must not begin."""
     config_path = ROOT / "recipes/gpt/configs/tiny.yaml"
     words = [*settings, "train.steps=2", "model.dropout=0.0", "phases=[{train.steps: 40}]", "train.eval_samples=400"]
-    command = ["bash", str(ROOT / "recipes/gpt/baseline/pretrain.sh"), str(config_path), str(tmp_path / "run"), *words]
+    command = ["bash", str(launch_script("baseline")), str(config_path), str(tmp_path / "run"), *words]
     env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_bad_input import Try, attempt, place, refused  # noqa: F401 (fixtures)
 
+from common import families
 from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 
 TEXT = """\
@@ -127,6 +128,6 @@ def test_layouts(stack, nproc, overrides, message, home: Path, attempt: Try) -> 
 
 
 def test_the_config_itself_starts(home: Path, attempt: Try) -> None:  # noqa: F811
-    for stack in ("baseline", "deepspeed", "megatron"):
+    for stack in families.stacks("t5"):
         attempted = attempt(config="t5.yaml", family="t5", stack=stack, nproc=1)
         assert (attempted.code, attempted.started) == (0, True), attempted.lines
