@@ -4,7 +4,9 @@ A family is a folder of recipes/ that has a task.py. A stack of a family is a fo
 recipe is therefore found without an edit, and a deleted stack is not looked for.
 """
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 from common.config import STACKS
 from common.errors import BadInput
@@ -21,6 +23,14 @@ def names() -> list[str]:
 def stacks(family: str) -> list[str]:
     """The stacks that a family has, in the order of config.STACKS: the baseline first, where it is there."""
     return [stack for stack in STACKS if (RECIPES / family / stack / "pretrain.py").is_file()]
+
+
+def module_of(file: str, family: str | None = None, holding: str = "") -> ModuleType | None:
+    """recipes/FAMILY/FILE.py of the family, else of the first family with such a file, else None. holding: text of it."""
+    paths = {name: RECIPES / name / f"{file}.py" for name in names()}
+    having = [name for name, path in paths.items() if path.is_file() and holding in path.read_text(encoding="utf-8")]
+    chosen = family if family in having else next(iter(having), None)
+    return importlib.import_module(f"recipes.{chosen}.{file}") if chosen else None
 
 
 def of_config(config_path: str | Path) -> str:

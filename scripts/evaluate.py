@@ -27,10 +27,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from common import families
 from common.data.text_files import read_text
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
@@ -39,9 +41,10 @@ from common.huggingface.pretrained import architecture_of, load, refuse_unknown
 from common.json_files import read_object
 from common.launch import processes
 from common.launch.processes import Ranks
-from recipes.bert import evaluate as heads
 
 Result = dict[str, Any]
+# recipes/bert/evaluate.py, or that of the family of MODEL: what evaluates a head. None where no recipe has such a file.
+heads: Any = families.module_of("evaluate") or SimpleNamespace(TASKS=(), PUBLIC_DEV_ALONE=(), tasks_of=lambda architecture: [])
 
 
 class Task(NamedTuple):
@@ -107,6 +110,9 @@ def main() -> None:
     p.add_argument("--out", metavar="DIR", type=Path, help="where eval.json goes (default: MODEL)")
     args = p.parse_args()
     folder = export_of(Path(args.model))
+    family = (read_object(folder / "twinstack.json") or {}).get("family")
+    global heads
+    heads = families.module_of("evaluate", family) or heads
     texts = checked(args, folder)
     out = args.out or Path(args.model)
     recorded = read_results(out / "eval.json")
@@ -387,7 +393,7 @@ def of_inputs(name: str, model: Model, examples: text.Examples, out: Path | None
     ]
 
 
-def of_head(model: Model, task: heads.Task, out: Path | None) -> list[Result]:
+def of_head(model: Model, task: Any, out: Path | None) -> list[Result]:
     size = len(task.examples)
     tell = progress("examples", min(model.limit or size, size), model)
     said = heads.predict(model.net, task, model.batch, model.limit, model.ranks, tell)

@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import families
 from common.errors import BadInput, exit_cleanly
 from common.huggingface.pretrained import architecture_of, load, refuse_unknown
+from common.json_files import read_object
 
 
 def main() -> None:
@@ -132,14 +134,17 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     from tokenizers import Tokenizer as Backend
 
     from common.data.tokenizer import Tokenizer
-    from recipes.gpt.finetune_samples import Template
 
+    family = (read_object(Path(folder) / "twinstack.json") or {}).get("family")  # of an export
+    module = families.module_of("finetune_samples", family, holding="class Template")
+    if module is None:
+        raise BadInput("--chat: no recipe here has conversations (finetune_samples.py with a Template); leave it out")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise BadInput(f"{folder}: its tokenizer is none of the library `tokenizers`; leave out --chat")
     given = tokenizer.chat_template
     several = [{"name": name, "template": text} for name, text in given.items()] if isinstance(given, dict) else given
     config = {"chat_template": several} | {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
-    template = Template(Tokenizer(Backend.from_str(tokenizer.backend_tokenizer.to_str()), config), folder)
+    template = module.Template(Tokenizer(Backend.from_str(tokenizer.backend_tokenizer.to_str()), config), folder)
     chat = [{"role": "user", "content": question}]
     text, ends = template.asks(chat, "--prompt"), None
     with contextlib.suppress(BadInput):  # one that writes earlier answers otherwise: generation_config.json has to know
