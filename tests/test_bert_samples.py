@@ -1,4 +1,4 @@
-"""BERT's samples: what they are made of, the statistics of the masking, and that nothing but (seed, number) decides them."""
+"""BERT's samples: their content, the statistics of the masking, and that only (seed, number) determines them."""
 
 import subprocess
 import sys
@@ -30,22 +30,22 @@ def words(sentences):
     return tokenizer.load(sentences / "tokenizer")
 
 
-def enough(stream):
+def draw_enough(dataset):
     """Rows of samples with TOKENS tokens that may be masked, joined."""
-    made, tokens, first = [], 0, 0
+    drawn_batches, tokens, first = [], 0, 0
     while tokens < TOKENS:
-        rows = stream.collate(range(first, first + 512))
-        made.append(rows)
-        special = 2 if stream.pair == "none" else 3
-        tokens += int(rows["lengths"].sum()) - special * 512
+        batch = dataset.collate(range(first, first + 512))
+        drawn_batches.append(batch)
+        special = 2 if dataset.pair == "none" else 3
+        tokens += int(batch["lengths"].sum()) - special * 512
         first += 512
-    return {name: np.concatenate([rows[name] for rows in made]) for name in made[0]}, tokens
+    return {name: np.concatenate([batch[name] for batch in drawn_batches]) for name in drawn_batches[0]}, tokens
 
 
 @pytest.fixture(scope="module", params=["token", "whole_word", "ngram"])
 def drawn(request, sentences):
-    stream = opened(sentences / "train", f"objective.masking={request.param}", "objective.pair=sop")
-    return request.param, stream, *enough(stream)
+    dataset = opened(sentences / "train", f"objective.masking={request.param}", "objective.pair=sop")
+    return request.param, dataset, *draw_enough(dataset)
 
 
 def three_sigma(share, n):
@@ -54,26 +54,26 @@ def three_sigma(share, n):
 
 def test_masked_share_and_80_10_10(drawn, words):
     """BERT, section 3.1 and appendix A.1, over a million tokens."""
-    _, stream, rows, tokens = drawn
-    mask, labels, seen = rows["mlm_mask"], rows["labels"], rows["tokens"]
+    _, dataset, batch, tokens = drawn
+    mask, labels, seen = batch["mlm_mask"], batch["labels"], batch["tokens"]
     masked = int(mask.sum())
     assert abs(masked / tokens - 0.15) <= three_sigma(0.15, tokens)
     hidden = (seen[mask] == words.mask_id).mean()
-    ordinary = len(stream.special.ordinary)
-    kept = (seen[mask] == labels[mask]).mean()  # a random token is the token itself once in `ordinary`
-    other = 1 - hidden - kept
+    ordinary = len(dataset.special.ordinary)
+    unchanged = (seen[mask] == labels[mask]).mean()  # a random token is the token itself once in `ordinary`
+    other = 1 - hidden - unchanged
     assert abs(hidden - 0.8) <= three_sigma(0.8, masked)
-    assert abs(kept - (0.1 + 0.1 / ordinary)) <= three_sigma(0.1, masked)
+    assert abs(unchanged - (0.1 + 0.1 / ordinary)) <= three_sigma(0.1, masked)
     assert abs(other - 0.1 * (1 - 1 / ordinary)) <= three_sigma(0.1, masked)
     assert (seen[~mask] == labels[~mask]).all()
 
 
 def test_special_and_padding_tokens_are_never_masked(drawn, words):
-    _, stream, rows, _ = drawn
-    mask, labels, seen = rows["mlm_mask"], rows["labels"], rows["tokens"]
+    _, dataset, batch, _ = drawn
+    mask, labels, seen = batch["mlm_mask"], batch["labels"], batch["tokens"]
     special = [words.cls_id, words.sep_id, words.mask_id, words.pad_id]
     assert not np.isin(labels[mask], special).any()
-    beyond = np.arange(labels.shape[1]) >= rows["lengths"][:, None]
+    beyond = np.arange(labels.shape[1]) >= batch["lengths"][:, None]
     assert not mask[beyond].any() and (labels[beyond] == words.pad_id).all()
     replaced = seen[mask & (seen != words.mask_id)]
     assert not np.isin(replaced, special).any()
@@ -81,14 +81,14 @@ def test_special_and_padding_tokens_are_never_masked(drawn, words):
 
 
 def test_words_are_masked_whole(drawn, words):
-    masking, _, rows, _ = drawn
+    masking, _, batch, _ = drawn
     continues = words.continues()
     if masking == "token":
-        word = continues[rows["labels"]]
-        assert (rows["mlm_mask"][:, 1:] != rows["mlm_mask"][:, :-1])[word[:, 1:]].any()  # parts of words, too
+        word = continues[batch["labels"]]
+        assert (batch["mlm_mask"][:, 1:] != batch["mlm_mask"][:, :-1])[word[:, 1:]].any()  # parts of words, too
         return
     for row in range(500):
-        ids, mask = rows["labels"][row, : rows["lengths"][row]], rows["mlm_mask"][row, : rows["lengths"][row]]
+        ids, mask = batch["labels"][row, : batch["lengths"][row]], batch["mlm_mask"][row, : batch["lengths"][row]]
         inside = continues[ids[1:]] & (ids[:-1] != words.sep_id) & (ids[:-1] != words.cls_id)
         assert (mask[1:] == mask[:-1])[inside].all(), "a word is masked whole or not at all"
 
@@ -96,21 +96,21 @@ def test_words_are_masked_whole(drawn, words):
 def test_lengths_of_pieces(sentences, monkeypatch):
     """ngram: 1, 2 or 3 words with probability 6/11, 3/11, 2/11 (ALBERT, section 4.1, with n up to 3), within 3 sigma.
 
-    Neighbouring pieces cannot be told apart in a row, so the lengths are watched where they are drawn; the share of masked
+    Adjacent pieces cannot be distinguished in a sample, so the lengths are observed where they are drawn; the share of masked
     tokens above shows that all that is drawn is laid down.
     """
-    stream = opened(sentences / "train", "objective.masking=ngram")
+    dataset = opened(sentences / "train", "objective.masking=ngram")
     seen = Counter()
     search = np.searchsorted
 
     def watched(sorted_values, values, side="left"):
-        found = search(sorted_values, values, side)
+        positions = search(sorted_values, values, side)
         if len(np.shape(values)) == 1 and len(sorted_values) == 2:
-            seen.update((np.asarray(found) + 1).tolist())
-        return found
+            seen.update((np.asarray(positions) + 1).tolist())
+        return positions
 
     monkeypatch.setattr(samples.np, "searchsorted", watched)
-    stream.collate(range(4000))
+    dataset.collate(range(4000))
     total = sum(seen.values())
     assert total > 20_000
     for length, share in ((1, 6 / 11), (2, 3 / 11), (3, 2 / 11)):
@@ -120,27 +120,27 @@ def test_lengths_of_pieces(sentences, monkeypatch):
 @pytest.mark.parametrize("pair", ["nsp", "sop"])
 def test_pairs(sentences, words, pair):
     """Segments, labels and types of pairs: half are changed; what is not changed follows in the text."""
-    stream = opened(sentences / "train", f"objective.pair={pair}", "objective.masked_lm_prob=0.000001")
-    rows = stream.collate(range(2000))
-    text = stream.corpora[0].flat.tobytes()
+    dataset = opened(sentences / "train", f"objective.pair={pair}", "objective.masked_lm_prob=0.000001")
+    batch = dataset.collate(range(2000))
+    text = dataset.corpora[0].flat.tobytes()
     in_order = strange = 0
     for row in range(2000):
-        ids, types = rows["labels"][row, : rows["lengths"][row]], rows["token_types"][row]
+        ids, types = batch["labels"][row, : batch["lengths"][row]], batch["token_types"][row]
         ends = np.flatnonzero(ids == words.sep_id)
         assert ids[0] == words.cls_id and len(ends) == 2 and ends[1] == len(ids) - 1
         assert (types[: ends[0] + 1] == 0).all() and (types[ends[0] + 1 : len(ids)] == 1).all()
         assert (types[len(ids) :] == 0).all()
         a, b = ids[1 : ends[0]], ids[ends[0] + 1 : -1]
         assert len(a) and len(b)
-        if rows["lengths"][row] == 128:
+        if batch["lengths"][row] == 128:
             continue  # may be shortened, so it is not one stretch of text
-        first, second = (b, a) if pair == "sop" and rows["pair_label"][row] else (a, b)
-        found = np.concatenate([first, second]).astype(np.uint16).tobytes() in text
-        in_order += found
-        strange += not found
-        assert found or (pair == "nsp" and rows["pair_label"][row] == 1)
+        first, second = (b, a) if pair == "sop" and batch["pair_label"][row] else (a, b)
+        adjacent = np.concatenate([first, second]).astype(np.uint16).tobytes() in text
+        in_order += adjacent
+        strange += not adjacent
+        assert adjacent or (pair == "nsp" and batch["pair_label"][row] == 1)
     assert in_order > 50 and (strange > 50) == (pair == "nsp")
-    share = rows["pair_label"].mean()
+    share = batch["pair_label"].mean()
     assert abs(share - 0.5) <= three_sigma(0.5, 2000)
 
 
@@ -150,34 +150,34 @@ def test_the_length_of_a_sample_does_not_tell_its_label(words, tmp_path):
     documents = [[rng.integers(100, 200, n) for n in rng.integers(5, 60, count)] for count in rng.integers(2, 80, 300)]
     write(tmp_path / "drawn", documents)
     for seq_len in (64, 128, 512):
-        rows = bert(tmp_path / "drawn", words, "nsp", seq_len).collate(range(6000))
-        label = rows["pair_label"].astype(bool)
-        second = rows["token_types"].sum(1)
-        for length in (rows["lengths"], second, rows["lengths"] - second):
+        batch = bert(tmp_path / "drawn", words, "nsp", seq_len).collate(range(6000))
+        label = batch["pair_label"].astype(bool)
+        second = batch["token_types"].sum(1)
+        for length in (batch["lengths"], second, batch["lengths"] - second):
             bounds = np.arange(seq_len + 2)[:, None]
             guessed = ((length >= bounds) == label).mean(1)  # for each threshold
             assert max(guessed.max(), 1 - guessed.min()) < 0.56, (seq_len, guessed.max(), guessed.min())
 
 
 def test_full_sentences_fill_a_sample_across_documents(sentences, words):
-    stream = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0", valid=True)
-    rows = stream.collate(range(len(stream)))
-    ids = [row[1:n] for row, n in zip(rows["labels"], rows["lengths"], strict=True)]
-    flat = stream.corpora[0].flat
+    dataset = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0", valid=True)
+    batch = dataset.collate(range(len(dataset)))
+    ids = [row[1:n] for row, n in zip(batch["labels"], batch["lengths"], strict=True)]
+    flat = dataset.corpora[0].flat
     joined = np.concatenate([row[:-1] for row in ids])
     texts = joined[joined != words.sep_id]
-    lost = np.maximum(stream.corpora[0].lengths - 126, 0).sum()  # of sentences longer than a sample
+    lost = np.maximum(dataset.corpora[0].lengths - 126, 0).sum()  # of sentences longer than a sample
     assert len(texts) == len(flat) - lost
     assert any((row[:-1] == words.sep_id).any() for row in ids), "documents meet in a sample"
-    assert "pair_label" not in rows
+    assert "pair_label" not in batch
 
 
 def test_short_samples(sentences):
     n = 3000
     for pair, least in (("none", 0.05), ("sop", 0.01)):  # some are short anyway; two sentences are never made shorter
-        stream = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0.1")
+        dataset = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0.1")
         usual = opened(sentences / "train", f"objective.pair={pair}", "objective.short_seq_prob=0")
-        shorter = (stream.collate(range(n))["lengths"] < usual.collate(range(n))["lengths"]).mean()
+        shorter = (dataset.collate(range(n))["lengths"] < usual.collate(range(n))["lengths"]).mean()
         assert least < shorter < 0.1 + three_sigma(0.1, n)
     with_one = opened(sentences / "train", "objective.pair=none", "objective.short_seq_prob=0.999").collate(range(500))
     assert (with_one["mlm_mask"].sum(1) >= 1).all() and with_one["lengths"].min() >= 4
@@ -218,16 +218,16 @@ print(hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).he
 
 def test_a_sample_is_a_function_of_seed_and_number(sentences):
     """Alone, in any company, in any order, by any thread or process, the same sample has the same mask and pair."""
-    stream = opened(sentences / "train", "objective.masking=ngram")
-    together = stream.collate(range(40))
+    dataset = opened(sentences / "train", "objective.masking=ngram")
+    together = dataset.collate(range(40))
     again = opened(sentences / "train", "objective.masking=ngram")
     with ThreadPoolExecutor(4) as pool:
         apart = list(pool.map(lambda i: again.collate([i]), reversed(range(40))))[::-1]
     for name, values in together.items():
-        assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
+        assert (values == np.concatenate([batch[name] for batch in apart])).all(), name
     other = opened(sentences / "train", "objective.masking=ngram", "train.seed=1").collate(range(40))
     assert (other["labels"] != together["labels"]).any()
-    later = stream.collate(range(len(stream), len(stream) + 40))  # the next pass: other masks
+    later = dataset.collate(range(len(dataset), len(dataset) + 40))  # the next pass: other masks
     assert (later["mlm_mask"] != together["mlm_mask"]).any()
     prints = [
         subprocess.run([sys.executable, "-c", CODE, str(sentences / "train")], cwd=ROOT, capture_output=True, text=True).stdout
@@ -238,32 +238,32 @@ def test_a_sample_is_a_function_of_seed_and_number(sentences):
 
 def test_layouts_share_out_the_same_samples(sentences):
     """What 1, 2 and 4 replicas read in a step, at any micro batch, and after any number of steps, is one global batch."""
-    stream = opened(sentences / "train")
+    dataset = opened(sentences / "train")
     cfg = config.load(ROOT / "recipes/bert/configs/tiny.yaml", ["train.steps=3"], task.Config)
     for dp, micro in ((1, 8), (1, 1), (2, 2), (4, 1)):
         layout = Layout(world=dp, dp=dp, tp=1, pp=1, micro_batch=micro, accumulate=8 // dp // micro)
-        run = preflight.Run(cfg, cfg, "baseline", None, layout, stream, None, None, {}, None, [])
+        run = preflight.Run(cfg, cfg, "baseline", None, layout, dataset, None, None, {}, None, [])
         steps = {n: [next(batches.prefetch(run, n, rank)) for rank in range(dp)] for n in (0, 2)}
         for done, ranks in steps.items():
-            numbers = sorted(tuple(row) for rank in ranks for rows in rank for row in rows["tokens"].tolist())
-            assert numbers == sorted(map(tuple, stream.collate(range(done * 8, done * 8 + 8))["tokens"].tolist()))
+            numbers = sorted(tuple(row) for rank in ranks for batch in rank for row in batch["tokens"].tolist())
+            assert numbers == sorted(map(tuple, dataset.collate(range(done * 8, done * 8 + 8))["tokens"].tolist()))
 
 
 def test_counts_leave_padding_and_repeats_out(sentences):
-    stream = opened(sentences / "valid", valid=True)
+    dataset = opened(sentences / "valid", valid=True)
     layout = Layout(world=2, dp=2, tp=1, pp=1, micro_batch=7, accumulate=1)
-    rows = [r for rank in range(2) for r in batches.for_validation(stream, 23, layout, rank)]
-    once = stream.collate(range(23))
-    assert task.counts(rows)[:-1] == [int(once["mlm_mask"].sum()), 23]
-    assert batches.tokens([once]) == int((once["labels"] != stream.special.pad).sum())
+    micro_batches = [r for rank in range(2) for r in batches.for_validation(dataset, 23, layout, rank)]
+    once = dataset.collate(range(23))
+    assert task.counts(micro_batches)[:-1] == [int(once["mlm_mask"].sum()), 23]
+    assert batches.tokens([once]) == int((once["labels"] != dataset.special.pad).sum())
 
 
-def write(prefix, documents, **facts):
+def write(prefix, documents, **metadata):
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for document in documents:
         writer.add_sentences([np.asarray(s) for s in document])
     writer.finish()
-    write_manifest(prefix, {"tokenizer_size": 600} | facts)
+    write_manifest(prefix, {"tokenizer_size": 600} | metadata)
 
 
 def bert(prefix, words, pair="nsp", seq_len=32):
@@ -286,8 +286,8 @@ def test_corpora_that_give_no_samples(tmp_path, words, sentences):
     assert len(mixed) == 3 and "3 documents of one sentence are left out" in mixed.notes[0]
     with pytest.raises(BadInput, match="data.seq_len=4: leaves 1 tokens"):
         bert(tmp_path / "mixed", words, seq_len=4)
-    rows = mixed.collate(range(64))  # a document of one sentence can still be the stranger
-    assert rows["lengths"].min() >= 5
+    batch = mixed.collate(range(64))  # a document of one sentence can still be the stranger
+    assert batch["lengths"].min() >= 5
 
 
 def test_a_tokenizer_without_mask_is_refused(corpus):

@@ -1,4 +1,4 @@
-"""common/data: Megatron's files, and an order that is a pure function (law 3)."""
+"""common/data: Megatron's files, and an order that is a pure function (invariant 3)."""
 
 import hashlib
 import json
@@ -41,14 +41,14 @@ def documents(source):
     return [np.array([*ids, EOD]) for ids in tokenizer.encode_batch(text.split("\n\n"))]
 
 
-def write(prefix, documents, dtype=np.uint16, manifest=True, **facts):
+def write(prefix, documents, dtype=np.uint16, manifest=True, **metadata):
     writer = IndexedDatasetWriter(prefix, dtype)
     for ids in documents:
         writer.add(ids)
     writer.finish()
     if manifest:
         made_with = {"eod_id": EOD, "tokenizer_hash": "h", "tokenizer_size": 500, "tokenizer": "tok"}
-        write_manifest(prefix, made_with | facts)
+        write_manifest(prefix, made_with | metadata)
     return str(prefix)
 
 
@@ -72,30 +72,30 @@ def megatron():
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_megatron_reads_ours(megatron, documents, tmp_path, dtype):
-    write(tmp_path / "ours", documents, dtype)
-    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
-    assert len(theirs) == len(documents) and theirs.index.dtype == dtype
-    assert all(np.array_equal(theirs[i], ids) for i, ids in enumerate(documents))
-    assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+    write(tmp_path / "written", documents, dtype)
+    reference = megatron.IndexedDataset(str(tmp_path / "written"))
+    assert len(reference) == len(documents) and reference.index.dtype == dtype
+    assert all(np.array_equal(reference[i], ids) for i, ids in enumerate(documents))
+    assert reference.document_indices.tolist() == list(range(len(documents) + 1))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_we_read_megatrons_and_write_the_same_bytes(megatron, documents, tmp_path, dtype):
     import torch
 
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
     for ids in documents:
         builder.add_document(torch.from_numpy(ids), [len(ids)])
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    theirs = IndexedDataset(tmp_path / "theirs")
-    assert theirs.documents == len(documents) and theirs.tokens == sum(map(len, documents))
-    assert all(np.array_equal(theirs.get(i), ids) for i, ids in enumerate(documents))
-    assert np.array_equal(theirs.flat, np.concatenate(documents))
-    assert theirs.manifest == {} and theirs.eod_id is None and theirs.max_token_id == max(map(max, documents))
-    ours = IndexedDataset(write(tmp_path / "ours", documents, dtype))
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    by_megatron = IndexedDataset(tmp_path / "megatron")
+    assert by_megatron.documents == len(documents) and by_megatron.tokens == sum(map(len, documents))
+    assert all(np.array_equal(by_megatron.get(i), ids) for i, ids in enumerate(documents))
+    assert np.array_equal(by_megatron.flat, np.concatenate(documents))
+    assert by_megatron.manifest == {} and by_megatron.eod_id is None and by_megatron.max_token_id == max(map(max, documents))
+    by_writer = IndexedDataset(write(tmp_path / "written", documents, dtype))
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
-    assert ours.content_hash == theirs.content_hash  # from the manifest, and computed
+        assert (tmp_path / f"written.{suffix}").read_bytes() == (tmp_path / f"megatron.{suffix}").read_bytes()
+    assert by_writer.content_hash == by_megatron.content_hash  # from the manifest, and computed
 
 
 def test_we_read_documents_of_several_sequences(megatron, documents, tmp_path):
@@ -124,28 +124,28 @@ def read(prefix):
 
 
 def test_megatron_reads_our_sentences(megatron, documents, tmp_path):
-    told = sentences_of(documents)
+    expected = sentences_of(documents)
     writer = IndexedDatasetWriter(tmp_path / "s", np.uint16)
-    for number, sentences in enumerate(told):
+    for number, sentences in enumerate(expected):
         empty = np.empty(0, np.uint16)
         writer.add_sentences([empty, *sentences, empty] if number % 5 == 0 else sentences)
         if number == 3:
             writer.add_sentences([empty])
             writer.add_sentences([])
     writer.finish()
-    flat = [sentence.tolist() for sentences in told for sentence in sentences]
-    theirs, ours = megatron.IndexedDataset(str(tmp_path / "s")), IndexedDataset(tmp_path / "s")
-    assert theirs.document_indices.tolist() == np.cumsum([0, *map(len, told)]).tolist()
-    assert [theirs[i].tolist() for i in range(len(theirs))] == flat and min(theirs.sequence_lengths) > 0
-    assert (ours.sentences, ours.documents, ours.has_sentence_bounds) == (len(flat), len(told), True)
-    assert ours.starts.dtype == np.int64 and ours.starts.tolist() == np.cumsum([0, *map(len, flat)]).tolist()
-    assert all(np.array_equal(ours.get(i), ids) for i, ids in enumerate(documents))
+    flat = [sentence.tolist() for sentences in expected for sentence in sentences]
+    reference, dataset = megatron.IndexedDataset(str(tmp_path / "s")), IndexedDataset(tmp_path / "s")
+    assert reference.document_indices.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+    assert [reference[i].tolist() for i in range(len(reference))] == flat and min(reference.sequence_lengths) > 0
+    assert (dataset.sentences, dataset.documents, dataset.has_sentence_bounds) == (len(flat), len(expected), True)
+    assert dataset.starts.dtype == np.int64 and dataset.starts.tolist() == np.cumsum([0, *map(len, flat)]).tolist()
+    assert all(np.array_equal(dataset.get(i), ids) for i, ids in enumerate(documents))
     assert write_manifest(tmp_path / "s", {})["sentences"] == len(flat)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "s.crc32", "s.idx", "s.json"]
 
 
-def test_one_sequence_a_document_is_the_plain_form(documents, prefix, tmp_path):
-    """However they are told, and with the state of a version that knew no sentences."""
+def test_one_sequence_per_document_is_the_plain_form(documents, prefix, tmp_path):
+    """Whichever way they are written, and with the saved state of a version without sentences."""
     ends = np.cumsum([len(ids) for ids in documents])
     plain = IndexedDataset(prefix)
     assert not plain.has_sentence_bounds and plain.sentences == plain.documents and "sentences" not in plain.manifest
@@ -166,10 +166,10 @@ def test_one_sequence_a_document_is_the_plain_form(documents, prefix, tmp_path):
 def test_sentences_in_chunks_and_resumed_anywhere(tmp_path_factory, data):
     """Chunks that end inside sentences and documents; killed between documents and continued."""
     sizes = st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=8)
-    told, folder = data.draw(sizes), tmp_path_factory.mktemp("resumed")
-    cut = data.draw(st.integers(0, len(told)))
+    sizes_drawn, folder = data.draw(sizes), tmp_path_factory.mktemp("resumed")
+    cut = data.draw(st.integers(0, len(sizes_drawn)))
     writer = IndexedDatasetWriter(folder / "s", np.uint16)
-    for number, document in enumerate(told):
+    for number, document in enumerate(sizes_drawn):
         if number == cut:
             state = json.loads(json.dumps(writer.sync()))
             writer.add_sentences([[9], [9, 9]])  # lost with the process
@@ -181,15 +181,15 @@ def test_sentences_in_chunks_and_resumed_anywhere(tmp_path_factory, data):
         writer.append(np.full(middle, number), early, [])
         writer.append(np.full(total - middle, number), ends[len(early) :] - middle, [len(ends) - len(early)])
     writer.finish()
-    filled = [(n, [size for size in document if size]) for n, document in enumerate(told)]
-    assert read(folder / "s") == [[[n] * size for size in document] for n, document in filled if document]
+    nonempty = [(n, [size for size in document if size]) for n, document in enumerate(sizes_drawn)]
+    assert read(folder / "s") == [[[n] * size for size in document] for n, document in nonempty if document]
 
 
 def test_killed_inside_finish_sentences_go_on(documents, tmp_path):
-    told = sentences_of(documents[:20])
+    sentence_lists = sentences_of(documents[:20])
     for name in ("whole", "killed"):
         writer = IndexedDatasetWriter(tmp_path / name, np.uint16)
-        for sentences in told:
+        for sentences in sentence_lists:
             writer.add_sentences(sentences)
         state = writer.sync()
         if name == "whole":
@@ -239,7 +239,7 @@ def test_an_empty_corpus_is_readable(tmp_path):
 
 
 def test_damaged_files_are_named(documents, tmp_path):
-    def fresh():
+    def rewrite():
         write(tmp_path / "a", documents)
 
     def complaint(prefix="a"):
@@ -249,27 +249,27 @@ def test_damaged_files_are_named(documents, tmp_path):
         return str(error.value)
 
     assert "no corpus at" in complaint("nothing")
-    fresh()
+    rewrite()
     (tmp_path / "a.idx").unlink()
     assert "a.idx is missing" in complaint()
-    fresh()
+    rewrite()
     (tmp_path / "a.bin").unlink()
     assert "a.bin is missing" in complaint()
-    fresh()
+    rewrite()
     (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
     assert "a.bin has" in complaint()
-    fresh()
+    rewrite()
     (tmp_path / "a.idx").write_bytes((tmp_path / "a.idx").read_bytes()[:-8])
     assert "a.idx: " in complaint()
     (tmp_path / "a.idx").write_bytes(b"MMIDIDX")
     assert "not the index" in complaint()
     (tmp_path / "a.idx").write_bytes(b"x" * 100)
     assert "not the index" in complaint()
-    fresh()
+    rewrite()
     (tmp_path / "a.json").write_text("{}")
     assert "a.json" in complaint()
     write(tmp_path / "b", documents[1:])
-    fresh()
+    rewrite()
     (tmp_path / "b.bin").replace(tmp_path / "a.bin")
     assert "another corpus" in complaint()
     (tmp_path / "train.bin").touch()
@@ -316,42 +316,42 @@ def without_checksums(prefix):
 
 
 def everything(prefix):
-    """All that a run reads of a corpus: rows, packed and by document, and what the manifest tells. BadInput where damaged."""
-    found = []
+    """All that a run reads of a corpus: its samples, packed and by document, and its manifest. BadInput if it is damaged."""
+    arrays = []
     for pack in (True, False):
-        stream = Samples(prefix, 32, pack=pack, shuffle=False)
-        stream.limit_ids(500, "data.train")
-        found += [array.tobytes() for array in stream.collate(range(len(stream))).values()]
-    corpus = stream.corpora[0]
+        dataset = Samples(prefix, 32, pack=pack, shuffle=False)
+        dataset.limit_ids(500, "data.train")
+        arrays += [array.tobytes() for array in dataset.collate(range(len(dataset))).values()]
+    corpus = dataset.corpora[0]
     corpus.verify(500)
-    told = {k: v for k, v in corpus.manifest.items() if k not in ("blocks", "checksum")}
-    return [*found, corpus.dtype, corpus.documents, corpus.content_hash, corpus.max_token_id, told]
+    recorded = {k: v for k, v in corpus.manifest.items() if k not in ("blocks", "checksum")}
+    return [*arrays, corpus.dtype, corpus.documents, corpus.content_hash, corpus.max_token_id, recorded]
 
 
-def outcome(prefix, right, kinds):
-    """'found' (one line, BadInput) or 'same'; anything else fails the test. kinds: of the messages, counted."""
+def outcome(prefix, right, counts):
+    """Counts 'refused' (one line, BadInput) or 'same'; anything else fails the test."""
     start = time.perf_counter()
     try:
         unchanged = everything(prefix) == right
         assert unchanged, "damage was read in silence"
-        told = "same"
+        result = "same"
     except BadInput as error:
         assert len(error.problems) == 1 and "\n" not in str(error) and str(prefix) in str(error), str(error)
-        told = "found"
+        result = "refused"
     assert time.perf_counter() - start < 10
-    kinds[told] += 1
+    counts[result] += 1
 
 
-def test_a_hundred_bit_flips_are_found(documents, tmp_path):
+def test_a_hundred_bit_flips_are_refused(documents, tmp_path):
     prefix = write(tmp_path / "a", documents)
-    right, rng, kinds = everything(prefix), np.random.default_rng(0), Counter()
+    right, rng, counts = everything(prefix), np.random.default_rng(0), Counter()
     for number in range(100):
         path = Path(prefix + indexed_dataset.FILES[number % 4])
         good = path.read_bytes()
         flip(path, int(rng.integers(8 * len(good))))
-        outcome(prefix, right, kinds)
+        outcome(prefix, right, counts)
         path.write_bytes(good)
-    assert kinds["found"] >= 98 and everything(prefix) == right  # a flip in the manifest may turn one blank into another
+    assert counts["refused"] >= 98 and everything(prefix) == right  # a flip in the manifest may turn one blank into another
 
 
 def flip(path, bit):
@@ -377,19 +377,19 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
     prefix = big(tmp_path / "a")
     bad = unsampled(prefix)[3]
     flip(tmp_path / "a.bin", 8 * (bad * manifest.BLOCK + 77))
-    stream = Samples(prefix, 256, shuffle=False)
-    stream.verify()  # samples do not see it
-    stream.limit_ids(500, "data.train")
+    dataset = Samples(prefix, 256, shuffle=False)
+    dataset.verify()  # samples do not see it
+    dataset.limit_ids(500, "data.train")
     per_block = manifest.BLOCK // 2 // 256  # samples
-    stream.collate(range(bad * per_block - 1))
-    stream.collate(range((bad + 1) * per_block, len(stream)))
-    place = f"block {bad} .bytes {bad * manifest.BLOCK:,} to {(bad + 1) * manifest.BLOCK - 1:,}"
-    for _ in range(2):  # not forgotten once told
-        with pytest.raises(BadInput, match=rf"data\.train: .*a\.bin: {place}.*copy it again") as error:
-            stream.collate([bad * per_block])
+    dataset.collate(range(bad * per_block - 1))
+    dataset.collate(range((bad + 1) * per_block, len(dataset)))
+    block_range = f"block {bad} .bytes {bad * manifest.BLOCK:,} to {(bad + 1) * manifest.BLOCK - 1:,}"
+    for _ in range(2):  # reported every time
+        with pytest.raises(BadInput, match=rf"data\.train: .*a\.bin: {block_range}.*copy it again") as error:
+            dataset.collate([bad * per_block])
         assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="block"), ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: stream.collate([k]), range((bad - 2) * per_block, (bad + 2) * per_block)))
+        list(pool.map(lambda k: dataset.collate([k]), range((bad - 2) * per_block, (bad + 2) * per_block)))
     without_checksums(prefix)
     old = Samples(prefix, 256, shuffle=False)
     assert old.collate([bad * per_block])["tokens"].shape == (1, 257)  # read with what it has
@@ -406,21 +406,21 @@ def test_ids_that_the_model_does_not_know_name_their_document(tmp_path):
         prefix = write(tmp_path / name, documents, dtype)
         values = without_checksums(prefix)
         Path(f"{prefix}.json").write_text(json.dumps(values | {"max_token_id": 3}))
-        stream = Samples(prefix, 16, shuffle=False)
-        stream.verify(500)
-        stream.collate(range(3))  # no model is known yet
-        stream.limit_ids(500, "data.valid")
+        dataset = Samples(prefix, 16, shuffle=False)
+        dataset.verify(500)
+        dataset.collate(range(3))  # no model is known yet
+        dataset.limit_ids(500, "data.valid")
         with pytest.raises(BadInput, match=rf"data\.valid: .*{name}: document 1 holds token id 999, .* 0 to 499; ") as error:
-            batches.collate_checked(stream, np.arange(2))
+            batches.collate_checked(dataset, np.arange(2))
         assert "\n" not in str(error.value)
     documents[1][2] = -5
     prefix = write(tmp_path / "c", documents, np.int32, manifest=False)
     with pytest.raises(BadInput, match=r"c\.bin: holds token id -5"):
         IndexedDataset(prefix).verify(5000)
-    stream = Samples(prefix, 16)
-    stream.limit_ids(5000, "data.train")
+    dataset = Samples(prefix, 16)
+    dataset.limit_ids(5000, "data.train")
     with pytest.raises(BadInput, match="document 1 holds token id -5, .* damaged"):
-        stream.collate(range(200))
+        dataset.collate(range(200))
 
 
 def test_the_last_line_is_the_batch():
@@ -433,37 +433,37 @@ def test_the_last_line_is_the_batch():
 
     source = SimpleNamespace(prefix="sft train", content_hash="")
     for name in ("tokens", "inputs", "targets"):
-        stream = Made(source, np.ones(9), seed=0, shuffle=False)
-        stream.name = name
-        assert batches.collate_checked(stream, np.arange(9)).keys() == {name, "other"}
-        stream.limit_ids(12, "data.train")
-        batches.collate_checked(stream, np.arange(4))
+        dataset = Made(source, np.ones(9), seed=0, shuffle=False)
+        dataset.name = name
+        assert batches.collate_checked(dataset, np.arange(9)).keys() == {name, "other"}
+        dataset.limit_ids(12, "data.train")
+        batches.collate_checked(dataset, np.arange(4))
         with pytest.raises(BadInput, match="sft train: example 4 holds token id 12, the model knows ids from 0 to 11"):
-            batches.collate_checked(stream, np.arange(9))
+            batches.collate_checked(dataset, np.arange(9))
 
 
 def damaged_index(good, rng):
-    """The bytes of an .idx with one damage of those that were seen: a field of the head, a number, a byte, a cut, a copy."""
+    """The bytes of an .idx with one kind of damage: a field of the head, a number, a byte, a cut, a copy."""
     raw = bytearray(good)
     kind = rng.integers(7)
-    place = int(rng.integers(len(raw)))
+    offset = int(rng.integers(len(raw)))
     if kind == 0:  # a count or a code in the head
         values = [0, 1, 2**31, 2**63, 2**64 - 1, int(rng.integers(2**63)), int(rng.integers(1000))]
         struct.pack_into("<Q", raw, int(rng.choice([9, 18, 26])), values[rng.integers(len(values))])
     elif kind == 1:
-        raw[place] = int(rng.integers(256))
+        raw[offset] = int(rng.integers(256))
     elif kind == 2:  # a length, a pointer or a bound
-        place = min(34 + place // 4 * 4, len(raw) - 8)
-        struct.pack_into("<q", raw, place, int(rng.choice([-1, 0, 1, 2**31, -(2**63), 2**63 - 1])))
+        offset = min(34 + offset // 4 * 4, len(raw) - 8)
+        struct.pack_into("<q", raw, offset, int(rng.choice([-1, 0, 1, 2**31, -(2**63), 2**63 - 1])))
     elif kind == 3:
-        del raw[place:]
+        del raw[offset:]
     elif kind == 4:
-        raw[place : place + int(rng.integers(1, 64))] = bytes(int(rng.integers(0, 64)))
-    elif kind == 5:  # two numbers change places
+        raw[offset : offset + int(rng.integers(1, 64))] = bytes(int(rng.integers(0, 64)))
+    elif kind == 5:  # two numbers are swapped
         size = int(rng.choice([4, 8]))
         other = int(rng.integers(len(raw) - size))
-        place = min(place, len(raw) - size)
-        raw[place : place + size], raw[other : other + size] = raw[other : other + size], raw[place : place + size]
+        offset = min(offset, len(raw) - size)
+        raw[offset : offset + size], raw[other : other + size] = raw[other : other + size], raw[offset : offset + size]
     else:
         raw[26 + int(rng.integers(8))] ^= 1 << int(rng.integers(8))
     return bytes(raw)
@@ -471,17 +471,17 @@ def damaged_index(good, rng):
 
 @pytest.mark.parametrize("manifest", ["none", "old", "new"])
 def test_a_thousand_damaged_indexes(documents, tmp_path, manifest):
-    """No traceback, and taken only where nothing that is read changes."""
+    """No traceback, and accepted only if nothing that is read changes."""
     prefix = write(tmp_path / "a", documents[:60], manifest=manifest != "none")
     if manifest == "old":
         without_checksums(prefix)
-    good, path, kinds = (tmp_path / "a.idx").read_bytes(), tmp_path / "a.idx", Counter()
+    good, path, counts = (tmp_path / "a.idx").read_bytes(), tmp_path / "a.idx", Counter()
     right, rng = everything(prefix), np.random.default_rng(1)
     for _ in range(400 if manifest == "none" else 300):
         path.write_bytes(damaged_index(good, rng))
         if path.read_bytes() != good:
-            outcome(prefix, right if manifest != "none" else right_but_hash(right, path, prefix), kinds)
-    assert kinds["found"] > 280
+            outcome(prefix, right if manifest != "none" else right_but_hash(right, path, prefix), counts)
+    assert counts["refused"] > 280
 
 
 def right_but_hash(right, path, prefix):
@@ -514,13 +514,13 @@ VALUES = [
 
 def damaged_manifest(good, rng):
     raw, kind = bytearray(good.encode()), rng.integers(6)
-    place = int(rng.integers(len(raw)))
+    offset = int(rng.integers(len(raw)))
     if kind == 0:
-        raw[place] = int(rng.integers(256))
+        raw[offset] = int(rng.integers(256))
     elif kind == 1:
-        del raw[place:]
+        del raw[offset:]
     elif kind == 2:
-        raw[place : place + int(rng.integers(1, 40))] = b""
+        raw[offset : offset + int(rng.integers(1, 40))] = b""
     elif kind == 3:
         many = int(rng.choice([10, 10**5, 10**6]))
         raw = bytearray(rng.choice([b"[", b'{"a":', b"9", b"\xff", b" "]) * many)
@@ -537,18 +537,18 @@ def damaged_manifest(good, rng):
 
 def test_a_thousand_damaged_manifests(documents, tmp_path):
     prefix = write(tmp_path / "a", documents[:60])
-    path, rng, kinds = tmp_path / "a.json", np.random.default_rng(2), Counter()
+    path, rng, counts = tmp_path / "a.json", np.random.default_rng(2), Counter()
     good, right = path.read_text(), everything(prefix)
     for _ in range(1000):
         path.write_bytes(damaged_manifest(good, rng))
-        outcome(prefix, right, kinds)
-    assert kinds["found"] > 900
+        outcome(prefix, right, counts)
+    assert counts["refused"] > 900
     path.unlink()
-    (tmp_path / "a.idx").rename(tmp_path / "kept")
+    (tmp_path / "a.idx").rename(tmp_path / "moved")
     os.symlink("/proc/self/mem", tmp_path / "a.idx")  # stands for a disk that fails
     with pytest.raises(BadInput, match=r"a: cannot be read \(Input/output error\)|a\.idx: "):
         IndexedDataset(prefix)
-    (tmp_path / "kept").replace(tmp_path / "a.idx")
+    (tmp_path / "moved").replace(tmp_path / "a.idx")
     path.mkdir()
     with pytest.raises(BadInput, match=r"a\.json: is no file"):
         IndexedDataset(prefix)
@@ -603,17 +603,19 @@ def test_megatrons_corpora_have_the_tokenizers_end_of_document(source, tmp_path,
     text = (source / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:30_000]
     tokenizer = tokenizer_training.train_bpe([text], 400)
     tokenizer.save(tmp_path / "tok")
-    made = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(text.split("\n\n"))]
-    ours = write(tmp_path / "ours", made, tokenizer_hash=tokenizer.hash, tokenizer_size=tokenizer.size, eod_id=tokenizer.eod_id)
-    theirs = write(tmp_path / "theirs", made, manifest=False)
+    texts = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(text.split("\n\n"))]
+    complete = write(
+        tmp_path / "written", texts, tokenizer_hash=tokenizer.hash, tokenizer_size=tokenizer.size, eod_id=tokenizer.eod_id
+    )
+    bare = write(tmp_path / "megatron", texts, manifest=False)
     config = ROOT / "recipes/gpt/configs/tiny.yaml"
-    found = {}
-    for prefix, more in ((ours, []), (theirs, [f"data.tokenizer={tmp_path / 'tok'}"])):
+    samples = {}
+    for prefix, more in ((complete, []), (bare, [f"data.tokenizer={tmp_path / 'tok'}"])):
         values = [f"data.train={prefix}", "data.valid=null", f"data.{mask}=true", f"baseline.micro_batch={8}", *more]
         run = preflight.prepare(str(config), str(tmp_path / "out"), values, "baseline", task, 1)
         assert run.train.eod_id == tokenizer.eod_id and run.train.vocab_size == 512
-        found[prefix] = [next(batches.for_step(run.train, run.samples(step), run.layout, 0)) for step in (1, 2)]
-    for a, b in zip(*found.values(), strict=True):
+        samples[prefix] = [next(batches.for_step(run.train, run.samples(step), run.layout, 0)) for step in (1, 2)]
+    for a, b in zip(*samples.values(), strict=True):
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
         assert not a["loss_mask"].all() if mask == "eod_mask_loss" else a["segment"].any()
 
@@ -661,7 +663,7 @@ def test_the_order_of_a_seed_never_changes():
     assert key.tolist() == GOLDEN_KEYS
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- samples --------------------------------------------------------------------------------------------------------
 
 
 def pairs(dataset, first, count):
@@ -672,9 +674,9 @@ def pairs(dataset, first, count):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
-    stream = Samples(prefix, 64, pack=pack)
-    n = len(stream)
-    everything = pairs(stream, 0, 3 * n)
+    dataset = Samples(prefix, 64, pack=pack)
+    n = len(dataset)
+    everything = pairs(dataset, 0, 3 * n)
     for epoch in range(3):
         assert sorted(j for _, j in everything[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert everything[:n] != everything[n : 2 * n] != sorted(everything[n : 2 * n])
@@ -682,8 +684,8 @@ def test_order_is_pure_and_each_epoch_a_permutation(prefix, pack):
     for first, count in ((0, 1), (n - 3, 7), (2 * n - 1, 2), (17, 40)):
         assert pairs(again, first, count) == everything[first : first + count]
     numbers = np.random.default_rng(0).integers(0, 3 * n, 50)
-    rows, one = again.collate(numbers), [stream.collate([k]) for k in numbers]
-    assert np.array_equal(rows["tokens"], np.concatenate([r["tokens"] for r in one]))
+    batch, one = again.collate(numbers), [dataset.collate([k]) for k in numbers]
+    assert np.array_equal(batch["tokens"], np.concatenate([r["tokens"] for r in one]))
     assert pairs(Samples(prefix, 64, pack=pack, seed=1), 0, n) != everything[:n]
 
 
@@ -695,27 +697,27 @@ def test_the_order_is_the_same_in_another_process(prefix):
 
 def test_packed_rows(documents, prefix):
     flat, T = np.concatenate(documents), 64
-    stream = Samples(prefix, T, shuffle=False)
-    assert len(stream) == (len(flat) - 1) // T
-    rows = stream.collate(range(len(stream)))
-    assert rows.keys() == {"tokens", "loss_mask", "lengths"} and set(rows["lengths"]) == {T}
-    assert rows["tokens"].dtype == np.int64 and rows["tokens"].shape == (len(stream), T + 1)
-    assert rows["loss_mask"].dtype == bool and rows["loss_mask"].shape == (len(stream), T) and rows["loss_mask"].all()
-    assert np.array_equal(rows["tokens"][:, :-1].ravel(), flat[: len(stream) * T])
-    assert np.array_equal(rows["tokens"][:, 1:].ravel(), flat[1 : len(stream) * T + 1])
+    dataset = Samples(prefix, T, shuffle=False)
+    assert len(dataset) == (len(flat) - 1) // T
+    batch = dataset.collate(range(len(dataset)))
+    assert batch.keys() == {"tokens", "loss_mask", "lengths"} and set(batch["lengths"]) == {T}
+    assert batch["tokens"].dtype == np.int64 and batch["tokens"].shape == (len(dataset), T + 1)
+    assert batch["loss_mask"].dtype == bool and batch["loss_mask"].shape == (len(dataset), T) and batch["loss_mask"].all()
+    assert np.array_equal(batch["tokens"][:, :-1].ravel(), flat[: len(dataset) * T])
+    assert np.array_equal(batch["tokens"][:, 1:].ravel(), flat[1 : len(dataset) * T + 1])
 
 
 def test_one_document_a_row(documents, prefix):
     T = 32
-    stream = Samples(prefix, T, pack=False, shuffle=False)
-    rows = stream.collate(range(len(stream)))
-    assert len(stream) == len(documents) and min(map(len, documents)) < T + 1 < max(map(len, documents))
-    for tokens, mask, ids in zip(rows["tokens"], rows["loss_mask"], documents, strict=True):
+    dataset = Samples(prefix, T, pack=False, shuffle=False)
+    batch = dataset.collate(range(len(dataset)))
+    assert len(dataset) == len(documents) and min(map(len, documents)) < T + 1 < max(map(len, documents))
+    for tokens, mask, ids in zip(batch["tokens"], batch["loss_mask"], documents, strict=True):
         real = ids[: T + 1]
         assert tokens.tolist() == real.tolist() + [EOD] * (T + 1 - len(real))
         assert mask.tolist() == [t + 1 < len(real) for t in range(T)]
-    padded = Samples(prefix, T, pack=False, shuffle=False, pad_id=7).collate(range(len(stream)))["tokens"]
-    assert set(padded[:, 1:][~rows["loss_mask"]]) == {7}
+    padded = Samples(prefix, T, pack=False, shuffle=False, pad_id=7).collate(range(len(dataset)))["tokens"]
+    assert set(padded[:, 1:][~batch["loss_mask"]]) == {7}
 
 
 def oracle(tokens, real):
@@ -733,25 +735,25 @@ def oracle(tokens, real):
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("T", [1, 50])
 def test_segments_positions_and_mask(documents, prefix, pack, T):
-    stream = Samples(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
-    rows = stream.collate(range(len(stream)))
-    assert rows["segment"].dtype == np.int32 and rows["position"].dtype == np.int64
-    for k, tokens in enumerate(rows["tokens"].tolist()):
+    dataset = Samples(prefix, T, pack=pack, shuffle=False, eod_mask_loss=True, reset_attention=True)
+    batch = dataset.collate(range(len(dataset)))
+    assert batch["segment"].dtype == np.int32 and batch["position"].dtype == np.int64
+    for k, tokens in enumerate(batch["tokens"].tolist()):
         real = T + 1 if pack else min(T + 1, len(documents[k]))
         segment, position, mask = oracle(tokens, real)
-        assert rows["segment"][k].tolist() == segment
-        assert rows["position"][k].tolist() == position
-        assert rows["loss_mask"][k].tolist() == mask
+        assert batch["segment"][k].tolist() == segment
+        assert batch["position"][k].tolist() == position
+        assert batch["loss_mask"][k].tolist() == mask
     if T > 1 and pack:
-        assert rows["segment"].max() > 2 and not rows["loss_mask"].all()
+        assert batch["segment"].max() > 2 and not batch["loss_mask"].all()
 
 
 def test_validation_is_file_order_without_end(prefix):
-    stream = Samples(prefix, 64, shuffle=False)
-    assert pairs(stream, 0, len(stream)) == [(0, j) for j in range(len(stream))]
-    for beyond in (len(stream), -1):
+    dataset = Samples(prefix, 64, shuffle=False)
+    assert pairs(dataset, 0, len(dataset)) == [(0, j) for j in range(len(dataset))]
+    for beyond in (len(dataset), -1):
         with pytest.raises(IndexError):
-            stream.collate([beyond])
+            dataset.collate([beyond])
 
 
 def test_blend_proportions_and_epochs(documents, tmp_path):
@@ -759,29 +761,29 @@ def test_blend_proportions_and_epochs(documents, tmp_path):
     b = write(tmp_path / "b", documents[150:250])
     c = write(tmp_path / "c", documents[250:])
     weights = [0.5, 0.3, 0.2]
-    stream = Samples([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
-    which, index = stream.indices(range(25_000))
+    dataset = Samples([[w, p] for w, p in zip(weights, (a, b, c), strict=True)], 32)
+    which, index = dataset.indices(range(25_000))
     seen = np.cumsum(which[:, None] == np.arange(3), axis=0)  # (samples, corpora)
     due = np.arange(1, len(which) + 1)[:, None] * np.array(weights)
     assert np.abs(seen - due).max() <= 1.0 + 1e-9
     assert seen[9_999].tolist() == [5000, 3000, 2000] and seen[19_999].tolist() == [10_000, 6000, 4000]
-    for k, n in enumerate(stream.sizes):  # each corpus: whole permutations, one after the other
-        mine = index[which == k]
-        for epoch in range(len(mine) // n):
-            assert np.array_equal(np.sort(mine[epoch * n : (epoch + 1) * n]), np.arange(n))
-    assert pairs(stream, 12_345, 99) == list(zip(which[12_345:12_444], index[12_345:12_444], strict=True))
+    for k, n in enumerate(dataset.sizes):  # each corpus: whole permutations, one after the other
+        members = index[which == k]
+        for epoch in range(len(members) // n):
+            assert np.array_equal(np.sort(members[epoch * n : (epoch + 1) * n]), np.arange(n))
+    assert pairs(dataset, 12_345, 99) == list(zip(which[12_345:12_444], index[12_345:12_444], strict=True))
 
 
 def test_a_blend_without_weights_goes_by_size(documents, tmp_path):
     a, b = write(tmp_path / "a", documents[:200]), write(tmp_path / "b", documents[200:250])
-    stream = Samples([a, b], 32)
-    which, _ = stream.indices(range(10_000))
-    assert abs((which == 0).mean() - stream.sizes[0] / stream.sizes.sum()) < 1e-4
+    dataset = Samples([a, b], 32)
+    which, _ = dataset.indices(range(10_000))
+    assert abs((which == 0).mean() - dataset.sizes[0] / dataset.sizes.sum()) < 1e-4
     valid = Samples([a, b], 32, shuffle=False)
     assert pairs(valid, 0, len(valid)) == [(k, j) for k, n in enumerate(valid.sizes) for j in range(n)]
 
 
-def test_content_hash_of_a_stream(documents, prefix, tmp_path):
+def test_content_hash_of_samples(documents, prefix, tmp_path):
     copy = write(tmp_path / "elsewhere", documents)
     assert Samples(copy, 64).content_hash == Samples(prefix, 64).content_hash
     other = write(tmp_path / "other", documents[1:])
@@ -789,11 +791,11 @@ def test_content_hash_of_a_stream(documents, prefix, tmp_path):
     assert len(hashes) == 4
 
 
-def test_bad_streams(documents, prefix, tmp_path):
+def test_bad_blends(documents, prefix, tmp_path):
     bare = write(tmp_path / "bare", documents, manifest=False)
     other = write(tmp_path / "other", documents, tokenizer_hash="another")
     char = write(tmp_path / "char", documents, eod_id=None)
-    for told, data, settings_ in (
+    for message, data, settings_ in (
         ("less than one sample", prefix, {"seq_len": 10**6}),
         ("no end of document id", char, {"reset_attention": True}),
         ("no end of document id", bare, {"eod_mask_loss": True}),
@@ -805,7 +807,7 @@ def test_bad_streams(documents, prefix, tmp_path):
         ("weights have no meaning", [[1, prefix], [1, prefix]], {"shuffle": False}),
         ("no corpus at", [prefix, str(tmp_path / "nothing")], {}),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             Samples(data, **{"seq_len": 64} | settings_)
         assert "\n" not in str(error.value)
     Samples(bare, 64, eod_mask_loss=True, eod_id=EOD)

@@ -84,8 +84,8 @@ def sentence_texts(prefix, tokenizer):
     """The documents of a corpus, each as the texts of its sentences."""
     corpus = IndexedDataset(prefix)
     pairs = zip(corpus.starts[:-1], corpus.starts[1:], strict=True)
-    found = [tokenizer.decode(corpus.flat[start:end]) for start, end in pairs]
-    return [found[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
+    sentence_list = [tokenizer.decode(corpus.flat[start:end]) for start, end in pairs]
+    return [sentence_list[a:b] for a, b in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True)]
 
 
 def contents(out):
@@ -111,15 +111,15 @@ def test_documents_come_back_and_shares_hold(speeches, jsonl, words, tmp_path, m
     out, shares = tmp_path / "out", ("--valid-share", 0.1, "--test-share", 0.05)
     make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares)
     tokenizer = tokenizers.load(words)
-    found = {split: texts(out / split, tokenizer) for split in ("train", "valid", "test")}
-    assert sorted(sum(found.values(), [])) == sorted(speeches)
-    assert [s for s in speeches if s in set(found["train"])] == found["train"]  # in the order of the source
-    assert 0.08 < len(found["valid"]) / len(speeches) < 0.12 and 0.035 < len(found["test"]) / len(speeches) < 0.065
+    splits = {split: texts(out / split, tokenizer) for split in ("train", "valid", "test")}
+    assert sorted(sum(splits.values(), [])) == sorted(speeches)
+    assert [s for s in speeches if s in set(splits["train"])] == splits["train"]  # in the order of the source
+    assert 0.08 < len(splits["valid"]) / len(speeches) < 0.12 and 0.035 < len(splits["test"]) / len(speeches) < 0.065
     train, manifest = IndexedDataset(out / "train"), json.loads((out / "manifest.json").read_text())
     assert train.tokenizer_hash == tokenizer.hash == tokenizers.load(train.tokenizer_dir).hash
     assert (train.manifest["tokenizer_size"], train.manifest["eod_id"]) == (tokenizer.size, tokenizer.eod_id)
-    assert manifest["splits"].keys() == found.keys() and manifest["documents"] == len(speeches)
-    for split in found:
+    assert manifest["splits"].keys() == splits.keys() and manifest["documents"] == len(speeches)
+    for split in splits:
         IndexedDataset(out / split).verify(tokenizer.size)
 
 
@@ -153,9 +153,9 @@ def test_bounds_of_documents(speeches, words, tmp_path, monkeypatch, how):
     (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     args = ("--tokenizer", words, "--valid-share", 0, "--split-documents", how)
     make("text", monkeypatch, tmp_path / "out", "--source", tmp_path / "in.txt", *args)
-    found = texts(tmp_path / "out" / "train", tokenizers.load(words))
+    documents = texts(tmp_path / "out" / "train", tokenizers.load(words))
     lines = [line + "\n" for line in text.splitlines() if line]
-    assert found == {"none": [text], "line": lines, "blank-line": [s + "\n" for s in speeches[:40]]}[how]
+    assert documents == {"none": [text], "line": lines, "blank-line": [s + "\n" for s in speeches[:40]]}[how]
     assert not (tmp_path / "out" / "valid.bin").exists()
 
 
@@ -191,9 +191,9 @@ def test_python_docs_needs_no_network(tmp_path, monkeypatch):
     assert 0.04 < manifest["splits"]["valid"]["documents"] / manifest["documents"] < 0.2
     names = manifest["source_names"]
     assert "argparse.py" in names and not {"test", "tests", "site-packages"} & {p for n in names for p in n.split("/")}
-    found = texts(tmp_path / "out" / "train", tokenizers.load(tmp_path / "out" / "tokenizer"))
-    found += texts(tmp_path / "out" / "valid", tokenizers.load(tmp_path / "out" / "tokenizer"))
-    assert Path(__future__.__file__).read_text(encoding="utf-8") in found
+    documents = texts(tmp_path / "out" / "train", tokenizers.load(tmp_path / "out" / "tokenizer"))
+    documents += texts(tmp_path / "out" / "valid", tokenizers.load(tmp_path / "out" / "tokenizer"))
+    assert Path(__future__.__file__).read_text(encoding="utf-8") in documents
 
 
 def test_a_sentencepiece_of_the_text(speeches, jsonl, tmp_path, monkeypatch):
@@ -203,10 +203,10 @@ def test_a_sentencepiece_of_the_text(speeches, jsonl, tmp_path, monkeypatch):
     tokenizer = tokenizers.load(out / "tokenizer")
     assert (tokenizer.kind, tokenizer.size, len(tokenizer.sentinels())) == ("unigram", 1000, 100)
     assert IndexedDataset(out / "train").eod_id == tokenizer.eod_id == 1
-    found = sum((texts(out / split, tokenizer) for split in ("train", "valid")), [])
-    assert sorted(found) == sorted(tokenizer.decode(tokenizer.encode(s)) for s in speeches)
+    documents = sum((texts(out / split, tokenizer) for split in ("train", "valid")), [])
+    assert sorted(documents) == sorted(tokenizer.decode(tokenizer.encode(s)) for s in speeches)
     plain = {" ".join(s.split()) for s in speeches}  # an end of line is a blank to it
-    assert sum(text in plain for text in found) > 0.95 * len(found)  # but for the rarest characters
+    assert sum(text in plain for text in documents) > 0.95 * len(documents)  # but for the rarest characters
     for split in ("train", "valid"):
         IndexedDataset(out / split).verify(tokenizer.size)
         assert np.asarray(IndexedDataset(out / split).flat).max() < tokenizer.sentinels().min()
@@ -239,8 +239,8 @@ def test_pairs_are_two_sequences_each(translations, tmp_path, monkeypatch):
         assert (np.diff(corpus.bounds) == 2).all() and corpus.documents > 5
         back += [tokenizer.decode(corpus.flat[a:b].tolist()) for a, b in zip(corpus.starts, corpus.starts[1:], strict=False)]
     expected = [json.loads(line) for line in translations.read_text().splitlines()]
-    found = set(zip(back[::2], back[1::2], strict=True))
-    assert found == {(f"reverse: {pair['there']}", pair["back"]) for pair in expected}
+    written = set(zip(back[::2], back[1::2], strict=True))
+    assert written == {(f"reverse: {pair['there']}", pair["back"]) for pair in expected}
 
 
 PAIRS_REFUSED = {
@@ -258,15 +258,15 @@ PAIRS_REFUSED = {
 
 @pytest.mark.parametrize("case", PAIRS_REFUSED)
 def test_pairs_refuse_in_one_line(case, translations, tmp_path, monkeypatch):
-    record, more, told = PAIRS_REFUSED[case]
+    record, more, message = PAIRS_REFUSED[case]
     if record is None:
         translations = translations.rename(tmp_path / "pairs.txt")
     elif record:
         translations.write_text(translations.read_text() + json.dumps(record) + "\n")
     keys = ["--source", translations, "--input-key", "there", "--target-key", "back", "--vocab-size", 160, *more]
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(BadInput) as error:
         make("pairs", monkeypatch, tmp_path / "out", *keys)
-    assert told in str(refused.value) and not (tmp_path / "out/manifest.json").exists()
+    assert message in str(error.value) and not (tmp_path / "out/manifest.json").exists()
 
 
 def test_c4_by_t5(source, speeches, tmp_path, monkeypatch):
@@ -326,12 +326,12 @@ def test_sentences_of_documents(speeches, jsonl, tmp_path, monkeypatch, capsys):
     make("text", monkeypatch, out, *args, "--tokenizer-type", "wordpiece", "--vocab-size", 600)
     tokenizer = tokenizers.load(out / "tokenizer")
     assert (tokenizer.kind, tokenizer.size) == ("wordpiece", 600)
-    told = [[tokenizer.decode(tokenizer.encode(s)) for s in sentences.split(speech)] for speech in speeches]
-    found = {split: sentence_texts(out / split, tokenizer) for split in ("train", "valid")}
-    assert sorted(found["train"] + found["valid"]) == sorted(told)
+    expected = [[tokenizer.decode(tokenizer.encode(s)) for s in sentences.split(speech)] for speech in speeches]
+    splits = {split: sentence_texts(out / split, tokenizer) for split in ("train", "valid")}
+    assert sorted(splits["train"] + splits["valid"]) == sorted(expected)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["sentences"] == sum(map(len, told)) > manifest["documents"] == len(speeches)
-    for split, documents in found.items():
+    assert manifest["sentences"] == sum(map(len, expected)) > manifest["documents"] == len(speeches)
+    for split, documents in splits.items():
         corpus = IndexedDataset(out / split)
         assert corpus.eod_id is None and corpus.has_sentence_bounds
         counts = len(documents), sum(map(len, documents))
@@ -401,23 +401,23 @@ def wiki_like(speeches, tmp_path):
     (tmp_path / "books").mkdir()
     books = [HEAD + "\n".join(long[90:120]) + FOOT, "\n".join(long[90:120]), HEAD + "\n".join(long[120:150]) + FOOT]
     datasets.Dataset.from_dict({"TEXT": books}).to_parquet(tmp_path / "books" / "train-0.parquet")
-    told = [*long[:90], "\n".join(long[90:120]), "\n".join(long[120:150])]
-    return [tmp_path / "wiki", tmp_path / "books"], told
+    expected = [*long[:90], "\n".join(long[90:120]), "\n".join(long[120:150])]
+    return [tmp_path / "wiki", tmp_path / "books"], expected
 
 
 def test_wiki_books(wiki_like, source, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folders, told = wiki_like
+    folders, expected = wiki_like
     bert = tokenizers.load(source / "tokenizers" / "bert")
     (tmp_path / "tokenizers").mkdir()
     bert.save(tmp_path / "tokenizers" / "bert-base-uncased")
     monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path / "tokenizers")
     args = ("--source", *folders, "--min-words", 8, "--valid-share", 0.1)
     make("wiki_books", monkeypatch, tmp_path / "out", *args)
-    found = [doc for split in ("train", "valid") for doc in sentence_texts(tmp_path / "out" / split, bert)]
-    assert sorted(found) == sorted([bert.decode(bert.encode(s)) for s in sentences.split(text)] for text in told)
+    written = [doc for split in ("train", "valid") for doc in sentence_texts(tmp_path / "out" / split, bert)]
+    assert sorted(written) == sorted([bert.decode(bert.encode(s)) for s in sentences.split(text)] for text in expected)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped"] == {"came before": 2, "shorter than 8 words": 1}
     assert manifest["tokenizer_hash"] == bert.hash and manifest["eod_id"] is None
@@ -478,10 +478,10 @@ def test_datasets(speeches, words, tmp_path, monkeypatch):
     make("c4", monkeypatch, out, "--source", source, "--tokenizer", words)  # already there
     args = ("--tokenizer", words, "--valid-share", 0.1)
     make("hub", monkeypatch, tmp_path / "hub", "--name", files, "--text-key", "url", *args)
-    found = [texts(tmp_path / "hub" / split, tokenizer) for split in ("train", "valid")]
-    assert sorted(found[0] + found[1]) == sorted(parts["train"])
+    documents = [texts(tmp_path / "hub" / split, tokenizer) for split in ("train", "valid")]
+    assert sorted(documents[0] + documents[1]) == sorted(parts["train"])
     make("openwebtext", monkeypatch, tmp_path / "owt", "--source", files, *args)
-    assert texts(tmp_path / "owt" / "valid", tokenizer) == found[1]
+    assert texts(tmp_path / "owt" / "valid", tokenizer) == documents[1]
     with pytest.raises(BadInput, match="has no column 'body'; --text-key may be text or url"):
         make("hub", monkeypatch, tmp_path / "x", "--name", files, "--text-key", "body", "--tokenizer", words)
     with pytest.raises(BadInput, match="has no split 'dev'; it has train, validation"):
@@ -541,12 +541,12 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(module, jsonl, tmp_p
         jsonl.write_text("".join([*lines, *lines[::3]]), encoding="utf-8")
     plan = (AT_BATCH, 9), (AT_SAVE, 4), (AT_RENAME, 1), (AT_RENAME, 2), (AT_RENAME, 4), (AT_RENAME, 6), (AT_RENAME, 7)
 
-    def attempt(place, kill):
-        place.mkdir(exist_ok=True)
+    def attempt(folder, kill):
+        folder.mkdir(exist_ok=True)
         args = ["out", "--source", str(jsonl), "--vocab-size", "300", "--valid-share", "0.1"]
         return subprocess.run(
             [sys.executable, "-c", KILLED.format(kill=kill, module=module), *args],
-            cwd=place, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
     assert attempt(tmp_path / "straight", "").returncode == 0
@@ -581,11 +581,11 @@ def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, c
     (out / "train.bin").write_bytes(bytes(len((out / "train.bin").read_bytes())))
     with pytest.raises(BadInput, match=r"train\.bin is not the file .*--force"):
         make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words, *shares)
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.doc").touch()
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.doc").touch()
     with pytest.raises(BadInput, match="not empty and contains no corpus"):
-        make("text", monkeypatch, mine, "--source", jsonl, "--tokenizer", words)
+        make("text", monkeypatch, other, "--source", jsonl, "--tokenizer", words)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -603,9 +603,9 @@ def test_bad_lines_stop_or_are_counted(speeches, words, tmp_path, monkeypatch):
         b'{"text": "\\ud800"}': "half of a surrogate pair",
     }
     path = tmp_path / "in.jsonl"
-    for line, told in bad.items():
+    for line, message in bad.items():
         path.write_bytes(b"\n".join([*good[:9], line, *good[9:]]))
-        with pytest.raises(BadInput, match=rf"in\.jsonl:10: {told}.*--on-error skip"):
+        with pytest.raises(BadInput, match=rf"in\.jsonl:10: {message}.*--on-error skip"):
             make("text", monkeypatch, tmp_path / "out", "--source", path, "--tokenizer", words, "--valid-share", 0)
     (tmp_path / "empty.jsonl").touch()
     path.write_bytes(b"\n".join([*good[:9], *bad, *good[9:]]))
@@ -654,11 +654,11 @@ peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM
 print(int(peak.split()[1]) // 1024, round(used.ru_utime + used.ru_stime))
 """
     command = [sys.executable, "-c", code, str(bomb), str(tmp_path / "b.txt.zst")]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    megabytes, seconds = map(int, told[2].split())
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    megabytes, seconds = map(int, lines[2].split())
     assert bomb.stat().st_size < 50_000 and megabytes < 1000 and seconds < 10
-    assert "a.jsonl.zst:1: a document of over 32 MB (--max-document-mb N raises the limit" in told[0]
-    assert "b.txt.zst: a document of over 256 MB" in told[1]
+    assert "a.jsonl.zst:1: a document of over 32 MB (--max-document-mb N raises the limit" in lines[0]
+    assert "b.txt.zst: a document of over 256 MB" in lines[1]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -674,11 +674,11 @@ def test_documents_up_to_the_bound_are_taken(tmp_path, suffix):
         return "x" * (length - 1) + "\n"
 
     texts = [line(100), line(101), line(30), line(300), line(99), "x" * 101]
-    found = [line(100), line(30), line(99)]
-    assert read("a.txt", "".join(texts).encode(), split_documents="line") == (found, {"a document of over 0.0001 MB": 3})
+    expected = [line(100), line(30), line(99)]
+    assert read("a.txt", "".join(texts).encode(), split_documents="line") == (expected, {"a document of over 0.0001 MB": 3})
     blank = "".join(text + "\n" for text in [line(50) * 2, line(50) * 3, line(300), line(20)]).encode()
-    found = [line(50) * 2, line(20)]
-    assert read("b.txt", blank, split_documents="blank-line") == (found, {"a document of over 0.0001 MB": 2})
+    expected = [line(50) * 2, line(20)]
+    assert read("b.txt", blank, split_documents="blank-line") == (expected, {"a document of over 0.0001 MB": 2})
     assert read("c.txt", b"x" * 100) == (["x" * 100], {}) and read("c.txt", b"x" * 101)[0] == []
     texts = ["y" * 80, "y" * 300, "z"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -688,12 +688,12 @@ def test_documents_up_to_the_bound_are_taken(tmp_path, suffix):
 
 
 def test_json_that_is_deeply_nested_or_many_objects_is_one_line(tmp_path):
-    for unit, told in ((b"[", "not JSON"), (b'{"text":', "not JSON"), (b"9", "not JSON"), (b" ", "empty")):
+    for unit, message in ((b"[", "not JSON"), (b'{"text":', "not JSON"), (b"9", "not JSON"), (b" ", "empty")):
         path = packed(tmp_path / "a.jsonl", unit, 10**6)
-        if told == "empty":
+        if message == "empty":
             assert list(sources.Files([path]).documents(0, [], Errors())) == []
             continue
-        with pytest.raises(BadInput, match=f"a.jsonl:1: {told}") as error:
+        with pytest.raises(BadInput, match=f"a.jsonl:1: {message}") as error:
             list(sources.Files([path]).documents(0, [], Errors()))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -727,9 +727,9 @@ def test_verify_reads_everything(jsonl, words, tmp_path, monkeypatch, capsys):
     make("text", monkeypatch, out, "--source", jsonl, "--tokenizer", words)
     capsys.readouterr()
     verify.main([str(out), str(out / "valid")])
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in told] == [str(out / name) for name in ("train", "valid", "valid")]
-    assert all("intact: sha256, checksums of blocks" in line for line in told)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [str(out / name) for name in ("train", "valid", "valid")]
+    assert all("intact: sha256, checksums of blocks" in line for line in lines)
     good, rng = {name: (out / name).read_bytes() for name in FILES[:8]}, np.random.default_rng(0)
     for number in range(24):
         path = out / FILES[number % 8]
@@ -764,10 +764,11 @@ def test_every_module_takes_sources_alike(words, tmp_path, monkeypatch):
     assert len(corpus_modules) == 9
     for name in corpus_modules:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()) as told:
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()) as output:
             importlib.import_module(f"data.{name}").main()
-        assert end.value.code == 0 and "--source PATH [PATH ...]" in told.getvalue(), name
+        assert end.value.code == 0 and "--source PATH [PATH ...]" in output.getvalue(), name
+        assert max(map(len, output.getvalue().splitlines())) <= 80, name
     result = subprocess.run([sys.executable, "-m", "data"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and all(f"  {name} " in result.stdout for name in [*corpus_modules, "verify"])
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -779,8 +780,8 @@ def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path,
     for k in range(2):
         (tmp_path / f"t{k}.txt").write_text(speeches[k])
         parts = {"train": speeches[10 * k : 10 * k + 9], "validation": speeches[10 * k + 9 : 10 * k + 10]}
-        made = {split: datasets.Dataset.from_dict({"text": texts_}) for split, texts_ in parts.items()}
-        datasets.DatasetDict(made).save_to_disk(tmp_path / f"d{k}")
+        splits = {split: datasets.Dataset.from_dict({"text": texts_}) for split, texts_ in parts.items()}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / f"d{k}")
     make("tinyshakespeare", monkeypatch, tmp_path / "s", "--source", tmp_path / "t0.txt", tmp_path / "t1.txt")
     assert IndexedDataset(tmp_path / "s" / "train").documents == 2
     make("c4", monkeypatch, tmp_path / "c", "--source", tmp_path / "d0", tmp_path / "d1", "--tokenizer", words)
@@ -797,7 +798,7 @@ def test_several_sources_are_read_one_after_the_other(speeches, words, tmp_path,
 
 
 def test_numbers_out_of_range_are_refused(jsonl, words, tmp_path, monkeypatch):
-    for told, args in (
+    for message, args in (
         ("--vocab-size 1000000000: must be from 1 to 2,000,000", ("--vocab-size", 10**9)),
         ("--vocab-size 99999999999999999999: must be from 1 to", ("--vocab-size", 10**20 - 1)),
         ("--workers 1000000: must be from 1 to 1,024", ("--tokenizer", words, "--workers", 10**6)),
@@ -806,7 +807,7 @@ def test_numbers_out_of_range_are_refused(jsonl, words, tmp_path, monkeypatch):
         ("--max-document-mb inf: must be above 0", ("--tokenizer", words, "--max-document-mb", "inf")),
         ("--max-document-mb -1.0: must be above 0", ("--tokenizer", words, "--max-document-mb", -1)),
     ):
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(BadInput, match=message):
             make("text", monkeypatch, tmp_path / "out", "--source", jsonl, *args)
     assert not (tmp_path / "out").exists()
 
@@ -834,7 +835,7 @@ def test_the_command_line_refuses_in_one_line(jsonl, words, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     out, by = tmp_path / "out", ("--tokenizer", words)
-    for told, args in (
+    for message, args in (
         ("nowhere: no such file", (out, "--source", tmp_path / "nowhere", *by)),
         ("no file with a known suffix", (out, "--source", tmp_path / "folder", *by)),
         ("empty.txt: empty file", (out, "--source", tmp_path / "empty.txt", *by)),
@@ -845,7 +846,7 @@ def test_the_command_line_refuses_in_one_line(jsonl, words, tmp_path):
         ("is a file", (tmp_path / "file", "--source", jsonl, *by)),
         ("folder: no tokenizer there", (out, "--source", jsonl, "--tokenizer", tmp_path / "folder")),
     ):
-        assert told in complaint(run("text", *args))
+        assert message in complaint(run("text", *args))
     assert run("text", out, "--source", jsonl).returncode == 2  # neither --tokenizer nor --vocab-size
     assert not (out / "manifest.json").exists()
 

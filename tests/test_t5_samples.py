@@ -31,39 +31,39 @@ def test_lengths_are_the_papers():
 
 
 def spliced(source, target, sentinels, eos):
-    """The raw text that an input and its target were made of."""
-    place = {int(s): i for i, s in enumerate(sentinels)}
+    """The raw text of an input and its target."""
+    order = {int(s): i for i, s in enumerate(sentinels)}
     assert source[-1] == eos and target[-1] == eos
-    found, current = {}, None
+    spans_by_sentinel, current = {}, None
     for token in target[:-1].tolist():
-        if token in place:
-            current = found.setdefault(token, [])
+        if token in order:
+            current = spans_by_sentinel.setdefault(token, [])
         else:
             current.append(token)
-    assert list(found) == sentinels[: len(found)].tolist(), "sentinels in their order"
-    raw = [part for token in source[:-1].tolist() for part in (found[token] if token in place else [token])]
-    return np.array(raw), [len(span) for span in found.values()]
+    assert list(spans_by_sentinel) == sentinels[: len(spans_by_sentinel)].tolist(), "sentinels in their order"
+    raw = [part for token in source[:-1].tolist() for part in (spans_by_sentinel[token] if token in order else [token])]
+    return np.array(raw), [len(span) for span in spans_by_sentinel.values()]
 
 
 @pytest.mark.parametrize("pack", ["true", "false"])
 def test_ten_thousand_samples_splice_back_exactly(spans, words, pack):
-    stream = opened(spans / "train", f"data.pack={pack}", "data.seq_len=128", "data.target_len=32")
-    corpus, sentinels = stream.corpora[0], words.sentinels()
+    dataset = opened(spans / "train", f"data.pack={pack}", "data.seq_len=128", "data.target_len=32")
+    corpus, sentinels = dataset.corpora[0], words.sentinels()
     noise = raw = 0
     lengths = []
     for first in range(0, 10_000, 500):
-        rows = stream.collate(range(first, first + 500))
-        _, index = stream.indices(range(first, first + 500))
+        batch = dataset.collate(range(first, first + 500))
+        _, index = dataset.indices(range(first, first + 500))
         for row, j in enumerate(index.tolist()):
-            n = rows["input_lengths"][row]
-            source, target = rows["inputs"][row, :n], rows["targets"][row][rows["loss_mask"][row]]
-            expected = corpus.flat[j * stream.raw : (j + 1) * stream.raw] if pack == "true" else corpus.get(j, stream.raw)
+            n = batch["input_lengths"][row]
+            source, target = batch["inputs"][row, :n], batch["targets"][row][batch["loss_mask"][row]]
+            expected = corpus.flat[j * dataset.raw : (j + 1) * dataset.raw] if pack == "true" else corpus.get(j, dataset.raw)
             if len(expected) < 2:
                 continue
-            found, sizes = spliced(source, target, sentinels, words.eod_id)
-            assert (found == expected).all()
-            assert rows["lengths"][row] == n + len(target)
-            noise, raw = noise + sum(sizes), raw + len(found)
+            text, sizes = spliced(source, target, sentinels, words.eod_id)
+            assert (text == expected).all()
+            assert batch["lengths"][row] == n + len(target)
+            noise, raw = noise + sum(sizes), raw + len(text)
             lengths += sizes
     if pack == "true":
         assert abs(noise / raw - 0.15) <= 0.0015, "within 1 %"
@@ -74,24 +74,24 @@ def test_every_division_is_equally_likely():
     rng = np.random.Generator(np.random.Philox(key=1))
     seen = {}
     for _ in range(6000):
-        made = tuple(samples.pieces(5, 3, rng).tolist())
-        assert sum(made) == 5 and min(made) >= 1
-        seen[made] = seen.get(made, 0) + 1
+        division = tuple(samples.pieces(5, 3, rng).tolist())
+        assert sum(division) == 5 and min(division) >= 1
+        seen[division] = seen.get(division, 0) + 1
     assert len(seen) == 6 and all(abs(count - 1000) < 3 * (6000 * 1 / 6 * 5 / 6) ** 0.5 for count in seen.values())
     assert samples.pieces(4, 4, rng).tolist() == [1, 1, 1, 1] and samples.pieces(4, 1, rng).tolist() == [4]
 
 
 def test_prefix_cuts_the_text_in_two(spans, words):
-    stream = opened(spans / "train", "objective.kind=prefix", "data.seq_len=40", "data.target_len=24")
-    rows = stream.collate(range(300))
-    _, index = stream.indices(range(300))
+    dataset = opened(spans / "train", "objective.kind=prefix", "data.seq_len=40", "data.target_len=24")
+    batch = dataset.collate(range(300))
+    _, index = dataset.indices(range(300))
     cuts = set()
     for row, j in enumerate(index.tolist()):
-        source = rows["inputs"][row, : rows["input_lengths"][row]]
-        target = rows["targets"][row][rows["loss_mask"][row]]
+        source = batch["inputs"][row, : batch["input_lengths"][row]]
+        target = batch["targets"][row][batch["loss_mask"][row]]
         assert source[-1] == target[-1] == words.eod_id
         both = np.concatenate([source[:-1], target[:-1]])
-        assert (both == stream.corpora[0].flat[j * stream.raw : (j + 1) * stream.raw]).all()
+        assert (both == dataset.corpora[0].flat[j * dataset.raw : (j + 1) * dataset.raw]).all()
         cuts.add(len(source))
     assert len(cuts) > 15
 
@@ -101,8 +101,8 @@ def pairs(prefix, words, documents):
     for document in documents:
         writer.add_sentences([np.asarray(part) for part in document])
     writer.finish()
-    facts = {"tokenizer": "tokenizer", "tokenizer_hash": words.hash, "tokenizer_size": words.size, "eod_id": None}
-    write_manifest(prefix, facts)
+    metadata = {"tokenizer": "tokenizer", "tokenizer_hash": words.hash, "tokenizer_size": words.size, "eod_id": None}
+    write_manifest(prefix, metadata)
 
 
 def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
@@ -110,23 +110,23 @@ def test_a_mixture_of_running_text_and_tasks(spans, words, tmp_path):
     words.save(tmp_path / "pairs/tokenizer")
     pairs(tmp_path / "pairs/train", words, [(range(10, 20), range(30, 34)), (range(11, 90), range(40, 80))] * 4)
     blend = f"[[3, {spans}/train], [1, {tmp_path}/pairs/train]]"
-    stream = opened(blend)
-    rows = stream.collate(range(40))
-    corpus, _ = stream.indices(range(40))
+    dataset = opened(blend)
+    batch = dataset.collate(range(40))
+    corpus, _ = dataset.indices(range(40))
     assert corpus.sum() == 10
     for row in np.flatnonzero(corpus):
-        source = rows["inputs"][row, : rows["input_lengths"][row]]
-        target = rows["targets"][row][rows["loss_mask"][row]]
+        source = batch["inputs"][row, : batch["input_lengths"][row]]
+        target = batch["targets"][row][batch["loss_mask"][row]]
         assert source[-1] == target[-1] == words.eod_id and source[0] in (10, 11)
         assert len(source) <= 64 and len(target) <= 16  # cut to the lengths of the config
 
 
 def test_a_sample_is_a_function_of_seed_and_number(spans):
-    stream, again = opened(spans / "train"), opened(spans / "train")
-    together = stream.collate(range(40))
+    dataset, again = opened(spans / "train"), opened(spans / "train")
+    together = dataset.collate(range(40))
     apart = [again.collate([i]) for i in reversed(range(40))][::-1]
     for name, values in together.items():
-        assert (values == np.concatenate([rows[name] for rows in apart])).all(), name
+        assert (values == np.concatenate([batch[name] for batch in apart])).all(), name
     other = opened(spans / "train", "train.seed=1").collate(range(40))
     assert (other["inputs"] != together["inputs"]).any()
 

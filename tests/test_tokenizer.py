@@ -1,4 +1,4 @@
-"""common/data/tokenizer.py: the right ids, the same ids in every form, and loud failure instead of others."""
+"""common/data/tokenizer.py: the right ids, the same ids in every form, and an error instead of wrong ids."""
 
 import json
 import os
@@ -112,13 +112,13 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path / "none")
-    for given_, told in (
+    for given_, message in (
         (tmp_path, "give a folder with tokenizer.json"),
         (tmp_path / "nothing", "no such folder"),
         ("gpt2", "corpora/tokenizers/gpt2"),
         ("char", "build a corpus with it"),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             tokenizers.load(given_)
         assert "\n" not in str(error.value)
 
@@ -150,7 +150,7 @@ def test_trained_bpe(bpe, shakespeare):
         tokenizer_training.train_bpe(["x"], 256)
 
 
-def test_saved_form_is_the_same_tokenizer_to_us_and_to_transformers(gpt2, bpe, shakespeare, tmp_path):
+def test_saved_form_is_the_same_tokenizer_here_and_in_transformers(gpt2, bpe, shakespeare, tmp_path):
     from transformers import AutoTokenizer
 
     for name, tokenizer in (("gpt2", gpt2), ("bpe", bpe), ("char", tokenizer_training.train_char("".join(SAMPLES)))):
@@ -160,12 +160,12 @@ def test_saved_form_is_the_same_tokenizer_to_us_and_to_transformers(gpt2, bpe, s
         for config in (None, {"model_type": "gpt2"}):  # beside a model it is loaded through the model's config
             if config:
                 (tmp_path / name / "config.json").write_text(json.dumps(config))
-            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+            hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
             for text in SAMPLES:
                 ids = tokenizer.encode(text)
-                assert theirs(text)["input_ids"] == ids, (name, config)
-                assert theirs.decode(ids) == text
-            assert theirs.eos_token_id == tokenizer.eod_id and len(theirs) == tokenizer.size
+                assert hf_tokenizer(text)["input_ids"] == ids, (name, config)
+                assert hf_tokenizer.decode(ids) == text
+            assert hf_tokenizer.eos_token_id == tokenizer.eod_id and len(hf_tokenizer) == tokenizer.size
     assert len({gpt2.hash, bpe.hash}) == 2
 
 
@@ -197,10 +197,10 @@ def test_special_tokens_in_a_text_are_text_to_wordpiece(bert, wordpiece):
 
 def test_pieces_that_continue_a_word(bert, wordpiece, gpt2):
     for tokenizer in (bert["vocab.txt"], wordpiece):
-        told = tokenizer.continues()
-        assert told.dtype == bool and told.shape == (tokenizer.size,)
-        assert told.tolist() == [tokenizer.backend.id_to_token(i).startswith("##") for i in range(tokenizer.size)]
-        assert 0 < told.sum() < tokenizer.size
+        continuing = tokenizer.continues()
+        assert continuing.dtype == bool and continuing.shape == (tokenizer.size,)
+        assert continuing.tolist() == [tokenizer.backend.id_to_token(i).startswith("##") for i in range(tokenizer.size)]
+        assert 0 < continuing.sum() < tokenizer.size
     assert not gpt2.continues().any() and roles(gpt2) == (None, None, None, None)
 
 
@@ -212,13 +212,13 @@ def test_damaged_vocab_txt_is_refused(source, tmp_path, monkeypatch):
         (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return tokenizers.load(name)
 
-    for bad, told in (
+    for bad, message in (
         ([*lines, "the"], "30,523 lines, 1 of them repeated"),
         ([*lines[:9000], "", *lines[9000:]], "1 empty"),
         ([line for line in lines if line != "[MASK]"], r"without \[MASK\] of"),
         ([], "without"),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             load(bad)
         assert "\n" not in str(error.value)
     assert load([line + "\r" for line in lines]).size == 30_522
@@ -267,8 +267,8 @@ def test_training_wordpiece_is_the_same_in_every_process():
         "t = tokenizer_training.train_wordpiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1", "2")
-    told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
-    assert told[0].startswith("700 ") and len(set(told)) == 1
+    outputs = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
+    assert outputs[0].startswith("700 ") and len(set(outputs)) == 1
 
 
 def test_rare_characters_are_left_out(monkeypatch):
@@ -278,7 +278,7 @@ def test_rare_characters_are_left_out(monkeypatch):
     assert characters == {"a", "b", "c", "d"}  # d, e and 東 are as frequent: the first in order
 
 
-def test_saved_wordpiece_is_the_same_to_us_and_to_transformers(bert, wordpiece, tmp_path):
+def test_saved_wordpiece_is_the_same_here_and_in_transformers(bert, wordpiece, tmp_path):
     from transformers import AutoTokenizer
 
     for name, tokenizer in ({"trained": wordpiece} | bert).items():
@@ -288,15 +288,15 @@ def test_saved_wordpiece_is_the_same_to_us_and_to_transformers(bert, wordpiece, 
         for config in (None, {"model_type": "bert"}):  # beside a model it is loaded through the model's config
             if config:
                 (tmp_path / name / "config.json").write_text(json.dumps(config))
-            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
-            assert len(theirs) == tokenizer.size
-            named = theirs.pad_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id
-            assert named == roles(tokenizer) and theirs.unk_token == "[UNK]"
+            hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert len(hf_tokenizer) == tokenizer.size
+            named = hf_tokenizer.pad_token_id, hf_tokenizer.cls_token_id, hf_tokenizer.sep_token_id, hf_tokenizer.mask_token_id
+            assert named == roles(tokenizer) and hf_tokenizer.unk_token == "[UNK]"
             for text in SAMPLES:
                 ids = tokenizer.encode(text)
-                assert theirs(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
-                assert theirs(text)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
-            pair = theirs("to be", "not")
+                assert hf_tokenizer(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
+                assert hf_tokenizer(text)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+            pair = hf_tokenizer("to be", "not")
             assert pair["input_ids"].count(tokenizer.sep_id) == 2 and set(pair["token_type_ids"]) == {0, 1}
 
 
@@ -324,12 +324,12 @@ def sentencepiece(shakespeare):
 def test_t5(t5, source, shakespeare):
     from sentencepiece import SentencePieceProcessor
 
-    theirs = SentencePieceProcessor(model_file=str(source / "tokenizers" / "t5" / "spiece.model"))
-    # By lines: over a whole book the float32 sums of sentencepiece lose what tells two ways to cut a word apart.
+    reference = SentencePieceProcessor(model_file=str(source / "tokenizers" / "t5" / "spiece.model"))
+    # By lines: over a whole book the float32 sums of sentencepiece lose the difference between two segmentations of a word.
     texts = [*shakespeare.split("\n")[:5000], *SAMPLES, SPELLED, "  \u200b\u2581x\x00 e\u0301\u3000か\u3099 ﬁ ① \u00ad"]
     for name in ("multi30k/val.de", "multi30k/val.en", "gutenberg/emma_158.txt"):
         texts += (source / name).read_text(encoding="utf-8").split("\n")[:2000]
-    expected = theirs.encode(texts)
+    expected = reference.encode(texts)
     for tokenizer in t5.values():
         assert (tokenizer.size, tokenizer.kind, tokenizer.eod_id) == (32_100, "unigram", 1)
         assert roles(tokenizer) == (0, None, None, None)
@@ -365,12 +365,12 @@ def test_trained_sentencepiece(sentencepiece, shakespeare):
     few = tokenizer_training.train_sentencepiece(["a b ab abc abcabc\n"] * 9, 500)
     assert few.size < 500 and few.encode("ab")  # what there is
     assert len(few.sentinels()) == 100
-    for texts, size, told in (
+    for texts, size, message in (
         ([shakespeare[:9000]], 120, r"vocabulary of 120: .* needs at least \d\d\d \(100 sentinels"),
         ([shakespeare[:9000]], 0, "vocabulary of 0: .* needs at least"),
         (["", " \n"], 500, "no text"),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             tokenizer_training.train_sentencepiece(texts, size)
         assert "\n" not in str(error.value)
     with pytest.raises(BadInput) as error:
@@ -386,8 +386,8 @@ def test_training_sentencepiece_is_the_same_in_every_process():
         "t = tokenizer_training.train_sentencepiece(lines, 700); print(t.size, t.hash)"
     )
     command, seeds = [sys.executable, "-c", code], ("0", "1")
-    told = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
-    assert told[0].startswith("700 ") and len(set(told)) == 1
+    outputs = [subprocess.check_output(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONHASHSEED": s}) for s in seeds]
+    assert outputs[0].startswith("700 ") and len(set(outputs)) == 1
 
 
 def test_damaged_spiece_model_is_refused(source, tmp_path, monkeypatch):
@@ -398,14 +398,14 @@ def test_damaged_spiece_model_is_refused(source, tmp_path, monkeypatch):
         sentence_iterator=iter(["a b ab abc"] * 9), model_prefix=tmp_path / "bpe", model_type="bpe", vocab_size=9,
         pad_id=3, minloglevel=2,
     )  # fmt: skip
-    for bad, told in (
+    for bad, message in (
         (b"", "cannot be read as a SentencePiece unigram model"),
         (whole[:5000], "cannot be read"),
         (b"{}\n", "cannot be read"),
         ((tmp_path / "bpe.model").read_bytes(), "of type 2, unigram is 1"),
     ):
         (tmp_path / "spiece.model").write_bytes(bad)
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(BadInput, match=message) as error:
             tokenizers.load(tmp_path)
         assert "\n" not in str(error.value)
     monkeypatch.setattr(tokenizers, "TOKENIZERS", tmp_path)
@@ -418,7 +418,7 @@ def test_damaged_spiece_model_is_refused(source, tmp_path, monkeypatch):
     assert tokenizers.load(tmp_path).sentinels()[0] == 32_009
 
 
-def test_saved_sentencepiece_is_the_same_to_us_and_to_transformers(t5, sentencepiece, tmp_path):
+def test_saved_sentencepiece_is_the_same_here_and_in_transformers(t5, sentencepiece, tmp_path):
     from transformers import AutoTokenizer
 
     for name, tokenizer in ({"trained": sentencepiece} | t5).items():
@@ -429,17 +429,17 @@ def test_saved_sentencepiece_is_the_same_to_us_and_to_transformers(t5, sentencep
         for config in (None, {"model_type": "t5"}):  # beside a model it is loaded through the model's config
             if config:
                 (tmp_path / name / "config.json").write_text(json.dumps(config))
-            theirs = AutoTokenizer.from_pretrained(tmp_path / name)
-            assert len(theirs) == tokenizer.size
-            assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
-            assert theirs.bos_token is None and len(theirs.all_special_tokens) == 3 + len(tokenizer.sentinels())
-            assert theirs.convert_tokens_to_ids("<extra_id_0>") == tokenizer.size - 1
-            assert theirs("<extra_id_1>")["input_ids"] == [tokenizer.size - 2, 1]
+            hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert len(hf_tokenizer) == tokenizer.size
+            assert (hf_tokenizer.pad_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.unk_token_id) == (0, 1, 2)
+            assert hf_tokenizer.bos_token is None and len(hf_tokenizer.all_special_tokens) == 3 + len(tokenizer.sentinels())
+            assert hf_tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokenizer.size - 1
+            assert hf_tokenizer("<extra_id_1>")["input_ids"] == [tokenizer.size - 2, 1]
             for text in SAMPLES:
                 ids = tokenizer.encode(text)
-                assert theirs(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
-                assert theirs(text)["input_ids"] == [*ids, 1]
-                assert theirs.decode(ids) == tokenizer.decode(ids)
+                assert hf_tokenizer(text, add_special_tokens=False)["input_ids"] == ids, (name, config)
+                assert hf_tokenizer(text)["input_ids"] == [*ids, 1]
+                assert hf_tokenizer.decode(ids) == tokenizer.decode(ids)
 
 
 # ---- long texts -----------------------------------------------------------------------------------------------------
@@ -499,10 +499,10 @@ def test_a_tokenizer_of_unknown_splitting_is_not_cut(source):
 VALUES = [None, True, -1, 0, 1.5, 2**31, 2**40, 10**30, "", "x", "\0", "\ud800", [], {}, [1], {"a": 1}]
 
 
-def places(values: object, path: tuple = ()) -> list[tuple]:
+def paths_in(values: object, path: tuple = ()) -> list[tuple]:
     """Where something stands in JSON; of long lists and tables the first forty."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    return [path, *(place for key, value in list(items)[:40] for place in places(value, (*path, key)))]
+    return [path, *(inner for key, value in list(items)[:40] for inner in paths_in(value, (*path, key)))]
 
 
 def damage(draw: random.Random, path: Path) -> None:
@@ -515,7 +515,7 @@ def damage(draw: random.Random, path: Path) -> None:
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     else:
         values = json.loads(data)
-        where = draw.choice(places(values))
+        where = draw.choice(paths_in(values))
         node = values
         for key in where[:-1]:
             node = node[key]
@@ -528,10 +528,10 @@ def damage(draw: random.Random, path: Path) -> None:
 
 
 def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
-    """Read damaged copies as we do and as the readers of exports do: what is refused is told in one line, the rest works."""
+    """Read damaged copies with `load` and with the readers of exports: a refusal is one line, the rest works."""
     from common.huggingface.pretrained import load_tokenizer
 
-    told: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for number in numbers:
         draw, copy = random.Random(number), folder / str(number)
         shutil.copytree(draw.choice(given), copy)
@@ -541,34 +541,34 @@ def survive(folder: Path, given: list[Path], numbers: range) -> Counter:
             loaded = tokenizers.load(copy)
             loaded.save(copy / "again")
             assert tokenizers.load(copy / "again").decode([0]) == loaded.decode([0])
-            told["read"] += 1
+            outcomes["read"] += 1
         except BadInput as error:
             assert len(error.problems) == 1 and "\n" not in str(error) and len(str(error)) < 500, number
-            told["refused"] += 1
+            outcomes["refused"] += 1
         try:
             load_tokenizer(copy)("a b")
         except BadInput as error:
             assert len(error.problems) == 1 and "\n" not in str(error), number
-        except Exception as error:  # of encoding: transformers reads more lazily; none of ours meets it unguarded
+        except Exception as error:  # from encoding: transformers reads more lazily; no module here calls it unguarded
             assert type(error).__module__ in ("builtins", "tokenizers"), number
         assert time.process_time() - begin < 10, number
         shutil.rmtree(copy)
-    return told
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def saved(bpe, wordpiece, sentencepiece, tmp_path_factory) -> list[Path]:
     folders = [tmp_path_factory.mktemp("saved") / name for name in ("bpe", "wordpiece", "sentencepiece", "char")]
-    for made, folder in zip((bpe, wordpiece, sentencepiece, tokenizer_training.train_char("a b\n")), folders, strict=True):
-        made.config["chat_template"] = "{{ messages }}"
-        made.save(folder)
-        del made.config["chat_template"]
+    for tokenizer, folder in zip((bpe, wordpiece, sentencepiece, tokenizer_training.train_char("a b\n")), folders, strict=True):
+        tokenizer.config["chat_template"] = "{{ messages }}"
+        tokenizer.save(folder)
+        del tokenizer.config["chat_template"]
     return folders
 
 
 def test_damaged_files_are_one_line(saved, tmp_path):
-    told = survive(tmp_path, saved, range(60))
-    assert told["refused"] > 20 and told["read"] > 5
+    outcomes = survive(tmp_path, saved, range(60))
+    assert outcomes["refused"] > 20 and outcomes["read"] > 5
 
 
 @pytest.mark.slow
@@ -579,7 +579,7 @@ def test_a_thousand_damaged_files_are_one_line(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "values", "told"),
+    ("file", "values", "message"),
     [
         ("tokenizer_config.json", [1], "it holds list, not an object"),
         ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5; it must be a token"),
@@ -589,10 +589,10 @@ def test_a_thousand_damaged_files_are_one_line(saved, tmp_path):
         ("tokenizer.json", {"model": {"vocab": {"a": "b"}}}, "it has an id 'b' among 1 tokens"),
     ],
 )
-def test_wrong_types_are_named(file, values, told, saved, tmp_path):
+def test_wrong_types_are_named(file, values, message, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "t")
     (tmp_path / "t" / file).write_text(json.dumps(values))
-    with pytest.raises(BadInput, match=re.escape(told)):
+    with pytest.raises(BadInput, match=re.escape(message)):
         tokenizers.load(tmp_path / "t")
 
 
