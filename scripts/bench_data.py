@@ -1,8 +1,8 @@
-"""How fast text becomes tokens and tokens become batches, against the bare tokenizer.
+"""Measures how fast text becomes tokens, compared with the bare tokenizer, and tokens become batches.
 
     python -m scripts.bench_data --source DIR --tokenizer DIR
 
-Prints, as medians of RUNS measured in turn (the machine's drift hits both sides alike):
+Prints medians of RUNS measurements, taken alternately so that the machine's drift affects both sides alike:
   steady        MB/s of data.build's pipeline, and of one bare `encode_batch_fast` over the same documents
   whole process seconds of `python -m data.text`, and of a script that loads the tokenizer and encodes the same files
   reading       microseconds of `Samples.collate` for a batch of 8 x 257 tokens
@@ -42,10 +42,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(project: Callable[[], object], bare: Callable[[], object], runs: int) -> tuple[float, float, float]:
-    """Median seconds of both and of their ratio, run by turns after one run each that is not counted."""
-    project(), bare()
-    pairs = [(seconds(project), seconds(bare)) for _ in range(runs)]
+def in_turn(work: Callable[[], object], bare: Callable[[], object], runs: int) -> tuple[float, float, float]:
+    """Median seconds of both, and the median ratio, over alternating runs after one warm-up run each."""
+    work(), bare()
+    pairs = [(seconds(work), seconds(bare)) for _ in range(runs)]
     a, b = zip(*pairs, strict=True)
     return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in pairs)
 
@@ -67,16 +67,16 @@ def whole(source: list[str], paths: list[Path], tokenizer: Path, folder: Path, r
     def run(*command: str) -> None:
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
-    project = ["-m", "data.text", str(folder / "whole"), "--source", *source, "--tokenizer", str(tokenizer), "--force"]
+    build = ["-m", "data.text", str(folder / "whole"), "--source", *source, "--tokenizer", str(tokenizer), "--force"]
     bare = ["-c", BARE, str(tokenizer / "tokenizer.json"), *map(str, paths)]
-    return in_turn(lambda: run(*project), lambda: run(*bare), runs)
+    return in_turn(lambda: run(*build), lambda: run(*bare), runs)
 
 
 def reading(prefix: Path, batches: int = 500) -> float:
-    """Seconds a batch."""
-    stream = Samples(prefix, 256)
-    stream.collate(range(8))
-    return seconds(lambda: [stream.collate(range(8 * k, 8 * k + 8)) for k in range(batches)]) / batches
+    """Seconds per batch."""
+    dataset = Samples(prefix, 256)
+    dataset.collate(range(8))
+    return seconds(lambda: [dataset.collate(range(8 * k, 8 * k + 8)) for k in range(batches)]) / batches
 
 
 def main() -> None:
@@ -92,12 +92,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save(folder / "tokenizer")
-        project, bare, ratio = steady(tokenizer, texts, folder, args.runs)
-        print(f"steady         {mb / project:6.2f} MB/s   bare {mb / bare:6.2f} MB/s   time ratio {ratio:.2f}")
+        pipeline, bare, ratio = steady(tokenizer, texts, folder, args.runs)
+        print(f"steady         {mb / pipeline:6.2f} MB/s   bare {mb / bare:6.2f} MB/s   time ratio {ratio:.2f}")
         names = [str(Path(path).resolve()) for path in args.source]
-        project, bare, ratio = whole(names, [path for _, path in source.files], folder / "tokenizer", folder, args.runs)
-        print(f"whole process  {project:6.2f} s      bare {bare:6.2f} s      time ratio {ratio:.2f}")
-        print(f"reading        {reading(folder / 'whole' / 'train') * 1e6:6.0f} us a batch of 8 x 257 tokens")
+        build, bare, ratio = whole(names, [path for _, path in source.files], folder / "tokenizer", folder, args.runs)
+        print(f"whole process  {build:6.2f} s      bare {bare:6.2f} s      time ratio {ratio:.2f}")
+        print(f"reading        {reading(folder / 'whole' / 'train') * 1e6:6.0f} us per batch of 8 x 257 tokens")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from common.errors import BadInput
 class Samples(BlendedDataset):
     """Samples of running text, for models that predict the next token.
 
-    seq_len: T, tokens predicted in a sample.
-    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], documents end to end. False: sample j is document j,
-        cut to T+1 tokens and padded (`pad_id`, else the end of document id, else 0).
-    eod_mask_loss: the token after an end of document, unpredictable, is no target.
-    reset_attention: rows carry `segment` and `position` too.
+    seq_len: T, tokens that a sample predicts.
+    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], with documents end to end. False: sample j is document j,
+        truncated to T+1 tokens and padded (with `pad_id`, else the end of document id, else 0).
+    eod_mask_loss: the token after an end of document cannot be predicted and is not a target.
+    reset_attention: batches also have `segment` and `position`.
     eod_id: only for corpora without a manifest.
 
     BadInput besides BlendedDataset's: a corpus shorter than a sample, a missing end of document id.
@@ -41,12 +41,13 @@ class Samples(BlendedDataset):
         self.seq_len, self.pack = seq_len, pack
         self.eod_mask_loss, self.reset_attention = eod_mask_loss, reset_attention
         super().__init__(data, seed=seed, shuffle=shuffle)
-        self.eod_id = self._one_eod(eod_id)
+        self.eod_id = self._find_eod_id(eod_id)
         self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
 
-    def _one_eod(self, given: int | None) -> int | None:
+    def _find_eod_id(self, default: int | None) -> int | None:
+        """The end of document id of the manifests, else `default`. BadInput if an option needs one and there is none."""
         known = [c for c in self.corpora if c.manifest]
-        eod_id = known[0].eod_id if known else given
+        eod_id = known[0].eod_id if known else default
         if not (self.eod_mask_loss or self.reset_attention):
             return eod_id
         if eod_id is None:
@@ -59,7 +60,7 @@ class Samples(BlendedDataset):
             )
         for corpus in self.corpora:
             if not corpus.manifest:
-                _must_end_in(corpus, eod_id)
+                _check_ends(corpus, eod_id)
         return eod_id
 
     def count_samples(self, corpus: IndexedDataset) -> int:
@@ -72,27 +73,26 @@ class Samples(BlendedDataset):
         return samples
 
     def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
-        """The samples of these numbers:
+        """The samples of these numbers.
 
-        tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
-        int64: inputs that are no padding;
-        with reset_attention also segment (B, T) int32: number in the row of the document that input t is of, and
-        position (B, T) int64: its place in that document.
+        tokens (B, T+1) int64: inputs are [:, :-1], targets [:, 1:]. loss_mask (B, T) bool: target t counts. lengths (B,)
+        int64: inputs without padding. With reset_attention also segment (B, T) int32: the number, within the sample, of the
+        document of input t; and position (B, T) int64: the position of input t in that document.
         """
         corpus, index = self.indices(numbers)
         tokens = np.full((len(index), self.seq_len + 1), self.pad_id, dtype=np.int64)
-        lengths = np.empty(len(index), dtype=np.int64)  # real tokens of each row
+        lengths = np.empty(len(index), dtype=np.int64)  # tokens of each sample, without padding
         for row, (c, j) in enumerate(zip(corpus.tolist(), index.tolist(), strict=True)):
             ids = self._ids(self.corpora[c], j)
             tokens[row, : len(ids)] = ids
             lengths[row] = len(ids)
         loss_mask = np.arange(1, self.seq_len + 1) < lengths[:, None]
-        out = {"tokens": tokens, "loss_mask": loss_mask, "lengths": np.minimum(lengths, self.seq_len)}
+        batch = {"tokens": tokens, "loss_mask": loss_mask, "lengths": np.minimum(lengths, self.seq_len)}
         if self.eod_mask_loss:
             loss_mask &= tokens[:, :-1] != self.eod_id
         if self.reset_attention:
-            out["segment"], out["position"] = self._segments(tokens, lengths)
-        return out
+            batch["segment"], batch["position"] = self._segments(tokens, lengths)
+        return batch
 
     def _ids(self, corpus: IndexedDataset, j: int) -> np.ndarray:
         if not self.pack:
@@ -100,16 +100,16 @@ class Samples(BlendedDataset):
         return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
 
     def _segments(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T+1) tokens, (B,) real lengths -> segment, position, each (B, T). Padding is one segment at most."""
-        places = np.arange(self.seq_len)
+        """(B, T+1) tokens, (B,) lengths without padding -> segment, position, each (B, T). Padding adds at most one segment."""
+        positions = np.arange(self.seq_len)
         begins = np.zeros((len(tokens), self.seq_len), dtype=bool)
-        begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (places[:-1] < lengths[:, None])
-        start = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-        return np.cumsum(begins, axis=1, dtype=np.int32), places - start
+        begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (positions[:-1] < lengths[:, None])
+        start = np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+        return np.cumsum(begins, axis=1, dtype=np.int32), positions - start
 
 
-def _must_end_in(corpus: IndexedDataset, eod_id: int, documents: int = 100) -> None:
-    """BadInput unless the first documents end in this id (Megatron's tool writes it with --append-eod alone)."""
+def _check_ends(corpus: IndexedDataset, eod_id: int, documents: int = 100) -> None:
+    """BadInput unless the first documents end in this id (Megatron's tool appends it only with --append-eod)."""
     for number in range(min(documents, corpus.documents)):
         ids = corpus.get(number)
         if len(ids) and ids[-1] != eod_id:
