@@ -550,7 +550,7 @@ def test_a_thousand_damaged_manifests(documents, tmp_path):
         IndexedDataset(prefix)
     (tmp_path / "moved").replace(tmp_path / "a.idx")
     path.mkdir()
-    with pytest.raises(BadInput, match=r"a\.json: is no file"):
+    with pytest.raises(BadInput, match=r"a\.json: not a file"):
         IndexedDataset(prefix)
 
 

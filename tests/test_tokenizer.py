@@ -583,8 +583,8 @@ def test_a_thousand_damaged_files_are_one_line(saved, tmp_path):
     [
         ("tokenizer_config.json", [1], "it holds list, not an object"),
         ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5; it must be a token"),
-        ("tokenizer_config.json", {"chat_template": 5}, "its chat_template is no text"),
-        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "its chat_template is no text"),
+        ("tokenizer_config.json", {"chat_template": 5}, "its chat_template must be a string"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "its chat_template must be a string"),
         ("tokenizer.json", {"model": {"vocab": {"a": 2**40}}}, "it has an id 1099511627776 among 1 tokens"),
         ("tokenizer.json", {"model": {"vocab": {"a": "b"}}}, "it has an id 'b' among 1 tokens"),
     ],
