@@ -397,6 +397,21 @@ def under_names_now(values: dict[str, Any], schema: type[Config]) -> dict[str, A
     return values
 
 
+def vocabulary(vocab_size: int | None, tokenizer_size: int | None) -> int:
+    """model.vocab_size; by default the tokenizer's size rounded up to a multiple of 128. BadInput where neither is known."""
+    if vocab_size is None and tokenizer_size is None:
+        raise BadInput("model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N")
+    return vocab_size or -(-(tokenizer_size or 1) // 128) * 128
+
+
+def resolve[C: Config](cfg: Config, schema: type[C], tokenizer_size: int | None, **sections: Section) -> C:
+    """`cfg` as a config of `schema`, a family's ResolvedConfig: with every key of its model, and these sections in place of its
+    own. BadInput as `vocabulary`."""
+    values = {name: getattr(cfg, name) for name in type(cfg).model_fields}
+    model = cfg.model.resolve(cfg, tokenizer_size)
+    return schema.model_construct(set(cfg.model_fields_set), **(values | {"model": model} | sections))
+
+
 def load[C: Config](path: str | Path, overrides: Sequence[str], schema: type[C], recorded: bool = False) -> C:
     """Read a config, apply the overrides and validate it. BadInput carries all problems that this module can see, one per line.
 

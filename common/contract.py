@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from common.config import Config
+    from common.config import Config as BaseConfig
     from common.data.batches import MicroBatch
     from common.launch.processes import Ranks
     from common.preflight import Run
@@ -135,12 +135,16 @@ class Family(Protocol):
     # ---- config and data
 
     @property
-    def Config(self) -> "type[Config]":
+    def Config(self) -> "type[BaseConfig]":
         """The schema of its configs."""
 
     @property
-    def Model(self) -> type[Any]:
-        """The class of the section `model`."""
+    def ResolvedConfig(self) -> "type[BaseConfig]":
+        """The schema of config.yaml in OUT: the same with every key of `model` given."""
+
+    @property
+    def ResolvedModel(self) -> type[Any]:
+        """The class of its section `model`."""
 
     def dataset(self, cfg: Any, data: Any, /, shuffle: bool) -> Dataset:
         """Open data.train (shuffle) or data.valid. data: as in the config: a blend of corpora, in finetuning the name of a
@@ -225,6 +229,13 @@ class Family(Protocol):
 
     def reorder_labels(self, cfg: Any, folder: Path, source: "Source", /) -> "Source":
         """`source`, which reads the parameters of a folder, with the outputs of the head in the order of the task's labels."""
+
+
+class FamilyOf[C: BaseConfig](Family, Protocol):
+    """A family whose runs have the config C: so mypy knows the config of each script."""
+
+    @property
+    def ResolvedConfig(self) -> type[C]: ...
 
 
 class PretrainingFamily(Family, Protocol):

@@ -10,14 +10,15 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from pydantic import ValidationError
+from typing_extensions import TypeVar
 
 from common import config
 from common.checkpoints import checkpoint, integrity, run_record
 from common.config import Config
-from common.contract import Dataset, Family
+from common.contract import Dataset, Family, FamilyOf
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput, Missing
 from common.json_files import read_object
@@ -25,12 +26,14 @@ from common.launch import lock
 from common.layout import Layout, layout_for
 from common.paths import SHOWN, Blend, find, prefixes
 
+C = TypeVar("C", bound=Config, default=Config, covariant=True)
 
-class Run(NamedTuple):
+
+class Run(NamedTuple, Generic[C]):  # noqa: UP046 (with Python 3.12 only typing_extensions knows defaults)
     """A run that may start: what `prepare` has checked."""
 
-    cfg: Config  # of the current phase, resolved: no default is left open
-    whole: Config  # the same with all phases, as config.yaml records it
+    cfg: C  # a family's ResolvedConfig, of the current phase
+    whole: C  # the same with all phases, as config.yaml records it
     stack: str
     out: Path
     layout: Layout
@@ -67,18 +70,18 @@ def data_notes(*datasets: Dataset | None) -> list[str]:
     return list(dict.fromkeys(note for dataset in datasets if dataset for note in dataset.notes))
 
 
-def prepare(
-    config_path: str, out: str, overrides: Sequence[str], stack: str, task: Family, world: int, dry_run: bool = False
-) -> Run:
+def prepare[C: Config](
+    config_path: str, out: str, overrides: Sequence[str], stack: str, task: FamilyOf[C], world: int, dry_run: bool = False
+) -> Run[C]:
     """Check everything that can be checked before a process starts. BadInput carries all problems.
 
     dry_run: a corpus that does not exist is a note, not a problem.
     """
-    cfg = config.load(config_path, overrides, task.Config)
+    given = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
-    done = _steps_done(Path(out)) if cfg.phases else 0
-    train, valid, data_problems, missing = _datasets(config.at_step(cfg, done), task)
-    folder, known = _tokenizer(cfg, train, valid, data_problems)
+    done = _steps_done(Path(out)) if given.phases else 0
+    train, valid, data_problems, missing = _datasets(config.at_step(given, done), task)
+    folder, known = _tokenizer(given, train, valid, data_problems)
     notes = list(missing) if dry_run else []
     notes += data_notes(train, valid)
     problems += data_problems + ([] if dry_run else missing)
@@ -87,29 +90,36 @@ def prepare(
         folder = None
 
     out_path = Path(out)
-    recorded = _recorded(out_path, type(cfg), problems)
-    model = cfg.model.resolve(cfg, known.get("size"))
-    decay = cfg.optim.decay_steps or recorded and recorded.optim.decay_steps
+    recorded = _recorded(out_path, type(given), problems)
+    decay = given.optim.decay_steps or recorded and recorded.optim.decay_steps
     # a trial of a few steps may end during the warmup
-    decay = decay or max(cfg.last_step, cfg.optim.warmup_steps + (cfg.optim.wsd_decay_steps or 0))
-    if cfg.optim.schedule == "wsd" and not cfg.phases and cfg.last_step < decay:
-        notes.append(f"the run ends at step {cfg.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
-    falls = cfg.optim.schedule in config.FALLS_TO_MIN and cfg.optim.min_lr < cfg.optim.lr
-    if recorded and not cfg.optim.decay_steps and falls and not cfg.phases and decay < cfg.last_step:
+    decay = decay or max(given.last_step, given.optim.warmup_steps + (given.optim.wsd_decay_steps or 0))
+    if given.optim.schedule == "wsd" and not given.phases and given.last_step < decay:
+        notes.append(f"the run ends at step {given.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
+    falls = given.optim.schedule in config.FALLS_TO_MIN and given.optim.min_lr < given.optim.lr
+    if recorded and not given.optim.decay_steps and falls and not given.phases and decay < given.last_step:
         notes.append(
             f"optim.decay_steps stays {decay}, the steps of the first start: after that the rate is optim.min_lr; a longer "
             "schedule needs another OUT"
         )
-    whole = cfg.model_copy(update={"model": model, "optim": cfg.optim.model_copy(update={"decay_steps": decay})})
+    optim = given.optim.model_copy(update={"decay_steps": decay})
+    unknown: list[str] = []  # where the size of the vocabulary is not known
+    try:
+        whole = config.resolve(given, task.ResolvedConfig, known.get("size"), optim=optim)
+    except BadInput as error:
+        unknown = error.problems
+        whole = config.resolve(given, task.ResolvedConfig, 1, optim=optim)  # to check the rest
     cfg = config.at_step(whole, done)
-    if cfg.model.vocab_size or not data_problems + missing:
+    if not unknown:
         problems += _vocabulary(cfg, train, valid, known)
+    elif not data_problems + missing:
+        problems += unknown
     elif dry_run and not data_problems:  # else the tokenizer is unknown because of a problem that is reported already
-        problems += [*missing, *_vocabulary(cfg, train, valid, known)]
+        problems += [*missing, *unknown]
     for key, dataset in (("data.train", train), ("data.valid", valid)):
         if dataset is not None:
-            dataset.limit_ids(cfg.model.vocab_size, key)
-    problems += _init_problems(cfg, task, notes)
+            dataset.limit_ids(None if unknown else cfg.model.vocab_size, key)
+    problems += [] if unknown else _init_problems(cfg, task, notes)
 
     layout = None
     for number, phase in enumerate(config.views(whole)):
@@ -225,8 +235,6 @@ def _replaced(train: Dataset | None, valid: Dataset | None) -> list[str]:
 
 def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, known: dict[str, Any]) -> list[str]:
     size = cfg.model.vocab_size
-    if size is None:
-        return ["model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N"]
     problems = []
     for name, dataset in (("train", train), ("valid", valid)):
         for corpus in dataset.corpora if dataset else ():

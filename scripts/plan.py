@@ -33,10 +33,10 @@ def main() -> None:
 
     task = task_module(families.of_config(args.config), read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
+    if cfg.model.vocab_size is None:
+        raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
     model = cfg.model.resolve(cfg, None)
     cfg = cfg.model_copy(update={"model": model})
-    if model.vocab_size is None:
-        raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
 
     print(f"parameters     {model.parameter_count():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0

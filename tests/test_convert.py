@@ -22,7 +22,7 @@ VOCAB = 1021  # a prime: does not divide by tp
 SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.tied=true"]}
 
 
-def resolved(name: str, *overrides: str) -> task.Model:
+def resolved(name: str, *overrides: str) -> task.ResolvedModel:
     cfg = config.load(ROOT / f"recipes/gpt/configs/{name}.yaml", [f"model.vocab_size={VOCAB}", *overrides], task.Config)
     return cfg.model.resolve(cfg, None)
 

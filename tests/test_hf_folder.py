@@ -324,7 +324,7 @@ def test_the_list_of_tensors_with_the_heads_of_tasks(arch: str) -> None:
 
     shapes = task_of(arch).model_from_hf_config(stored(arch)).model_dump(exclude={"pair_head"})
     for task_type in finetune.registry.HEADS:
-        model = finetune.Model(**shapes, task_type=task_type, labels=["a", "b"], pair_head=False)
+        model = finetune.ResolvedModel(**shapes, task_type=task_type, labels=["a", "b"], pair_head=False)
         assert _whole(finetune, model) == finetune.parameter_shapes(model)
 
 
@@ -462,7 +462,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
         assert notes == [f"init.from=hf: {line.replace('SEED', 'train.seed')}" for line in lines]
 
     shapes = task.model_from_hf_config(stored("bert")).model_dump(exclude={"pair_head"})
-    model = finetune.Model(**shapes, task_type="sequence_classification", labels=["a", "b"], pair_head=False)
+    model = finetune.ResolvedModel(**shapes, task_type="sequence_classification", labels=["a", "b"], pair_head=False)
     replaced = model.model_copy(update={"new_head": True})
     pretraining = [unused.format(head) for head in ("cls.predictions.", "cls.seq_relationship.")]
     for begins, folder, lines in (

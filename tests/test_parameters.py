@@ -23,8 +23,9 @@ def hf_model(model: Model) -> PreTrainedModel:
 def parameter_shapes"""
 COUNTED = ("3 * h * f + 2 * h\n", "3 * h * f + 2 * h + 2 * h // self.heads\n")
 TIED_TWICE = ('_unchanged("model.norm.weight")', '_unchanged("model.layers.0.input_layernorm.weight")')
-TRANSPOSED = ('lambda i: _unchanged(*names(i, "mlp", "down_proj"))', 'lambda i: _transposed(*names(i, "mlp", "down_proj"))')
-NO_RULE = ('"self_attention.linear_proj.weight": lambda', '"self_attention.proj.weight": lambda')
+TRANSPOSED_FC2 = '"mlp.linear_fc2.weight": lambda i: _changed(f"model.layers.{i}.mlp.down_proj.weight", torch.t)'
+TRANSPOSED = ('"mlp.linear_fc2.weight": named("mlp.down_proj.weight")', TRANSPOSED_FC2)
+NO_RULE = ('"self_attention.linear_proj.weight": named', '"self_attention.proj.weight": named')
 
 
 Replacements = tuple[tuple[str, str], ...]

@@ -25,7 +25,7 @@ SIZE = [f"model.vocab_size={VOCAB}"]
 LAYOUTS = ([], ["megatron.tp=2"], ["megatron.tp=2", "megatron.sequence_parallel=true"])
 
 
-def resolved(name: str) -> task.Model:
+def resolved(name: str) -> task.ResolvedModel:
     cfg = config.load(ROOT / f"recipes/t5/configs/{name}.yaml", SIZE, task.Config)
     return cfg.model.resolve(cfg, None)
 

@@ -81,8 +81,6 @@ def check(folder: Path, name: str, cfg: Config, task: Family, notes: list[str]) 
     if stored.get("model_type") != wanted:
         ours = f"the config's model.arch is {cfg.model.arch!r}"
         return [f"{name}: is a {_short(stored.get('model_type'))} model, {ours} ({wanted!r} in its config.json)"]
-    if cfg.model.vocab_size is None:  # no tokenizer is known, which is a problem already: the shapes are not known either
-        return []
     return _problems(folder, name, stored, task, cfg.model, "train.seed", notes, cfg)
 
 
@@ -460,4 +458,4 @@ if __name__ == "__main__":  # differences() starts this, without torch
     sys.modules["torch"] = None  # as if it were not installed
     given = json.load(sys.stdin)
     module = importlib.import_module(given["task"])
-    print(json.dumps(resolved(module, module.Model.model_validate(given["model"]), given["config"]), default=str))
+    print(json.dumps(resolved(module, module.ResolvedModel.model_validate(given["model"]), given["config"]), default=str))

@@ -48,7 +48,7 @@ def to_hf(run: Path, folder: Path, task: Family) -> None:
         print(f"{folder}: the weights that from-hf put into {run}")
         return
     task = task_module(task.FAMILY, read_yaml(run / "config.yaml"))  # of finetuning too
-    cfg = config.load(run / "config.yaml", [], task.Config, recorded=True)
+    cfg = config.load(run / "config.yaml", [], task.ResolvedConfig, recorded=True)
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
@@ -66,7 +66,7 @@ def _imported_model(run: Path, task: Family) -> Any:
     if not path.is_file():
         raise BadInput(f"{run}: holds step_0 but no model.yaml; repeat from-hf into a new OUT")
     try:
-        return task.Model.model_validate(read_yaml(path).get("model"))
+        return task.ResolvedModel.model_validate(read_yaml(path).get("model"))
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, e["loc"])) or "model" for e in error.errors()[:3])
         raise BadInput(

@@ -36,10 +36,12 @@ class _NoStream:
 class _CudaMeansCpu(TorchFunctionMode):
     """device='cuda' makes a CPU tensor, and a tensor's type name reads as a GPU's."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if not kwargs:
-            found = func(*args)
-            return found.replace("torch.", "torch.cuda.", 1) if func is torch.Tensor.type and len(args) == 1 else found
+            result = func(*args)
+            return result.replace("torch.", "torch.cuda.", 1) if func is torch.Tensor.type and len(args) == 1 else result
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)
@@ -47,8 +49,8 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def install() -> None:
     """Replace the few torch.cuda functions that Megatron calls, once per process."""
-    cuda = torch.cuda
-    # a function of its own for each: torch.compile keeps them in a table by identity
+    cuda: Any = torch.cuda  # replaced by functions of other types
+    # a separate function for each: torch.compile keeps them in a table by identity
     for name in ("synchronize", "empty_cache", "set_device"):
         setattr(cuda, name, lambda *_, **__: None)
     for name in ("current_stream", "default_stream"):
@@ -59,7 +61,8 @@ def install() -> None:
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    tensor_class: Any = torch.Tensor
+    tensor_class.cuda = lambda tensor, *_, **__: tensor
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     parallel_random._set_cuda_rng_state = lambda new, *_, **__: torch.set_rng_state(new)
 

@@ -89,7 +89,8 @@ class Norm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         layer_norm = config.normalization == "LayerNorm"
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) if layer_norm else None
-        for parameter in self.parameters():
+        marked: list[Any] = list(self.parameters())  # Megatron reads an attribute of them
+        for parameter in marked:
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (T, B, H) -> (T, B, H)
@@ -98,7 +99,7 @@ class Norm(torch.nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-class SdpaAttention(MegatronModule):
+class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no annotations
     """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out."""
 
     def __init__(
@@ -176,25 +177,25 @@ def layer_spec(mask: AttnMaskType, cross: bool = False, linear_fc2: type = RowPa
 
 
 def use_own_norms() -> None:
-    """Megatron builds the final norm by itself: where TransformerEngine is missing, let it be ours (sequence parallel)."""
+    """Without TransformerEngine Megatron builds the final norm by itself: let it build Norm, for sequence parallelism."""
     transformer_block.LayerNormImpl = Norm
 
 
 def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> TransformerConfig:
-    """Megatron's configuration from our system keys and the family's shapes. `megatron.extra` is merged last."""
+    """Megatron's configuration from the section `megatron` and the family's shapes. `megatron.extra` is merged last."""
     dtype = torch.bfloat16 if cfg.train.dtype == "bf16" else torch.float32
     system = cfg.megatron
-    made: dict[str, Any] = {
+    values: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "sequence_parallel": system.sequence_parallel and layout.tp > 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": cfg.train.dtype == "bf16",
-        "calculate_per_token_loss": True,  # law 5: gradients are summed, then divided by the targets of the global batch
+        "calculate_per_token_loss": True,  # invariant 5: gradients are summed, then divided by the targets of the global batch
         "finalize_model_grads_func": finalize_model_grads,
         "use_cpu_initialization": True,
-        "perform_initialization": False,  # `fill` gives every value
+        "perform_initialization": False,  # load_state sets every value
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
@@ -202,8 +203,8 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "persist_layer_norm": False,
     } | shapes
     if system.recompute:
-        made |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(**(made | system.extra))
+        values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**(values | system.extra))
 
 
 # ---- wrapping and optimizer ------------------------------------------------------------------------------------------
@@ -274,9 +275,10 @@ def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
     return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)
 
 
-def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters under the names they have without pipeline stages and wrappers: layers.0 of stage 1 becomes layers.2."""
-    core = model
+def global_names(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Parameters, with the attributes that Megatron gives them, under the names that they have without pipeline stages and
+    wrappers: layers.0 of stage 1 becomes layers.2."""
+    core: Any = model
     while hasattr(core, "module"):
         core = core.module
     numbers = {
@@ -284,11 +286,11 @@ def global_names(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
         for name, layer in core.named_modules()
         if hasattr(layer, "layer_number") and name.rpartition(".")[0].endswith("layers")
     }
-    found = []
+    named = []
     for name, parameter in core.named_parameters():
         layer = next((n for n in numbers if name.startswith(n + ".")), None)
-        found.append((numbers[layer] + name[len(layer) :] if layer else name, parameter))
-    return found
+        named.append((numbers[layer] + name[len(layer) :] if layer else name, parameter))
+    return named
 
 
 def load_state(
@@ -302,36 +304,41 @@ def load_state(
     _prove(model, parameter_map, shapes)
     for name, parameter in global_names(model):
         conversion = parameter_map(name)
-        theirs = [values(hf, shapes[hf]) for hf in conversion.hf]
+        hf_values = [values(hf, shapes[hf]) for hf in conversion.hf]
         parts = PARTS if step else PARTS[:1]
-        local = {part: _local(conversion, parameter, [t[part] for t in theirs]) for part in parts}
+        local = {part: _local(conversion, parameter, [value[part] for value in hf_values]) for part in parts}
         with torch.no_grad():
             parameter.copy_(local["weight"])
         for main, where in _mains(optimizer, parameter):
             one = _owner(optimizer, main)
             main.detach().copy_(local["weight"].flatten()[where].view_as(main))
             if step:
-                made = state.adam_state(main, step)
+                moments = state.adam_state(main, step)
                 for part in MOMENTS:
-                    made[part].copy_(local[part].flatten()[where].view_as(main))
+                    moments[part].copy_(local[part].flatten()[where].view_as(main))
                 if not isinstance(one, torch.optim.AdamW):
-                    made.pop("step")  # the fused optimizers count in their groups
-                one.state[main] = made
+                    moments.pop("step")  # the fused optimizers count in their groups
+                one.state[main] = moments
     for one in each(optimizer):
         if step and not isinstance(one.optimizer, torch.optim.AdamW):
             for group in one.optimizer.param_groups:
                 group["step"] = step
 
 
-def _local(conversion: Conversion, parameter: torch.nn.Parameter, theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+def _local(conversion: Conversion, parameter: Any, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """This rank's part of a Megatron parameter, from the whole Hugging Face tensors that make it up."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    whole = conversion.from_hf(*theirs)
+    whole = conversion.from_hf(*tensors)
     if conversion.unpadded_rows:
         padded = -(-conversion.unpadded_rows // tp) * tp
         whole = F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - conversion.unpadded_rows))
-    sharded = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
-    return split(whole, parameter.partition_dim, conversion.blocks, tp, rank) if sharded else whole
+    return split(whole, parameter.partition_dim, conversion.blocks, tp, rank) if _is_split(parameter) else whole
+
+
+def _is_split(parameter: Any) -> bool:
+    """Has each tensor-parallel rank a part of this parameter? Megatron marks those that have."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    return tp > 1 and getattr(parameter, "tensor_model_parallel", False)
 
 
 def _prove(model: DistributedDataParallel, parameter_map: ParameterMap, shapes: Shapes) -> None:
@@ -364,12 +371,12 @@ def _prove(model: DistributedDataParallel, parameter_map: ParameterMap, shapes: 
 
 def _shape_problem(name: str, parameter: torch.nn.Parameter, conversion: Conversion, shapes: Shapes) -> str | None:
     try:
-        made = tuple(_local(conversion, parameter, [torch.empty(*shapes[hf], device="meta") for hf in conversion.hf]).shape)
+        shape = tuple(_local(conversion, parameter, [torch.empty(*shapes[hf], device="meta") for hf in conversion.hf]).shape)
     except (RuntimeError, ValueError, IndexError) as error:
         return f"{name} of Megatron: parameter_map.py cannot make it from {', '.join(conversion.hf)}: {error}"
-    if made == tuple(parameter.shape):
+    if shape == tuple(parameter.shape):
         return None
-    return f"{name} of Megatron has shape {tuple(parameter.shape)}, parameter_map.py makes {made}"
+    return f"{name} of Megatron has shape {tuple(parameter.shape)}, parameter_map.py makes {shape}"
 
 
 def _owner(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.optim.Optimizer:
@@ -407,19 +414,16 @@ def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, p
         if conversion.is_copy:
             continue
         parts = _local_parts(optimizer, parameter, dp_group)
-        if tp > 1 and getattr(parameter, "tensor_model_parallel", False):
-            parts = {part: _gather(t, parameter.partition_dim, conversion.blocks, tp_group) for part, t in parts.items()}
-        mine = number % (tp * dp) == turn
-        whole = (
-            {
-                part: conversion.to_hf(t[: conversion.unpadded_rows] if conversion.unpadded_rows else t)
-                for part, t in parts.items()
-            }
-            if mine
-            else {}
-        )
-        for place, hf in enumerate(conversion.hf):
-            yield hf, {part: t[place].contiguous().cpu() for part, t in whole.items()} if mine else None
+        if _is_split(parameter):
+            dim = parameter.partition_dim
+            parts = {part: _gather(tensor, dim, conversion.blocks, tp_group) for part, tensor in parts.items()}
+        if number % (tp * dp) != turn:
+            yield from ((hf, None) for hf in conversion.hf)
+            continue
+        rows = slice(conversion.unpadded_rows)
+        hf_parts = {part: conversion.to_hf(tensor[rows]) for part, tensor in parts.items()}
+        for index, hf in enumerate(conversion.hf):
+            yield hf, {part: tensors[index].contiguous().cpu() for part, tensors in hf_parts.items()}
 
 
 def _local_parts(

@@ -77,9 +77,9 @@ def tp_rank(layout: Layout, ranks: Ranks) -> int:
     return ranks.rank % layout.tp
 
 
-def grad_norm(engine: Any, shapes: Shapes) -> float | None:
-    """Global gradient norm before clipping, to be read before engine.step() at stage 0 (where the engine keeps none), after
-    it at the others; None when it is not the time."""
+def grad_norm(engine: Any, shapes: Shapes) -> float:
+    """Global gradient norm before clipping. Call it before engine.step() at stage 0, where the engine records none, and after
+    it at the other stages."""
     if engine.zero_optimization_stage() == 0:
         grads = {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
         split = [g for n, g in grads.items() if tuple(g.shape) != tuple(shapes[n])]
@@ -88,8 +88,7 @@ def grad_norm(engine: Any, shapes: Shapes) -> float | None:
         if split:
             dist.all_reduce(squares[:1], group=groups.get_tensor_model_parallel_group())
         return squares.sum().sqrt().item()
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return float(engine.get_global_grad_norm())
 
 
 def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
@@ -138,7 +137,10 @@ def _link(inner: Any) -> None:
     inner._lazy_init_hp_params_optimizer_state()
 
 
-def _put_stage12(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool) -> None:
+# Below, `parameter` is a torch.nn.Parameter to which DeepSpeed adds attributes: _hp_mapping, ds_tensor and so on.
+
+
+def _put_stage12(parameter: Any, parts: state.Parts, moments: bool) -> None:
     with torch.no_grad():
         parameter.copy_(parts["weight"])
     if not parameter.requires_grad or parameter._hp_mapping is None:  # this rank owns no piece of its master
@@ -149,7 +151,7 @@ def _put_stage12(parameter: torch.nn.Parameter, parts: state.Parts, moments: boo
         parameter.set_full_hp_param(parts[part].to(device), part)
 
 
-def _put_stage3(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool) -> None:
+def _put_stage3(parameter: Any, parts: state.Parts, moments: bool) -> None:
     weight = _piece(parameter, parts["weight"])
     parameter.ds_tensor.data.copy_(weight)
     if parameter.ds_status.name == "AVAILABLE":
@@ -161,12 +163,12 @@ def _put_stage3(parameter: torch.nn.Parameter, parts: state.Parts, moments: bool
         set_local_state(parameter, _piece(parameter, parts[part]), part)
 
 
-def _piece(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+def _piece(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
     """This rank's equal share of a flat parameter; the last one is padded with zeros."""
     size, rank = parameter.ds_tensor.numel(), parameter._z3_optimizer._get_param_partition_rank(parameter)
     piece = torch.zeros(size)
-    mine = whole.flatten()[rank * size : (rank + 1) * size]
-    piece[: mine.numel()] = mine
+    values = whole.flatten()[rank * size : (rank + 1) * size]
+    piece[: values.numel()] = values
     return piece.to(parameter.ds_tensor.device)
 
 

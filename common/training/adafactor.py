@@ -1,4 +1,4 @@
-"""Adafactor as T5 was trained with it, in plain torch: exact wherever each parameter is held whole (common/config.py)."""
+"""Adafactor as T5 was trained with it, in plain torch: exact wherever a rank has whole parameters (common/layout.py)."""
 
 from typing import Any
 
@@ -23,26 +23,26 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(groups, {"lr": optim.lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the scripts compute the loss
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group["lr"], group["weight_decay"])
+                    self._update(p, p.grad, group["lr"], group["weight_decay"])
 
-    def _update(self, p: torch.Tensor, lr: float, weight_decay: float) -> None:
+    def _update(self, p: torch.Tensor, grad: torch.Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]
         if not state:
             state |= {"step": torch.zeros(())} | {name: torch.zeros_like(part) for name, part in parts_of(p).items()}
         state["step"] += 1
         rest = state["step"].item() ** -DECAY  # 1 - beta2
-        squares = p.grad.square() + SMALLEST
+        squares = grad.square() + SMALLEST
         for name, part in parts_of(squares).items():
             state[name].lerp_(part, rest)
         if p.dim() > 1:
             rows, columns = state["rows"], state["columns"]
-            update = p.grad * (rows / rows.mean(-1, keepdim=True)).rsqrt()[..., None] * columns.rsqrt()[..., None, :]
+            update = grad * (rows / rows.mean(-1, keepdim=True)).rsqrt()[..., None] * columns.rsqrt()[..., None, :]
         else:
-            update = p.grad * state["squares"].rsqrt()
+            update = grad * state["squares"].rsqrt()
         update /= (root_mean_square(update) / CLIP).clamp(min=1.0)
         rate = lr * root_mean_square(p).clamp(min=LEAST_SCALE)
         if weight_decay:
@@ -51,7 +51,7 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def parts_of(squares: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is kept of a parameter's squares: means over its columns and over its rows; of a vector all of them."""
+    """What the state has of a parameter's squares: means over its columns and over its rows; of a vector all of them."""
     if squares.dim() > 1:
         return {"rows": squares.mean(-1), "columns": squares.mean(-2)}
     return {"squares": squares}

@@ -1,4 +1,4 @@
-"""Law 4: a parameter's first value depends on (seed, its Hugging Face name, its full shape) alone."""
+"""Initial values (invariant 4): they depend only on the seed, the parameter's Hugging Face name and its full shape."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,23 +10,24 @@ from common.seeding import derive_seed
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 Shape = Sequence[int]
 Source = Callable[[str, Shape], "torch.Tensor"]  # (Hugging Face name, full shape) -> fp32 tensor on the CPU
 
 
-def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
-    """Draw a parameter on the CPU: `initial(name)` is 'zeros', 'ones' or a standard deviation."""
+def scratch(seed: int, initializer: Callable[[str], float | str]) -> Source:
+    """Draw a parameter on the CPU: `initializer(name)` is 'zeros', 'ones' or a standard deviation."""
     import torch
 
     def draw(name: str, shape: Shape) -> torch.Tensor:
-        kind = initial(name)
-        if kind == "zeros":
+        how = initializer(name)
+        if how == "zeros":
             return torch.zeros(*shape)
-        if kind == "ones":
+        if how == "ones":
             return torch.ones(*shape)
         generator = torch.Generator().manual_seed(derive_seed("init", seed, name, tuple(shape)))
-        return torch.empty(*shape).normal_(0.0, kind, generator=generator)
+        return torch.empty(*shape).normal_(0.0, float(how), generator=generator)
 
     return draw
 
@@ -34,38 +35,41 @@ def scratch(seed: int, initial: Callable[[str], float | str]) -> Source:
 def from_hf(
     folder: str | Path,
     stored_names: Callable[[str], Sequence[str]],
-    heads: tuple[str, ...] = (),
-    anew: Source | None = None,
-    fresh: tuple[str, ...] = (),
+    optional_prefixes: tuple[str, ...] = (),
+    scratch: Source | None = None,
+    new_head_prefixes: tuple[str, ...] = (),
 ) -> Source:
     """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.
 
-    stored_names: the names under which folders keep a parameter, the first one found counts (`task.stored_names`).
-    heads: beginnings of names that a folder may lack (`task.HEADS`): those come from `anew`.
-    fresh: beginnings of names that come from `anew` whatever the folder holds.
+    stored_names: the names under which a folder may hold a parameter; the first that is there counts (`task.stored_names`).
+    optional_prefixes: of parameters that a folder may lack: those come from `scratch`.
+    new_head_prefixes: of parameters that come from `scratch` whatever the folder holds.
     """
     from safetensors import SafetensorError, safe_open
 
     from common.huggingface import hf_folder
 
     problems: list[str] = []
-    held = hf_folder.tensors(Path(folder), f"init.from={folder}", problems)
+    tensors = hf_folder.tensors(Path(folder), f"init.from={folder}", problems)
     if problems:
         raise BadInput(problems)
 
     def read(name: str, shape: Shape) -> "torch.Tensor":
-        stored = next((known for known in stored_names(name) if known in held), None)
-        if anew is not None and (name.startswith(fresh) or stored is None and name.startswith(heads)):
-            return anew(name, shape)
+        stored = next((known for known in stored_names(name) if known in tensors), None)
+        is_new = name.startswith(new_head_prefixes) or stored is None and name.startswith(optional_prefixes)
+        if scratch is not None and is_new:
+            return scratch(name, shape)
         if stored is None:
             raise BadInput(f"init.from={folder}: holds no {name}; it is a model of another architecture")
-        if held[stored].dtype not in hf_folder.FLOATS:
-            raise BadInput(f"init.from={folder}: its {stored} is {held[stored].dtype}; weights must be F32, BF16, F16 or F64")
+        if tensors[stored].dtype not in hf_folder.FLOATS:
+            raise BadInput(
+                f"init.from={folder}: its {stored} is {tensors[stored].dtype}; weights must be F32, BF16, F16 or F64"
+            )
         try:
-            with safe_open(held[stored].path, framework="pt") as f:
+            with safe_open(tensors[stored].path, framework="pt") as f:
                 tensor = f.get_tensor(stored)
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"init.from={folder}: {held[stored].path.name} cannot be read: {error}; get it again") from None
+            raise BadInput(f"init.from={folder}: {tensors[stored].path.name} cannot be read: {error}; get it again") from None
         if tuple(tensor.shape) != tuple(shape):
             raise BadInput(f"init.from={folder}: {name} is {tuple(tensor.shape)}, the config's model wants {tuple(shape)}")
         tensor = tensor.float()
@@ -79,7 +83,7 @@ def from_hf(
     return read
 
 
-def allocate(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+def allocate(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
     """Give a model whose parameters are on the meta device (`accelerate.init_empty_weights`) memory without values."""
     import torch
 

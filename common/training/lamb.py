@@ -1,4 +1,4 @@
-"""LAMB in plain torch: exact wherever each parameter is held whole (common/config.py refuses the other layouts)."""
+"""LAMB in plain torch: exact wherever a rank has whole parameters (common/layout.py refuses the other layouts)."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class Lamb(torch.optim.Optimizer):
         self.eps, self.settings = optim.eps, optim.lamb
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the scripts compute the loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -31,7 +31,7 @@ class Lamb(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p] = state.adam_state(p, 0)
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]  # of all: `step` has left out those without
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         for p in params:

@@ -31,9 +31,11 @@ def lr_at(step: int, optim: Optim) -> float:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    form, begin = optim.schedule, optim.warmup_steps  # what falls, and the step after which it does
+    assert optim.decay_steps is not None  # resolved by common/preflight.py
+    form: str = optim.schedule
+    begin = optim.warmup_steps  # the step after which the rate falls
     if optim.schedule == "wsd":
-        assert optim.decay_steps is not None and optim.wsd_decay_steps is not None  # resolved by common/preflight.py
+        assert optim.wsd_decay_steps is not None  # required by common/config.py
         form, begin = optim.wsd_decay_style, optim.decay_steps - optim.wsd_decay_steps
     done = min(1.0, max(0, step - begin) / max(1, optim.decay_steps - begin))
     share = {
@@ -46,35 +48,37 @@ def lr_at(step: int, optim: Optim) -> float:
 
 
 def groups(
-    named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
+    named: Iterable[tuple[str, "torch.nn.Parameter"]], has_weight_decay: Callable[[str], bool], optim: Optim
 ) -> list[dict[str, Any]]:
     """AdamW's two parameter groups of what is trained: matrices with weight decay, biases and norms without."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            (decayed if decays(name) else plain).append(parameter)
+            (decayed if has_weight_decay(name) else plain).append(parameter)
     split = [(decayed, optim.weight_decay), (plain, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in split if params]
 
 
 def build(
-    named: Iterable[tuple[str, "torch.nn.Parameter"]], decays: Callable[[str], bool], optim: Optim
+    named: Iterable[tuple[str, "torch.nn.Parameter"]], has_weight_decay: Callable[[str], bool], optim: Optim
 ) -> "torch.optim.Optimizer":
     """The optimizer of optim.optimizer over named parameters.
 
-    adamw: torch's (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel a group on the GPU and on the CPU.
-    lamb, adafactor: lamb.py and adafactor.py here; only where every parameter is held whole (common/config.py
+    adamw: torch's (Loshchilov and Hutter, arXiv:1711.05101), fused: one kernel per group on the GPU and on the CPU.
+    lamb, adafactor: lamb.py and adafactor.py here; only where every rank has whole parameters (common/layout.py
     refuses the other layouts).
     """
     import torch
 
-    made = groups(named, decays, optim)
+    parameter_groups = groups(named, has_weight_decay, optim)
     if optim.optimizer == "lamb":
         from common.training.lamb import Lamb
 
-        return Lamb(made, optim)
+        return Lamb(parameter_groups, optim)
     if optim.optimizer == "adafactor":
         from common.training.adafactor import Adafactor
 
-        return Adafactor(made, optim)
-    return torch.optim.AdamW(made, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+        return Adafactor(parameter_groups, optim)
+    beta1, beta2 = optim.betas
+    return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=True)

@@ -92,13 +92,23 @@ class Model(task.Model):
                 f"task.question_len={cfg.task.question_len}; give data.seq_len={least} or more"
             )
 
-    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
+    def filled(self, cfg: Any, tokenizer_size: int | None) -> dict[str, Any]:
         try:
             names = task_labels(cfg.task)
         except BadInput:  # of train, which `dataset` has reported
             names = []
-        update = {"labels": names, "task_type": registry.TASKS[cfg.task.name].task_type}
-        return super().resolve(cfg, tokenizer_size).model_copy(update=update)
+        task_type = registry.TASKS[cfg.task.name].task_type
+        return super().filled(cfg, tokenizer_size) | {"labels": names, "task_type": task_type}
+
+    def resolve(self, cfg: Any, tokenizer_size: int | None) -> ResolvedModel:
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
+
+
+class ResolvedModel(task.ResolvedModel, Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
+    task_type: Annotated[Literal[*registry.HEADS], BeforeValidator(registry.task_type_now)]
+    labels: list[NonEmpty]
 
     @property
     def task_head(self) -> base.Head:
@@ -159,6 +169,12 @@ class Config(finetuning.Config):
         return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"pair_head", "dropout", "init_std"})
 
 
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
+
+
 def dataset(cfg: Config, split: str, shuffle: bool) -> base.TaskDataset:
     """The examples of a split, tokenized. BadInput for a task, a file, a label or a tokenizer that does not do."""
     from common.data import tokenizer as tokenizers
@@ -206,13 +222,13 @@ def selection_metric(cfg: Config) -> str:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def hf_config(model: Model) -> PreTrainedConfig:
+def hf_config(model: ResolvedModel) -> PreTrainedConfig:
     made = task.hf_config(model)
     made.num_labels = len(model.labels)
     return made
 
 
-def hf_model(model: Model) -> PreTrainedModel:
+def hf_model(model: ResolvedModel) -> PreTrainedModel:
     """The `transformers` class that baseline and DeepSpeed train."""
     import transformers
 
@@ -222,25 +238,25 @@ def hf_model(model: Model) -> PreTrainedModel:
     return net if model.arch == "bert" else use_sdpa(net)
 
 
-def trained_class(model: Model) -> str:
+def trained_class(model: ResolvedModel) -> str:
     return _class(model, model.task_head.trained_class)
 
 
-def _class(model: Model, suffix: str) -> str:
+def _class(model: ResolvedModel, suffix: str) -> str:
     return ("Bert" if model.arch == "bert" else "MegatronBert") + suffix
 
 
-def hf_class_name(model: Model) -> str:
+def hf_class_name(model: ResolvedModel) -> str:
     """The `transformers` class that loads an export."""
     return _class(model, model.task_head.exported_class)
 
 
-def hf_config_overrides(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
     """The keys of an export's config.json whose values differ from those of hf_config."""
     return label_names.hf_config_entries(model.task_head, model.labels)
 
 
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, from the class itself on the meta device."""
     import torch
 
@@ -249,19 +265,19 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initializer(model: Model, name: str) -> float | str:
+def initializer(model: ResolvedModel, name: str) -> float | str:
     """As task.initializer; the new head as transformers has it, whatever the model began with."""
     if name == f"{model.task_head.parameter}.weight":
         return 0.02
     return task.initializer(model, name)
 
 
-def optional_prefixes(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: those begin from the seed."""
     return f"{model.task_head.parameter}.", "bert.pooler."
 
 
-def new_head_prefixes(model: Model) -> tuple[str, ...]:
+def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Beginnings of names that begin from the seed whatever the folder holds."""
     return (f"{model.task_head.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
 
@@ -311,18 +327,18 @@ def reorder_labels(cfg: Config, folder: Path, source: init.Source) -> init.Sourc
     return read
 
 
-def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """As task.parameter_patterns, with the head of the task in place of those of pretraining."""
     head = task.named_linear(model.task_head.parameter, model.hidden, len(model.labels))
     return task.encoder_tensors(model, model.task_head.pooled) | head
 
 
-def model_card(model: Model) -> dict[str, Any]:
+def model_card(model: ResolvedModel) -> dict[str, Any]:
     """What the model card says of the architecture."""
     return task.model_card(model) | {"labels": ", ".join(model.labels)}
 
 
-def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
+def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]:
     """FLOPs per token, forward and backward: as task.forward_backward_flops without the MLM head, for examples of seq_len."""
     h = model.hidden
     weights = model.layers * (4 * h * h + 2 * h * model.ffn)

@@ -120,11 +120,11 @@ class Samples(BlendedDataset):
 
     def _fill(self, out: dict[str, np.ndarray], row: int, corpus: IndexedDataset, j: int, rng: np.random.Generator) -> None:
         s = self.special
-        chunk = tuple(int(bound[j]) for bound in self._chunks[corpus.prefix])
+        first, end = (int(bound[j]) for bound in self._chunks[corpus.prefix])
         if self.pair == "none":
-            ids = np.concatenate([[s.cls], self._single(corpus, *chunk, rng), [s.sep]])
+            ids = np.concatenate([[s.cls], self._single(corpus, first, end, rng), [s.sep]])
         else:
-            a, b, label = self._two(corpus, *chunk, rng)
+            a, b, label = self._two(corpus, first, end, rng)
             ids = np.concatenate([[s.cls], a, [s.sep], b, [s.sep]])
             out["token_types"][row, len(a) + 2 : len(ids)] = 1
             out["pair_label"][row] = label

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from common.paths import Blend
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
@@ -113,24 +114,34 @@ class Model(Section):
     def resolved_ffn(self) -> int:
         return self.ffn or 4 * self.hidden
 
-    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
-        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
-        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
-        return self.model_copy(
-            update={
-                "ffn": self.resolved_ffn(),
-                "positions": self.positions or cfg.data.seq_len,
-                "vocab_size": self.vocab_size or rounded,
-                "pair_head": cfg.objective.pair != "none" if self.pair_head is None else self.pair_head,
-            }
-        )
+    def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
+        """Every key, with its default where none is given."""
+        return self.model_dump() | {
+            "ffn": self.resolved_ffn(),
+            "positions": self.positions or cfg.data.seq_len,
+            "vocab_size": config.vocabulary(self.vocab_size, tokenizer_size),
+            "pair_head": cfg.objective.pair != "none" if self.pair_head is None else self.pair_head,
+        }
+
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
+        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
+
+
+class ResolvedModel(Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
+    ffn: Positive
+    positions: Positive
+    vocab_size: Positive
+    pair_head: bool
 
     def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/planning/memory.py needs to know of a resolved model's layers."""
+        """What common/planning/memory.py needs to know of the layers."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
 
     def parameter_count(self) -> int:
-        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
         encoder = self.layers * layer + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
@@ -173,7 +184,13 @@ class Config(config.Config):
     objective: Objective = Objective()
 
 
-def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
+
+
+def dataset(cfg: Config, data: Blend, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset
@@ -188,7 +205,7 @@ def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     return samples.open_dataset(cfg, blend, shuffle, tokenizer.load(folder), corpus.prefix)
 
 
-def hf_config(model: Model) -> PreTrainedConfig:
+def hf_config(model: ResolvedModel) -> PreTrainedConfig:
     """The `transformers` configuration of a resolved model.
 
     pad_token_id=None: the classes would drop the gradient of that id in the embedding, which Megatron does not. Padding is
@@ -196,39 +213,48 @@ def hf_config(model: Model) -> PreTrainedConfig:
     """
     from transformers import BertConfig, MegatronBertConfig
 
-    return (BertConfig if model.arch == "bert" else MegatronBertConfig)(
-        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.hidden,
-        intermediate_size=model.ffn, num_hidden_layers=model.layers, num_attention_heads=model.heads, type_vocab_size=2,
-        hidden_act="gelu", hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
-        layer_norm_eps=model.norm_eps, initializer_range=model.init_std, pad_token_id=None,
-    )  # fmt: skip
+    return BertConfig(**_hf_shapes(model)) if model.arch == "bert" else MegatronBertConfig(**_hf_shapes(model))
 
 
-def hf_model(model: Model) -> PreTrainedModel:
+def _hf_shapes(model: ResolvedModel) -> dict[str, Any]:
+    return {
+        "vocab_size": model.vocab_size, "max_position_embeddings": model.positions, "hidden_size": model.hidden,
+        "intermediate_size": model.ffn, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+        "type_vocab_size": 2, "hidden_act": "gelu", "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.dropout, "layer_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std, "pad_token_id": None,
+    }  # fmt: skip
+
+
+def hf_model(model: ResolvedModel) -> PreTrainedModel:
     """The `transformers` class that baseline and DeepSpeed train (modeling.py: with the head on masked positions only)."""
+    from transformers import BertConfig, MegatronBertConfig
+
     from . import modeling as m
 
     if model.arch == "bert":
-        return (m.PairedBert if model.pair_head else m.SingleBert)(hf_config(model))
-    return m.use_sdpa((m.PairedMegatronBert if model.pair_head else m.SingleMegatronBert)(hf_config(model)))
+        return (m.PairedBert if model.pair_head else m.SingleBert)(BertConfig(**_hf_shapes(model)))
+    return m.use_sdpa(
+        (m.PairedMegatronBert if model.pair_head else m.SingleMegatronBert)(MegatronBertConfig(**_hf_shapes(model)))
+    )
 
 
-def hf_model_type(model: Model) -> str:
+def hf_model_type(model: ResolvedModel) -> str:
     """`model_type` in a folder's config.json."""
     return model.arch
 
 
-def hf_class_name(model: Model) -> str:
+def hf_class_name(model: ResolvedModel) -> str:
     """The `transformers` class that loads an export."""
     return ("Bert" if model.arch == "bert" else "MegatronBert") + ("ForPreTraining" if model.pair_head else "ForMaskedLM")
 
 
-def hf_config_overrides(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: nothing."""
     return {}
 
 
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -241,7 +267,7 @@ def _is_norm(name: str) -> bool:
     return "LayerNorm" in name or ".ln." in name
 
 
-def initializer(model: Model, name: str) -> float | str:
+def initializer(model: ResolvedModel, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
 
     BERT's code cuts the normal distribution at two deviations; here, as in transformers and Megatron, it is whole.
@@ -272,16 +298,17 @@ def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
     return [*(batches.targets(micro_batches, mask) for mask in masks), batches.tokens(micro_batches)]
 
 
-def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """Rows of the corpus -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) places in the flat batch,
-    labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
+def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """A micro batch of `dataset` -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) indices of the
+    masked positions in the flat batch, labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
     import torch
 
-    predicted = np.flatnonzero(rows["mlm_mask"])
-    tokens = np.arange(rows["tokens"].shape[1]) < rows["lengths"][:, None]
-    made = {name: rows[name] for name in ("tokens", "token_types", "pair_label", "pair_mask") if name in rows}
-    made |= {"attention_mask": tokens, "predicted": predicted, "labels": rows["labels"].reshape(-1)[predicted]}
-    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
+    predicted = np.flatnonzero(micro_batch["mlm_mask"])
+    names = ("tokens", "token_types", "pair_label", "pair_mask")
+    arrays: batches.MicroBatch = {name: micro_batch[name] for name in names if name in micro_batch}
+    arrays["attention_mask"] = np.arange(micro_batch["tokens"].shape[1]) < micro_batch["lengths"][:, None]
+    arrays |= {"predicted": predicted, "labels": micro_batch["labels"].reshape(-1)[predicted]}
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,8 +324,8 @@ def loss_sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, to
 
     labels = batch["labels"]
     loss, right = cross_entropy(mlm.float(), labels).sum(), (mlm.argmax(-1) == labels).sum()
-    found = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
-    return found if "pair_label" not in batch else torch.cat([found, pair_sums(pairs, batch)[:, None]], 1)
+    sums = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
+    return sums if pairs is None else torch.cat([sums, pair_sums(pairs, batch)[:, None]], 1)
 
 
 def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -318,9 +345,9 @@ def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tu
     out = net(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
     logits = out.prediction_logits if "prediction_logits" in out else out.logits  # (B, T, V)
     pairs = out.seq_relationship_logits if "seq_relationship_logits" in out else None
-    made = loss_sums(logits.flatten(0, 1)[batch["predicted"]], pairs, batch)[0]
+    sums = loss_sums(logits.flatten(0, 1)[batch["predicted"]], pairs, batch)[0]
     targets = [len(batch["labels"])] + ([int(batch["pair_mask"].sum())] if "pair_mask" in batch else [])
-    return made, torch.tensor(targets, device=made.device)
+    return sums, torch.tensor(targets, device=sums.device)
 
 
 def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
@@ -331,7 +358,7 @@ def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, flo
     return sum(losses), named | {f"{name}_accuracy": value for name, value in zip(names, right, strict=True)}
 
 
-def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
+def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
     """FLOPs a token, forward and backward, without recompute: 6 x weights that multiply + 12 x layers x hidden x T for
     attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts for the masked positions alone (15 %)."""
     h = model.hidden
@@ -339,7 +366,7 @@ def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     return {"full": 6.0 * weights + 12.0 * model.layers * h * data.seq_len}
 
 
-def model_card(model: Model) -> dict[str, Any]:
+def model_card(model: ResolvedModel) -> dict[str, Any]:
     """What the model card says of the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
@@ -366,7 +393,7 @@ def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     return {"position_embedding_type": "absolute", **values}  # the only kind that its classes still have
 
 
-def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
     h = model.hidden
     made = encoder_tensors(model, pooled=bool(model.pair_head))
@@ -375,7 +402,7 @@ def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
     return made | (named_linear("cls.seq_relationship", h, 2) if model.pair_head else {})
 
 
-def encoder_tensors(model: Model, pooled: bool) -> dict[str, tuple[int, ...]]:
+def encoder_tensors(model: ResolvedModel, pooled: bool) -> dict[str, tuple[int, ...]]:
     """As parameter_patterns, without heads."""
     h, f = model.hidden, model.ffn
     tables = {"word_embeddings": model.vocab_size, "position_embeddings": model.positions, "token_type_embeddings": 2}
@@ -399,20 +426,20 @@ def named_norm(name: str, hidden: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
 
 
-def layer_count(model: Model, pattern: str) -> int:
+def layer_count(model: ResolvedModel, pattern: str) -> int:
     """How many layers the `*` of a name in parameter_patterns counts."""
     return model.layers
 
 
-def duplicate_names(model: Model) -> dict[str, str]:
+def duplicate_names(model: ResolvedModel) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     decoder = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
     return {f"cls.predictions.decoder.{leaf}": name for leaf, name in decoder.items()}
 
 
-def model_from_hf_config(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
-    return Model(
+    return ResolvedModel(
         arch=config["model_type"], layers=config["num_hidden_layers"], hidden=config["hidden_size"],
         heads=config["num_attention_heads"], ffn=config["intermediate_size"], positions=config["max_position_embeddings"],
         vocab_size=config["vocab_size"], norm_eps=config.get("layer_norm_eps", 1e-12),
@@ -420,12 +447,12 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def optional_prefixes(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack (an encoder alone): those begin from the seed."""
     return "cls.predictions.", *(("cls.seq_relationship.", "bert.pooler.") if model.pair_head else ())
 
 
-def new_head_prefixes(model: Model) -> tuple[str, ...]:
+def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
     return ()
 

@@ -83,6 +83,13 @@ class Model(task.Model):
             if target not in known:
                 yield f"lora.targets: the model has no linear layer {target!r}; it has {', '.join(known)}"
 
+    def resolve(self, cfg: Any, tokenizer_size: int | None) -> ResolvedModel:
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
+
+
+class ResolvedModel(task.ResolvedModel, Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
 
 class Data(config.Data):
     """train, valid: names of files in task.data (with or without their endings), or splits of a dataset."""
@@ -138,6 +145,12 @@ class Config(finetuning.Config):
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         return finetuning.with_shapes(values, model_from_hf_config, HF_MODEL_TYPES, {"dropout", "init_std"})
+
+
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
 
 
 def linear_layers(model: Model) -> tuple[str, ...]:

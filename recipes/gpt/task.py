@@ -24,10 +24,10 @@ from .samples import Samples
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+    from common.paths import Blend
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
@@ -121,26 +121,37 @@ class Model(Section):
             return self.ffn
         return 4 * self.hidden if self.arch == "gpt2" else -(-8 * self.hidden // 3 // 128) * 128
 
-    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
-        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
-        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
-        return self.model_copy(
-            update={
-                "kv_heads": self.kv_heads or self.heads,
-                "ffn": self.resolved_ffn(),
-                "positions": self.positions or cfg.data.seq_len,
-                "vocab_size": self.vocab_size or rounded,
-                "tied": self.arch == "gpt2" if self.tied is None else self.tied,
-            }
-        )
+    def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
+        """Every key, with its default where none is given."""
+        return self.model_dump() | {
+            "kv_heads": self.kv_heads or self.heads,
+            "ffn": self.resolved_ffn(),
+            "positions": self.positions or cfg.data.seq_len,
+            "vocab_size": config.vocabulary(self.vocab_size, tokenizer_size),
+            "tied": self.arch == "gpt2" if self.tied is None else self.tied,
+        }
+
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
+        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
+
+
+class ResolvedModel(Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
+    kv_heads: Positive
+    ffn: Positive
+    positions: Positive
+    vocab_size: Positive
+    tied: bool
 
     def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/planning/memory.py needs to know of a resolved model's layers."""
+        """What common/planning/memory.py needs to know of the layers."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
 
     def parameter_count(self) -> int:
-        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         if self.arch == "gpt2":
             layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
@@ -165,7 +176,13 @@ class Config(config.Config):
     data: Data
 
 
-def dataset(cfg: Config, data: str | list, shuffle: bool) -> Samples:
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
+
+
+def dataset(cfg: Config, data: Blend, shuffle: bool) -> Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.paths import find_blend
 
@@ -183,43 +200,53 @@ def _eod_id(given: str) -> int | None:
     return tokenizer.load(find(given) if find(given).is_dir() else given).eod_id
 
 
-def hf_config(model: Model) -> PreTrainedConfig:
-    """The `transformers` configuration of a resolved model."""
-    from transformers import GPT2Config, LlamaConfig
+def hf_config(model: ResolvedModel) -> PreTrainedConfig:
+    """The `transformers` configuration."""
+    return _gpt2_config(model) if model.arch == "gpt2" else _llama_config(model)
 
-    if model.arch == "gpt2":
-        return GPT2Config(
-            vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.hidden, n_layer=model.layers,
-            n_head=model.heads, n_inner=model.ffn, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
-            resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout, initializer_range=model.init_std,
-            bos_token_id=None, eos_token_id=None, use_cache=False, loss_type="ForCausalLMLoss",
-        )  # fmt: skip
-    return LlamaConfig(
-        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.hidden,
-        intermediate_size=model.ffn, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads, rms_norm_eps=model.norm_eps, rope_theta=model.rope_theta,
-        tie_word_embeddings=model.tied, initializer_range=model.init_std, attention_bias=False, mlp_bias=False,
-        bos_token_id=None, eos_token_id=None, use_cache=False,
+
+def _gpt2_config(model: ResolvedModel) -> GPT2Config:
+    from transformers import GPT2Config
+
+    base: dict[str, Any] = {"loss_type": "ForCausalLMLoss"}  # of PreTrainedConfig
+    return GPT2Config(
+        vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.hidden, n_layer=model.layers,
+        n_head=model.heads, n_inner=model.ffn, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
+        resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout, initializer_range=model.init_std,
+        bos_token_id=None, eos_token_id=None, use_cache=False, **base,
     )  # fmt: skip
 
 
-def hf_model(model: Model) -> PreTrainedModel:
+def _llama_config(model: ResolvedModel) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    base: dict[str, Any] = {"rope_theta": model.rope_theta}  # becomes rope_parameters
+    return LlamaConfig(
+        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.hidden,
+        intermediate_size=model.ffn, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads, rms_norm_eps=model.norm_eps, tie_word_embeddings=model.tied,
+        initializer_range=model.init_std, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_id=None,
+        use_cache=False, **base,
+    )  # fmt: skip
+
+
+def hf_model(model: ResolvedModel) -> PreTrainedModel:
     """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
     if model.arch != "gpt2":
-        return LlamaForCausalLM(hf_config(model))
-    shapes = hf_config(model)
+        return LlamaForCausalLM(_llama_config(model))
+    shapes = _gpt2_config(model)
     shapes.activation_function = "gelu_pytorch_tanh"  # gelu_new: one kernel for eight, one tensor kept for four
     return GPT2LMHeadModel(shapes)
 
 
-def hf_config_overrides(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: nothing."""
     return {}
 
 
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -228,7 +255,7 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initializer(model: Model, name: str) -> float | str:
+def initializer(model: ResolvedModel, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
 
     GPT-2 section 2.3 and Megatron-LM (arXiv:1909.08053 section 5.1): residual projections are scaled by 1/sqrt(2 x layers).
@@ -247,21 +274,21 @@ def has_weight_decay(name: str) -> bool:
     return not (name.endswith(".bias") or any(part in name for part in ("ln_", "norm")))
 
 
-def make_batch(rows: dict[str, np.ndarray], device: str | torch.device) -> dict[str, torch.Tensor]:
-    """Rows of the corpus -> inputs (B, T), targets (B, T), loss_mask (B, T); with data.reset_attention also
+def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """A micro batch of `dataset` -> inputs (B, T), targets (B, T), loss_mask (B, T); with data.reset_attention also
     position_ids (B, T) and attention_mask (B, 1, T, T), True where a query may see a key."""
     import torch
 
     def put(name: str) -> torch.Tensor:
-        return torch.from_numpy(rows[name]).to(device, non_blocking=True)
+        return torch.from_numpy(micro_batch[name]).to(device, non_blocking=True)
 
     tokens = put("tokens")
-    made = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": put("loss_mask")}
-    if "segment" in rows:
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": put("loss_mask")}
+    if "segment" in micro_batch:
         segment = put("segment")
         same = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
-        made |= {"position_ids": put("position"), "attention_mask": same.tril()[:, None]}
-    return made
+        batch |= {"position_ids": put("position"), "attention_mask": same.tril()[:, None]}
+    return batch
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
@@ -287,7 +314,7 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
     return (losses * loss_mask.flatten()).sum()
 
 
-def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
+def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
     """FLOPs a token, forward and backward, without recompute, by both conventions of attention.
 
     Matrix products: 6 x weights that multiply. Attention scores and values: 12 x layers x hidden x T when every pair is
@@ -301,7 +328,7 @@ def forward_backward_flops(model: Model, data: config.Data) -> dict[str, float]:
     return {"full": 6.0 * weights + attention, "causal": 6.0 * weights + attention / 2}
 
 
-def model_card(model: Model) -> dict[str, Any]:
+def model_card(model: ResolvedModel) -> dict[str, Any]:
     """What the model card says of the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
@@ -335,53 +362,51 @@ def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"rope_interleaved": values.get("rope_interleaved", False)}  # SmolLM's: not read by transformers
 
 
-def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
+def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: full shape}, `*` for the number of a layer: parameter_shapes without torch."""
     h, f, v = model.hidden, model.ffn, model.vocab_size
+    patterns: dict[str, tuple[int, ...]]
     if model.arch == "gpt2":
-        layer = {
-            "attn.c_attn": (h, 3 * h),
-            "attn.c_proj": (h, h),
-            "mlp.c_fc": (h, f),
-            "mlp.c_proj": (f, h),
-        }  # Conv1D: (in, out)
-        made = {"transformer.wte.weight": (v, h), "transformer.wpe.weight": (model.positions, h)}
-        for part, shape in layer.items():
-            made |= {f"transformer.h.*.{part}.weight": shape, f"transformer.h.*.{part}.bias": shape[1:]}
+        patterns = {"transformer.wte.weight": (v, h), "transformer.wpe.weight": (model.positions, h)}
+        products = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, f), "mlp.c_proj": (f, h)}
+        for part, shape in products.items():  # Conv1D: (in, out)
+            patterns |= {f"transformer.h.*.{part}.weight": shape, f"transformer.h.*.{part}.bias": shape[1:]}
         norms = ("transformer.h.*.ln_1", "transformer.h.*.ln_2", "transformer.ln_f")
-        return made | {f"{norm}.{leaf}": (h,) for norm in norms for leaf in ("weight", "bias")}
+        return patterns | {f"{norm}.{leaf}": (h,) for norm in norms for leaf in ("weight", "bias")}
     kv = h * model.kv_heads // model.heads
-    layer = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
-             "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
-             "input_layernorm": (h,), "post_attention_layernorm": (h,)}  # fmt: skip
-    made = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
-    made |= {f"model.layers.*.{part}.weight": shape for part, shape in layer.items()}
-    return made if model.tied else made | {"lm_head.weight": (v, h)}
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+        "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
+        "input_layernorm": (h,), "post_attention_layernorm": (h,),
+    }  # fmt: skip
+    patterns = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
+    patterns |= {f"model.layers.*.{part}.weight": shape for part, shape in layer.items()}
+    return patterns if model.tied else patterns | {"lm_head.weight": (v, h)}
 
 
-def layer_count(model: Model, pattern: str) -> int:
+def layer_count(model: ResolvedModel, pattern: str) -> int:
     """How many layers the `*` of a name in parameter_patterns counts."""
     return model.layers
 
 
-def duplicate_names(model: Model) -> dict[str, str]:
+def duplicate_names(model: ResolvedModel) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     embedding = "transformer.wte.weight" if model.arch == "gpt2" else "model.embed_tokens.weight"
     return {"lm_head.weight": embedding} if model.tied else {}
 
 
-def model_from_hf_config(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
     if config["model_type"] == "gpt2":
         hidden = config["n_embd"]
-        return Model(
+        return ResolvedModel(
             arch="gpt2", layers=config["n_layer"], hidden=hidden, heads=config["n_head"], kv_heads=config["n_head"],
             ffn=config.get("n_inner") or 4 * hidden, positions=config["n_positions"], vocab_size=config["vocab_size"],
             tied=True, norm_eps=config.get("layer_norm_epsilon", 1e-5),
         )  # fmt: skip
     rope = config.get("rope_parameters") or {}
     heads = config["num_attention_heads"]
-    return Model(
+    return ResolvedModel(
         arch="llama", layers=config["num_hidden_layers"], hidden=config["hidden_size"], heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads, ffn=config["intermediate_size"],
         positions=config["max_position_embeddings"], vocab_size=config["vocab_size"],
@@ -390,12 +415,12 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def optional_prefixes(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
 
 
-def new_head_prefixes(model: Model) -> tuple[str, ...]:
+def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
     return ()
 
@@ -420,11 +445,11 @@ def stored_names(name: str) -> list[str]:
     return [name, name.removeprefix("transformer.").removeprefix("model.")]
 
 
-def hf_model_type(model: Model) -> str:
+def hf_model_type(model: ResolvedModel) -> str:
     """`model_type` in a folder's config.json."""
     return model.arch
 
 
-def hf_class_name(model: Model) -> str:
+def hf_class_name(model: ResolvedModel) -> str:
     """The `transformers` class that loads an export."""
     return "GPT2LMHeadModel" if model.arch == "gpt2" else "LlamaForCausalLM"

@@ -65,6 +65,13 @@ class Model(task.Model):
 
     dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, MLP, residual and last norm.")
 
+    def resolve(self, cfg: Any, tokenizer_size: int | None) -> ResolvedModel:
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
+
+
+class ResolvedModel(task.ResolvedModel, Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
 
 class Data(config.Data):
     """Splits of the task's dataset, and lengths."""
@@ -124,9 +131,15 @@ class Config(finetuning.Config):
         return finetuning.with_shapes(values, task.model_from_hf_config, HF_MODEL_TYPES, {"dropout"})
 
 
-def model_from_hf_config(config: dict[str, Any]) -> Model:
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
+
+
+def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
-    return Model(**task.model_from_hf_config(config).model_dump())
+    return ResolvedModel(**task.model_from_hf_config(config).model_dump())
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

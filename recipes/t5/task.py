@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel, T5Config
 
+    from common.paths import Blend
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
@@ -107,21 +108,31 @@ class Model(Section):
             return self.ffn
         return 4 * self.hidden if self.arch == "t5" else -(-8 * self.hidden // 3 // 64) * 64
 
-    def resolve(self, cfg: Config, tokenizer_size: int | None) -> Model:
-        """The same shapes with every default filled in; vocab_size stays None where no tokenizer is known."""
-        rounded = -(-tokenizer_size // 128) * 128 if tokenizer_size else None
-        return self.model_copy(
-            update={
-                "decoder_layers": self.decoder_layers or self.layers,
-                "kv_channels": self.kv_channels or self.hidden // self.heads,
-                "ffn": self.resolved_ffn(),
-                "vocab_size": self.vocab_size or rounded,
-            }
-        )
+    def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
+        """Every key, with its default where none is given."""
+        return self.model_dump() | {
+            "decoder_layers": self.decoder_layers or self.layers,
+            "kv_channels": self.kv_channels or self.hidden // self.heads,
+            "ffn": self.resolved_ffn(),
+            "vocab_size": config.vocabulary(self.vocab_size, tokenizer_size),
+        }
+
+    def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
+        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        return ResolvedModel(**self.filled(cfg, tokenizer_size))
 
     @property
     def gated(self) -> bool:
         return self.arch == "t5_v1_1"
+
+
+class ResolvedModel(Model):
+    """The same with every default filled in, as config.yaml of a run has it."""
+
+    decoder_layers: Layers
+    kv_channels: Positive
+    ffn: Positive
+    vocab_size: Positive
 
     def layer_shapes(self, data: Data) -> dict[str, Any]:
         """What common/planning/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
@@ -136,7 +147,7 @@ class Model(Section):
         return attention + mlp, 2 * attention + mlp
 
     def parameter_count(self) -> int:
-        """Of a resolved model, tied weights counted once; equals the meta-device count (tests/test_configs.py)."""
+        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
         encoder, decoder = self._weights()
         norms = 2 * self.layers + 3 * self.decoder_layers + 2
         tables = self.vocab_size * self.hidden * (2 if self.gated else 1)
@@ -185,7 +196,13 @@ class Config(config.Config):
     objective: Objective = Objective()
 
 
-def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
+class ResolvedConfig(Config):
+    """The config of a run that was checked."""
+
+    model: ResolvedModel
+
+
+def dataset(cfg: Config, data: Blend, shuffle: bool) -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset
@@ -201,43 +218,43 @@ def dataset(cfg: Config, data: str | list, shuffle: bool) -> samples.Samples:
     return samples.open_dataset(cfg, blend, shuffle, tokenizer.load(folder), name)
 
 
-def hf_config(model: Model) -> PreTrainedConfig:
+def hf_config(model: ResolvedModel) -> T5Config:
     """The `transformers` configuration of a resolved model."""
     from transformers import T5Config
 
+    base: dict[str, Any] = {"tie_word_embeddings": not model.gated, "decoder_start_token_id": 0}  # of PreTrainedConfig
     return T5Config(
         vocab_size=model.vocab_size, d_model=model.hidden, d_kv=model.kv_channels, d_ff=model.ffn, num_layers=model.layers,
         num_decoder_layers=model.decoder_layers, num_heads=model.heads, relative_attention_num_buckets=model.buckets,
         relative_attention_max_distance=model.max_distance, dropout_rate=model.dropout, layer_norm_epsilon=model.norm_eps,
-        feed_forward_proj="gated-gelu" if model.gated else "relu", tie_word_embeddings=not model.gated,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, use_cache=False,
+        feed_forward_proj="gated-gelu" if model.gated else "relu", pad_token_id=0, eos_token_id=1, use_cache=False, **base,
     )  # fmt: skip
 
 
-def hf_model(model: Model) -> PreTrainedModel:
+def hf_model(model: ResolvedModel) -> PreTrainedModel:
     """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
     from . import modeling
 
     return (modeling.Untied if model.gated else modeling.Tied)(hf_config(model))
 
 
-def hf_model_type(model: Model) -> str:
+def hf_model_type(model: ResolvedModel) -> str:
     """`model_type` in a folder's config.json."""
     return "t5"
 
 
-def hf_class_name(model: Model) -> str:
+def hf_class_name(model: ResolvedModel) -> str:
     """The `transformers` class that loads an export."""
     return "T5ForConditionalGeneration"
 
 
-def hf_config_overrides(model: Model) -> dict[str, Any]:
+def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
     """What config.json of an export must say otherwise than hf_config: T5 begins with its padding, and only 1.0 is tied
     (transformers 5 says so of every T5, and other readers believe it)."""
     return {"bos_token_id": None, "tie_word_embeddings": not model.gated}
 
 
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
     import torch
 
@@ -246,7 +263,7 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
-def initializer(model: Model, name: str) -> float | str:
+def initializer(model: ResolvedModel, name: str) -> float | str:
     """How the parameter of this Hugging Face name begins: 'ones', or the deviation of a normal distribution.
 
     As Mesh TensorFlow's T5 and transformers have it; the output weights of t5_v1_1 as t5x has them (transformers gives them
@@ -271,19 +288,17 @@ def has_weight_decay(name: str) -> bool:
     return "layer_norm" not in name
 
 
-def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """Rows of the corpus -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets moved right by one behind the
-    padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
+def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """A micro batch of `dataset` -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets shifted right by one
+    after the padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
     import torch
 
-    targets = rows["targets"]
+    targets = micro_batch["targets"]
     start = np.zeros((len(targets), 1), np.int64)  # T5 begins with its padding id, 0
-    made = {name: rows[name] for name in ("inputs", "targets", "loss_mask")}
-    made |= {
-        "decoder_inputs": np.concatenate([start, targets[:, :-1]], 1),
-        "attention_mask": np.arange(rows["inputs"].shape[1]) < rows["input_lengths"][:, None],
-    }
-    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in made.items()}
+    arrays = {name: micro_batch[name] for name in ("inputs", "targets", "loss_mask")}
+    arrays["decoder_inputs"] = np.concatenate([start, targets[:, :-1]], 1)
+    arrays["attention_mask"] = np.arange(micro_batch["inputs"].shape[1]) < micro_batch["input_lengths"][:, None]
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
@@ -312,7 +327,7 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
     return (losses * loss_mask.flatten()).sum()
 
 
-def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
+def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]:
     """FLOPs a token (of input and target together), forward and backward, without recompute.
 
     Matrix products: 6 x weights that multiply, for T tokens in the encoder, S in the decoder, and the decoder's keys and
@@ -332,7 +347,7 @@ def forward_backward_flops(model: Model, data: Data) -> dict[str, float]:
     }
 
 
-def model_card(model: Model) -> dict[str, Any]:
+def model_card(model: ResolvedModel) -> dict[str, Any]:
     """What the model card says of the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
@@ -353,38 +368,40 @@ def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     return {"decoder_start_token_id": values.get("pad_token_id"), **values}
 
 
-def parameter_patterns(model: Model) -> dict[str, tuple[int, ...]]:
+def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
     h, f, inner, table = model.hidden, model.ffn, model.heads * model.kv_channels, (model.vocab_size, model.hidden)
-    made = {"shared.weight": table} | ({"lm_head.weight": table} if model.gated else {})
+    patterns: dict[str, tuple[int, ...]] = {"shared.weight": table}
+    if model.gated:
+        patterns["lm_head.weight"] = table
     for stack, attentions in {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}.items():
-        made[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (model.buckets, model.heads)
-        made[f"{stack}.final_layer_norm.weight"] = (h,)
+        patterns[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (model.buckets, model.heads)
+        patterns[f"{stack}.final_layer_norm.weight"] = (h,)
         block = f"{stack}.block.*.layer"
         for number, attention in enumerate(attentions):
-            made |= {f"{block}.{number}.{attention}.{one}.weight": (inner, h) for one in "qkv"}
-            made[f"{block}.{number}.{attention}.o.weight"] = (h, inner)
+            patterns |= {f"{block}.{number}.{attention}.{one}.weight": (inner, h) for one in "qkv"}
+            patterns[f"{block}.{number}.{attention}.o.weight"] = (h, inner)
         mlp = f"{block}.{len(attentions)}.DenseReluDense"
-        made |= {f"{mlp}.{one}.weight": (f, h) for one in (("wi_0", "wi_1") if model.gated else ("wi",))}
-        made[f"{mlp}.wo.weight"] = (h, f)
-        made |= {f"{block}.{number}.layer_norm.weight": (h,) for number in range(len(attentions) + 1)}
-    return made
+        patterns |= {f"{mlp}.{one}.weight": (f, h) for one in (("wi_0", "wi_1") if model.gated else ("wi",))}
+        patterns[f"{mlp}.wo.weight"] = (h, f)
+        patterns |= {f"{block}.{number}.layer_norm.weight": (h,) for number in range(len(attentions) + 1)}
+    return patterns
 
 
-def layer_count(model: Model, pattern: str) -> int:
+def layer_count(model: ResolvedModel, pattern: str) -> int:
     """How many layers the `*` of a name in parameter_patterns counts."""
     return model.decoder_layers if pattern.startswith("decoder.") else model.layers
 
 
-def duplicate_names(model: Model) -> dict[str, str]:
+def duplicate_names(model: ResolvedModel) -> dict[str, str]:
     """Names under which a folder may repeat a parameter -> that parameter."""
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *([] if model.gated else ["lm_head.weight"])]
     return dict.fromkeys(names, "shared.weight")
 
 
-def model_from_hf_config(config: dict[str, Any]) -> Model:
+def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
     """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
-    return Model(
+    return ResolvedModel(
         arch="t5_v1_1" if config.get("feed_forward_proj") == "gated-gelu" else "t5", layers=config["num_layers"],
         decoder_layers=config.get("num_decoder_layers") or config["num_layers"], hidden=config["d_model"],
         heads=config["num_heads"], kv_channels=config["d_kv"], ffn=config["d_ff"], vocab_size=config["vocab_size"],
@@ -393,12 +410,12 @@ def model_from_hf_config(config: dict[str, Any]) -> Model:
     )  # fmt: skip
 
 
-def optional_prefixes(model: Model) -> tuple[str, ...]:
+def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Beginnings of names that a folder to begin from may lack: none."""
     return ()
 
 
-def new_head_prefixes(model: Model) -> tuple[str, ...]:
+def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
     return ()
 

@@ -23,25 +23,33 @@ Heads = tuple[torch.Tensor, torch.Tensor | None]  # logits of the masked positio
 Output = torch.Tensor | Heads  # of a pipeline stage; the last one gives Heads
 
 
-class Bert(BertModel):
-    """BertModel whose head sees the masked positions only, and whose vocabulary need not divide by tp."""
+class Encoder(BertModel):  # type: ignore[misc]  # megatron-core has no annotations
+    """What pretraining and finetuning share of BertModel."""
 
-    real_vocab: int
-
-    def forward(
-        self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor | None
-    ) -> Output:
-        """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out, predicted (N,) places in the flat
-        (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on the others hidden states (T, B, H), as they are
-        too where predicted is None."""
+    def encode(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out -> hidden states (T, B, H); on the last
+        stage whole, with sequence parallelism too."""
         embedded = None
         if self.pre_process:
             embedded = self.embedding(tokens, self.bert_position_ids(tokens), token_types)  # (T, B, H)
         hidden = self.encoder(hidden_states=embedded, attention_mask=mask)
-        if not self.post_process or predicted is None:
+        if self.post_process and self.config.sequence_parallel:
+            # every tp rank goes on with all positions: the gradient is split, not summed
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+
+class Bert(Encoder):
+    """BertModel whose head sees the masked positions only, and whose vocabulary need not divide by tp."""
+
+    real_vocab: int
+
+    def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Output:
+        """As `encode`, and predicted (N,), indices in the flat (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on
+        the others hidden states (T, B, H)."""
+        hidden = self.encode(tokens, token_types, mask)
+        if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:  # every tp rank goes on with all positions: the gradient is split, not summed
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         picked = hidden.transpose(0, 1).flatten(0, 1).index_select(0, predicted)  # (N, H)
         logits, _ = self.output_layer(self.lm_head(picked), weight=self.shared_embedding_or_output_weight())
         padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
@@ -51,7 +59,7 @@ class Bert(BertModel):
         return logits, None if self.binary_head is None else self.binary_head(self.pooler(hidden, 0))
 
     def use_whole_positions(self) -> None:
-        """With sequence parallelism the heads work on gathered positions, alike on every tp rank."""
+        """With sequence parallelism the heads work on gathered positions, equal on every tp rank."""
         for parameter in self.lm_head.parameters():
             parameter.sequence_parallel = False
         self.output_layer.sequence_parallel = False
@@ -61,58 +69,57 @@ class Bert(BertModel):
 
 
 class PostNorm(torch.nn.Module):
-    """Megatron's bias-dropout-add with a norm behind it: in both places of a layer without norms, a post-norm layer."""
+    """Megatron's bias-dropout-add with a norm after it: used twice in a layer without norms, it makes a post-norm layer."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.norm = mcore.Norm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, training: bool, fused: bool) -> Callable:
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         add = get_bias_dropout_add(training, fused)
         return lambda output_and_bias, residual, dropout: self.norm(add(output_and_bias, residual, dropout))
 
 
-def transformer_config(cfg: Config, layout: Layout) -> TransformerConfig:
-    m = cfg.model
+def transformer_config(cfg: Config, m: task.ResolvedModel, layout: Layout) -> TransformerConfig:
     return mcore.transformer_config(
         cfg, layout, num_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads, ffn_hidden_size=m.ffn,
         hidden_dropout=m.dropout, attention_dropout=m.dropout, layernorm_epsilon=m.norm_eps, activation_func=F.gelu,
     )  # fmt: skip
 
 
-def layer_spec(cfg: Config, config: TransformerConfig) -> ModuleSpec:
-    if cfg.megatron.transformer_engine and cfg.model.arch == "megatron-bert":
+def layer_spec(cfg: Config, m: task.ResolvedModel, config: TransformerConfig) -> ModuleSpec:
+    if cfg.megatron.transformer_engine and m.arch == "megatron-bert":
         from megatron.core.models.bert.bert_layer_specs import get_bert_layer_with_transformer_engine_spec
 
         return get_bert_layer_with_transformer_engine_spec()
     mcore.use_own_norms()
     spec = mcore.layer_spec(AttnMaskType.padding)
-    if cfg.model.arch == "bert":
+    if m.arch == "bert":
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
         layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=PostNorm, params={"config": config})
     return spec
 
 
-def build(cfg: task.Config, layout: Layout) -> Bert:
-    """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
-    net = build_stage(cfg, layout, Bert, share_embeddings_and_output_weights=True, add_binary_head=cfg.model.pair_head)
+def build(cfg: task.ResolvedConfig, layout: Layout) -> Bert:
+    """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
+    m = cfg.model
+    net = encoder(Bert, cfg, m, layout, share_embeddings_and_output_weights=True, add_binary_head=m.pair_head)
+    net.real_vocab = m.vocab_size
     if net.post_process:
         net.use_whole_positions()
     return net
 
 
-def build_stage[B: Bert](cfg: Config, layout: Layout, cls: type[B], **heads: bool) -> B:
-    """The stage as an instance of `cls`, for pretraining and for finetuning (finetune_model.py)."""
-    m = cfg.model
-    config = transformer_config(cfg, layout)
+def encoder[Net: Encoder](net_class: type[Net], cfg: Config, m: task.ResolvedModel, layout: Layout, **heads: bool) -> Net:
+    """A model of this class, with these heads of BertModel."""
+    config = transformer_config(cfg, m, layout)
     bert_lm_head.LNImpl = mcore.Norm
-    net = cls(
-        config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, config),
+    net = net_class(
+        config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, m, config),
         vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=m.positions,
         **heads, pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
-    net.real_vocab = m.vocab_size
     if m.arch == "bert":
         net.encoder.final_layernorm = None
         if net.pre_process:  # the norm comes before the dropout
@@ -136,8 +143,8 @@ def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     losses = tensor_parallel.vocab_parallel_cross_entropy(mlm.float()[:, None], labels[:, None])  # (N, 1)
     counted = len(batch["labels"]) > 0
     loss, right = losses.sum() * counted, (_highest(mlm.detach()) == labels).sum() * counted
-    found = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
-    return found if "pair_label" not in batch else torch.cat([found, task.pair_sums(pairs, batch)[:, None]], 1)
+    sums = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
+    return sums if pairs is None else torch.cat([sums, task.pair_sums(pairs, batch)[:, None]], 1)
 
 
 def _highest(logits: torch.Tensor) -> torch.Tensor:

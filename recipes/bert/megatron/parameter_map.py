@@ -25,7 +25,7 @@ def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
     return Conversion((name,), lambda tensor: [tensor], lambda tensor: tensor, unpadded_rows=unpadded_rows)
 
 
-def parameter_map(model: task.Model) -> ParameterMap:
+def parameter_map(model: task.ResolvedModel) -> ParameterMap:
     """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
     outer, layer = _outer(model), _layer(model)
 
@@ -42,7 +42,7 @@ def parameter_map(model: task.Model) -> ParameterMap:
     return rule
 
 
-def _layer(m: task.Model) -> dict[str, tuple[str, ...]]:
+def _layer(m: task.ResolvedModel) -> dict[str, tuple[str, ...]]:
     """Parts of a layer in Megatron -> in transformers. Each has a weight and a bias."""
     table = {
         "self_attention.linear_qkv": tuple(f"attention.self.{one}" for one in ("query", "key", "value")),
@@ -58,7 +58,7 @@ def _layer(m: task.Model) -> dict[str, tuple[str, ...]]:
     return table | norms | fused
 
 
-def _outer(m: task.Model) -> dict[str, Conversion]:
+def _outer(m: task.ResolvedModel) -> dict[str, Conversion]:
     """What lies outside the layers."""
     embedding = _unchanged("bert.embeddings.word_embeddings.weight", m.vocab_size)
     table = {

@@ -16,7 +16,7 @@ from common.stacks import mcore
 from .. import task
 
 
-class Gpt(GPTModel):
+class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
     """GPTModel whose vocabulary need not divide by tp: the rows added are kept out of the softmax."""
 
     real_vocab: int
@@ -30,7 +30,7 @@ class Gpt(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
-def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
+def transformer_config(cfg: task.ResolvedConfig, layout: Layout) -> TransformerConfig:
     m = cfg.model
     shapes: dict[str, Any] = {
         "num_layers": m.layers, "hidden_size": m.hidden, "num_attention_heads": m.heads, "ffn_hidden_size": m.ffn,
@@ -44,7 +44,7 @@ def transformer_config(cfg: task.Config, layout: Layout) -> TransformerConfig:
     return mcore.transformer_config(cfg, layout, **shapes)
 
 
-def build(cfg: task.Config, layout: Layout) -> Gpt:
+def build(cfg: task.ResolvedConfig, layout: Layout) -> Gpt:
     """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     config = transformer_config(cfg, layout)

@@ -28,96 +28,101 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _one(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-    return lambda tensor: [change(tensor)]
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Conversion:
+    """One parameter for one; `change` is its own inverse."""
+    return Conversion((name,), lambda tensor: [change(tensor)], change)
 
 
 def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
-    return Conversion((name,), _one(_same), _same, unpadded_rows=unpadded_rows)
+    return _changed(name, _same)._replace(unpadded_rows=unpadded_rows)
 
 
-def _transposed(name: str) -> Conversion:
-    """GPT-2's Conv1D keeps (in, out), Megatron's linear layers (out, in)."""
-    return Conversion((name,), _one(torch.t), torch.t)
-
-
-def parameter_map(model: task.Model) -> ParameterMap:
+def parameter_map(model: task.ResolvedModel) -> ParameterMap:
     """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
-    table = (_gpt2 if model.arch == "gpt2" else _llama)(model)
+    outer, layer = (_gpt2 if model.arch == "gpt2" else _llama)(model)
 
-    def rule(name: str) -> Conversion:
+    def conversion(name: str) -> Conversion:
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        return table[match[2]](match[1]) if match else table[name]
+        return layer[match[2]](match[1]) if match else outer[name]
 
-    return rule
+    return conversion
 
 
-def _gpt2(m: task.Model) -> dict:
-    def qkv_rule(name: str, back: Callable, forth: Callable) -> Conversion:
+Outer = dict[str, Conversion]  # what lies outside the layers, by its Megatron name
+Layer = dict[str, Callable[[str], Conversion]]  # by its name within a layer: number of the layer -> conversion
+
+
+def _gpt2(m: task.ResolvedModel) -> tuple[Outer, Layer]:
+    def named(name: str, convert: Callable[[str], Conversion]) -> Callable[[str], Conversion]:
+        return lambda number: convert(f"transformer.h.{number}.{name}")
+
+    def transposed(name: str) -> Conversion:
+        """GPT-2's Conv1D holds (in, out), Megatron's linear layers (out, in)."""
+        return _changed(name, torch.t)
+
+    def mixed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Conversion:
+        """c_attn holds all queries, then all keys, then all values."""
         return Conversion(
             (name,),
-            lambda mixed: [back(torch.cat(list(split_qkv(m.heads, m.heads, mixed))))],
-            lambda t: qkv(m.heads, *forth(t).chunk(3)),
+            lambda tensor: [change(torch.cat(list(split_qkv(m.heads, m.heads, tensor))))],
+            lambda tensor: qkv(m.heads, *change(tensor).chunk(3)),
         )
 
-    h = "transformer.h.{}."
-    layer: dict[str, Callable[[str], Conversion]] = {
-        "self_attention.linear_qkv.weight": lambda i: qkv_rule(h.format(i) + "attn.c_attn.weight", torch.t, torch.t),
-        "self_attention.linear_qkv.bias": lambda i: qkv_rule(h.format(i) + "attn.c_attn.bias", _same, _same),
+    layer: Layer = {
+        "self_attention.linear_qkv.weight": named("attn.c_attn.weight", partial(mixed, change=torch.t)),
+        "self_attention.linear_qkv.bias": named("attn.c_attn.bias", partial(mixed, change=_same)),
     }
     linear = {"self_attention.linear_proj": "attn.c_proj", "mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj"}
-    for ours, theirs in linear.items():
-        layer[f"{ours}.weight"] = lambda i, n=theirs: _transposed(f"{h.format(i)}{n}.weight")
-        layer[f"{ours}.bias"] = lambda i, n=theirs: _unchanged(f"{h.format(i)}{n}.bias")
-    layer |= _norms(h, "ln_1", "ln_2", ("weight", "bias"))
+    for megatron, hf in linear.items():
+        layer[f"{megatron}.weight"] = named(f"{hf}.weight", transposed)
+        layer[f"{megatron}.bias"] = named(f"{hf}.bias", _unchanged)
+    for leaf in ("weight", "bias"):
+        for megatron, hf in _norms("ln_1", "ln_2", leaf).items():
+            layer[megatron] = named(hf, _unchanged)
     embedding = _unchanged("transformer.wte.weight", m.vocab_size)
-    return layer | {
+    return {
         "embedding.word_embeddings.weight": embedding,
         "output_layer.weight": embedding._replace(is_copy=True),
         "embedding.position_embeddings.weight": _unchanged("transformer.wpe.weight"),
         "decoder.final_layernorm.weight": _unchanged("transformer.ln_f.weight"),
         "decoder.final_layernorm.bias": _unchanged("transformer.ln_f.bias"),
+    }, layer
+
+
+def _llama(m: task.ResolvedModel) -> tuple[Outer, Layer]:
+    def named(name: str) -> Callable[[str], Conversion]:
+        return lambda number: _unchanged(f"model.layers.{number}.{name}")
+
+    def attention(number: str) -> Conversion:
+        names = tuple(f"model.layers.{number}.self_attn.{part}_proj.weight" for part in "qkv")
+        return Conversion(names, partial(split_qkv, m.kv_heads, m.heads), partial(qkv, m.kv_heads))
+
+    def gated(number: str) -> Conversion:
+        names = tuple(f"model.layers.{number}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        return Conversion(names, lambda tensor: tensor.chunk(2), lambda gate, up: torch.cat([gate, up]), blocks=2)
+
+    layer: Layer = {
+        "self_attention.linear_qkv.weight": attention,
+        "self_attention.linear_proj.weight": named("self_attn.o_proj.weight"),
+        "mlp.linear_fc1.weight": gated,
+        "mlp.linear_fc2.weight": named("mlp.down_proj.weight"),
     }
-
-
-def _llama(m: task.Model) -> dict:
-    h = "model.layers.{}."
-
-    def names(i: str, part: str, *leaves: str) -> tuple[str, ...]:
-        return tuple(f"{h.format(i)}{part}.{leaf}.weight" for leaf in leaves)
-
-    layer: dict[str, Callable[[str], Conversion]] = {
-        "self_attention.linear_qkv.weight": lambda i: Conversion(
-            names(i, "self_attn", "q_proj", "k_proj", "v_proj"),
-            partial(split_qkv, m.kv_heads, m.heads),
-            partial(qkv, m.kv_heads),
-        ),
-        "self_attention.linear_proj.weight": lambda i: _unchanged(*names(i, "self_attn", "o_proj")),
-        "mlp.linear_fc1.weight": lambda i: Conversion(
-            names(i, "mlp", "gate_proj", "up_proj"),
-            lambda t: t.chunk(2),
-            lambda gate, up: torch.cat([gate, up]),
-            blocks=2,
-        ),
-        "mlp.linear_fc2.weight": lambda i: _unchanged(*names(i, "mlp", "down_proj")),
-    } | _norms(h, "input_layernorm", "post_attention_layernorm", ("weight",))
+    for megatron, hf in _norms("input_layernorm", "post_attention_layernorm", "weight").items():
+        layer[megatron] = named(hf)
     embedding = _unchanged("model.embed_tokens.weight", m.vocab_size)
-    return layer | {
+    return {
         "embedding.word_embeddings.weight": embedding,
         "output_layer.weight": embedding._replace(is_copy=True) if m.tied else _unchanged("lm_head.weight", m.vocab_size),
         "decoder.final_layernorm.weight": _unchanged("model.norm.weight"),
+    }, layer
+
+
+def _norms(first: str, second: str, leaf: str) -> dict[str, str]:
+    """A layer's two norms under both of Megatron's names, as modules and fused into the next linear layer by
+    TransformerEngine -> their names in transformers."""
+    return {
+        f"input_layernorm.{leaf}": f"{first}.{leaf}",
+        f"self_attention.linear_qkv.layer_norm_{leaf}": f"{first}.{leaf}",
+        f"pre_mlp_layernorm.{leaf}": f"{second}.{leaf}",
+        f"mlp.linear_fc1.layer_norm_{leaf}": f"{second}.{leaf}",
     }
-
-
-def _norms(h: str, first: str, second: str, leaves: Sequence[str]) -> dict[str, Callable[[str], Conversion]]:
-    """Both names of a layer's norms: as modules of their own, and fused into the next linear by TransformerEngine."""
-    table: dict[str, Callable[[str], Conversion]] = {}
-    for leaf in leaves:
-        for ours, fused, theirs in (
-            ("input_layernorm", "self_attention.linear_qkv", first),
-            ("pre_mlp_layernorm", "mlp.linear_fc1", second),
-        ):
-            table[f"{ours}.{leaf}"] = table[f"{fused}.layer_norm_{leaf}"] = lambda i, n=theirs, k=leaf: _unchanged(
-                f"{h.format(i)}{n}.{k}"
-            )
-    return table

@@ -42,7 +42,7 @@ class Held(torch.autograd.Function):
         return grad, ctx.leaf.grad, None
 
 
-class DroppedRowParallelLinear(RowParallelLinear):
+class DroppedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # megatron-core has no annotations
     """The MLP's second product behind T5's dropout (transformers: T5DenseActDense)."""
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -52,12 +52,12 @@ class DroppedRowParallelLinear(RowParallelLinear):
         return super().forward(x)
 
 
-def own_units(config: TransformerConfig) -> AbstractContextManager:
+def own_units(config: TransformerConfig) -> AbstractContextManager[None]:
     """Where each tp rank holds other units: random states of its own."""
     return tensor_parallel.get_cuda_rng_tracker().fork() if config.tensor_model_parallel_size > 1 else nullcontext()
 
 
-class T5(T5Model):
+class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
     real_vocab: int
 
     def forward(
@@ -98,7 +98,7 @@ class T5(T5Model):
             return F.dropout(hidden, p, training=p > 0)
 
 
-def transformer_config(cfg: task.Config, layout: Layout, layers: int) -> TransformerConfig:
+def transformer_config(cfg: task.ResolvedConfig, layout: Layout, layers: int) -> TransformerConfig:
     m = cfg.model
     return mcore.transformer_config(
         cfg, layout, num_layers=layers, hidden_size=m.hidden, num_attention_heads=m.heads, kv_channels=m.kv_channels,
@@ -108,7 +108,7 @@ def transformer_config(cfg: task.Config, layout: Layout, layers: int) -> Transfo
     )  # fmt: skip
 
 
-def build(cfg: task.Config, layout: Layout) -> T5:
+def build(cfg: task.ResolvedConfig, layout: Layout) -> T5:
     """This rank's shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     mcore.use_own_norms()

@@ -25,27 +25,27 @@ def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
     return Conversion((name,), lambda tensor: [tensor], lambda tensor: tensor, unpadded_rows=unpadded_rows)
 
 
-def parameter_map(model: task.Model) -> ParameterMap:
+def parameter_map(model: task.ResolvedModel) -> ParameterMap:
     """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
     outer = _outer(model)
     layers = {stack: _layer(model, stack) for stack in ("encoder", "decoder")}
 
-    def rule(name: str) -> Conversion:
+    def conversion(name: str) -> Conversion:
         match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)\.weight", name)
         if not match:
             return outer[name]
         stack, number, part = match.groups()
-        theirs = tuple(f"{stack}.block.{number}.layer.{one}.weight" for one in layers[stack][part])
-        if len(theirs) == 1:
-            return _unchanged(theirs[0])
+        names = tuple(f"{stack}.block.{number}.layer.{one}.weight" for one in layers[stack][part])
+        if len(names) == 1:
+            return _unchanged(names[0])
         if part == "mlp.linear_fc1":
-            return Conversion(theirs, lambda t: t.chunk(2), lambda gate, up: torch.cat([gate, up]), blocks=2)
-        return Conversion(theirs, partial(split, model.heads, len(theirs)), partial(mixed, model.heads))
+            return Conversion(names, lambda t: t.chunk(2), lambda gate, up: torch.cat([gate, up]), blocks=2)
+        return Conversion(names, partial(split, model.heads, len(names)), partial(mixed, model.heads))
 
-    return rule
+    return conversion
 
 
-def _layer(m: task.Model, stack: str) -> dict[str, tuple[str, ...]]:
+def _layer(m: task.ResolvedModel, stack: str) -> dict[str, tuple[str, ...]]:
     """Parts of a layer in Megatron -> in transformers, where each block of a layer has a number."""
     mlp = 1 if stack == "encoder" else 2
     table = {
@@ -66,7 +66,7 @@ def _layer(m: task.Model, stack: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _outer(m: task.Model) -> dict[str, Conversion]:
+def _outer(m: task.ResolvedModel) -> dict[str, Conversion]:
     """What lies outside the layers."""
     table = {"embedding.word_embeddings.weight": _unchanged("shared.weight", m.vocab_size)}
     if m.gated:
