@@ -138,7 +138,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
         ]  # fmt: skip
         cfg = configs.load(path, overrides, task.Config)
-        cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
+        cfg = configs.resolve(cfg, task.ResolvedConfig, None)
         estimate = memory.estimate_for(cfg, cfg.model, stack, 1)["total"]
         if estimate > FULL * room:
             notes.append(f"micro batch {micro}: {estimate / 1e9:.0f} GB estimated, too much")

@@ -35,8 +35,8 @@ def main() -> None:
     cfg = config.load(args.config, args.overrides, task.Config)
     if cfg.model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
-    model = cfg.model.resolve(cfg, None)
-    cfg = cfg.model_copy(update={"model": model})
+    cfg = config.resolve(cfg, task.ResolvedConfig, None)
+    model = cfg.model
 
     print(f"parameters     {model.parameter_count():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0

@@ -89,7 +89,7 @@ def family(name: str) -> Any:
 @cache
 def load(name: str) -> Config:
     cfg = config.load(CONFIGS[name], [], family(name).Config)
-    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, 256)})  # 256: for the configs without a vocab_size
+    return config.resolve(cfg, family(name).ResolvedConfig, 256)  # 256: for the configs without a vocab_size
 
 
 def phases(name: str) -> list[Config]:
@@ -405,7 +405,7 @@ def test_finetuning_configs_load_and_divide(name: str, bases: dict[str, Path]) -
     module = importlib.import_module(f"recipes.{kind}.finetune")
     start = [] if "from: scratch" in text else [f"init.from={bases[kind]}"]
     cfg = config.load(FINETUNES[name], start, module.Config)
-    cfg = cfg.model_copy(update={"model": cfg.model.resolve(cfg, 32_000)})
+    cfg = config.resolve(cfg, module.ResolvedConfig, 32_000)
     assert cfg.model.parameter_count() > 0
     for stack in config.STACKS:
         try:

@@ -189,7 +189,7 @@ def test_another_model_is_refused_by_both_doors(name: str, tmp_path: Path) -> No
 
 
 def _config(model: Any) -> Any:
-    return type("Config", (), {"model": model})()
+    return type("Config", (), {"model": model, "task": type("Task", (), {"name": "classify"})()})()
 
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {  # what published folders say beside their shapes

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
+from common import config
 from common.errors import BadInput
 from common.huggingface import hf_folder
 from common.json_files import read_object
@@ -83,7 +84,7 @@ def settings(
         beside = f"a context beside a question of {cfg.task.question_len} tokens (task.question_len)"
         has = f"; the model has {positions} positions: finetune it with shorter questions" if positions < least else ""
         raise BadInput(f"--seq-len {length}: leaves no room for {beside}; give --seq-len {least} or more{has}")
-    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, None)})
+    return config.resolve(cfg, finetune.ResolvedConfig, None)
 
 
 def own_labels(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
