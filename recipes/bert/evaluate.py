@@ -31,7 +31,7 @@ def tasks_of(architecture: str) -> list[str]:
 class Task(NamedTuple):
     """What is evaluated. order: the output of the head for each label of the task; None: they are in the task's order."""
 
-    cfg: finetune.Config
+    cfg: finetune.ResolvedConfig
     examples: TaskDataset
     order: list[int] | None
 
@@ -58,7 +58,7 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
 
 def settings(
     given: Path, folder: Path, stored: dict[str, Any], name: str, data: Path | None, seq_len: int | None, split: str
-) -> finetune.Config:
+) -> finetune.ResolvedConfig:
     """The config of the run where `given` is one of this task, else one of the task's defaults. stored: config.json."""
     known = read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = isinstance(known.get("task"), dict) and known["task"].get("name") == name

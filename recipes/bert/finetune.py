@@ -67,7 +67,7 @@ class Model(task.Model):
     def resume_keys(cls) -> Set[str]:
         return {"task_type"}  # task.name is compared
 
-    def head_problems(self, cfg: Config) -> Iterator[str]:
+    def head_problems(self, cfg: Any) -> Iterator[str]:
         if self.positions and self.positions < cfg.data.seq_len:  # told by common/config.py
             return
         if cfg.task.name == "ner" and not cfg.task.tags:
@@ -109,6 +109,7 @@ class ResolvedModel(task.ResolvedModel, Model):
 
     task_type: Annotated[Literal[*registry.HEADS], BeforeValidator(registry.task_type_now)]
     labels: list[NonEmpty]
+    pair_head: bool = False
 
     @property
     def task_head(self) -> base.Head:
@@ -282,7 +283,7 @@ def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     return (f"{model.task_head.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
 
 
-def head_problems(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+def head_problems(cfg: ResolvedConfig, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of a folder to begin from whose tensors have these shapes, and whose config.json holds `stored`."""
     model = cfg.model
     name = f"{model.task_head.parameter}.weight"
@@ -302,7 +303,7 @@ def head_problems(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[s
             yield f"{error}; or {instead}"
 
 
-def head_notes(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+def head_notes(cfg: ResolvedConfig, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of the same folder, which has no problems."""
     model = cfg.model
     if f"{model.task_head.parameter}.weight" in held and not model.new_head:
@@ -310,7 +311,7 @@ def head_notes(cfg: Config, held: Mapping[str, Sequence[int]], stored: dict[str,
         yield from label_names.unnamed_note(model.task_head, model.labels, stored)
 
 
-def reorder_labels(cfg: Config, folder: Path, source: init.Source) -> init.Source:
+def reorder_labels(cfg: ResolvedConfig, folder: Path, source: init.Source) -> init.Source:
     """`source`, the parameters of a folder to begin from, with the outputs of its head in the order of the task's labels."""
     model, parameter = cfg.model, f"{cfg.model.task_head.parameter}."
     if model.new_head or f"{parameter}weight" not in hf_folder.tensors(folder, str(folder), []):

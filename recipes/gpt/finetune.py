@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 class Model(task.Model):
     """Its shapes come from init.from where the config gives none."""
 
-    def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
+    def layout_problems(self, cfg: Any, stack: str) -> Iterator[str]:
         yield from super().layout_problems(cfg, stack)
         if cfg.lora is None:
             return

@@ -1,7 +1,7 @@
 """GPT as Megatron Core defines it, from the recipe's shapes."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.layout import Layout
 from common.stacks import mcore
 
-from .. import task
+if TYPE_CHECKING:
+    from .. import finetune, task
 
 
 class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
@@ -30,7 +31,7 @@ class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
         return super().compute_language_model_loss(labels, logits)
 
 
-def transformer_config(cfg: task.ResolvedConfig, layout: Layout) -> TransformerConfig:
+def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> TransformerConfig:
     m = cfg.model
     shapes: dict[str, Any] = {
         "num_layers": m.layers, "hidden_size": m.hidden, "num_attention_heads": m.heads, "ffn_hidden_size": m.ffn,
@@ -44,7 +45,7 @@ def transformer_config(cfg: task.ResolvedConfig, layout: Layout) -> TransformerC
     return mcore.transformer_config(cfg, layout, **shapes)
 
 
-def build(cfg: task.ResolvedConfig, layout: Layout) -> Gpt:
+def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> Gpt:
     """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     config = transformer_config(cfg, layout)

@@ -6,7 +6,7 @@ scaling of its logits, no dropout inside the MLP and behind the last norm. And f
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.layout import Layout
 from common.stacks import mcore
 
-from .. import task
+if TYPE_CHECKING:
+    from .. import finetune, task
 
 
 class Held(torch.autograd.Function):
@@ -98,7 +99,7 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
             return F.dropout(hidden, p, training=p > 0)
 
 
-def transformer_config(cfg: task.ResolvedConfig, layout: Layout, layers: int) -> TransformerConfig:
+def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout, layers: int) -> TransformerConfig:
     m = cfg.model
     return mcore.transformer_config(
         cfg, layout, num_layers=layers, hidden_size=m.hidden, num_attention_heads=m.heads, kv_channels=m.kv_channels,
@@ -108,7 +109,7 @@ def transformer_config(cfg: task.ResolvedConfig, layout: Layout, layers: int) ->
     )  # fmt: skip
 
 
-def build(cfg: task.ResolvedConfig, layout: Layout) -> T5:
+def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> T5:
     """This rank's shards, with memory but without values: mcore.load_state gives them."""
     m = cfg.model
     mcore.use_own_norms()
