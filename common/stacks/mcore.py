@@ -299,7 +299,7 @@ def load_state(
 ) -> None:  # fmt: skip
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
 
-    shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together hold just these.
+    shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together have exactly these.
     """
     _prove(model, parameter_map, shapes)
     for name, parameter in global_names(model):
@@ -342,26 +342,26 @@ def _is_split(parameter: Any) -> bool:
 
 
 def _prove(model: DistributedDataParallel, parameter_map: ParameterMap, shapes: Shapes) -> None:
-    """BadInput, on every rank alike, unless each Megatron parameter is in the map and has the shape that its conversion gives,
+    """BadInput, on every rank, unless each Megatron parameter is in the map and has the shape that its conversion gives,
     and all pipeline stages together name each parameter of the family once."""
     names: list[str] = []
     problems: dict[str, str] = {}  # by name without the number of the layer: one line speaks for all layers
     for name, parameter in global_names(model):
-        kind = re.sub(r"layers\.\d+", "layers", name)
+        layer_name = re.sub(r"layers\.\d+", "layers", name)
         try:
             conversion = parameter_map(name)
         except KeyError:
-            problems.setdefault(kind, f"{name} of Megatron is not in parameter_map.py, which gives its Hugging Face name")
+            problems.setdefault(layer_name, f"{name} of Megatron is not in parameter_map.py, which gives its Hugging Face name")
             continue
         names += [] if conversion.is_copy else conversion.hf
         problem = _shape_problem(name, parameter, conversion, shapes) if all(hf in shapes for hf in conversion.hf) else None
         if problem:
-            problems.setdefault(kind, problem)
+            problems.setdefault(layer_name, problem)
     group = parallel_state.get_pipeline_model_parallel_group()
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, (names, problems), group=group)
     named = Counter(name for stage, _ in gathered for name in stage)
-    problems = {kind: line for _, stage in reversed(gathered) for kind, line in stage.items()}
+    problems = {layer_name: line for _, stage in reversed(gathered) for layer_name, line in stage.items()}
     lines = list(problems.values())
     lines += [f"parameter_map.py names {hf} {n} times; each parameter stands for one" for hf, n in named.items() if n > 1]
     lines += parameters.differences({hf: shapes.get(hf, ()) for hf in named}, shapes)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Conversion(NamedTuple):
-    """How one Megatron parameter stands for Hugging Face ones. Weights and moments convert alike: rows move, none mix."""
+    """How one Megatron parameter stands for Hugging Face ones. Weights and moments convert alike: rows move and never mix."""
 
     hf: tuple[str, ...]
     to_hf: "Callable[[torch.Tensor], Sequence[torch.Tensor]]"  # whole Megatron tensor -> one for each name

@@ -1,4 +1,4 @@
-"""What every DeepSpeed recipe needs: its configuration from our names, and the training state in and out by name.
+"""What every DeepSpeed recipe needs: its configuration, and the training state in and out by Hugging Face name.
 
 DeepSpeed's own checkpoints cannot change stage or rank count in general (stage 1 to 3 is refused, stage 0 has no
 universal form); ours go through the engine parameter by parameter: deepspeed/utils/tensor_fragment.py.
@@ -37,14 +37,14 @@ def start(ranks: Ranks) -> None:
 
 
 def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
-    """DeepSpeed's JSON, from our names. `deepspeed.extra` is merged last."""
+    """DeepSpeed's JSON configuration. `deepspeed.extra` is merged last."""
     system = cfg.deepspeed
     # the buffer in which gradients are reduced is allocated whole, whatever the model needs of it
     zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameter_count())}
     if system.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     bf16 = cfg.train.dtype == "bf16"
-    made: dict[str, Any] = {
+    values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulate,
         "gradient_clipping": cfg.optim.grad_clip,
@@ -56,8 +56,8 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     if layout.tp > 1:
-        made["tensor_parallel"] = {"autotp_size": layout.tp}
-    return _merged(made, system.extra)
+        values["tensor_parallel"] = {"autotp_size": layout.tp}
+    return _merged(values, system.extra)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
             for flat in group["params"]:
                 inner.optimizer.state[flat] = state.adam_state(flat, step)
         if stage == 3:
-            for flat in inner.fp32_partitioned_groups_flat:  # held back from param_groups between steps
+            for flat in inner.fp32_partitioned_groups_flat:  # absent from param_groups between steps
                 inner.optimizer.state[flat] = state.adam_state(flat, step)
         else:
             _link(inner)
@@ -188,13 +188,13 @@ def shards_of(values: state.Values, shapes: Shapes) -> state.Values:
 
 def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
     """The dimension in which a shard is smaller than its parameter; None if it is the whole one."""
-    return next((dim for dim, (ours, theirs) in enumerate(zip(shape, full, strict=True)) if ours != theirs), None)
+    return next((dim for dim, (size, whole) in enumerate(zip(shape, full, strict=True)) if size != whole), None)
 
 
 def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     """Every trained parameter's master and moments, gathered one at a time; the ranks take turns to write."""
     stage, inner = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # parameters that every rank holds whole, whatever is kept
+    if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # every rank has whole parameters, whatever the state holds
         yield from state.gather_torch_state(engine.module.named_parameters(), inner, ranks)
         return
     stepped = stage > 0 and bool(inner.optimizer.state)
@@ -211,8 +211,8 @@ def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
         dim = split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name])
         if dim is not None:
             parts = [None if part is None else _gather(part, dim) for part in parts]
-        mine = number % ranks.world == ranks.rank
-        yield name, state.parts_of(*parts) if mine else None
+        writes = number % ranks.world == ranks.rank  # the ranks take turns
+        yield name, state.parts_of(*parts) if writes else None
 
 
 def _gather(shard: torch.Tensor, dim: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ class Adafactor(torch.optim.Optimizer):
     """Shazeer and Stern (arXiv:1804.04235, algorithm 4) with the settings of T5's code (mesh_tensorflow's AdafactorOptimizer):
     no momentum, updates clipped at 1.0, the rate multiplied by the parameter's root mean square.
 
-    State: `step`; of matrices `rows` and `columns`, mean squared gradients over each; of vectors `squares`.
+    State: `step`; for matrices `rows` and `columns`, the mean squared gradients over each; for vectors `squares`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], optim: Optim):

@@ -1,4 +1,4 @@
-"""The optimizer's definition, shared by every stack: AdamW or LAMB, their groups, and the learning rate of a step."""
+"""The optimizer, shared by every stack: AdamW, LAMB or Adafactor, their parameter groups, and the rate of a step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ def lr_at(step: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step` (the first is 1): linear warmup, then decay to min_lr at decay_steps.
 
     Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts). Exponential as in DeepSpeed's BERT recipe (its schedule
-    "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts from 0 and adds its lr_offset, our min_lr): a warmup
+    "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts from 0 and adds lr_offset, min_lr here): a warmup
     by the square, then decay_rate ^ (steps since / decay_interval), both above min_lr. WSD (warmup, stable, decay: MiniCPM,
     arXiv:2404.06395, section 4) stays at lr until the last wsd_decay_steps, which fall to min_lr in one of the forms of
     Megatron's OptimizerParamScheduler.

@@ -1,6 +1,6 @@
 """The `transformers` classes that baseline and DeepSpeed train, with two changes that change no value:
 
-the head sees the masked positions only (BERT's own code gathers them too: 85 % of the vocabulary's logits are never made),
+the head sees the masked positions only (BERT's own code gathers them too: 85 % of the vocabulary's logits are not computed),
 and MegatronBert, eager in transformers, attends by scaled_dot_product_attention. Names and shapes are the classes' own.
 """
 

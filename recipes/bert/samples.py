@@ -2,7 +2,7 @@
 
 A corpus is cut once into chunks, runs of whole sentences that fill a sample; a pass over the data visits each chunk once,
 in the order of common/data/sampler.py. What is drawn for a sample (its length, where its pair is cut, whether the second
-segment is a stranger or the two are swapped, what is masked) is drawn anew each time it comes (dynamic masking: RoBERTa,
+segment is a stranger or the two are swapped, what is masked) is drawn again each time it comes (dynamic masking: RoBERTa,
 arXiv:1907.11692, section 4.1).
 
 Letters in shapes: B samples, T `seq_len`.
@@ -36,16 +36,16 @@ class Special(NamedTuple):
 
 def special_ids(tokenizer: Tokenizer, name: str) -> Special:
     """BadInput, naming each token that the tokenizer lacks."""
-    found = {role: getattr(tokenizer, f"{role}_id") for role in ("cls", "sep", "mask", "pad")}
-    missing = [f"[{role.upper()}]" for role, value in found.items() if value is None]
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in ("cls", "sep", "mask", "pad")}
+    missing = [f"[{role.upper()}]" for role, value in ids.items() if value is None]
     if missing:
         raise BadInput(
             f"{name}: its tokenizer has no {' '.join(missing)}; build the corpus with a WordPiece tokenizer "
             "(--tokenizer bert-base-uncased, or --tokenizer-type wordpiece --vocab-size N)"
         )
-    never = {*found.values(), tokenizer.backend.token_to_id("[UNK]")} - {None}
+    never = {*ids.values(), tokenizer.backend.token_to_id("[UNK]")} - {None}
     ordinary = np.setdiff1d(np.arange(tokenizer.size), np.array(sorted(never)))
-    return Special(**found, continues=tokenizer.continues(), ordinary=ordinary)
+    return Special(**ids, continues=tokenizer.continues(), ordinary=ordinary)
 
 
 class Samples(BlendedDataset):
@@ -64,7 +64,7 @@ class Samples(BlendedDataset):
         self.masking, self.masked_lm_prob, self.short_seq_prob = masking, masked_lm_prob, short_seq_prob
         self.room = seq_len - (2 if pair == "none" else 3)  # tokens beside [CLS] and [SEP]
         self.notes: list[str] = []
-        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # prefix -> first sentence, sentence behind the last
+        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # prefix -> first sentence, sentence after the last
         super().__init__(data, seed=seed, shuffle=shuffle)
 
     # ---- which sentences
@@ -131,10 +131,10 @@ class Samples(BlendedDataset):
         out["lengths"][row] = len(ids)
         out["labels"][row, : len(ids)] = ids
         out["tokens"][row, : len(ids)] = ids
-        places = np.flatnonzero((ids != s.cls) & (ids != s.sep))
-        if not len(places):  # special ids alone, in a corpus that was made elsewhere
+        candidates = np.flatnonzero((ids != s.cls) & (ids != s.sep))
+        if not len(candidates):  # special ids alone, in a corpus of another tool
             return
-        chosen = self.choose(ids, places, rng)
+        chosen = self.choose(ids, candidates, rng)
         out["mlm_mask"][row, chosen] = True
         out["tokens"][row, chosen] = self._hide(ids[chosen], rng)
 
@@ -164,37 +164,37 @@ class Samples(BlendedDataset):
         if changed and self.pair == "sop":  # ALBERT, arXiv:1909.11942, section 3.1
             a, b = b, a
         elif changed:
-            # until it reaches what the true one was to reach, so that no length tells them apart
+            # as long as the true one, so that the lengths do not give the label away
             b = self._stranger(corpus, first, max(1, min(target - len(a), len(b))), rng)
         return *shorten(a, b, self.room, rng), int(changed)
 
     def _stranger(self, corpus: IndexedDataset, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
         """From a random sentence of another document on, whole sentences that reach `tokens`; all of it if it is shorter."""
-        mine = int(np.searchsorted(corpus.bounds, first, "right")) - 1
+        own = int(np.searchsorted(corpus.bounds, first, "right")) - 1
         other = int(rng.random() * (corpus.documents - 1))
-        other += other >= mine
+        other += other >= own
         begin, end = int(corpus.bounds[other]), int(corpus.bounds[other + 1])
         starts = corpus.starts
-        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # behind it too few are left
+        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # after it too few are left
         start = begin + int(rng.random() * (max(last, 0) + 1))
         enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
         return corpus.read(starts[start], starts[min(enough, end)])
 
     # ---- which tokens are hidden
 
-    def choose(self, ids: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of `places` in `ids` to predict: masked_lm_prob of the words in expectation, at least one piece.
+    def choose(self, ids: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which of `candidates` in `ids` to predict: masked_lm_prob of the words in expectation, at least one piece.
 
         A piece is one token, one whole word, or 1 to 3 whole words with probability proportional to 1/n (ALBERT, section
         4.1; SpanBERT finds longer pieces harder). Their lengths are drawn first and the pieces then laid among the words so
         that every arrangement is equally likely: nothing is drawn again, so the lengths keep their distribution.
         """
-        begins = np.ones(len(places), bool)
+        begins = np.ones(len(candidates), bool)
         if self.masking != "token":
-            follows = np.diff(places, prepend=-1) == 1  # no [SEP] between
-            begins = ~(self.special.continues[ids[places]] & follows)
+            follows = np.diff(candidates, prepend=-1) == 1  # no [SEP] between
+            begins = ~(self.special.continues[ids[candidates]] & follows)
             begins[:1] = True
-        word = np.cumsum(begins) - 1  # of each place
+        word = np.cumsum(begins) - 1  # of each index
         words = int(word[-1]) + 1
         longest = NGRAMS[self.masking]
         odds = 1 / np.arange(1, longest + 1)
@@ -210,7 +210,7 @@ class Samples(BlendedDataset):
         hidden = np.zeros(words + 1, np.int64)
         np.add.at(hidden, first, 1)
         np.add.at(hidden, first + lengths, -1)
-        return places[np.cumsum(hidden)[word] > 0]
+        return candidates[np.cumsum(hidden)[word] > 0]
 
     def _hide(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """80 % [MASK], 10 % any other ordinary token, 10 % as they are, token by token (BERT, section 3.1)."""
@@ -221,7 +221,7 @@ class Samples(BlendedDataset):
 
 
 def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of at least two sentences within one document: first sentence and the one behind the last, (chunks,) int64.
+    """Chunks of at least two sentences within one document: first sentence and the one after the last, (chunks,) int64.
 
     As many sentences as reach `room` tokens, so that pairs are cut to it: what is short ends its document or was asked to
     be (BERT's create_pretraining_data.py). A last sentence alone goes with the ones before it. All documents are walked at
@@ -236,7 +236,7 @@ def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.n
     """Chunks of the sentences that fit `room` tokens, across documents, a bound between two of which takes one more."""
     bounds = corpus.bounds
     sentences = np.arange(len(corpus.starts))
-    starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # a token for each document that has ended
+    starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # one token for each document that has ended
     at = starts[bounds]
     runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], RUN * room)))]
     runs = np.unique(np.append(runs, bounds[-1]))
@@ -252,29 +252,29 @@ def _walk(
     while len(begin):
         full = starts[begin] + room
         reached = np.searchsorted(starts, full, "right") - 1 if within else np.searchsorted(starts, full)
-        behind = np.minimum(np.maximum(reached, begin + least), end)
-        behind = np.where(end - behind < least, end, behind)
+        after = np.minimum(np.maximum(reached, begin + least), end)
+        after = np.where(end - after < least, end, after)
         firsts.append(begin)
-        ends.append(behind)
-        more = behind < end
-        begin, end = behind[more], end[more]
-    first, behind = np.concatenate(firsts), np.concatenate(ends)
+        ends.append(after)
+        more = after < end
+        begin, end = after[more], end[more]
+    first, after = np.concatenate(firsts), np.concatenate(ends)
     order = np.argsort(first, kind="stable")
-    return first[order], behind[order]
+    return first[order], after[order]
 
 
 def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the longer of two segments, then both alike, until they fit; token by token from its front or its back."""
+    """Cut the longer of two segments, then both equally, until they fit; token by token from its front or its back."""
     if len(a) + len(b) <= room:
         return a, b
     half = room // 2
     keep_a = room - len(b) if len(b) <= half else min(len(a), room - half)
-    kept = []
+    shortened = []
     for segment, keep in ((a, keep_a), (b, room - keep_a)):
         excess = len(segment) - keep
         front = int((rng.random(excess) < 0.5).sum())
-        kept.append(segment[front : front + keep])
-    return kept[0], kept[1]
+        shortened.append(segment[front : front + keep])
+    return shortened[0], shortened[1]
 
 
 def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:

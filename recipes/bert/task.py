@@ -1,8 +1,8 @@
 """What makes it BERT, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
 
-Two architectures, named as transformers names them. `bert`: the original, a norm behind each block (Devlin et al. 2018).
+Two architectures, named as transformers names them. `bert`: the original, a norm after each block (Devlin et al. 2018).
 `megatron-bert`: Megatron-LM's, a norm before each block and one at the end, which alone stays stable at 1.3B and more
-(arXiv:1909.08053, section 5.3). Both have an MLM head tied to the embedding and, where pairs are asked for, a pair head.
+(arXiv:1909.08053, section 5.3). Both have an MLM head tied to the embedding and, for objectives with pairs, a pair head.
 Shapes: B samples, T positions, H hidden, V vocabulary, N masked positions of a batch, P parts of the loss (1 or 2).
 """
 
@@ -81,11 +81,11 @@ class Model(Section):
             yield "data.seq_len changes; give model.positions, which all phases share"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that this family cannot do on `stack`, with the reason."""
+        """Layouts that the model cannot have on `stack`, with the reason."""
         system = getattr(cfg, stack)
         yield from self.head_problems(cfg)
         if getattr(system, "transformer_engine", False) and self.arch == "bert":
-            yield "megatron.transformer_engine=true with model.arch=bert: its post-norm layers are our own; set it to false"
+            yield "megatron.transformer_engine=true with model.arch=bert: its post-norm layers are not in it; set it to false"
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
@@ -250,7 +250,7 @@ def hf_class_name(model: ResolvedModel) -> str:
 
 
 def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
-    """What config.json of an export must say otherwise than hf_config: nothing."""
+    """The keys of an export's config.json whose values differ from those of hf_config: none."""
     return {}
 
 
@@ -268,7 +268,7 @@ def _is_norm(name: str) -> bool:
 
 
 def initializer(model: ResolvedModel, name: str) -> float | str:
-    """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
+    """The initial value of a parameter: 'zeros', 'ones', or the standard deviation of a normal distribution.
 
     BERT's code cuts the normal distribution at two deviations; here, as in transformers and Megatron, it is whole.
     megatron-bert: residual projections are scaled by 1/sqrt(2 x layers) (Megatron-LM, arXiv:1909.08053, section 5.1).
@@ -312,7 +312,7 @@ def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> d
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a batch the classes of modeling.py take."""
+    """The arguments of the classes in modeling.py."""
     same = {name: batch[name] for name in ("attention_mask", "predicted")}
     return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"]} | same
 
@@ -339,7 +339,7 @@ def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an export in plain transformers: summed losses (P,) and targets (P,) of a batch."""
+    """With an export in plain transformers: the summed losses (P,) and targets (P,) of a batch."""
     import torch
 
     out = net(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
@@ -359,7 +359,7 @@ def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, flo
 
 
 def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
-    """FLOPs a token, forward and backward, without recompute: 6 x weights that multiply + 12 x layers x hidden x T for
+    """FLOPs per token, forward and backward, without recomputation: 6 x weights that multiply + 12 x layers x hidden x T for
     attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts for the masked positions alone (15 %)."""
     h = model.hidden
     weights = model.layers * (4 * h * h + 2 * h * model.ffn) + MASK_SHARE * (h * h + model.vocab_size * h)
@@ -373,8 +373,8 @@ def model_card(model: ResolvedModel) -> dict[str, Any]:
 
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
-_BY_DROPOUT = "model.dropout is the config's own"
-_ID = "which ids are special is known by the tokenizer"
+_BY_DROPOUT = "the config gives model.dropout"
+_ID = "the tokenizer knows which ids are special"
 _TENSORFLOW = "of the first release in TensorFlow; transformers never read it"
 IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "sep_token_id": _ID, "cls_token_id": _ID,
@@ -382,7 +382,7 @@ IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for tho
     "directionality": _TENSORFLOW, "pooler_fc_size": _TENSORFLOW, "pooler_num_attention_heads": _TENSORFLOW,
     "pooler_num_fc_layers": _TENSORFLOW, "pooler_size_per_head": _TENSORFLOW, "pooler_type": _TENSORFLOW,
 }  # fmt: skip
-# beginnings of names of heads that a folder may hold though the model has none: of pretraining, and of finetuned models
+# prefixes of heads that a folder may hold though the model has none: of pretraining, and of finetuned models
 IGNORED_HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
 # patterns of tensors that are not parameters: 0, 1, 2 ...
 HF_BUFFER_PATTERNS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)
@@ -390,32 +390,32 @@ HF_BUFFER_PATTERNS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)
 
 def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """A transformers configuration with one spelling for values that mean the same."""
-    return {"position_embedding_type": "absolute", **values}  # the only kind that its classes still have
+    return {"position_embedding_type": "absolute", **values}  # the only one that its classes still have
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
+    """{Hugging Face name: full shape} `*` for the number of a layer: parameter_shapes without torch."""
     h = model.hidden
-    made = encoder_tensors(model, pooled=bool(model.pair_head))
-    made |= named_linear("cls.predictions.transform.dense", h, h) | named_norm("cls.predictions.transform.LayerNorm", h)
-    made["cls.predictions.bias"] = (model.vocab_size,)
-    return made | (named_linear("cls.seq_relationship", h, 2) if model.pair_head else {})
+    patterns = encoder_tensors(model, pooled=bool(model.pair_head))
+    patterns |= named_linear("cls.predictions.transform.dense", h, h) | named_norm("cls.predictions.transform.LayerNorm", h)
+    patterns["cls.predictions.bias"] = (model.vocab_size,)
+    return patterns | (named_linear("cls.seq_relationship", h, 2) if model.pair_head else {})
 
 
 def encoder_tensors(model: ResolvedModel, pooled: bool) -> dict[str, tuple[int, ...]]:
     """As parameter_patterns, without heads."""
     h, f = model.hidden, model.ffn
     tables = {"word_embeddings": model.vocab_size, "position_embeddings": model.positions, "token_type_embeddings": 2}
-    made: dict[str, tuple[int, ...]] = {f"bert.embeddings.{name}.weight": (rows, h) for name, rows in tables.items()}
+    patterns: dict[str, tuple[int, ...]] = {f"bert.embeddings.{name}.weight": (size, h) for name, size in tables.items()}
     layer = "bert.encoder.layer.*."
     for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
-        made |= named_linear(layer + part, h, h)
-    made |= named_linear(f"{layer}intermediate.dense", h, f) | named_linear(f"{layer}output.dense", f, h)
+        patterns |= named_linear(layer + part, h, h)
+    patterns |= named_linear(f"{layer}intermediate.dense", h, f) | named_linear(f"{layer}output.dense", f, h)
     norms = {"bert": ("bert.embeddings.LayerNorm", f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"),
              "megatron-bert": (f"{layer}attention.ln", f"{layer}ln", "bert.encoder.ln")}  # fmt: skip
     for norm in norms[model.arch]:
-        made |= named_norm(norm, h)
-    return made | (named_linear("bert.pooler.dense", h, h) if pooled else {})
+        patterns |= named_norm(norm, h)
+    return patterns | (named_linear("bert.pooler.dense", h, h) if pooled else {})
 
 
 def named_linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -438,7 +438,7 @@ def duplicate_names(model: ResolvedModel) -> dict[str, str]:
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
     return ResolvedModel(
         arch=config["model_type"], layers=config["num_hidden_layers"], hidden=config["hidden_size"],
         heads=config["num_attention_heads"], ffn=config["intermediate_size"], positions=config["max_position_embeddings"],
@@ -448,7 +448,7 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Beginnings of names that a folder to begin from may lack (an encoder alone): those begin from the seed."""
+    """Prefixes of heads that a folder to begin from may lack (an encoder alone): they are initialized from the seed."""
     return "cls.predictions.", *(("cls.seq_relationship.", "bert.pooler.") if model.pair_head else ())
 
 
@@ -473,7 +473,7 @@ def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
 
 
 def stored_names(name: str) -> list[str]:
-    """Under which names a folder may keep a parameter: its own, that of an encoder saved without its heads, and with norms
+    """The names under which a folder may hold a parameter: its own, that of an encoder saved without its heads, and with norms
     as TensorFlow named them (google-bert/bert-base-uncased)."""
     known = [name, name.removeprefix("bert.")]
     older = [n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for n in known]

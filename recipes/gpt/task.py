@@ -94,7 +94,7 @@ class Model(Section):
             yield "data.seq_len changes; give model.positions, which all phases share"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that this family cannot do on `stack`, with the reason."""
+        """Layouts that the model cannot have on `stack`, with the reason."""
         system = getattr(cfg, stack)
         if stack == "deepspeed" and system.tp > 1 and self.arch == "gpt2":
             yield (
@@ -193,7 +193,7 @@ def dataset(cfg: Config, data: Blend, shuffle: bool) -> Samples:
 
 
 def _eod_id(given: str) -> int | None:
-    """Of data.tokenizer: corpora of Megatron's own tool have no manifest that names theirs."""
+    """The end of document id of data.tokenizer, for corpora of Megatron's own tool, which have no manifest."""
     from common.data import tokenizer
     from common.paths import find
 
@@ -242,7 +242,7 @@ def hf_model(model: ResolvedModel) -> PreTrainedModel:
 
 
 def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
-    """What config.json of an export must say otherwise than hf_config: nothing."""
+    """The keys of an export's config.json whose values differ from those of hf_config: none."""
     return {}
 
 
@@ -256,7 +256,7 @@ def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def initializer(model: ResolvedModel, name: str) -> float | str:
-    """How the parameter of this Hugging Face name begins: 'zeros', 'ones', or the deviation of a normal distribution.
+    """The initial value of a parameter: 'zeros', 'ones', or the standard deviation of a normal distribution.
 
     GPT-2 section 2.3 and Megatron-LM (arXiv:1909.08053 section 5.1): residual projections are scaled by 1/sqrt(2 x layers).
     """
@@ -297,13 +297,13 @@ def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a batch the `transformers` class takes."""
+    """The arguments of the `transformers` class."""
     given = {"input_ids": batch["inputs"]}
     return given | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    """With an export in plain transformers: the summed losses (1,) and targets (1,) of a batch. One part: the next token."""
     logits = net(**model_inputs(batch)).logits  # (B, T, V)
     return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
 
@@ -315,10 +315,10 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
 
 
 def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
-    """FLOPs a token, forward and backward, without recompute, by both conventions of attention.
+    """FLOPs per token, forward and backward, without recomputation, by both conventions of attention.
 
     Matrix products: 6 x weights that multiply. Attention scores and values: 12 x layers x hidden x T when every pair is
-    computed (PaLM, arXiv:2204.02311 appendix B; Megatron-LM, arXiv:2205.05198 appendix A), half of it when only the causal
+    computed (PaLM, arXiv:2204.02311 appendix B; Megatron-LM, arXiv:2205.05198 appendix A), half of that when only the causal
     half is counted (as Megatron-LM's training.py does today).
     """
     h, kv = model.hidden, model.hidden * model.kv_heads // model.heads
@@ -335,8 +335,8 @@ def model_card(model: ResolvedModel) -> dict[str, Any]:
 
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
-_BY_DROPOUT = "model.dropout is the config's own"
-_ID = "which ids are special is known by the tokenizer"
+_BY_DROPOUT = "the config gives model.dropout"
+_ID = "the tokenizer knows which ids are special"
 IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "attn_pdrop": _BY_DROPOUT, "embd_pdrop": _BY_DROPOUT,
     "resid_pdrop": _BY_DROPOUT, "attention_dropout": _BY_DROPOUT, "summary_activation": "of GPT2DoubleHeadsModel's head",
@@ -346,8 +346,8 @@ IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for tho
     "max_position_embeddings": "rotary positions have no table; gpt2 says n_positions", "is_llama_config": "as model_type",
     "pretraining_tp": "in how many pieces older versions multiplied: the same products",
 }  # fmt: skip
-IGNORED_HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
-HF_BUFFER_PATTERNS = (  # patterns of tensors that are no parameters: masks and tables that older versions saved, and none reads
+IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may hold though the model has none
+HF_BUFFER_PATTERNS = (  # patterns of tensors that are not parameters: masks and tables that older versions saved
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
     r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )
@@ -396,7 +396,7 @@ def duplicate_names(model: ResolvedModel) -> dict[str, str]:
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
     if config["model_type"] == "gpt2":
         hidden = config["n_embd"]
         return ResolvedModel(
@@ -416,7 +416,7 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Beginnings of names that a folder to begin from may lack: none."""
+    """Prefixes of heads that a folder to begin from may lack: none."""
     return ()
 
 
@@ -441,7 +441,7 @@ def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
 
 
 def stored_names(name: str) -> list[str]:
-    """Under which names a folder may keep a parameter: its own, and that of a model saved without its head."""
+    """The names under which a folder may hold a parameter: its own, and that of a model saved without its head."""
     return [name, name.removeprefix("transformer.").removeprefix("model.")]
 
 

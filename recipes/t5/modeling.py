@@ -8,7 +8,7 @@ class Tied(T5ForConditionalGeneration):
 
 
 class Untied(T5ForConditionalGeneration):
-    """T5 1.1: output weights of its own. transformers 5 ties them at construction whatever the configuration says; it loads
+    """T5 1.1: separate output weights. transformers 5 ties them at construction whatever the configuration says; it loads
     an export untied, which holds both."""
 
     _tied_weights_keys = {

@@ -4,7 +4,7 @@ Span corruption (Raffel et al., arXiv:1910.10683, section 3.1.4; t5/data/preproc
 the tokens, in spans of 3 on average, are replaced in the input by one sentinel a span; the target lists the sentinels, each
 followed by what it stands for. Both end with the end of sequence. 568 raw tokens give 512 and 114.
 Prefix language modelling (section 3.2.1; the LM adaptation of Lester et al., arXiv:2104.08691): a text of min(T, S) tokens
-is cut at a random place, the input is what stands before, the target what follows.
+is cut at a random point: the input is what precedes it, the target what follows.
 A corpus whose documents are of two sequences holds text-to-text tasks: the first is the input, the second the target. Blended
 with running text it makes the paper's multi-task mixture.
 
@@ -55,7 +55,7 @@ LEAST = {"span": {"seq_len": 3, "target_len": 3}, "prefix": {"seq_len": 2, "targ
 
 
 def too_short(objective: Any, data: Any) -> list[str]:
-    """Lengths that hold no sample: of two tokens span corruption makes three (a token or a sentinel each, and the end)."""
+    """Lengths too short for a sample: of two tokens span corruption makes three (a token or a sentinel each, and the end)."""
     return [
         f"data.{name}={getattr(data, name)}: objective.kind={objective.kind} needs {least} or more"
         for name, least in LEAST[objective.kind].items()
@@ -64,7 +64,7 @@ def too_short(objective: Any, data: Any) -> list[str]:
 
 
 class Samples(BlendedDataset):
-    """kind: 'span' or 'prefix'. pack: True: documents end to end, cut every `raw` tokens. False: a document a sample.
+    """kind: 'span' or 'prefix'. pack: True: documents end to end, cut every `raw` tokens. False: one document per sample.
 
     sentinels: their ids in order of use. BadInput for corpora without a sample, or a sample that needs more sentinels.
     """
@@ -137,12 +137,12 @@ class Samples(BlendedDataset):
         noise, spans = counts_of(len(ids), self.noise_density, self.mean_noise_span_length)
         if not spans:
             return self._ended(ids), np.empty(0, np.int64)
-        kept, hidden = pieces(len(ids) - noise, spans, rng), pieces(noise, spans, rng)
-        ends = np.cumsum(np.stack([kept, hidden], 1).reshape(-1))  # kept, hidden, kept, hidden, ...
+        visible, hidden = pieces(len(ids) - noise, spans, rng), pieces(noise, spans, rng)
+        ends = np.cumsum(np.stack([visible, hidden], 1).reshape(-1))  # visible, hidden, visible, hidden, ...
         hides = np.repeat(np.tile([False, True], spans), np.diff(ends, prepend=0))
         ids, sentinels = ids.astype(np.int64), self.sentinels[:spans]
         # a sentinel stands in the input where a hidden piece was, in the target before it
-        source = np.insert(ids[~hides], np.cumsum(kept), sentinels)
+        source = np.insert(ids[~hides], np.cumsum(visible), sentinels)
         target = np.insert(ids[hides], np.cumsum(hidden) - hidden, sentinels)
         return self._ended(source), self._ended(target)
 

@@ -1,7 +1,7 @@
 """What makes it T5, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
 
 Two architectures. `t5`: ReLU, output weights tied to the embedding and its logits scaled by hidden^-0.5 (Raffel et al.,
-arXiv:1910.10683). `t5_v1_1`: gated GELU (Shazeer, arXiv:2002.05202), weights of its own for the output, no scaling. Both:
+arXiv:1910.10683). `t5_v1_1`: gated GELU (Shazeer, arXiv:2002.05202), separate output weights, no scaling. Both:
 relative position biases, RMSNorm before each block, no biases in linear layers, scores that are not scaled.
 Shapes: B samples, T positions of the input, S of the target, H hidden, V vocabulary.
 """
@@ -73,7 +73,7 @@ class Model(Section):
         return iter(())
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that this family cannot do on `stack`, with the reason."""
+        """Layouts that the model cannot have on `stack`, with the reason."""
         system = getattr(cfg, stack)
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
         if pp > 1:
@@ -249,8 +249,8 @@ def hf_class_name(model: ResolvedModel) -> str:
 
 
 def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
-    """What config.json of an export must say otherwise than hf_config: T5 begins with its padding, and only 1.0 is tied
-    (transformers 5 says so of every T5, and other readers believe it)."""
+    """The keys of an export's config.json whose values differ from those of hf_config: T5 has no bos token, and only 1.0 is
+    tied (transformers 5 writes so for every T5, and other readers take it as it is)."""
     return {"bos_token_id": None, "tie_word_embeddings": not model.gated}
 
 
@@ -264,7 +264,7 @@ def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def initializer(model: ResolvedModel, name: str) -> float | str:
-    """How the parameter of this Hugging Face name begins: 'ones', or the deviation of a normal distribution.
+    """The initial value of a parameter: 'ones', or the standard deviation of a normal distribution.
 
     As Mesh TensorFlow's T5 and transformers have it; the output weights of t5_v1_1 as t5x has them (transformers gives them
     the embedding's deviation of 1, with which the first loss is about sqrt(hidden) nats).
@@ -307,7 +307,7 @@ def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a batch the `transformers` class takes."""
+    """The arguments of the `transformers` class."""
     return {
         "input_ids": batch["inputs"], "attention_mask": batch["attention_mask"][:, None, None, :],
         "decoder_input_ids": batch["decoder_inputs"],
@@ -315,7 +315,7 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an export in plain transformers: summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    """With an export in plain transformers: the summed losses (1,) and targets (1,) of a batch. One part: the next token."""
     mask = batch["attention_mask"].long()
     logits = net(input_ids=batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
     return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
@@ -328,7 +328,7 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
 
 
 def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]:
-    """FLOPs a token (of input and target together), forward and backward, without recompute.
+    """FLOPs per token (of input and target together), forward and backward, without recomputation.
 
     Matrix products: 6 x weights that multiply, for T tokens in the encoder, S in the decoder, and the decoder's keys and
     values of the encoder for T. Attention: 12 x heads x kv_channels for each pair of positions: T x T, S x S and S x T
@@ -355,11 +355,11 @@ def model_card(model: ResolvedModel) -> dict[str, Any]:
 # ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
 
 IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
-    "dropout_rate": "model.dropout is the config's own", "classifier_dropout": "of T5ForSequenceClassification's head",
+    "dropout_rate": "the config gives model.dropout", "classifier_dropout": "of T5ForSequenceClassification's head",
     "bos_token_id": "T5 begins with decoder_start_token_id", "n_positions": "relative positions have no table",
 }  # fmt: skip
-IGNORED_HF_HEADS = ()  # beginnings of names of heads that a folder may hold though the model has none
-# patterns of tensors that are no parameters: a table of biases between the stacks, which Mesh TensorFlow saved and none reads
+IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may hold though the model has none
+# patterns of tensors that are not parameters: a table of biases between encoder and decoder, which Mesh TensorFlow saved
 HF_BUFFER_PATTERNS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
 
@@ -369,7 +369,7 @@ def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} of a resolved model, `*` for the number of a layer: parameter_shapes without torch."""
+    """{Hugging Face name: full shape} `*` for the number of a layer: parameter_shapes without torch."""
     h, f, inner, table = model.hidden, model.ffn, model.heads * model.kv_channels, (model.vocab_size, model.hidden)
     patterns: dict[str, tuple[int, ...]] = {"shared.weight": table}
     if model.gated:
@@ -400,7 +400,7 @@ def duplicate_names(model: ResolvedModel) -> dict[str, str]:
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
     return ResolvedModel(
         arch="t5_v1_1" if config.get("feed_forward_proj") == "gated-gelu" else "t5", layers=config["num_layers"],
         decoder_layers=config.get("num_decoder_layers") or config["num_layers"], hidden=config["d_model"],
@@ -411,7 +411,7 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Beginnings of names that a folder to begin from may lack: none."""
+    """Prefixes of heads that a folder to begin from may lack: none."""
     return ()
 
 
@@ -436,5 +436,5 @@ def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
 
 
 def stored_names(name: str) -> list[str]:
-    """Under which names a folder may keep a parameter: its own, or the embedding's as a stack's."""
+    """The names under which a folder may hold a parameter: its own, or the embedding's as a stack's."""
     return [name, "encoder.embed_tokens.weight"] if name == "shared.weight" else [name]

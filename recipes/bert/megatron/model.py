@@ -42,7 +42,7 @@ class Encoder(BertModel):  # type: ignore[misc]  # megatron-core has no annotati
 class Bert(Encoder):
     """BertModel whose head sees the masked positions only, and whose vocabulary need not divide by tp."""
 
-    real_vocab: int
+    unpadded_vocab: int
 
     def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Output:
         """As `encode`, and predicted (N,), indices in the flat (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on
@@ -52,7 +52,7 @@ class Bert(Encoder):
             return hidden
         picked = hidden.transpose(0, 1).flatten(0, 1).index_select(0, predicted)  # (N, H)
         logits, _ = self.output_layer(self.lm_head(picked), weight=self.shared_embedding_or_output_weight())
-        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[:, -padding:] = torch.finfo(logits.dtype).min
@@ -105,7 +105,7 @@ def build(cfg: task.ResolvedConfig, layout: Layout) -> Bert:
     """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
     m = cfg.model
     net = encoder(Bert, cfg, m, layout, share_embeddings_and_output_weights=True, add_binary_head=m.pair_head)
-    net.real_vocab = m.vocab_size
+    net.unpadded_vocab = m.vocab_size
     if net.post_process:
         net.use_whole_positions()
     return net
@@ -150,9 +150,9 @@ def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def _highest(logits: torch.Tensor) -> torch.Tensor:
     """(N, V / tp) -> (N,) id of the highest logit over all shards, the first of equal ones."""
     group = parallel_state.get_tensor_model_parallel_group()
-    best, place = logits.max(-1)
+    best, index = logits.max(-1)
     top = best.clone()
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
-    ids = torch.where(best == top, place + group.rank() * logits.size(1), torch.iinfo(torch.int64).max)
+    ids = torch.where(best == top, index + group.rank() * logits.size(1), torch.iinfo(torch.int64).max)
     torch.distributed.all_reduce(ids, torch.distributed.ReduceOp.MIN, group=group)
     return ids

@@ -53,7 +53,7 @@ def _layer(m: task.ResolvedModel) -> dict[str, tuple[str, ...]]:
     if m.arch == "bert":
         return table | {"self_attn_bda.norm": ("attention.output.LayerNorm",), "mlp_bda.norm": ("output.LayerNorm",)}
     norms = {"input_layernorm": ("attention.ln",), "pre_mlp_layernorm": ("ln",)}
-    # as TransformerEngine names them, fused into the linear layer behind them
+    # as TransformerEngine names them, fused into the linear layer after them
     fused = {"self_attention.linear_qkv.layer_norm": ("attention.ln",), "mlp.linear_fc1.layer_norm": ("ln",)}
     return table | norms | fused
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
-    """GPTModel whose vocabulary need not divide by tp: the rows added are kept out of the softmax."""
+    """GPTModel whose vocabulary need not divide by tp: the softmax leaves out the rows that are added."""
 
-    real_vocab: int
+    unpadded_vocab: int
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels (B, T), logits (T, B, V / tp) -> losses (B, T)"""
-        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[..., -padding:] = torch.finfo(logits.dtype).min
@@ -46,7 +46,7 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
 
 
 def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> Gpt:
-    """This rank's stage and shards, with memory but without values: mcore.load_state gives them."""
+    """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
     m = cfg.model
     config = transformer_config(cfg, layout)
     if cfg.megatron.transformer_engine:
@@ -62,7 +62,7 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
         position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=m.rope_theta,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
-    net.real_vocab = m.vocab_size
+    net.unpadded_vocab = m.vocab_size
     return net
 
 

@@ -1,7 +1,8 @@
-"""Google's T5 on Megatron Core: its T5Model, mended where it is another model (checked with megatron-core 0.19.2).
+"""Google's T5 on Megatron Core: its T5Model, corrected where it differs (checked with megatron-core 0.19.2).
 
 Megatron's own differs from T5 without TransformerEngine: no relative biases, no final norm, a bias in the tied head, no
-scaling of its logits, no dropout inside the MLP and behind the last norm. And full recompute fails with relative biases (Held).
+scaling of its logits, no dropout inside the MLP and after the last norm. Full recomputation
+fails with relative biases (DetachedBias).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .. import finetune, task
 
 
-class Held(torch.autograd.Function):
+class DetachedBias(torch.autograd.Function):
     """Brings the gradient that the layers of a block leave in `leaf` back to `bias`, of which it is a detached copy.
 
     Megatron's recompute hands the biases to its layers by closure, not as an argument of the checkpoint. So the backward pass
@@ -44,22 +45,22 @@ class Held(torch.autograd.Function):
 
 
 class DroppedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # megatron-core has no annotations
-    """The MLP's second product behind T5's dropout (transformers: T5DenseActDense)."""
+    """The MLP's second linear layer, after T5's dropout (transformers: T5DenseActDense)."""
 
     def forward(self, x: torch.Tensor) -> Any:
         p = self.config.hidden_dropout if self.training else 0.0
-        with own_units(self.config) if p and not self.config.sequence_parallel else nullcontext():
+        with forked_random_state(self.config) if p and not self.config.sequence_parallel else nullcontext():
             x = F.dropout(x, p, training=p > 0)
         return super().forward(x)
 
 
-def own_units(config: TransformerConfig) -> AbstractContextManager[None]:
-    """Where each tp rank holds other units: random states of its own."""
+def forked_random_state(config: TransformerConfig) -> AbstractContextManager[None]:
+    """Separate random states for each tp rank, which holds other units."""
     return tensor_parallel.get_cuda_rng_tracker().fork() if config.tensor_model_parallel_size > 1 else nullcontext()
 
 
 class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
-    real_vocab: int
+    unpadded_vocab: int
 
     def forward(
         self, inputs: torch.Tensor, decoder_inputs: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None
@@ -76,7 +77,7 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
         if self.share_embeddings_and_output_weights:
             decoded, weight = decoded * self.config.hidden_size**-0.5, self.shared_embedding_or_output_weight()
         logits = self.lm_head(decoded, weight)  # (S, B, V / tp)
-        padding = self.vocab_size - self.real_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[..., -padding:] = torch.finfo(logits.dtype).min
@@ -90,12 +91,12 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
         bias = tensor_parallel.scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
         if self.training and self.config.recompute_granularity:  # full, or megatron.extra's selective
             leaf = bias.detach().requires_grad_()
-            return Held.apply(hidden, bias, leaf), leaf
+            return DetachedBias.apply(hidden, bias, leaf), leaf
         return hidden, bias
 
     def _dropped(self, hidden: torch.Tensor) -> torch.Tensor:
         p = self.config.hidden_dropout if self.training else 0.0
-        with own_units(self.config) if p and self.config.sequence_parallel else nullcontext():
+        with forked_random_state(self.config) if p and self.config.sequence_parallel else nullcontext():
             return F.dropout(hidden, p, training=p > 0)
 
 
@@ -110,7 +111,7 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
 
 
 def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> T5:
-    """This rank's shards, with memory but without values: mcore.load_state gives them."""
+    """This rank's shards, with memory but without values: mcore.load_state sets them."""
     m = cfg.model
     mcore.use_own_norms()
     encoder = mcore.layer_spec(AttnMaskType.padding, linear_fc2=DroppedRowParallelLinear)
@@ -124,7 +125,7 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
         share_embeddings_and_output_weights=not m.gated, position_embedding_type="relative",
         relative_attention_num_buckets=m.buckets, relative_attention_max_distance=m.max_distance,
     )  # fmt: skip
-    net.real_vocab = m.vocab_size
+    net.unpadded_vocab = m.vocab_size
     net.lm_head.output_layer.bias = None
     return net
 
