@@ -5,6 +5,7 @@ python -m scripts.sizes
 Large outputs belong into OUT, which git ignores; scripts/publish.py makes a small record of a run.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ TOTAL_BYTES = 8 * 2**20
 
 
 def main() -> int:
-    if sys.argv[1:]:
-        print(__doc__)
-        return 0 if sys.argv[1:] == ["--help"] else 2
+    argparse.ArgumentParser(
+        prog="python -m scripts.sizes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sizes = tracked(ROOT)
     errors = problems(sizes)
     for error in errors:
