@@ -309,6 +309,9 @@ def _same_run(cfg: Config, recorded: Config, record: dict[str, Any], out: Path) 
     before = read_object(out / "run.json") if (out / "run.json").exists() else {"data": {}}
     if before is None or not isinstance(before.get("data"), dict):
         return [*problems, f"{out / 'run.json'}: cannot be read; restore it, or choose another OUT"]
+    family = before.get("family")
+    if family not in (None, record["family"]):  # equal shapes do not make two recipes one model
+        problems.append(f"{out} has a run of recipes/{family}; continue it with that recipe, or choose another OUT")
     for key, value in before["data"].items():
         if record["data"].get(key) not in (None, value):
             problems.append(f"{out} has another run: the content of data.{key} has changed; choose another OUT")

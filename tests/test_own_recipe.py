@@ -186,6 +186,10 @@ def test_another_schedule(house: House, settings: list[str]) -> None:
     rates = [line["lr"] for _, line in sorted(losses(folder / "out").items())]
     assert rates[:12] == [5e-4, *[1e-3] * 11]
     assert rates[12:] == pytest.approx([1e-4 + 9e-4 * (1 - (n / 8) ** 0.5) for n in range(1, 9)])
+    words[0] = "recipes/gpt/configs/tiny.yaml"
+    done = command(folder, "-m", "common.launch", "recipes.gpt.baseline.pretrain", *words, "optim.schedule=cosine")
+    assert done.returncode == 2
+    assert "out has a run of recipes/mine; continue it with that recipe, or choose another OUT" in done.stderr
 
 
 def test_another_corpus(house: House) -> None:
