@@ -1,4 +1,4 @@
-"""What a run tells: a header, one aligned line a step, OUT/metrics.jsonl, TensorBoard. Rank 0 only."""
+"""What a run reports: a header, one aligned line per step, OUT/metrics.jsonl, TensorBoard. Rank 0 only."""
 
 import json
 import os
@@ -69,8 +69,8 @@ class Log:
         width = len(str(self.run.whole.last_step))
         more = [f"{name} {value:.4f}" for name, value in parts.items()] or [f"ppl {_perplexity(loss):.4g}"]
         print("  ".join([f"valid {step:>{width}}  loss {loss:.4f}", *more]), flush=True)
-        made = {f"valid_{name}": value for name, value in parts.items()}
-        self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens, **made})
+        named = {f"valid_{name}": value for name, value in parts.items()}
+        self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens, **named})
 
     def say(self, text: str) -> None:
         if self.first:
@@ -97,10 +97,10 @@ def _reopen(path: Path, step: int) -> TextIO:
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
-                found = parsed(line)
-                if found is None:
+                values = parsed(line)
+                if values is None:
                     spoiled.append((place, place + len(line)))
-                elif found["step"] <= step:
+                elif values["step"] <= step:
                     end, damaged = place + len(line), len(spoiled)
                 place += len(line)
         os.truncate(path, end)

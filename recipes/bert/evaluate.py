@@ -42,8 +42,8 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
     stored = read_object(folder / "config.json") or {}
     cfg = settings(given, folder, stored, name, data, seq_len, split)
     head = f"{cfg.model.task_head.parameter}.weight"
-    held = hf_folder.tensors(folder, str(folder), [])
-    outputs = held[head].shape[0] if head in held else 0
+    tensors = hf_folder.tensors(folder, str(folder), [])
+    outputs = tensors[head].shape[0] if head in tensors else 0
     if outputs != len(cfg.model.labels):
         wanted = f"its head has {outputs} outputs, {name} wants {len(cfg.model.labels)}"
         raise BadInput(f"{folder}: {wanted}; finetune it on {name} first")
@@ -111,7 +111,7 @@ def predict(
     examples, head = task.examples, task.cfg.model.task_head
     n = min(limit or len(examples), len(examples))
     ordered = examples.batch_order(range(n))
-    found = torch.zeros(n, head.prediction_width(task.cfg.data.seq_len), dtype=torch.float64, device=ranks.device)
+    values = torch.zeros(n, head.prediction_width(task.cfg.data.seq_len), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, -(-n // batch), ranks.world):
         tell(number)
         rows = examples.collate(ordered[number * batch : (number + 1) * batch])
@@ -120,11 +120,11 @@ def predict(
         with torch.no_grad():
             output = net(given["tokens"], token_type_ids=given["token_types"], attention_mask=mask)
         logits = finetune.logits_of(output).float()
-        said = head.predictions(logits if task.order is None else logits[..., task.order], given)
-        found[rows["indices"], : said.shape[1]] = said.double()
+        predictions = head.predictions(logits if task.order is None else logits[..., task.order], given)
+        values[rows["indices"], : predictions.shape[1]] = predictions.double()
     if ranks.world > 1:
-        dist.all_reduce(found)  # each value and zeros: exact
-    return found.cpu().numpy()
+        dist.all_reduce(values)  # each value plus zeros: exact
+    return values.cpu().numpy()
 
 
 def write_predictions(task: Task, predictions: np.ndarray, out: Path) -> list[Path]:

@@ -48,17 +48,23 @@ if TYPE_CHECKING:
     from common.preflight import Run
 
 
+if TYPE_CHECKING:
+    TaskType = str
+    Name = str
+else:  # a type checker reads no names that are computed
+    TaskType = Literal[*registry.HEADS]
+    Name = Literal[*registry.TASKS]
+
+
 class Model(task.Model):
     """Its shapes come from init.from where the config gives none."""
 
     renamed = {"kind": "task_type"}
 
-    task_type: Annotated[Literal[*registry.HEADS] | None, BeforeValidator(registry.task_type_now)] = Field(
+    task_type: Annotated[TaskType | None, BeforeValidator(registry.task_type_now)] = Field(
         default=None, description="Type of the task, which decides the head; the run takes it from task.name."
     )
-    labels: list[NonEmpty] | None = Field(
-        default=None, description="Names of the head's outputs; the run takes them from the task."
-    )
+    labels: list[NonEmpty] = Field(default=[], description="Names of the head's outputs; the run takes them from the task.")
     new_head: bool = Field(default=False, description="Draw the head from train.seed though init.from holds one.")
     pair_head: bool | None = Field(default=False, description="Of pretraining; false here.")
     dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, residual and head.")
@@ -68,7 +74,7 @@ class Model(task.Model):
         return {"task_type"}  # task.name is compared
 
     def head_problems(self, cfg: Any) -> Iterator[str]:
-        if self.positions and self.positions < cfg.data.seq_len:  # told by common/config.py
+        if self.positions and self.positions < cfg.data.seq_len:  # common/config.py reports it
             return
         if cfg.task.name == "ner" and not cfg.task.tags:
             yield "task.tags: is missing; give the tags of ner, for example task.tags=[O, B-PER, I-PER]"
@@ -107,7 +113,7 @@ class Model(task.Model):
 class ResolvedModel(task.ResolvedModel, Model):
     """The same with every default filled in, as config.yaml of a run has it."""
 
-    task_type: Annotated[Literal[*registry.HEADS], BeforeValidator(registry.task_type_now)]
+    task_type: Annotated[TaskType, BeforeValidator(registry.task_type_now)]
     labels: list[NonEmpty]
     pair_head: bool = False
 
@@ -140,7 +146,7 @@ class Data(config.Data):
 class Task(finetuning.Task):
     """The task and its files."""
 
-    name: Literal[*registry.TASKS] = Field(
+    name: Name = Field(
         description="GLUE's tasks (arXiv:1804.07461), SQuAD, RACE, entities (ner), or your own texts and labels (classify)."
     )
     data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
@@ -224,9 +230,9 @@ def selection_metric(cfg: Config) -> str:
 
 
 def hf_config(model: ResolvedModel) -> PreTrainedConfig:
-    made = task.hf_config(model)
-    made.num_labels = len(model.labels)
-    return made
+    hf = task.hf_config(model)
+    hf.num_labels = len(model.labels)
+    return hf
 
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
@@ -283,17 +289,17 @@ def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
     return (f"{model.task_head.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
 
 
-def head_problems(cfg: ResolvedConfig, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+def head_problems(cfg: ResolvedConfig, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of a folder to begin from whose tensors have these shapes, and whose config.json holds `stored`."""
     model = cfg.model
     name = f"{model.task_head.parameter}.weight"
-    if name not in held or model.new_head or not model.labels:
+    if name not in shapes or model.new_head or not model.labels:
         return
     instead = "give model.new_head=true to begin it from train.seed"
     named = stored.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "no class"
-    if held[name] != (len(model.labels), model.hidden):
-        yield f"its head {name} is {held[name]}, the task wants {(len(model.labels), model.hidden)}; {instead}"
+    if shapes[name] != (len(model.labels), model.hidden):
+        yield f"its head {name} is {shapes[name]}, the task wants {(len(model.labels), model.hidden)}; {instead}"
     elif not architecture.endswith(model.task_head.exported_class):
         yield f"its head is of {architecture}, the task wants one of {hf_class_name(model)}; {instead}"
     else:
@@ -303,10 +309,10 @@ def head_problems(cfg: ResolvedConfig, held: Mapping[str, Sequence[int]], stored
             yield f"{error}; or {instead}"
 
 
-def head_notes(cfg: ResolvedConfig, held: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
+def head_notes(cfg: ResolvedConfig, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
     """Of the same folder, which has no problems."""
     model = cfg.model
-    if f"{model.task_head.parameter}.weight" in held and not model.new_head:
+    if f"{model.task_head.parameter}.weight" in shapes and not model.new_head:
         yield f"its head {model.task_head.parameter}.* is trained on; give model.new_head=true to begin it from train.seed"
         yield from label_names.unnamed_note(model.task_head, model.labels, stored)
 

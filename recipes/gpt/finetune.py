@@ -18,6 +18,7 @@ from pydantic import Field
 from common import config
 from common.config import Count, FilePath, Positive
 from common.data import examples
+from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
 from common.huggingface import export, pretrained
 from common.json_files import write_json
@@ -165,7 +166,7 @@ def linear_layers(model: Model) -> tuple[str, ...]:
 
 def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
-    that does not do."""
+    that cannot be used."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
 
@@ -175,9 +176,9 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     folder = find(given) if find(given).is_dir() else given
     tokenizer = tokenizers.load(folder)
     d, name = cfg.data, "train" if shuffle else "valid"
-    found = samples.read(cfg.task.name, cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=shuffle)
-    make = _conversations if cfg.task.name == "sft" else _texts
-    ids, counted, lengths, notes = make(cfg, found, tokenizer, str(folder))
+    source = samples.read(cfg.task.name, cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=shuffle)
+    tokenize = _conversations if cfg.task.name == "sft" else _texts
+    ids, counted, lengths, notes = tokenize(cfg, source, tokenizer, str(folder))
 
     within = d.pack and (cfg.task.name == "sft" if d.reset_attention is None else d.reset_attention)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -189,8 +190,8 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
         cut = [int(min(length, d.seq_len + 1)) for length in lengths]
         pieces = [[(int(bounds[i]), int(bounds[i]) + cut[i]) for i in group] for group in groups]
     what = f"conversations, {counted.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
-    places = np.flatnonzero(counted & (ids == tokenizer.unk_id)) if tokenizer.unk_id is not None else []
-    unknown = len(np.unique(np.searchsorted(bounds, places, side="right")))
+    is_unknown = counted & (ids == tokenizer.unk_id) if tokenizer.unk_id is not None else np.zeros(len(ids), bool)
+    unknown = len(np.unique(np.searchsorted(bounds, np.flatnonzero(is_unknown), side="right")))  # documents
     if unknown:
         notes = [*notes, f"{unknown:,} of {len(lengths):,} hold targets that the vocabulary cannot write (<unk>)"]
     notes = [f"{name}: {note}" for note in [*notes, f"{len(lengths):,} {what} in {len(pieces):,} samples of {d.seq_len}"]]
@@ -198,56 +199,57 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
         notes.append("the tokenizer has no chat template: the default of recipes/gpt/finetune_samples.py is used")
 
     content = samples.content_hash(ids, counted, np.array(lengths, np.int64))
-    source = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))
+    corpus = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
-    # pipeline stages are told one length, and sequence parallelism divides it by tp
+    # pipeline stages expect one length, which sequence parallelism divides by tp
     whole = d.pack or cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel
-    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": [*(found.notes if shuffle else []), *notes]}
-    return samples.Packed(source, ids, counted, pieces, d.seq_len, pad_id, within, whole, **order)
+    notes = [*(source.notes if shuffle else []), *notes]
+    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": notes}
+    return samples.Packed(corpus, ids, counted, pieces, d.seq_len, pad_id, within, whole, **order)
 
 
-Made = tuple[np.ndarray, np.ndarray, list[int], list[str]]  # ids, counted (N,); length of each document; notes
+Tokenized = tuple[np.ndarray, np.ndarray, list[int], list[str]]  # ids, counted (N,); length of each document; notes
 
 
-def _texts(cfg: Config, found: samples.Found, tokenizer: Any, folder: str) -> Made:
-    """Every token counts; an end of document stands between two."""
-    if len(found.documents) > 1 and tokenizer.eod_id is None:
+def _texts(cfg: Config, source: samples.Documents, tokenizer: Tokenizer, folder: str) -> Tokenized:
+    """Every token is a target; an end of document stands between two documents."""
+    if len(source.documents) > 1 and tokenizer.eod_id is None:
         raise BadInput(f"{folder}: its tokenizer has no token that ends a text, to stand between documents; give one text")
-    made = [_encode(tokenizer, text) for text in found.documents]
-    ends = [[tokenizer.eod_id]] * (len(made) - 1) + [[]]
-    documents = [np.array([*ids, *end], np.int32) for ids, end in zip(made, ends, strict=True)]
+    texts = [_encode(tokenizer, text) for text in source.documents]
+    ends = [[tokenizer.eod_id]] * (len(texts) - 1) + [[]]
+    documents = [np.array([*ids, *end], np.int32) for ids, end in zip(texts, ends, strict=True)]
     ids = np.concatenate(documents)
     if len(ids) < 2:
-        raise BadInput(f"{found.where[0]}: {len(ids)} token, and two are needed to predict one; give more text")
+        raise BadInput(f"{source.where[0]}: {len(ids)} token, and two are needed to predict one; give more text")
     return ids, np.ones(len(ids), bool), [len(d) for d in documents if len(d)], []
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of one text, whose pieces are shared among the processor's cores."""
     return [i for ids in tokenizer.encode_batch(list(tokenizer.pieces(text, 2**16))) for i in ids]
 
 
-def _conversations(cfg: Config, found: samples.Found, tokenizer: Any, folder: str) -> Made:
-    """Answers count. What is cut to seq_len, and what is left out, the notes say."""
+def _conversations(cfg: Config, source: samples.Documents, tokenizer: Tokenizer, folder: str) -> Tokenized:
+    """The tokens of answers are targets. The notes say what is cut to seq_len, and what is left out."""
     template = samples.Template(tokenizer, folder)
-    usable = [i for i, chat in enumerate(found.documents) if not template.spells_a_mark(chat)]
-    made = template.encode([found.documents[i] for i in usable], [found.where[i] for i in usable])
+    usable = [i for i, chat in enumerate(source.documents) if not template.spells_a_mark(chat)]
+    encoded = template.encode([source.documents[i] for i in usable], [source.where[i] for i in usable])
     room = cfg.data.seq_len + 1
-    kept = [(ids[:room], counted[:room]) for ids, counted in made if counted[:room].any()]
-    cut = sum(len(ids) > room and bool(counted[:room].any()) for ids, counted in made)
-    endless = sum(int(ids[counted][-1]) not in template.special_ids for ids, counted in made if counted.any())
+    chats = [(ids[:room], counted[:room]) for ids, counted in encoded if counted[:room].any()]
+    cut = sum(len(ids) > room and bool(counted[:room].any()) for ids, counted in encoded)
+    endless = sum(int(ids[counted][-1]) not in template.special_ids for ids, counted in encoded if counted.any())
     reasons = {
         f"conversations are longer than data.seq_len={cfg.data.seq_len} and are cut there": cut,
-        f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(made) - len(kept),
-        "conversations are left out: a message spells a special token of the tokenizer": len(found.documents) - len(usable),
+        f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(encoded) - len(chats),
+        "conversations are left out: a message spells a special token of the tokenizer": len(source.documents) - len(usable),
         "conversations end without a special token (the chat template writes none): a model finetuned on them does not stop by "
         "itself": endless,
     }
-    notes = [f"{count:,} of {len(found.documents):,} {reason}" for reason, count in reasons.items() if count]
-    if not kept:
+    notes = [f"{count:,} of {len(source.documents):,} {reason}" for reason, count in reasons.items() if count]
+    if not chats:
         raise BadInput([f"task.data={cfg.task.data}: no conversation is left to learn from", *notes])
-    lengths = [len(ids) for ids, _ in kept]
-    return np.concatenate([ids for ids, _ in kept]), np.concatenate([counted for _, counted in kept]), lengths, notes
+    lengths = [len(ids) for ids, _ in chats]
+    return np.concatenate([ids for ids, _ in chats]), np.concatenate([counted for _, counted in chats]), lengths, notes
 
 
 # ---- evaluation and export -------------------------------------------------------------------------------------------
@@ -274,98 +276,102 @@ def before_start(run: Run) -> None:
     from common.data import tokenizer as tokenizers
     from common.paths import find
 
-    folder = run.out / "tokenizer"
+    cfg, folder = finetuning.settings(run, Config), run.out / "tokenizer"
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
-    if run.cfg.task.name == "sft":
+    if cfg.task.name == "sft":
         values = json.loads(path.read_text(encoding="utf-8"))
         values.setdefault("chat_template", samples.DEFAULT_TEMPLATE)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    tokenizer, start = tokenizers.load(folder), find(run.cfg.init.from_)
-    kept = pretrained.generation_config(start) if start == Path(run.tokenizer) else {}  # else its ids are others
-    ends = {tokenizer.eod_id} - {None} | set(kept.get("eos_token_id", []))
-    if run.cfg.task.name == "sft":
+    tokenizer, start = tokenizers.load(folder), find(cfg.init.from_)
+    # ids of a folder with another tokenizer mean other tokens
+    same_tokenizer = run.tokenizer is not None and start == Path(run.tokenizer)
+    generation = pretrained.generation_config(start) if same_tokenizer else {}
+    ends = set(generation.get("eos_token_id", [])) | ({tokenizer.eod_id} if tokenizer.eod_id is not None else set())
+    if isinstance(run.train, samples.Packed) and cfg.task.name == "sft":
         last = run.train.counted & ~np.append(run.train.counted[1:], False)  # of each answer
         ends |= set(run.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
     if ends:
-        write_json(folder / "generation_config.json", kept | {"eos_token_id": sorted(ends)})
+        write_json(folder / "generation_config.json", generation | {"eos_token_id": sorted(ends)})
 
 
-# ---- what the best checkpoint answers --------------------------------------------------------------------------------
+# ---- answers of the best checkpoint ----------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
-    messages: samples.Chat  # up to the answer that is asked for
+    messages: samples.Chat  # before the answer
     reference: str
-    ids: list[int]  # of the messages, to where the answer begins
+    ids: list[int]  # of the messages, and of what the template writes before an answer
     ends: set[int]  # ids that end it
 
 
-def questions(cfg: Config, template: samples.Template) -> list[Question]:
-    """The first task.answers conversations of valid, to the last answer of each. Left out are those that training leaves out,
-    that leave the model no room for an answer, and whose beginning the template does not write alone."""
+def questions(cfg: ResolvedConfig, template: samples.Template) -> list[Question]:
+    """The first task.answers conversations of valid, each up to its last answer, without those that training leaves out, that
+    leave the model no room for an answer, or whose first part the template does not write alone."""
     from common.paths import find
 
-    d, found = cfg.data, []
-    there = samples.read("sft", cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=False)
-    for chat, at in zip(there.documents, there.where, strict=True):
-        if len(found) == cfg.task.answers:
+    d, asked = cfg.data, list[Question]()
+    source = samples.read("sft", cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=False)
+    for chat, at in zip(source.documents, source.where, strict=True):
+        if len(asked) == cfg.task.answers:
             break
         last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
         if not last or template.spells_a_mark(chat):
             continue
         try:
             ids, ends = template.ask(chat[:last], at), template.ends(chat[: last + 1], at)
-        except BadInput:  # after all the training: no reason to end badly
+        except BadInput:  # no reason for a trained run to fail
             continue
         if ends is not None and len(ids) < cfg.model.positions:
-            found.append(Question(chat[:last], chat[last]["content"], ids, ends))
-    return found
+            asked.append(Question(chat[:last], chat[last]["content"], ids, ends))
+    return asked
 
 
 def after_export(run: Run, ranks: Ranks) -> None:
-    """What the export, in plain transformers, says to `questions`, the likeliest token each time: OUT/predictions/valid.jsonl,
-    a line each. A conversation is answered alone, by one rank: 2 ranks write what 1 writes. Nothing is done where the answers
-    of this export are there already."""
+    """Answer `questions` with the export in plain transformers, greedily: OUT/predictions/valid.jsonl, one line each. Each
+    question is answered alone, by one rank: 2 ranks write what 1 writes. Does nothing where the answers of this export are
+    there already."""
     import torch
     import torch.distributed as dist
     import transformers
 
     from common.data import tokenizer as tokenizers
 
-    t, folder, path = run.cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
+    cfg = finetuning.settings(run, ResolvedConfig)
+    t, folder, path = cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
     if t.name != "sft" or not t.answers or not run.is_last_phase:
         return
     step = export.exported_step(folder)
     template = samples.Template(tokenizers.load(folder), str(folder))
-    asked = questions(run.cfg, template)
-    if not asked or _is_answered(path, step, len(asked)):
+    asked = questions(cfg, template)
+    if step is None or not asked or _is_answered(path, step, len(asked)):
         return
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a folder may name sampling that is not used here
-    net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    net = net.to(ranks.device).eval()
     stops = pretrained.write_plainly(net)
     written = torch.zeros(len(asked), t.max_new_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: none
-    tell = finetuning.progress(len(asked), 1, ranks)
+    report = finetuning.progress(len(asked), 1, ranks)
     for number in range(ranks.rank, len(asked), ranks.world):
-        if tell(number):
+        if report(number):
             break
         question = asked[number]
         ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
-        made = net.generate(
+        output = net.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
             eos_token_id=sorted(question.ends | stops) or None,
-            max_new_tokens=min(t.max_new_tokens, run.cfg.model.positions - len(question.ids)),
+            max_new_tokens=min(t.max_new_tokens, cfg.model.positions - len(question.ids)),
         )[0, ids.shape[1] :]  # fmt: skip
-        written[number, : len(made)] = made + 1
-    dist.all_reduce(written)  # each row and zeros: exact
+        written[number, : len(output)] = output + 1
+    dist.all_reduce(written)  # each row plus zeros: exact
     finetuning.end_if_asked(ranks, step)
     if ranks.rank == 0:
-        said = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
+        answers = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
         lines = [
             {"step": step, "messages": [*q.messages, {"role": "assistant", "content": text}], "reference": q.reference}
-            for q, text in zip(asked, said, strict=True)
+            for q, text in zip(asked, answers, strict=True)
         ]
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         print(f"answers   {path}", flush=True)

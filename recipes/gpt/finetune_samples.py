@@ -1,6 +1,6 @@
-"""What GPT is finetuned on: texts and conversations, read, tokenized, and laid into samples of seq_len.
+"""What GPT is finetuned on: texts and conversations, read, tokenized, and packed into samples of seq_len.
 
-A text file is one document; a .jsonl file has one a line, {"text": ...}. A conversation is a line of a .jsonl file:
+A text file is one document; a .jsonl file has one per line, {"text": ...}. A conversation is a line of a .jsonl file:
 {"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "response": ...} for one question and its answer, or
 ShareGPT's {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}.
 Torch-free.
@@ -40,7 +40,7 @@ DEFAULT_TEMPLATE = (
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class Documents(NamedTuple):
     """documents: texts, or conversations. where: file and line of each, for messages."""
 
     documents: list[Any]
@@ -48,7 +48,7 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def read(kind: str, data: str, place: Path, train: str, valid: str, for_train: bool) -> Found:
+def read(kind: str, data: str, place: Path, train: str, valid: str, for_train: bool) -> Documents:
     """The documents to train on, or to validate on: where there are none of these, a share of train's.
 
     kind: 'lm' or 'sft'. data: as the config gives it; place: where that would be on disk, else it is a dataset of the hub,
@@ -56,25 +56,25 @@ def read(kind: str, data: str, place: Path, train: str, valid: str, for_train: b
     there, or is no text or conversation.
     """
     there = _files(data, place, kind) if place.exists() else _of_hub(data)
-    names = {True: _named(there, train), False: _named(there, valid)}
-    if names[True] is None:
+    train_name, valid_name = _named(there, train), _named(there, valid)
+    if train_name is None:
         raise BadInput(f"task.data={data}: has no {train!r}; it has {', '.join(there) or 'nothing to read'}; give data.train")
-    drawn = names[False] is None
+    name = train_name if for_train or valid_name is None else valid_name
     documents, where = [], []
-    for at, row in _rows(data, place, names[for_train] or names[True]):
+    for at, row in _rows(data, place, name):
         documents.append(_conversation(row, at) if kind == "sft" else _text(row, at))
         where.append(at)
     if not documents:
-        raise BadInput(f"{place / (names[for_train] or names[True])}: is empty; give a file with a document or conversation")
-    if not drawn:
-        return Found(documents, where, [])
+        raise BadInput(f"{place / name}: is empty; give a file with a document or conversation")
+    if valid_name is not None:
+        return Documents(documents, where, [])
     count = max(1, round(VALID_SHARE * len(documents)))
     if len(documents) <= count:
         raise BadInput(f"task.data={data}: has no {valid!r}, and one document cannot be divided; add {valid}{_ending(kind)}")
     chosen = set(np.random.default_rng(VALID_SEED).permutation(len(documents))[:count].tolist())
     keep = [i for i in range(len(documents)) if (i in chosen) != for_train]
     note = f"task.data has no {valid!r}: {count:,} of {len(documents):,} of train, drawn by seed {VALID_SEED}, are it"
-    return Found([documents[i] for i in keep], [where[i] for i in keep], [note])
+    return Documents([documents[i] for i in keep], [where[i] for i in keep], [note])
 
 
 def _ending(kind: str) -> str:
@@ -90,9 +90,9 @@ def _files(data: str, place: Path, kind: str) -> list[str]:
 def _named(there: Sequence[str], name: str) -> str | None:
     """The file or split of this name."""
     for wanted in (name, *ALSO.get(name, ())):
-        found = [one for one in (wanted, f"{wanted}.jsonl", f"{wanted}.txt") if one in there]
-        if found:
-            return found[0]
+        for file in (wanted, f"{wanted}.jsonl", f"{wanted}.txt"):
+            if file in there:
+                return file
     return None
 
 
@@ -191,7 +191,7 @@ class Template:
         added = json.loads(self.backend.to_str())["added_tokens"]
         special = sorted((token["content"] for token in added if token["special"]), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self.special_ids = {self.backend.token_to_id(token) for token in special}
+        self.special_ids = {i for i in map(self.backend.token_to_id, special) if i is not None}
 
     def spells_a_mark(self, chat: Chat) -> bool:
         """Would a text of the conversation be read as one of the template's marks?"""
@@ -202,13 +202,14 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, bounds = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [chat], chat_template=self.text, add_generation_prompt=ask, **self.marks,
                 return_assistant_tokens_mask="endgeneration" in self.text,
             )  # fmt: skip
         except Exception as error:  # whatever its author makes of it: 1/0, a name that is not there, an endless macro
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise BadInput(f"{at}: the chat template of {self.folder} refuses it: {reason}") from None
+        texts, bounds = rendered
         return texts[0], bounds[0] if bounds else []
 
     def _bounded(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -261,21 +262,21 @@ class Template:
         if not counted.any():
             return None
         end = self.backend.token_to_id(self.marks.get("eos_token", ""))
-        return {int(ids[counted][-1]), end} & self.special_ids
+        return {i for i in (int(ids[counted][-1]), end) if i is not None and i in self.special_ids}
 
     def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each conversation its ids (n,) int32, and which are the assistant's (n,) bool: those with a character of it."""
-        made = self._bounded(lambda item: self.answers(*item), list(zip(chats, where, strict=True)))
-        encodings = encoded(self.backend.encode_batch, [text for text, _ in made])
-        found = []
-        for (_, bounds), encoding in zip(made, encodings, strict=True):
+        rendered = self._bounded(lambda item: self.answers(*item), list(zip(chats, where, strict=True)))
+        encodings = encoded(self.backend.encode_batch, [text for text, _ in rendered])
+        tokenized = []
+        for (_, bounds), encoding in zip(rendered, encodings, strict=True):
             begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
             counted = np.zeros(len(begin), bool)
             for first, last in bounds:
                 counted |= (begin < last) & (end > first)
             counted[:1] = False  # nothing predicts the first
-            found.append((np.array(encoding.ids, np.int32), counted))
-        return found
+            tokenized.append((np.array(encoding.ids, np.int32), counted))
+        return tokenized
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class Packed(examples.Examples):
     """Documents, or windows of a text, laid end to end in samples of seq_len.
 
     ids, counted: of all documents, (N,): tokens, and which of them are targets. pieces: of each sample the bounds in there
-    of its documents. within: attention and positions begin anew at each. whole: pad every sample to seq_len, else a batch
+    of its documents. within: attention and positions restart at each document. whole: pad every sample to seq_len, else a batch
     to its longest.
     """
 
@@ -333,8 +334,8 @@ class Packed(examples.Examples):
                 segment[row, here], position[row, here] = number, np.arange(end - begin)
                 at += end - begin
             segment[row, at:], position[row, at:] = len(bounds), np.arange(width + 1 - at)  # padding
-        made = {"tokens": tokens, "loss_mask": counted[:, 1:], "lengths": np.minimum(lengths, width)}
-        return made | {"segment": segment[:, :-1], "position": position[:, :-1]} if self.within else made
+        batch = {"tokens": tokens, "loss_mask": counted[:, 1:], "lengths": np.minimum(lengths, width)}
+        return batch | {"segment": segment[:, :-1], "position": position[:, :-1]} if self.within else batch
 
 
 def windows(lengths: Sequence[int], seq_len: int, within: bool) -> list[list[tuple[int, int]]]:
@@ -342,13 +343,13 @@ def windows(lengths: Sequence[int], seq_len: int, within: bool) -> list[list[tup
     The last one may be short."""
     ends = np.cumsum(lengths)
     total = int(ends[-1])
-    made = []
+    samples = []
     for begin in range(0, max(1, total - 1), seq_len):
         end = min(begin + seq_len + 1, total)
         first, last = np.searchsorted(ends, [begin, end - 1], side="right")
         cuts = ends[first:last].tolist() if within else []
-        made.append(list(zip([begin, *cuts], [*cuts, end], strict=True)))
-    return made
+        samples.append(list(zip([begin, *cuts], [*cuts, end], strict=True)))
+    return samples
 
 
 def content_hash(*arrays: np.ndarray) -> str:

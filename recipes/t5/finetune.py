@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -59,6 +59,11 @@ from .task import (  # what finetuning takes over unchanged
     stored_names as stored_names,
 )
 
+if TYPE_CHECKING:
+    Name = str
+else:  # a type checker reads no names that are computed
+    Name = Literal[*text.NAMES]
+
 
 class Model(task.Model):
     """Its shapes come from init.from where the config gives none."""
@@ -95,7 +100,7 @@ class Data(config.Data):
 class Task(finetuning.Task):
     """The task, its files, and how texts are generated for its scores."""
 
-    name: Literal[*text.NAMES] = Field(description="Translation, summaries, GLUE and SQuAD as text, or pairs of your own.")
+    name: Name = Field(description="Translation, summaries, GLUE and SQuAD as text, or pairs of your own.")
     data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
     prefix: str | None = Field(
         default=None, description="Text before every input. Default: T5's for the task (arXiv:1910.10683, appendix D)."
@@ -233,7 +238,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
     step = export.exported_step(folder)
     search = text.Search(t.beams, t.length_penalty, cfg.data.target_len, t.generation_batch_size)
     how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
-    if _is_scored(run.out / "eval.json", how):
+    if step is None or _is_scored(run.out / "eval.json", how):
         return
     pairs = read(cfg, t.split)
     transformers.utils.logging.disable_progress_bar()

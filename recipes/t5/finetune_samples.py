@@ -3,7 +3,6 @@
 Letters in shapes: B samples, T positions of the input, S of the target.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ class Samples(examples.Examples):
         return padded, lengths
 
 
-def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
+def encoded(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     parts = [tokenizer.encode_flat(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
     lengths = np.concatenate([lengths for _, lengths in parts])
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([[0], np.cumsum(lengths)])
