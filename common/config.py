@@ -367,12 +367,12 @@ class Config(Section):
 
 def sections(schema: type[Config]) -> dict[str, type[Section]]:
     """The sections of a family's config by name, those that may be left out included; not `expect` and `phases`."""
-    found: dict[str, type[Section]] = {}
+    by_name: dict[str, type[Section]] = {}
     for name, field in schema.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Section) and get_origin(field.annotation) is not dict:
-                found[field.alias or name] = kind
-    return found
+                by_name[field.alias or name] = kind
+    return by_name
 
 
 def name_now(key: str, schema: type[Config]) -> str:
@@ -474,7 +474,7 @@ def _without_bad_keys[C: Config](values: dict[str, Any], schema: type[C]) -> tup
 
 
 def _names(error: Any) -> tuple[str, ...]:
-    """The keys down to a bad value, without places in a list."""
+    """The keys down to a bad value, without positions in a list."""
     return tuple(name for name in error["loc"] if isinstance(name, str))
 
 
@@ -645,13 +645,13 @@ def written(value: Any) -> str:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'model': {'layers': 4}} -> {'model.layers': 4}"""
-    found: dict[str, Any] = {}
+    values_by_key: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value and prefix.count(".") < 1:
-            found |= flat(value, f"{prefix}{key}.")
+            values_by_key |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            values_by_key[prefix + key] = value
+    return values_by_key
 
 
 def may_change_on_resume(key: str, schema: type[Config]) -> bool:

@@ -36,9 +36,9 @@ def rows(name: str, section: type[Section], own: bool = False, may_change: str |
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from rows(f"{name}.{key}", field.annotation, may_change=may)
             continue
-        found = schema["properties"][key]
-        default = "required" if key in required else "" if field.default is None else _written(found.get("default"))
-        yield Row(f"{name}.{key}", _values(found), default, may, field.description or "")
+        values = schema["properties"][key]
+        default = "required" if key in required else "" if field.default is None else _written(values.get("default"))
+        yield Row(f"{name}.{key}", _values(values), default, may, field.description or "")
 
 
 def _written(value: Any) -> str:
@@ -74,15 +74,15 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 def of_config(schema: type[Config]) -> dict[str, list[Row]]:
     """{section: its keys}, `phases` and `expect` included, in the order of a config."""
-    found: dict[str, list[Row]] = {}
+    by_section: dict[str, list[Row]] = {}
     known = sections(schema)
     for field_name, field in schema.model_fields.items():
         name = field.alias or field_name
         if name in known:
-            found[name] = list(rows(name, known[name]))
+            by_section[name] = list(rows(name, known[name]))
         else:
-            found[name] = [Row(name, "list" if name == "phases" else "{name: score}", "", "", field.description or "")]
-    return found
+            by_section[name] = [Row(name, "list" if name == "phases" else "{name: score}", "", "", field.description or "")]
+    return by_section
 
 
 def text(schema: type[Config], section: str | None = None) -> str:

@@ -35,17 +35,17 @@ def parts(names: list[str]) -> dict[str, str]:
     """{heading: table} of the page: what all families share, then each family's own sections and keys."""
     shared: dict[str, Any] = {"data": config.Data}
     shared |= {name: kind for name, kind in sections(Config).items() if kind is not config.Data}
-    found = {"## All families": ""} | {f"### {name}": _table(name, kind, own=False) for name, kind in shared.items()}
-    found |= _loose()
+    parts_of_page = {"## All families": ""} | {f"### {name}": _table(name, kind, own=False) for name, kind in shared.items()}
+    parts_of_page |= _loose()
     for family in names:
         for module, what in (("task", "pretraining"), ("finetune", "finetuning")):
             if not (ROOT / "recipes" / family / f"{module}.py").is_file():
                 continue
             schema = importlib.import_module(f"recipes.{family}.{module}").Config
             own = {name: kind for name, kind in sections(schema).items() if shared.get(name) is not kind}
-            found[f"## {family}, {what}"] = ""
-            found |= {f"### {family}, {what}: {name}": _table(name, kind, own=True) for name, kind in own.items()}
-    return found
+            parts_of_page[f"## {family}, {what}"] = ""
+            parts_of_page |= {f"### {family}, {what}: {name}": _table(name, kind, own=True) for name, kind in own.items()}
+    return parts_of_page
 
 
 def _table(name: str, kind: type[Section], own: bool) -> str:

@@ -1,12 +1,12 @@
 """A run's training state, by Hugging Face name: any layout of any stack writes it, any reads it (laws 6 and 7).
 
     OUT/step_N/state.json            written last; step_N.tmp is renamed to step_N when all is on disk
-    OUT/step_N/NAME.safetensors      one a parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or what the
-                                     optimizer keeps instead)
+    OUT/step_N/NAME.safetensors      one per parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or the state of
+                                     another optimizer)
 
-One file a parameter means that no process ever holds more than one whole parameter, that each rank writes its share, and
-that any tool reads a value by name. The order of the data and all random states are functions of (seed, step): the step is
-all there is to keep of them.
+With one file per parameter no process holds more than one whole parameter, each rank writes its share, and any tool can read
+a value by name. The order of the data and all random states are functions of (seed, step), so that of them only the step is
+saved.
 """
 
 import json
@@ -103,7 +103,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
         try:
             tmp.mkdir(parents=True)
         except OSError as error:
-            fault = EXIT_BAD_INPUT, _told(tmp, "be made", error)
+            fault = EXIT_BAD_INPUT, _disk_error(tmp, "be created", error)
     dist.barrier()
     for name, parts in entries:
         heartbeat.beat("saving")
@@ -114,7 +114,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
                 else:
                     fault = EXIT_NOT_FINITE, f"{name} is NaN or infinite after step {meta['step']}: stopped, nothing saved"
             except OSError as error:
-                fault = EXIT_BAD_INPUT, _told(tmp / f"{name}.safetensors", "be written", error)
+                fault = EXIT_BAD_INPUT, _disk_error(tmp / f"{name}.safetensors", "be written", error)
     heartbeat.wait("save")
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (written, fault))
@@ -129,7 +129,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
         try:
             _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
         except OSError as error:
-            faults = [(EXIT_BAD_INPUT, _told(final, "be finished", error))]
+            faults = [(EXIT_BAD_INPUT, _disk_error(final, "be finished", error))]
     agreed = [faults]
     dist.broadcast_object_list(agreed)
     heartbeat.beat("saved")
@@ -145,7 +145,7 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
     return final
 
 
-def _told(path: Path, what: str, error: OSError) -> str:
+def _disk_error(path: Path, what: str, error: OSError) -> str:
     return f"{path}: cannot {what}: {error.strerror or error}; the steps saved before are whole"
 
 
@@ -173,7 +173,7 @@ def _finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
         json.dump(integrity.seal(meta), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    integrity.replace_folder(tmp, final)  # `final` is there only if it was damaged: latest() had passed it over
+    integrity.replace_folder(tmp, final)  # `final` is there only if it was damaged, so that latest() has skipped it
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
@@ -183,20 +183,20 @@ def _finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
 
 def finished(out: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [p for p in out.glob("step_*") if re.fullmatch(r"step_[0-9]+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    steps = [p for p in out.glob("step_*") if re.fullmatch(r"step_[0-9]+", p.name) and p.is_dir()]
+    return sorted(steps, key=lambda p: int(p.name[5:]))
 
 
 def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint; adds to `notes` which damaged ones it passes over. BadInput if all are damaged."""
-    problems = []
+    """The newest whole checkpoint. Adds damaged ones, which are skipped, to `notes`. BadInput if all are damaged."""
+    problems: list[str] = []
     for path in reversed(finished(out)):
-        found = _open(path)
-        if isinstance(found, Checkpoint):
+        newest = _open(path)
+        if isinstance(newest, Checkpoint):
             if notes is not None:
                 notes += [f"{problem}; continuing from {path}" for problem in problems]
-            return found
-        problems.append(found)
+            return newest
+        problems.append(newest)
     if problems:
         raise BadInput([*problems, f"{out}: no whole checkpoint is left; restore one, or choose another OUT"])
     return None
@@ -232,7 +232,7 @@ def _hyperparameters(meta: dict[str, Any]) -> Any:
 
 
 def _is_meta(meta: dict[str, Any]) -> bool:
-    """Are the values of a state.json of the types that its readers take for granted?"""
+    """Do the values of a state.json have the types that its readers rely on?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
     return (
         is_count(meta.get("step"))

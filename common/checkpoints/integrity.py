@@ -1,7 +1,7 @@
-"""Are the files of a run and of an export those that were written? Checksums, and the one way to read a JSON record.
+"""Checksums: are the files of a run and of an export those that were written?
 
-A checksum is zlib's crc32, which finds every change of up to 32 adjacent bits and misses one in 4 billion others: it is for
-disks and copies, not against an attacker. One core computes 4 GB/s, 2 GB/s with the reading of the file.
+A checksum is zlib's crc32, which detects every change of up to 32 adjacent bits and misses one in 4 billion others: it is meant
+for disks and copies, not for attackers. One core computes 4 GB/s, 2 GB/s with the reading of the file.
 """
 
 import json
@@ -31,13 +31,13 @@ _CHUNK = 1 << 22  # bytes
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """The values and, as `crc32`, their checksum: what is to be written as JSON."""
-    values = json.loads(json.dumps(values))  # as a reader will find them
+    """The values with their checksum as `crc32`, to be written as JSON."""
+    values = json.loads(json.dumps(values))  # as a reader will get them
     return values | {"crc32": _crc32_of(values)}
 
 
 def is_whole(values: dict[str, Any]) -> bool:
-    """Are the values those that were sealed? True for a record without a checksum, of an older version."""
+    """Do the values match their checksum? True for a record of an older version, which has none."""
     try:
         return "crc32" not in values or values["crc32"] == _crc32_of({k: v for k, v in values.items() if k != "crc32"})
     except RecursionError:  # nested deeper than can be written
@@ -62,7 +62,7 @@ def is_finite(tensor: "torch.Tensor") -> bool:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Rename the folder `new` to `old`; what stood there is removed once the new one is in its place."""
+    """Rename the folder `new` to `old`. A folder that was there is removed once the new one is in place."""
     aside = old.with_name(f"{old.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
@@ -81,10 +81,10 @@ def checksum(path: Path) -> dict[str, int]:
 
 
 def problems(folder: Path, name: str) -> list[str]:
-    """One line for each file of an export that is not the one written. A folder without twinstack.json, or with that of an
-    older version, has no checksums. Reads all files, several at once.
+    """One line for each file of an export that has changed since it was written. A folder without twinstack.json, or with that
+    of an older version, has no checksums. Reads all files, several at once.
 
-    name: how the folder is called in the lines, for example init.from=DIR
+    name: of the folder in these lines, for example init.from=DIR
     """
     record = folder / RECORD
     if not record.exists():
@@ -97,28 +97,28 @@ def problems(folder: Path, name: str) -> list[str]:
     if not isinstance(files, dict) or not all(isinstance(f, dict) and os.sep not in name for name, f in files.items()):
         return [f"{name}: {RECORD} is not as it was written; {again}"]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        told = pool.map(lambda file: _difference(folder / file, files[file]), files)
-    found = [f"{name}: {file} {what}; {again}" for file, what in zip(files, told, strict=True) if what]
+        differences = pool.map(lambda file: _difference(folder / file, files[file]), files)
+    lines = [f"{name}: {file} {what}; {again}" for file, what in zip(files, differences, strict=True) if what]
     if files:
-        there = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in READ}
-        others = sorted(there - files.keys())
-        found += [f"{name}: {file} is not of this export; {again}" for file in others]
-    return found
+        present = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in READ}
+        others = sorted(present - files.keys())
+        lines += [f"{name}: {file} is not of this export; {again}" for file in others]
+    return lines
 
 
 def _difference(path: Path, known: dict[str, Any]) -> str | None:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             return "is not a file"
-        if found.st_size != known.get("bytes"):
-            return f"has {found.st_size:,} bytes, {known.get('bytes'):,} were written"
+        if status.st_size != known.get("bytes"):
+            return f"has {status.st_size:,} bytes, {known.get('bytes'):,} were written"
         return None if checksum(path) == known else "has other contents than were written (its checksum differs)"
     except (OSError, ValueError, TypeError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
 def is_first_reader() -> bool:
-    """Does this process read a folder whole, to prove its checksums? The launcher of each node does; without a launcher
+    """Should this process read a whole folder to verify its checksums? The launcher of each node does; without a launcher
     rank 0. The other processes of the node would read the same bytes again."""
     return "TWINSTACK_EXIT_CODE" not in os.environ and os.environ.get("RANK", "0") == "0"

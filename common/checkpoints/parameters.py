@@ -30,27 +30,27 @@ def expected(model: Any, task: Family) -> dict[str, tuple[int, ...]]:
 LIST = "task.parameter_shapes"
 
 
-def prove(found: Shapes, shapes: Shapes, where: str, listed_by: str = LIST) -> None:
-    """BadInput unless `found` has the names and full shapes of the list `shapes`. where: what was looked at, for example
-    'out/run/step_20' or 'the model on megatron'."""
-    problems = differences(found, shapes, listed_by)
+def prove(actual: Shapes, shapes: Shapes, where: str, listed_by: str = LIST) -> None:
+    """BadInput unless `actual` has the names and full shapes of the list `shapes`. where: what has these parameters, for
+    example 'out/run/step_20' or 'the model on megatron'."""
+    problems = differences(actual, shapes, listed_by)
     if problems:
         raise BadInput([f"{where}: {problem}" for problem in problems])
 
 
-def differences(found: Shapes, shapes: Shapes, listed_by: str = LIST) -> list[str]:
+def differences(actual: Shapes, shapes: Shapes, listed_by: str = LIST) -> list[str]:
     """At most one line each for names that are missing, names that are unknown, and other shapes."""
     problems = []
-    missing = [name for name in shapes if name not in found]
-    unknown = [name for name in found if name not in shapes]
-    reshaped = [name for name in found if name in shapes and tuple(found[name]) != tuple(shapes[name])]
+    missing = [name for name in shapes if name not in actual]
+    unknown = [name for name in actual if name not in shapes]
+    reshaped = [name for name in actual if name in shapes and tuple(actual[name]) != tuple(shapes[name])]
     if missing:
         problems.append(f"{_some(missing)} is missing; {listed_by} has it")
     if unknown:
         problems.append(f"{_some(unknown)} is unknown; {listed_by} does not have it")
     if reshaped:
         name = reshaped[0]
-        problems.append(f"{_some(reshaped)} has shape {tuple(found[name])}; in {listed_by} it is {tuple(shapes[name])}")
+        problems.append(f"{_some(reshaped)} has shape {tuple(actual[name])}; in {listed_by} it is {tuple(shapes[name])}")
     return problems
 
 

@@ -1,6 +1,6 @@
-"""Parameters and optimizer state by Hugging Face name, in and out of torch's own AdamW; what a checkpoint says of its run.
+"""Parameters and optimizer state by Hugging Face name, for torch's own AdamW; where they come from; what state.json records.
 
-The stacks' doors are in common/stacks/zero.py and common/stacks/mcore.py; all speak in `Values` and `checkpoint.Entry`.
+DeepSpeed's counterpart is common/stacks/zero.py, Megatron's common/stacks/mcore.py. All use `Values` and `checkpoint.Entry`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,13 +88,13 @@ def load_torch_state(named: Named, optimizer: "torch.optim.Optimizer", values: V
         with torch.no_grad():
             parameter.copy_(parts["weight"])
         if step and parameter.requires_grad:
-            kept = adam_state(parameter, step)
+            state = adam_state(parameter, step)
             names = parts.keys() - {"weight"}
-            if not kept.keys() >= names:  # Adafactor's
-                kept = {"step": kept["step"]} | {name: torch.empty_like(parts[name], device=parameter.device) for name in names}
-            for name in names:
-                kept[name].copy_(parts[name])
-            optimizer.state[parameter] = kept
+            if not state.keys() >= names:  # Adafactor's
+                state = {"step": state["step"]} | {n: torch.empty_like(parts[n], device=parameter.device) for n in names}
+            for part in names:
+                state[part].copy_(parts[part])
+            optimizer.state[parameter] = state
 
 
 def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"]:
@@ -117,8 +117,8 @@ def gather_torch_state(named: Named, optimizer: "torch.optim.Optimizer", ranks: 
         if "exp_avg" in state or not state:
             yield name, parts_of(parameter, state.get("exp_avg"), state.get("exp_avg_sq"))
         else:  # Adafactor's
-            kept = {"weight": parameter} | {part: value for part, value in state.items() if part != "step"}
-            yield name, {part: value.detach().float().cpu() for part, value in kept.items()}
+            parts = {"weight": parameter} | {part: value for part, value in state.items() if part != "step"}
+            yield name, {part: value.detach().float().cpu() for part, value in parts.items()}
 
 
 def parts_of(

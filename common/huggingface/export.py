@@ -1,4 +1,4 @@
-"""A finished run in Hugging Face form: weights from its last checkpoint, one parameter at a time, tokenizer, model card."""
+"""The export of a finished run in Hugging Face form: weights of its last checkpoint, tokenizer, model card."""
 
 import json
 import math
@@ -8,11 +8,10 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.checkpoints import checkpoint, integrity, parameters
 from common.checkpoints.checkpoint import Checkpoint
-from common.config import Config
 from common.contract import Family
 from common.errors import BadInput
 from common.json_files import is_count, read_object
@@ -26,16 +25,27 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 4 * 2**30
+
+
+class Exportable(Protocol):
+    """What an export needs of a config."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def dump(self) -> dict[str, Any]: ...
+
+
 UNCHECKED = ("README.md", integrity.RECORD)  # a model card is there to be edited
 
 
 def to_hf(
     run: Run, task: Family, ranks: Ranks, steps: Path | None = None, whole: Callable[[Checkpoint], Any] = lambda c: c
 ) -> None:
-    """OUT/hf after the last step, by rank 0; the others wait. Nothing is done where it is there already.
+    """Write OUT/hf after the last step, on rank 0; the others wait. An export that exists already stays.
 
-    steps: folder whose newest checkpoint is exported (default: OUT). whole: what is read in place of a checkpoint that holds
-    a part of the model (common/training/lora.py).
+    steps: folder whose newest checkpoint is exported (default: OUT). whole: turns a checkpoint with a part of the model into
+    one with the whole model (common/training/lora.py).
     """
     import torch.distributed as dist
 
@@ -60,17 +70,17 @@ def to_hf(
 
 
 def exported_step(folder: Path) -> int | None:
-    """Of which step an export is, by its twinstack.json; None where there is none that can be read."""
+    """The step of an export, from its twinstack.json; None if there is none that can be read."""
     values = read_object(folder / integrity.RECORD)
     step = values.get("step") if values and integrity.is_whole(values) else None
     return step if is_count(step) else None
 
 
 def write(
-    source: checkpoint.Checkpoint, cfg: Config, task: Family, folder: Path, tokenizer: Path, record: dict[str, Any]
+    source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder: Path, tokenizer: Path, record: dict[str, Any]
 ) -> None:
-    """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json holds
-    what it was made of, and bytes and checksum of its files."""
+    """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json has
+    the record of the run, and bytes and checksum of each file."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
@@ -91,13 +101,13 @@ def write(
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)
         raise BadInput(
-            f"{folder}: cannot write the export: {error.strerror or error}; make room there, and the same command goes on"
+            f"{folder}: cannot write the export: {error.strerror or error}; make room there, and the same command continues"
         ) from None
 
 
-def _prove(source: checkpoint.Checkpoint, cfg: Config, task: Family, folder: Path) -> None:
-    """BadInput unless the class that loads the export, built from the config.json written, has the tensors written and no
-    other: a tensor that it shares under several names (tied weights) may be stored under each of them."""
+def _prove(source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder: Path) -> None:
+    """BadInput unless the class that loads the export, built from its config.json, has exactly the tensors of the export. A
+    tensor that the class has under several names (tied weights) may be stored under each of them."""
     import torch
     import transformers
 
@@ -126,7 +136,8 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str,
             size = 0
         shards[-1].append(name)
         size += sizes[name]
-    index, written = {}, {}
+    index: dict[str, str] = {}
+    written: dict[str, dict[str, int]] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: shapes[name] for name in names}
@@ -139,11 +150,10 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str,
 
 
 def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], "torch.Tensor"]) -> dict[str, int]:
-    """A safetensors file of fp32 tensors, byte for byte that of safetensors' save_file, which would hold all of them in memory
-    and leaves the checksum to a second reading. Returns {bytes, crc32}.
+    """Write a safetensors file of fp32 tensors, one at a time, and return its {bytes, crc32}. It is byte for byte the file of
+    safetensors' save_file, which would hold all tensors in memory and need a second reading for the checksum.
 
-    shapes: full shape by name. read: the tensor of a name, asked for one at a time. The format: https://github.com/huggingface/
-    safetensors#format
+    shapes: full shape by name. read: returns the tensor of a name. https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -173,7 +183,7 @@ def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], read: Callabl
 
 
 def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, int]:
-    """Copy the tokenizer, where the run has one; returns what config.json says of it. wanted: its hash, where it is known."""
+    """Copy the tokenizer of the run, if it has one; return the ids for config.json. wanted: its hash, if it is known."""
     if not tokenizer.is_dir():
         return {}
     from common.data import tokenizer as tokenizers
@@ -182,13 +192,13 @@ def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, i
     if wanted not in (None, loaded.hash):
         raise BadInput(f"{tokenizer}: is not the tokenizer that run.json names; copy that of the corpus there again")
     loaded.save(folder)
-    if (tokenizer / "generation_config.json").is_file():  # which ids end what is written
+    if (tokenizer / "generation_config.json").is_file():  # the ids that end a text
         shutil.copyfile(tokenizer / "generation_config.json", folder / "generation_config.json")
     ids = {"bos_token_id": loaded.eod_id, "eos_token_id": loaded.eod_id, "pad_token_id": loaded.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _finish_config(folder: Path, task: Family, cfg: Config, ids: dict[str, int]) -> None:
+def _finish_config(folder: Path, task: Family, cfg: Exportable, ids: dict[str, int]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values |= {"architectures": [task.hf_class_name(cfg.model)], "use_cache": True, "dtype": "float32"} | ids
@@ -196,29 +206,28 @@ def _finish_config(folder: Path, task: Family, cfg: Config, ids: dict[str, int])
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(source: checkpoint.Checkpoint, cfg: Config, task: Family, record: dict[str, Any]) -> str:
-    """README.md of the export: what it is, on what it was trained, how, and what it reached."""
-    losses = _losses(source.path.parent / "metrics.jsonl", source.step)
+def _card(source: checkpoint.Checkpoint, cfg: Exportable, task: Family, record: dict[str, Any]) -> str:
+    """README.md of the export: the architecture, the data, the config and the losses."""
+    losses, values = _losses(source.path.parent / "metrics.jsonl", source.step), cfg.dump()
     trained = source.meta["stack"] != "huggingface"  # else the weights that from-hf has imported
     rows = {
         **task.model_card(cfg.model),
         "trained with": f"{source.meta['stack']} to step {source.step:,}" if trained else None,
         "training loss": losses.get("loss"), "validation loss": losses.get("valid_loss"),
-        "data": f"{cfg.data.train} (content {str((record.get('data') or {}).get('train'))[:16]})" if trained else None,
+        "data": f"{values['data']['train']} (content {str((record.get('data') or {}).get('train'))[:16]})" if trained else None,
         "tokenizer": str(record.get("tokenizer"))[:16] if trained else None,
         "commit": record.get("commit"), "config": record.get("config"),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
-    values = to_yaml(cfg.dump())
     return (
         f"---\nlibrary_name: transformers\ntags: [{task.FAMILY}]\n---\n# {record.get('config')}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n```yaml\n{values}```\n"
+        f"| | |\n|---|---|\n{table}\n\n```yaml\n{to_yaml(values)}```\n"
     )
 
 
 def _losses(path: Path, step: int) -> dict[str, float]:
-    """The last training and validation loss that the log holds up to `step`."""
-    found: dict[str, float] = {}
+    """The last training and validation loss in the log up to `step`."""
+    losses: dict[str, float] = {}
     for line in log.read(path, step):
-        found |= {k: line[k] for k in ("loss", "valid_loss") if k in line}
-    return found
+        losses |= {k: line[k] for k in ("loss", "valid_loss") if k in line}
+    return losses

@@ -29,6 +29,7 @@ from common.errors import BadInput
 from common.json_files import read_object
 from common.paths import ROOT
 
+INDEX = "model.safetensors.index.json"
 JSON_BYTES = 2**26  # more than any config.json or index has
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -67,26 +68,26 @@ class Tensor(NamedTuple):
     end: int
 
 
-# ---- the two doors: init.from, and `convert from-hf`
+# ---- the two entry points: init.from, and `convert from-hf`
 
 
 def check(folder: Path, name: str, cfg: Config, task: Family, notes: list[str]) -> list[str]:
-    """What is wrong with `folder` as the beginning of this config's model. Adds to `notes` what of the model begins from the
-    seed, what of the folder is not used, and which head of a finetuned model is trained on."""
+    """Why this config's model cannot begin from `folder`. Adds to `notes` which parameters begin from the seed, which heads of
+    the folder are not used, and which head of a finetuned model is trained further."""
     try:
         stored = read_config(folder, name, "give `scratch` or a Hugging Face folder")
     except BadInput as error:
         return error.problems
     wanted = task.hf_model_type(cfg.model)
     if stored.get("model_type") != wanted:
-        ours = f"the config's model.arch is {cfg.model.arch!r}"
-        return [f"{name}: is a {_short(stored.get('model_type'))} model, {ours} ({wanted!r} in its config.json)"]
+        arch = f"the config's model.arch is {cfg.model.arch!r}"
+        return [f"{name}: is a {_short(stored.get('model_type'))} model, {arch} ({wanted!r} in its config.json)"]
     return _problems(folder, name, stored, task, cfg.model, "train.seed", notes, cfg)
 
 
 def model_in(folder: Path, task: PretrainingFamily, seed: int) -> tuple[Any, list[str]]:
-    """The `model` section of a Hugging Face folder, all of whose weights are there, and notes as `check` gives them; BadInput
-    says what is wrong with it. seed: of what the folder lacks."""
+    """The `model` section of a Hugging Face folder with all its weights, and notes as those of `check`. BadInput for a folder
+    that is not such a model. seed: of the parameters that the folder lacks."""
     stored = read_config(folder, str(folder), "give a Hugging Face folder")
     if stored.get("model_type") not in task.HF_MODEL_TYPES:
         known = " and ".join(task.HF_MODEL_TYPES)
@@ -101,7 +102,7 @@ def model_in(folder: Path, task: PretrainingFamily, seed: int) -> tuple[Any, lis
 
 
 def read_config(folder: Path, name: str, advice: str) -> dict[str, Any]:
-    """The content of config.json. BadInput where there is none or it cannot be read."""
+    """The content of config.json. BadInput if it does not exist or cannot be read."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
         raise BadInput(f"{name}: no config.json there; {advice}")
@@ -119,14 +120,14 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def model_from_hf_config(stored: dict[str, Any], name: str, of: Callable[[dict[str, Any]], Any]) -> Any:
-    """The `model` section for a config.json, by `of`, a family's model_from_hf_config. BadInput where it lacks a shape."""
+    """The `model` section for a config.json. of: the family's model_from_hf_config. BadInput if it lacks a shape."""
     try:
         return of(stored)
     except KeyError as error:
         raise BadInput(f"{name}: its config.json has no {error.args[0]}; get the folder again") from None
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, e['loc']))}={_short(e['input'])}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise BadInput([f"{name}: its config.json gives {line}" for line in told]) from None
+        lines = [f"{'.'.join(map(str, e['loc']))}={_short(e['input'])}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise BadInput([f"{name}: its config.json gives {line}" for line in lines]) from None
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f"{name}: its config.json has a value of a wrong type ({error}); get the folder again") from None
 
@@ -136,14 +137,14 @@ def _problems(
     cfg: Config | None = None,
 ) -> list[str]:  # fmt: skip
     problems = quantized(folder, stored, name) or differences(stored, task, model, name)
-    held = tensors(folder, name, problems)
+    available = tensors(folder, name, problems)
     if not problems:
-        shapes = {tensor: found.shape for tensor, found in held.items()}
+        shapes = {key: tensor.shape for key, tensor in available.items()}
         of_heads = list(task.head_problems(cfg, shapes, stored))
         problems += [f"{name}: {problem}" for problem in of_heads]
-        problems += _not_the_models(held, task, model, name, task.optional_prefixes(model) if of_heads else ())
+        problems += _not_the_models(available, task, model, name, task.optional_prefixes(model) if of_heads else ())
     if not problems:
-        notes += [f"{name}: {note}" for note in _notes(held, task, model, seed)]
+        notes += [f"{name}: {note}" for note in _notes(available, task, model, seed)]
         notes += [f"{name}: {note}" for note in task.head_notes(cfg, shapes, stored)]
     return problems
 
@@ -152,59 +153,59 @@ def _problems(
 
 
 def quantized(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
-    """What makes a folder's tensors stand for something else than the weights: codes of a quantization, adapters to add."""
+    """Why the tensors of a folder are not its weights: they are quantized, or adapters have to be added to them."""
     problems = []
     for key in ("quantization_config", "compression_config"):
         if stored.get(key) is not None:
             method = stored[key].get("quant_method") if isinstance(stored[key], dict) else None
             of = f", {_short(method)}" if method else ""
-            told = f"holds quantized weights ({key} in its config.json{of}), which are not read"
-            problems.append(f"{name}: {told}; give a folder of fp32, bf16 or fp16 weights")
+            what = f"holds quantized weights ({key} in its config.json{of}), which are not read"
+            problems.append(f"{name}: {what}; give a folder of fp32, bf16 or fp16 weights")
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         problems.append(f"{name}: holds adapters (adapter_config.json), which are not read; merge them into the weights")
     return problems
 
 
 def differences(stored: dict[str, Any], task: Family, model: Any, name: str) -> list[str]:
-    """Where config.json, as transformers reads it, contradicts what an export of the model would say."""
+    """The keys in which config.json, as transformers reads it, differs from that of an export of the model."""
     dtype = stored.get("dtype", stored.get("torch_dtype"))
     if dtype not in DTYPES:
         allowed = ", ".join(t for t in DTYPES if t and t != "auto")
         return [f"{name}: has dtype={_short(dtype)}; weights must be one of {allowed}"]
     values = {"task": task.__name__, "model": model.model_dump(mode="json", by_alias=True), "config": stored}
     if "torch" in sys.modules:
-        found = resolved(task, model, stored)
+        both = resolved(task, model, stored)
     else:
-        found = _resolved_without_torch(values)
-    if "error" in found:
-        return [f"{name}: {found['error']}"]
-    theirs, ours = found["theirs"], found["ours"]
+        both = _resolved_without_torch(values)
+    if "error" in both:
+        return [f"{name}: {both['error']}"]
+    in_folder, of_export = both["in_folder"], both["of_export"]
     wrong = []
-    for key in sorted(theirs | ours):
-        if key in NO_EFFECT or key in task.IGNORED_HF_KEYS or theirs.get(key) == ours.get(key):
+    for key in sorted(in_folder | of_export):
+        if key in NO_EFFECT or key in task.IGNORED_HF_KEYS or in_folder.get(key) == of_export.get(key):
             continue
-        a, b = theirs.get(key), ours.get(key)
+        a, b = in_folder.get(key), of_export.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             apart = [k for k in a | b if a.get(k) != b.get(k)]
             a, b = ({k: each[k] for k in apart if k in each} for each in (a, b))
-        told = f"the model gives {_short(b)}" if key in ours else "which this model does not know"
-        wrong.append(f"{name}: its config.json has {key}={_short(a)}, {told}")
-    for key, value in theirs.items():
+        why = f"the model gives {_short(b)}" if key in of_export else "which this model does not know"
+        wrong.append(f"{name}: its config.json has {key}={_short(a)}, {why}")
+    for key, value in in_folder.items():
         if "drop" in key and isinstance(value, (int, float)) and not 0 <= value <= 1:
             wrong.append(f"{name}: has {key}={_short(value)}; it must be from 0 to 1")
-    pad, size = theirs.get("pad_token_id"), theirs.get("vocab_size")
+    pad, size = in_folder.get("pad_token_id"), in_folder.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         wrong.append(f"{name}: has pad_token_id={_short(pad)}, which is not below vocab_size={size}")
     return wrong
 
 
 def resolved(task: Family, model: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    """{theirs, ours}: config.json and that of an export, each read by the model's transformers class, so that its defaults and
+    """{in_folder, of_export}: config.json of each, each read by the model's transformers class, so that its defaults and
     older spellings are resolved by itself; {error} where it refuses one of them."""
 
     def read(values: dict[str, Any]) -> dict[str, Any]:
-        found = kind(**{key: value for key, value in values.items() if key not in _LEFT_OUT}).to_dict()
-        return task.normalized_hf_config({**OLDER, **found})
+        read_by_class = config_class(**{key: value for key, value in values.items() if key not in _LEFT_OUT}).to_dict()
+        return task.normalized_hf_config({**OLDER, **read_by_class})
 
     from transformers.utils import logging
 
@@ -212,14 +213,14 @@ def resolved(task: Family, model: Any, stored: dict[str, Any]) -> dict[str, Any]
     what = "the config's model"
     try:
         export = task.hf_config(model)
-        kind = type(export)
-        ours = read({**export.to_dict(), **task.hf_config_overrides(model)})
+        config_class = type(export)
+        of_export = read({**export.to_dict(), **task.hf_config_overrides(model)})
         what = "its config.json"
-        theirs = read(json.loads(json.dumps(stored)))  # a copy: the class changes nested values
+        in_folder = read(json.loads(json.dumps(stored)))  # a copy: the class changes nested values
     except Exception as error:  # whatever the class raises for values of wrong types
-        told = _short(" ".join(str(error).split()) or type(error).__name__, quote=False)
-        return {"error": f"transformers cannot read {what}: {told}"}
-    return {"theirs": theirs, "ours": ours}
+        reason = _short(" ".join(str(error).split()) or type(error).__name__, quote=False)
+        return {"error": f"transformers cannot read {what}: {reason}"}
+    return {"in_folder": in_folder, "of_export": of_export}
 
 
 def _resolved_without_torch(values: dict[str, Any]) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def _short(value: object, quote: bool = True) -> str:
 
 
 def files(folder: Path, name: str, problems: list[str]) -> dict[str, set[str] | None]:
-    """{file: names that the index places there, None without an index}, as transformers chooses: model.safetensors, else what
-    model.safetensors.index.json names. Pickles (.bin) are never read: they can run code."""
+    """{file: its tensors by the index, None without an index}. As in transformers the file is model.safetensors, else the files
+    are those of model.safetensors.index.json. Pickles (.bin) are never read: they can run code."""
     there = {path.name for path in Path(folder).glob("*.safetensors")}
     if "model.safetensors" in there:
         return {"model.safetensors": None}
@@ -255,41 +256,40 @@ def files(folder: Path, name: str, problems: list[str]) -> dict[str, set[str] | 
         else:
             problems.append(f"{name}: no model.safetensors there and no model.safetensors.index.json; get the folder again")
         return {}
-    places = (_object(index) or {}).get("weight_map")
-    named = list(places.values()) if isinstance(places, dict) else [None]
-    if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in named):
+    weight_map = (_object(index) or {}).get("weight_map")
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in named):
         problems.append(f"{name}: {index.name} is not an index of tensors; get it again")
         return {}
-    made: dict[str, set[str] | None] = {}
-    for tensor, file in places.items():
-        made.setdefault(file, set()).add(tensor)
-    missing = sorted(made.keys() - there)
+    by_file: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        by_file.setdefault(file, set()).add(tensor)
+    missing = sorted(by_file.keys() - there)
     problems += [f"{name}: {_short(file, quote=False)} is missing" for file in missing[:3]]
     problems += [f"{name}: {len(missing) - 3} more files are missing"] if len(missing) > 3 else []
-    return {} if missing else made
+    return {} if missing else dict(by_file)
 
 
 def tensors(folder: Path, name: str, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of a folder by name, from the headers of its safetensors. Adds to `problems` what is missing or damaged."""
-    held: dict[str, Tensor] = {}
+    available: dict[str, Tensor] = {}
     for file, wanted in sorted(files(folder, name, problems).items()):
         path = Path(folder) / file
         try:
-            found = _header(path)
+            in_file = _header(path)
         except (OSError, ValueError, TypeError, KeyError, RecursionError, MemoryError, struct.error) as error:
-            told = str(error) if isinstance(error, _Damaged) else "is not a safetensors file"
-            problems.append(f"{name}: {file} {told}; get it again")
+            what = str(error) if isinstance(error, _Damaged) else "is not a safetensors file"
+            problems.append(f"{name}: {file} {what}; get it again")
             continue
-        twice = sorted(found.keys() & held.keys())
+        twice = sorted(in_file.keys() & available.keys())
         if twice:
-            where = f"is in {held[twice[0]].path.name} and in {file}"
+            where = f"is in {available[twice[0]].path.name} and in {file}"
             problems.append(f"{name}: {twice[0]} {where}{_more(twice)}; get the folder again")
-        elif wanted is not None and wanted != found.keys():
-            odd = sorted(wanted ^ found.keys())
-            told = f"{file} and model.safetensors.index.json differ in {odd[0]}"
-            problems.append(f"{name}: {told}{_more(odd)}; get the folder again")
-        held |= found
-    return held
+        elif wanted is not None and wanted != in_file.keys():
+            odd = sorted(wanted ^ in_file.keys())
+            problems.append(f"{name}: {file} and {INDEX} differ in {odd[0]}{_more(odd)}; get the folder again")
+        available |= in_file
+    return available
 
 
 class _Damaged(ValueError):
@@ -297,7 +297,7 @@ class _Damaged(ValueError):
 
 
 def _header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, whose bytes fill it without gaps. _Damaged or another exception where they do not."""
+    """The tensors of one file, which fill it without gaps. _Damaged or another exception if they do not."""
     whole = path.stat().st_size
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -305,7 +305,7 @@ def _header(path: Path) -> dict[str, Tensor]:
             raise ValueError
         header = json.loads(file.read(size), object_pairs_hook=_once)
     header.pop("__metadata__", None)
-    made, end = {}, 8 + size
+    tensors_of_file, end = {}, 8 + size
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, stop]
@@ -315,46 +315,47 @@ def _header(path: Path) -> dict[str, Tensor]:
         if 8 + size + begin != end or width is not None and math.prod(shape) * width != stop - begin:
             raise _Damaged(f"contradicts itself at {_short(name, quote=False)}")
         end = 8 + size + stop
-        made[name] = Tensor(path, dtype, tuple(shape), 8 + size + begin, end)
+        tensors_of_file[name] = Tensor(path, dtype, tuple(shape), 8 + size + begin, end)
     if whole != end:
         raise _Damaged(f"has {whole} of {end} bytes")
-    return made
+    return tensors_of_file
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise _Damaged("gives a name twice")
-    return made
+    return values
 
 
 def _more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-class Place(NamedTuple):
+class Match(NamedTuple):
+    """The parameter of the model that a tensor of the folder is."""
+
     parameter: str  # the model's name, with `*` for the number of a layer
     layer: int | None
     rank: int  # which of task.stored_names the tensor has: the first that is there counts
 
 
-def place_of(model: Any, task: Family) -> Callable[[str], Place | None]:
+def matcher(model: Any, task: Family) -> Callable[[str], Match | None]:
     """A tensor's name in a folder -> the model's parameter; None for a tensor that is no parameter."""
-    places: dict[str, tuple[str, int]] = {}
+    parameters: dict[str, tuple[str, int]] = {}
     for parameter in task.parameter_patterns(model):
         for rank, stored in enumerate(task.stored_names(parameter)):
-            places.setdefault(stored, (parameter, rank))
+            parameters.setdefault(stored, (parameter, rank))
 
-    def place(name: str) -> Place | None:
-        match = _LAYER.search(name)
-        numbered = f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else ""
-        if name in places and "*" not in name:
-            return Place(places[name][0], None, places[name][1])
-        if numbered in places:
-            return Place(places[numbered][0], int(match[1]), places[numbered][1])
+    def match(name: str) -> Match | None:
+        if name in parameters and "*" not in name:
+            return Match(parameters[name][0], None, parameters[name][1])
+        layer = _LAYER.search(name)
+        if layer and (pattern := f"{name[: layer.start(1)]}*{name[layer.end(1) :]}") in parameters:
+            return Match(parameters[pattern][0], int(layer[1]), parameters[pattern][1])
         return None
 
-    return place
+    return match
 
 
 _LAYER = re.compile(r"\.(0|[1-9]\d{0,8})\.")
@@ -364,14 +365,14 @@ def _begins(name: str, starts: Sequence[str]) -> bool:
     return name.startswith(tuple(starts))
 
 
-def _not_the_models(held: dict[str, Tensor], task: Family, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
-    """Tensors that the model does not have, parameters that the folder does not, and those of another shape or type, but for
-    the shapes of the heads that are `refused` already."""
-    shapes, place, heads = task.parameter_patterns(model), place_of(model, task), task.optional_prefixes(model)
+def _not_the_models(available: dict[str, Tensor], task: Family, model: Any, name: str, refused: Sequence[str]) -> Iterator[str]:
+    """Tensors that the model does not have, parameters that the folder does not have, and those of another shape or type. The
+    shapes of the heads that are `refused` already are not compared."""
+    shapes, match, heads = task.parameter_patterns(model), matcher(model, task), task.optional_prefixes(model)
     new_heads = task.new_head_prefixes(model)
     stored: dict[tuple[str, int | None], str] = {}  # parameter, layer -> tensor
     unused = []
-    for tensor, found in sorted(((t, place(t)) for t in held), key=lambda pair: (pair[1].rank if pair[1] else 0, pair[0])):
+    for tensor, found in sorted(((t, match(t)) for t in available), key=lambda pair: (pair[1].rank if pair[1] else 0, pair[0])):
         if found is None or found[:2] in stored:
             unused.append(tensor)
         else:
@@ -384,8 +385,8 @@ def _not_the_models(held: dict[str, Tensor], task: Family, model: Any, name: str
             depths[start] = max(depths.get(start, 0), layer + 1)
     wrong = [(start, count) for start, count in depths.items() if count != task.layer_count(model, start)]
     for start, count in wrong:
-        told = f"its weights hold {count} layers ({start}0 on), its config.json says {task.layer_count(model, start)}"
-        yield f"{name}: {told}; get it again"
+        layers = f"its weights hold {count} layers ({start}0 on), its config.json says {task.layer_count(model, start)}"
+        yield f"{name}: {layers}; get it again"
     if wrong:
         return
 
@@ -393,15 +394,15 @@ def _not_the_models(held: dict[str, Tensor], task: Family, model: Any, name: str
     for tensor in unused:
         original = stored.get((copies.get(tensor, ""), None))
         if original is not None:
-            if not same_bytes(held[tensor], held[original]):
+            if not same_bytes(available[tensor], available[original]):
                 yield f"{name}: its {tensor} is not its {original}, to which its config.json ties it; it is another model"
         elif not _begins(tensor, task.IGNORED_HF_HEADS) and not any(
             re.fullmatch(pattern, tensor) for pattern in task.HF_BUFFER_PATTERNS
         ):
             strangers.append(tensor)
     if strangers:
-        told = f"holds {min(strangers)}, which this model does not have"
-        yield f"{name}: {told}; it is a model of another architecture{_more(strangers)}"
+        what = f"holds {min(strangers)}, which this model does not have"
+        yield f"{name}: {what}; it is a model of another architecture{_more(strangers)}"
 
     every = [(p, layer) for p in shapes for layer in (range(task.layer_count(model, p)) if "*" in p else (None,))]
     whole = [head for head in heads if not any(_begins(p, (head,)) for p, _ in stored)]  # missing: they begin from the seed
@@ -410,17 +411,17 @@ def _not_the_models(held: dict[str, Tensor], task: Family, model: Any, name: str
         yield f"{name}: holds no {missing[0]}; it is a model of another architecture{_more(missing)}"
 
     read = [(stored[p, layer], p) for p, layer in every if (p, layer) in stored and not _begins(p, new_heads)]
-    codes = [tensor for tensor, _ in read if held[tensor].dtype not in FLOATS]
+    codes = [tensor for tensor, _ in read if available[tensor].dtype not in FLOATS]
     if codes:
-        yield not_floats(name, held, codes)
-    other = [(t, p) for t, p in read if held[t].shape != shapes[p] and not _begins(p, refused)]
+        yield not_floats(name, available, codes)
+    other = [(t, p) for t, p in read if available[t].shape != shapes[p] and not _begins(p, refused)]
     for tensor, parameter in other[:3]:
-        yield f"{name}: {tensor} is {held[tensor].shape}, its config.json says {shapes[parameter]}"
+        yield f"{name}: {tensor} is {available[tensor].shape}, its config.json says {shapes[parameter]}"
 
 
-def not_floats(name: str, held: dict[str, Tensor], names: Sequence[str]) -> str:
-    kind = _short(held[names[0]].dtype, quote=False)
-    return f"{name}: its {names[0]} is {kind}; weights must be F32, BF16, F16 or F64, not codes{_more(names)}"
+def not_floats(name: str, available: dict[str, Tensor], names: Sequence[str]) -> str:
+    dtype = _short(available[names[0]].dtype, quote=False)
+    return f"{name}: its {names[0]} is {dtype}; weights must be F32, BF16, F16 or F64, not codes{_more(names)}"
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -439,23 +440,23 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _notes(held: dict[str, Tensor], task: Family, model: Any, seed: str) -> Iterator[str]:
-    """What begins from the seed, and which heads are not used."""
+def _notes(available: dict[str, Tensor], task: Family, model: Any, seed: str) -> Iterator[str]:
+    """Which parameters begin from the seed, and which heads are not used."""
     new_heads = task.new_head_prefixes(model)
     for head in task.optional_prefixes(model):
-        is_there = any(_begins(tensor, task.stored_names(head)) for tensor in held)
+        is_there = any(_begins(tensor, task.stored_names(head)) for tensor in available)
         if is_there and head in new_heads:
             yield f"its {head}* is replaced; these parameters begin from {seed}"
         elif not is_there:
             yield f"holds no {head}*; these parameters begin from {seed}"
-    place, copies = place_of(model, task), task.duplicate_names(model)
+    match, copies = matcher(model, task), task.duplicate_names(model)
     for head in task.IGNORED_HF_HEADS:
-        if any(_begins(tensor, (head,)) and tensor not in copies and place(tensor) is None for tensor in held):
+        if any(_begins(tensor, (head,)) and tensor not in copies and match(tensor) is None for tensor in available):
             yield f"its {head}* is not used: this model has no such head"
 
 
 if __name__ == "__main__":  # differences() starts this, without torch
-    sys.modules["torch"] = None  # as if it were not installed
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed: an import of it then fails
     given = json.load(sys.stdin)
     module = importlib.import_module(given["task"])
     print(json.dumps(resolved(module, module.ResolvedModel.model_validate(given["model"]), given["config"]), default=str))

@@ -25,7 +25,7 @@ TOKENIZER = "imported_tokenizer"  # in OUT of from-hf: of the imported weights; 
 
 
 class Imported(NamedTuple):
-    """What the export asks of a config, for weights that no run has trained."""
+    """In place of a config (export.Exportable), for weights that no run has trained."""
 
     model: Any
 
@@ -34,28 +34,27 @@ class Imported(NamedTuple):
 
 
 def to_hf(run: Path, folder: Path, task: Family) -> None:
-    """The last whole checkpoint of a run, or what from_hf wrote, as a Hugging Face folder."""
+    """Write the last whole checkpoint of a run, or what from_hf wrote, as a Hugging Face folder."""
     is_import = not (run / "config.yaml").is_file() and (run / "step_0/state.json").is_file()
     if not is_import and not (run / "config.yaml").is_file():
-        raise BadInput(f"{run}: holds no run (no config.yaml); give the OUT of a pretrain.sh or of from-hf")
+        raise BadInput(f"{run}: has no run (no config.yaml); give the OUT of a pretrain.sh or of from-hf")
     _check_new(folder)
-    if is_import:
-        cfg = Imported(_imported_model(run, task))
-        record = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
-        last = checkpoint.latest(run)
-        _same_model(cfg.model, last, run / "model.yaml")
-        export.write(last, cfg, task, folder, run / TOKENIZER, record)
-        print(f"{folder}: the weights that from-hf put into {run}")
-        return
-    task = task_module(task.FAMILY, read_yaml(run / "config.yaml"))  # of finetuning too
-    cfg = config.load(run / "config.yaml", [], task.ResolvedConfig, recorded=True)
     last = checkpoint.latest(run)
     if last is None:
-        raise BadInput(f"{run}: holds no checkpoint yet; it is saved at train.save_every and after the last step")
+        raise BadInput(f"{run}: has no checkpoint yet; it is saved at train.save_every and after the last step")
+    if is_import:
+        imported = Imported(_imported_model(run, task))
+        _same_model(imported.model, last, run / "model.yaml")
+        origin = {"config": run.resolve().name, "family": task.FAMILY, "stack": "huggingface"}
+        export.write(last, imported, task, folder, run / TOKENIZER, origin)
+        print(f"{folder}: the weights that from-hf put into {run}")
+        return
+    task = task_module(task.FAMILY, read_yaml(run / "config.yaml"))  # that of finetuning too
+    cfg = config.load(run / "config.yaml", [], task.ResolvedConfig, recorded=True)
     _same_model(cfg.model, last, run / "config.yaml")
     record = read_object(run / "run.json")
     if record is None:
-        raise BadInput(f"{run}: its run.json is not there or cannot be read; the same pretrain.sh command again writes it")
+        raise BadInput(f"{run}: its run.json does not exist or cannot be read; the same pretrain.sh command writes it again")
     export.write(last, cfg, task, folder, run / "tokenizer", record)
     print(f"{folder}: step {last.step:,} of {run}")
 
@@ -64,7 +63,7 @@ def _imported_model(run: Path, task: Family) -> Any:
     """The `model` section that from_hf wrote."""
     path = run / "model.yaml"
     if not path.is_file():
-        raise BadInput(f"{run}: holds step_0 but no model.yaml; repeat from-hf into a new OUT")
+        raise BadInput(f"{run}: has step_0 but no model.yaml; repeat from-hf into a new OUT")
     try:
         return task.ResolvedModel.model_validate(read_yaml(path).get("model"))
     except ValidationError as error:
@@ -75,8 +74,8 @@ def _imported_model(run: Path, task: Family) -> Any:
 
 
 def _same_model(model: Any, last: checkpoint.Checkpoint, path: Path) -> None:
-    """BadInput where a `model` section is not the one that the checkpoint recorded, under its checksum: keys such as norm_eps
-    show in no shape."""
+    """BadInput unless a `model` section is the one in the checkpoint's state.json, which has a checksum: a key such as norm_eps
+    shows in no shape."""
     recorded = last.hyperparameters
     given = {f"model.{key}": config.written(value) for key, value in model.model_dump(by_alias=True).items()}
     wrong = [
@@ -96,11 +95,8 @@ def _check_new(folder: Path) -> None:
 
 
 def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
-    """OUT/step_0 with the weights and the tokenizer of a Hugging Face folder, and OUT/model.yaml, the `model` section to train
-    it with.
-
-    `pretrain.sh CONFIG OUT` of any stack goes on from there, if CONFIG has that section.
-    """
+    """Write OUT/step_0 with the weights of a Hugging Face folder, its tokenizer, and OUT/model.yaml, the `model` section to
+    train it with. `pretrain.sh CONFIG OUT` of any stack continues from there, if CONFIG has that section."""
     _check_new(out)
     model, notes = hf_folder.model_in(folder, task, SEED)
     changed = integrity.problems(folder, str(folder))
@@ -108,8 +104,8 @@ def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
         raise BadInput(changed)
     for note in notes:
         print(f"note: {note}")
-    anew = init.scratch(SEED, lambda name: task.initializer(model, name))
-    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), anew)
+    scratch = init.scratch(SEED, lambda name: task.initializer(model, name))
+    source = init.from_hf(folder, task.stored_names, task.optional_prefixes(model), scratch)
 
     shapes = parameters.expected(model, task)
 

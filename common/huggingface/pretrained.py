@@ -1,5 +1,5 @@
-"""Loading with plain transformers what it must not load in part: it fills what weights lack with random numbers, and says so
-only where it logs."""
+"""Load a Hugging Face folder with plain transformers, whole or not at all: transformers fills missing weights with random
+numbers, and says so only in its log."""
 
 import math
 import re
@@ -19,8 +19,7 @@ MOST_LABELS = 100_000
 
 
 def architecture_of(folder: str | Path) -> str:
-    """The first class that config.json names, such as T5ForConditionalGeneration; '' where it names none. BadInput where it
-    cannot be read."""
+    """The first class in config.json, such as T5ForConditionalGeneration; '' without one. BadInput if it cannot be read."""
     config = hf_folder.read_config(Path(folder), str(folder), "give a Hugging Face folder")
     named = config.get("architectures")
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
@@ -29,9 +28,9 @@ def architecture_of(folder: str | Path) -> str:
 def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any) -> tuple[Any, Any]:
     """The model of a folder, by `of.from_pretrained`, and its tokenizer.
 
-    BadInput for what cannot be loaded, for files of an export that are not those written, for weights that are codes, NaN or
-    infinite, that lack a tensor of the model (but for names that begin with `may_lack`), have one of another shape, or hold one
-    that the model has no place for.
+    BadInput for a folder that cannot be loaded, for files of an export that have changed, for weights that are quantized, NaN
+    or infinite, and for weights that lack a tensor of the model (unless its name begins with `may_lack`), have one of another
+    shape or one that the model does not have.
     """
     problems = integrity.problems(Path(folder), str(folder)) if integrity.is_first_reader() else []
     problems = problems or _unfit(Path(folder))
@@ -44,27 +43,27 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):  # no memory: what lacks or has another shape would be made at the size of config.json
+        with torch.device("meta"):  # no memory: a missing tensor would be allocated at the size that config.json gives
             build = getattr(of, "from_config", of)  # an Auto class's, or the class itself
             size = sum(parameter.numel() for parameter in build(config).parameters())
-        held = sum(math.prod(t.shape) for t in hf_folder.tensors(Path(folder), str(folder), []).values())
-        if size > 2 * held:
-            raise BadInput(f"{folder}: its weights hold {held:,} values, its config.json says {size:,}; get the folder again")
-        net, found = of.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+        stored = sum(math.prod(t.shape) for t in hf_folder.tensors(Path(folder), str(folder), []).values())
+        if size > 2 * stored:
+            raise BadInput(f"{folder}: its weights hold {stored:,} values, its config.json says {size:,}; get the folder again")
+        net, info = of.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     except BadInput:
         raise
     except Exception as error:  # of transformers, torch, safetensors and huggingface_hub, each with classes of its own
         raise BadInput(f"{folder}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from None
-    lacking = sorted(name for name in found["missing_keys"] if not name.startswith(may_lack or ("\0",)))
-    too_many = sorted(name for name in found["unexpected_keys"] if not _UNREAD.fullmatch(name))
+    lacking = sorted(name for name in info["missing_keys"] if not name.startswith(may_lack or ("\0",)))
+    too_many = sorted(name for name in info["unexpected_keys"] if not _UNREAD.fullmatch(name))
     problems = [f"its weights lack {_few(lacking)}"] if lacking else []
     problems += [f"its weights hold {_few(too_many)}, for which the model of its config.json has no place"] if too_many else []
-    for name, theirs, wanted in found["mismatched_keys"]:
-        problems.append(f"its {name} is {tuple(theirs)}, by its config.json {tuple(wanted)}")
+    for name, shape, wanted in info["mismatched_keys"]:
+        problems.append(f"its {name} is {tuple(shape)}, by its config.json {tuple(wanted)}")
     spoiled = [name for name, value in net.named_parameters() if value.is_floating_point() and not integrity.is_finite(value)]
     problems += [f"its {_few(spoiled)} holds NaN or infinite values"] if spoiled else []
     if problems:
-        raise BadInput([f"{folder}: {told}; get the folder again" for told in problems[:3]])
+        raise BadInput([f"{folder}: {problem}; get the folder again" for problem in problems[:3]])
     write_plainly(net)
     return net.eval(), load_tokenizer(Path(folder))
 
@@ -79,8 +78,10 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-NUMBER = int | float
-SAMPLING = {"do_sample": bool, "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "repetition_penalty": NUMBER}
+NUMBER = (int, float)
+SAMPLING: dict[str, type | tuple[type, ...]] = {
+    "do_sample": bool, "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "repetition_penalty": NUMBER,
+}  # fmt: skip
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -89,10 +90,10 @@ def generation_config(folder: Path) -> dict[str, Any]:
     values = read_object(folder / "generation_config.json") or {}
     ends = values.get("eos_token_id")
     known = [i for i in (ends if isinstance(ends, list) else [ends]) if _is_id(i)]
-    made: dict[str, Any] = {key: i for key, i in values.items() if key.endswith("_token_id") and _is_id(i)}
-    made |= {"eos_token_id": known} if known else {}
+    ids: dict[str, Any] = {key: i for key, i in values.items() if key.endswith("_token_id") and _is_id(i)}
+    ids |= {"eos_token_id": known} if known else {}
     sampling = {key: values[key] for key, of in SAMPLING.items() if isinstance(values.get(key), of)}
-    return made | {key: value for key, value in sampling.items() if SAMPLING[key] is bool or value > 0}
+    return ids | {key: value for key, value in sampling.items() if SAMPLING[key] is bool or value > 0}
 
 
 def _is_id(value: Any) -> bool:
@@ -127,9 +128,9 @@ def _unfit(folder: Path) -> list[str]:
     """Why a folder must not be given to transformers: weights that are codes or damaged, numbers that take all memory."""
     stored = hf_folder.read_config(folder, str(folder), "give a Hugging Face folder")
     problems = hf_folder.quantized(folder, stored, str(folder))
-    held = hf_folder.tensors(folder, str(folder), problems)
-    codes = sorted(name for name, t in held.items() if t.dtype not in hf_folder.FLOATS and not _UNREAD.fullmatch(name))
-    problems += [hf_folder.not_floats(str(folder), held, codes)] if codes and not problems else []
+    tensors = hf_folder.tensors(folder, str(folder), problems)
+    codes = sorted(name for name, t in tensors.items() if t.dtype not in hf_folder.FLOATS and not _UNREAD.fullmatch(name))
+    problems += [hf_folder.not_floats(str(folder), tensors, codes)] if codes and not problems else []
     path = folder / "generation_config.json"
     if path.exists():
         values = read_object(path)
@@ -138,8 +139,8 @@ def _unfit(folder: Path) -> list[str]:
             what = f"{wrong[0]} must be an id or a list of ids" if wrong else "it must be a JSON object"
             problems.append(f"{path}: cannot be used ({what}); get the folder again")
     for key, value in stored.items():
-        most = MOST_LABELS if key == "num_labels" else len(held) if _DEPTH.fullmatch(key) else None
-        if held and most is not None and isinstance(value, int) and value > most:
+        most = MOST_LABELS if key == "num_labels" else len(tensors) if _DEPTH.fullmatch(key) else None
+        if tensors and most is not None and isinstance(value, int) and value > most:
             problems.append(f"{folder}: has {key}={value} in its config.json, more than its weights hold; get the folder again")
     return problems
 

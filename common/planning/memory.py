@@ -59,38 +59,38 @@ def estimate(
     width = 2 if dtype == "bf16" else 4  # bytes of a weight, gradient or activation
     embedding = vocab * hidden
     body = parameters - embedding * (1 if tied else 2)
-    held = parameters // tp if pp == 1 else (body // pp + embedding) // tp  # parameters of the first stage
+    local = parameters // tp if pp == 1 else (body // pp + embedding) // tp  # parameters of the first stage
     host = 0
 
     if stack == "megatron":
         share = dp if distributed_optimizer else 1
-        weights, gradients = width * held, 4 * held
-        optimizer = (12 if dtype == "bf16" else 8) * held // share
+        weights, gradients = width * local, 4 * local
+        optimizer = (12 if dtype == "bf16" else 8) * local // share
     elif stack == "deepspeed" and zero_stage:
         layer = (body // layers) // tp
         largest = max(layer, embedding // tp)
-        weights = width * held if zero_stage < 3 else width * (held // dp + largest)
-        gradients = {1: width * held, 2: width * held // dp, 3: width * largest}[zero_stage]
-        partition, optimizer = 4 * held // dp, 12 * held // dp
+        weights = width * local if zero_stage < 3 else width * (local // dp + largest)
+        gradients = {1: width * local, 2: width * local // dp, 3: width * largest}[zero_stage]
+        partition, optimizer = 4 * local // dp, 12 * local // dp
         if offload:
             host, optimizer = partition + optimizer, 0
         else:
             gradients += partition
     else:  # fp32 weights, gradients and moments, in bf16 under autocast: deepspeed's stage 0 too
-        weights, gradients, optimizer = 4 * held, 4 * held, 8 * held
+        weights, gradients, optimizer = 4 * local, 4 * local, 8 * local
 
     tokens = seq_len * micro_batch
     ffn, kv = ffn or 4 * hidden, kv_hidden or hidden
     whole = tokens * hidden * (4 * width + (2 if dropout else 0))  # inputs of norms, qkv, MLP; dropout masks
     split = tokens * width * (2 * hidden + 2 * kv + (4 if gated else 2) * ffn)  # q, k, v, output; MLP
     layer_bytes = (whole // tp if sequence_parallel else whole) + split // tp
-    kept = tokens * hidden * width // (tp if sequence_parallel else 1) if recompute else layer_bytes
+    stored = tokens * hidden * width // (tp if sequence_parallel else 1) if recompute else layer_bytes
     flying = min(pp, max(1, accumulate))  # micro batches whose activations the first stage holds
-    stage = layers // pp * kept
+    stage = layers // pp * stored
     activations = flying * stage + (layer_bytes if recompute else 0)
     autocast = stack == "baseline" or stack == "deepspeed" and not zero_stage
     if autocast and dtype == "bf16":
-        activations += 2 * held  # autocast's copies of the weights live until the backward pass
+        activations += 2 * local  # autocast's copies of the weights live until the backward pass
     # fp32 logits (arXiv:2205.05198, section 4.3: 4sbv/t), their gradient, and in a bf16 run the model's own.
     logits = int(predicted * tokens) * vocab // tp * (8 if dtype == "fp32" else 10)
 
