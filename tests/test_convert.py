@@ -148,7 +148,7 @@ def test_commands_refuse_what_they_cannot_convert(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     for words, message in (
-        (("to-hf", tmp_path / "none", tmp_path / "hf"), "holds no run"),
+        (("to-hf", tmp_path / "none", tmp_path / "hf"), "has no run"),
         (("from-hf", tmp_path / "bert", tmp_path / "out"), "'bert' model"),
         (("from-hf", tmp_path / "none", tmp_path / "out"), "no config.json"),
     ):

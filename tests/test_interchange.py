@@ -87,7 +87,7 @@ def test_a_model_section_that_was_changed_is_refused(folders: Path, tmp_path: Pa
 def test_an_import_without_its_model_section_is_refused(folders: Path, tmp_path: Path):
     run, task = folders / "gpt_tiny_run", import_module("recipes.gpt.task")
     before = (run / "model.yaml").read_text()
-    for text, message in ((None, "holds step_0 but no model.yaml"), ("model: {layers: x}\n", "is not the model section that")):
+    for text, message in ((None, "has step_0 but no model.yaml"), ("model: {layers: x}\n", "is not the model section that")):
         (run / "model.yaml").unlink() if text is None else (run / "model.yaml").write_text(text)
         with pytest.raises(BadInput, match=message):
             to_hf(run, tmp_path / "hf", task)
