@@ -633,7 +633,7 @@ def test_answers_without_an_end_mark_are_told(configs, folders):
     for template, has_note in ((CHATML, False), (CHATML.replace("+ '<|im_end|>' ", ""), True), (MARKED, False)):
         loaded.config["chat_template"] = template
         cfg = config.load(configs["sft", "tiny_llama"], [], finetune.Config)
-        *_, notes = finetune._conversations(cfg, samples.Found([chat], ["line 1"], []), loaded, "here")
+        *_, notes = finetune._conversations(cfg, samples.Documents([chat], ["line 1"], []), loaded, "here")
         assert any("1 of 1 conversations end without a special token" in note for note in notes) == has_note
 
 
