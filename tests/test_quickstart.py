@@ -159,7 +159,7 @@ def test_the_corpus_is_that_of_the_config(family: str) -> None:
     module, folder, *_ = cfg.quickstart.corpus_words
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
     assert (cfg.data.train, cfg.data.valid) == (f"{folder}/train", f"{folder}/valid")
-    assert not any(key.startswith("quickstart") for key in config.science(cfg))
+    assert not any(key.startswith("quickstart") for key in config.hyperparameters(cfg))
 
 
 @pytest.mark.parametrize(
