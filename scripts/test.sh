@@ -36,6 +36,7 @@ export PATH=$root/.venv/bin:$PATH
 
 ruff check .
 ruff format --check .
+mypy
 find . -name '*.sh' -not -path './.venv/*' -not -path './out/*' -print0 | xargs -0 shellcheck .ci/run
 # A file per worker and core: the tests of a file share their runs, and a run of two ranks leaves cores idle while it waits
 cores=$(nproc)
