@@ -62,7 +62,7 @@ def copied_house(folder: Path) -> Path:
     """A checkout with recipes/mine beside recipes/gpt, as the README says to make it."""
     for name in ("common", "recipes/gpt"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    copy = folder / "recipes/copy"
+    copy = folder / "recipes/mine"
     shutil.copytree(folder / "recipes/gpt", copy)
     shutil.rmtree(copy / "baseline")
     shutil.rmtree(copy / "megatron")
