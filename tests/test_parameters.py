@@ -83,9 +83,9 @@ UNKNOWN = (
 )
 ON_MEGATRON = "the model on megatron: "
 REFUSED = {
-    "uncounted-baseline": r"Model.parameters of recipes.uncounted.task counts 311,872 .* task.parameter_shapes lists 312,000",
-    "uncounted-deepspeed": "Model.parameters of recipes.uncounted.task counts",
-    "uncounted-megatron": "Model.parameters of recipes.uncounted.task counts",
+    "uncounted-baseline": r"Model.parameter_count of recipes.uncounted.task counts 311,872 .* task.parameter_shapes lists 312,000",
+    "uncounted-deepspeed": "Model.parameter_count of recipes.uncounted.task counts",
+    "uncounted-megatron": "Model.parameter_count of recipes.uncounted.task counts",
     "norms-megatron": ON_MEGATRON + MISSING,
     "norms-megatron-megatron.pp_2": ON_MEGATRON + MISSING,
     "norms-megatron-megatron.tp_2": ON_MEGATRON + MISSING,
