@@ -146,9 +146,10 @@ class Family(Protocol):
     def ResolvedModel(self) -> type[Any]:
         """The class of its section `model`."""
 
-    def dataset(self, cfg: Any, data: Any, /, shuffle: bool) -> Dataset:
+    def dataset(self, cfg: Any, data: Any, /, shuffle: bool, stack: str = "baseline") -> Dataset:
         """Open data.train (shuffle) or data.valid. data: as in the config: a blend of corpora, in finetuning the name of a
-        split. BadInput for a file, a tokenizer or a sample that cannot be used; Missing for files that are not there."""
+        split. stack: the one that reads the samples; its layout may need samples of one length. BadInput for a file, a
+        tokenizer or a sample that cannot be used; Missing for files that are not there."""
 
     def make_batch(self, micro_batch: "MicroBatch", device: Any, /) -> "dict[str, torch.Tensor]":
         """A micro batch of `dataset` as tensors on `device`."""

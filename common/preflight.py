@@ -80,7 +80,7 @@ def prepare[C: Config](
     given = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
     done = _steps_done(Path(out)) if given.phases else 0
-    train, valid, data_problems, missing = _datasets(config.at_step(given, done), task)
+    train, valid, data_problems, missing = _datasets(config.at_step(given, done), task, stack)
     folder, known = _tokenizer(given, train, valid, data_problems)
     notes = list(missing) if dry_run else []
     notes += data_notes(train, valid)
@@ -165,7 +165,7 @@ def _steps_done(out: Path) -> int:
     return newest.step if newest else 0
 
 
-def _datasets(cfg: Config, task: Family) -> tuple[Dataset | None, Dataset | None, list[str], list[str]]:
+def _datasets(cfg: Config, task: Family, stack: str) -> tuple[Dataset | None, Dataset | None, list[str], list[str]]:
     """The datasets of data.train and data.valid, the problems with them, and the problems of files that do not exist."""
     datasets: list[Dataset | None] = []
     problems: list[str] = []
@@ -174,7 +174,7 @@ def _datasets(cfg: Config, task: Family) -> tuple[Dataset | None, Dataset | None
         dataset = None
         if blend is not None:
             try:
-                dataset = task.dataset(cfg, blend, shuffle)
+                dataset = task.dataset(cfg, blend, shuffle, stack)
                 dataset.verify()
             except BadInput as error:
                 dataset = None

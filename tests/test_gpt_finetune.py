@@ -489,6 +489,18 @@ def stream(configs, kind: str, arch: str, overrides: Sequence[str] = (), shuffle
     return finetune.dataset(cfg, "train", shuffle)
 
 
+def test_only_the_stack_that_asks_for_one_length_pads_to_it(configs):
+    """megatron.* is of no concern to the other stacks."""
+    overrides = ["data.pack=false", "megatron.tp=2", "megatron.sequence_parallel=true"]
+    cfg = config.load(configs["sft", "tiny"], overrides, finetune.Config)
+    lengths = {
+        name: max(finetune.dataset(cfg, "train", True, name).collate(np.array([i]))["tokens"].shape[1] for i in range(8))
+        for name in ("baseline", "deepspeed", "megatron")
+    }
+    assert lengths["megatron"] == cfg.data.seq_len + 1  # inputs, and the last target
+    assert lengths["baseline"] == lengths["deepspeed"] <= cfg.data.seq_len
+
+
 def test_a_conversation_does_not_see_its_neighbours(configs, folders):
     """Losses of each token, packed and alone; and packed without the bounds they differ."""
     net = AutoModelForCausalLM.from_pretrained(folders["tiny"]).eval()

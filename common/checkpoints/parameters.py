@@ -21,8 +21,8 @@ def expected(model: Any, task: Family) -> dict[str, tuple[int, ...]]:
     counted, listed = model.parameter_count(), sum(map(prod, shapes.values()))
     if counted != listed:
         raise BadInput(
-            f"Model.parameter_count of {task.__name__} counts {counted:,} parameters and task.parameter_shapes lists {listed:,}; "
-            "correct the one that is wrong"
+            f"Model.parameter_count of {task.__name__} counts {counted:,} parameters and task.parameter_shapes lists "
+            f"{listed:,}; correct the one that is wrong"
         )
     return shapes
 

@@ -190,7 +190,7 @@ class ResolvedConfig(Config):
     model: ResolvedModel
 
 
-def dataset(cfg: Config, data: Blend, shuffle: bool) -> samples.Samples:
+def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") -> samples.Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset

@@ -164,7 +164,7 @@ def linear_layers(model: Model) -> tuple[str, ...]:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
-def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
+def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> samples.Packed:
     """The documents of train (shuffle) or valid, tokenized and packed. BadInput for a file, a conversation or a tokenizer
     that cannot be used."""
     from common.data import tokenizer as tokenizers
@@ -202,7 +202,7 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> samples.Packed:
     corpus = examples.Source(f"{cfg.task.name} {name}", content, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
     # pipeline stages expect one length, which sequence parallelism divides by tp
-    whole = d.pack or cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel
+    whole = d.pack or stack == "megatron" and (cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel)
     notes = [*(source.notes if shuffle else []), *notes]
     order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": notes}
     return samples.Packed(corpus, ids, counted, pieces, d.seq_len, pad_id, within, whole, **order)

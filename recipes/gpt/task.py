@@ -182,7 +182,7 @@ class ResolvedConfig(Config):
     model: ResolvedModel
 
 
-def dataset(cfg: Config, data: Blend, shuffle: bool) -> Samples:
+def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") -> Samples:
     """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
     from common.paths import find_blend
 

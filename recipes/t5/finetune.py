@@ -152,7 +152,7 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 SUBSET_SEED = 1234
 
 
-def dataset(cfg: Config, split: str, shuffle: bool) -> finetune_samples.Samples:
+def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> finetune_samples.Samples:
     """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that cannot be used."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
@@ -190,7 +190,8 @@ def dataset(cfg: Config, split: str, shuffle: bool) -> finetune_samples.Samples:
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
     source = examples.Source(f"{cfg.task.name} {split}", pairs.hash, folder, tokenizer, largest)
     # a multiple of tp too, by whose ranks sequence parallelism divides the positions
-    multiple = math.lcm(finetune_samples.PAD_MULTIPLE, cfg.megatron.tp if cfg.megatron.sequence_parallel else 1)
+    divided = stack == "megatron" and cfg.megatron.sequence_parallel
+    multiple = math.lcm(finetune_samples.PAD_MULTIPLE, cfg.megatron.tp if divided else 1)
     return finetune_samples.Samples(
         source, (sources, targets), eos=tokenizer.eod_id, pad=tokenizer.pad_id or 0, seq_len=cfg.data.seq_len,
         target_len=cfg.data.target_len, multiple=multiple, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
