@@ -80,7 +80,7 @@ def _blend(value: Any) -> str | list[Any]:
     raise ValueError("must be a prefix, a list of prefixes, or a list of [weight above 0, prefix]")
 
 
-Blend = Annotated[str | list[Any], PlainValidator(_blend), WithJsonSchema({"format": "prefix or blend"})]
+CheckedBlend = Annotated[str | list[Any], PlainValidator(_blend), WithJsonSchema({"format": "prefix or blend"})]
 
 
 class Section(BaseModel):
@@ -103,7 +103,7 @@ class Section(BaseModel):
 class Data(Section):
     """What the run reads. A family may add keys of its own."""
 
-    train: Blend = Field(
+    train: CheckedBlend = Field(
         description="Training corpus: the prefix of a .bin and an .idx file, a list of prefixes, or a list of "
         "[weight, prefix], where the weights are relative shares of the samples."
     )

@@ -1,4 +1,4 @@
-"""Where a path of a config or a command line points: from the current folder, else from the repository's root."""
+"""Resolves the paths of a config or command line: relative to the current folder, else to the repository's root."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,17 @@ from typing import Any
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME_BYTES = 255 - len(".crc32")  # of a file's name (NAME_MAX), endings included
-PATH_BYTES = 4000  # of a path (PATH_MAX is 4096), endings included
-SHOWN = 60  # characters of a path that is too long, in a message
+NAME_BYTES = 255 - len(".crc32")  # limit on a file's name, before an ending is added to it (NAME_MAX is 255)
+PATH_BYTES = 4000  # limit on a path, before an ending is added to it (PATH_MAX is 4096)
+SHOWN = 60  # characters that a message shows of a path that is too long
 
-Blend = str | list[Any]  # a prefix, a list of prefixes, or a list of [weight, prefix]
+Blend = str | Path | list[Any]
+"""A prefix, a list of prefixes, or a list of [weight, prefix]."""
 
 
 def find(path: str) -> Path:
-    """The path as it stands from the current folder, else from the repository's root. BadInput for one that is too long."""
+    """The path itself if it exists relative to the current folder, or does not exist at all; else its place under the
+    repository's root. BadInput for a path that is too long."""
     longest = max(len(part.encode(errors="replace")) for part in path.split("/"))
     if longest > NAME_BYTES or len(path) > PATH_BYTES:
         what = f"a name in it has {longest:,} bytes; at most {NAME_BYTES}"
@@ -31,14 +33,16 @@ def find(path: str) -> Path:
 
 def find_blend(blend: Blend) -> Blend:
     """The blend of data.train with each of its paths as `find` gives it."""
-    if isinstance(blend, str):
-        return str(find(blend))
+    if isinstance(blend, str | Path):
+        return str(find(str(blend)))
     return [[entry[0], str(find(entry[1]))] if isinstance(entry, list) else str(find(entry)) for entry in blend]
 
 
 def prefixes(blend: Blend) -> list[str]:
     """The prefixes of a blend, without their weights."""
-    return [blend] if isinstance(blend, str) else [entry if isinstance(entry, str) else entry[1] for entry in blend]
+    if isinstance(blend, str | Path):
+        return [str(blend)]
+    return [entry if isinstance(entry, str) else entry[1] for entry in blend]
 
 
 def first_prefix(blend: Blend) -> str:

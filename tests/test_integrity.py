@@ -193,7 +193,7 @@ def test_lines_that_are_damaged_leave_the_log(lines: list[str], whole_lines: lis
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(lines), encoding="latin-1")
     assert [json.dumps(line) + "\n" for line in log.read(path, 4)] == whole_lines
-    with log._reopen(path, 4) as file:
+    with log._open_metrics(path, 4) as file:
         file.write(LINES[4])
     assert path.read_text() == "".join([*whole_lines, LINES[4]])
     place = max((i for i, line in enumerate(lines) if line in whole_lines), default=-1)
@@ -210,7 +210,7 @@ def test_a_log_of_noise_is_read(tmp_path: Path) -> None:
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data)
         whole_lines = list(log.read(path, 4))
-        log._reopen(path, 4).close()
+        log._open_metrics(path, 4).close()
         assert [json.loads(line) for line in path.read_bytes().splitlines()] == whole_lines
 
 

@@ -3,7 +3,7 @@
 The order is a pure function (invariant 3): sample number i of a run is the same sample of the same corpus on every rank and
 after every resumption. There is no index to build and no state to save: the position in the data is the sample number.
 
-Letters in shapes: B samples asked for.
+Letters in shapes: B requested samples.
 """
 
 import hashlib
@@ -17,9 +17,7 @@ import numpy as np
 from common.data.indexed_dataset import IndexedDataset
 from common.data.sampler import BlendPattern, epoch_key, permute
 from common.errors import BadInput
-
-Blend = str | Path | Sequence[str | Path | Sequence[float | str]]
-"""A prefix, a list of prefixes, or a list of [weight, prefix]."""
+from common.paths import Blend
 
 
 class BlendedDataset:
@@ -58,12 +56,13 @@ class BlendedDataset:
         raise NotImplementedError
 
     def _check_tokenizers(self) -> None:
-        known = [c for c in self.corpora if c.manifest]
-        for other in known[1:]:
-            if other.tokenizer_hash != known[0].tokenizer_hash:
+        with_manifest = [corpus for corpus in self.corpora if corpus.manifest]
+        for other in with_manifest[1:]:
+            first = with_manifest[0]
+            if other.tokenizer_hash != first.tokenizer_hash:
                 raise BadInput(
-                    f"{known[0].prefix} and {other.prefix} were made with different tokenizers; build the second again "
-                    f"with --tokenizer {known[0].tokenizer_dir}"
+                    f"{first.prefix} and {other.prefix} were made with different tokenizers; build the second again "
+                    f"with --tokenizer {first.tokenizer_dir}"
                 )
 
     def __len__(self) -> int:
@@ -71,7 +70,7 @@ class BlendedDataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 (hex) of the contents and given weights of the corpora; neither their names nor any settings enter it."""
+        """sha256 (hex) of the contents and given weights of the corpora; it does not depend on their names or on settings."""
         weights: Sequence[float | None] = self.given_weights or [None] * len(self.corpora)
         parts = [[weight, corpus.content_hash] for weight, corpus in zip(weights, self.corpora, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -83,7 +82,7 @@ class BlendedDataset:
             corpus.limit_ids(vocab_size, key)
 
     def batch_order(self, numbers: range) -> np.ndarray:
-        """The sample numbers of a step in the order in which its micro batches take them: as they are."""
+        """The sample numbers of a step in the order in which its micro batches take them: unchanged."""
         return np.asarray(numbers)
 
     def where(self, number: int) -> str:

@@ -1,6 +1,6 @@
 """The order in which samples are read: pure functions of (seed, pass) that need no index and no state.
 
-Letters in shapes: B samples asked for.
+Letters in shapes: B requested samples.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""The vocabulary of scores: the metrics of every task, the unit of each, and the averages that are computed from them.
+"""The names of all scores: the metrics of every task, the unit of each, and the averages that are computed from them.
 
-Evaluators name the scores in eval.json by this table (`row` refuses any other name). A config's `expect` is checked against it
-when the config is loaded (`problems`), and scripts/check.py looks scores up in it. The key of an `expect` is TASK_METRIC, its
-value is in the unit below: `lambada_accuracy: {value: 0.4518, ...}`, `squad_f1: {value: 88.5, ...}`.
+Evaluators name the scores in eval.json after this table (`row` refuses any other name). A config's `expect` is checked against
+it when the config is loaded (`problems`), and scripts/check.py looks scores up in it. A key of `expect` is TASK_METRIC, and its
+value is in one of the units below: `lambada_accuracy: {value: 0.4518, ...}`, `squad_f1: {value: 88.5, ...}`.
 
 fraction      0 to 1: 0.844 is published as 84.4 %
 correlation   -1 to 1
@@ -65,11 +65,11 @@ TASKS: dict[str, dict[str, Unit]] = {
     "pairs": {"exact_match": PERCENT} | _BLEU | _ROUGE,
 }  # fmt: skip
 
-# From a run's own metrics.jsonl and config.yaml.
+# Values that come from a run's own metrics.jsonl and config.yaml.
 RUN = {"val_loss": NATS, "best_val_loss": NATS, "parameters": COUNT}
 
 # GLUE's score (Wang et al., arXiv:1804.07461, section 3): the mean over the tasks; a task with two metrics or two dev sets
-# counts with their mean. WNLI is left out, as by Devlin et al. and Raffel et al. (arXiv:1910.10683, section 2.3).
+# counts with their mean. WNLI is left out, as in Devlin et al. and in Raffel et al. (arXiv:1910.10683, section 2.3).
 AVERAGES: dict[str, tuple[str, ...]] = {
     "mrpc_average": ("mrpc_f1", "mrpc_accuracy"),
     "stsb_average": ("stsb_pearson", "stsb_spearman"),
@@ -81,7 +81,7 @@ AVERAGES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Published scores that a config may expect but no evaluator here measures, all of them fractions -> what is missing.
+# {score: what is missing}, for published scores that a config may expect but no evaluator here measures. All are fractions.
 MISSING: dict[str, str] = {
     "hellaswag_acc_norm": "HellaSwag, by the log-likelihoods of its endings divided by their lengths",
     "superglue_average": "the eight tasks of SuperGLUE in words",
@@ -91,7 +91,7 @@ MISSING: dict[str, str] = {
 # {TASK_METRIC: (task, metric)}
 NAMES = {f"{task}_{metric}": (task, metric) for task, metrics in TASKS.items() for metric in metrics}
 
-# Sizes of the published test or dev sets: the `n` of a score that can be compared with a published one.
+# {score or task: number of examples in the published test or dev set}. A score is comparable only if its `n` has this value.
 SIZES = {
     "wikitext103_word_perplexity": 245_565, "lambada_accuracy": 5_153, "lambada_last_token_accuracy": 5_153,
     "cola": 1_043, "sst2": 872, "mrpc": 408, "stsb": 1_500, "qqp": 40_430, "mnli_accuracy": 9_815,
@@ -100,7 +100,7 @@ SIZES = {
     "squad2_no_answer_exact": 5_945,
 }  # fmt: skip
 
-# How a protocol says that a score is not computed on the whole published set.
+# What the protocol of a score says if the score was not computed on the whole published set.
 _PARTS = re.compile(
     r"the first [\d,]+ of [\d,]+ ?\w*|\S* ?has no dev set|[\d,]+ of its [\d,]+ paragraphs are dev|not the published test file"
 )
@@ -115,11 +115,11 @@ def unit_of(name: str) -> Unit | None:
 
 
 def problems(name: str, value: float) -> Iterator[str]:
-    """What is wrong with an `expect`: a name that no evaluator writes, a value that its unit cannot have."""
+    """What is wrong with an `expect`: a name that no evaluator writes, or a value that its unit cannot have."""
     unit = unit_of(name)
     if unit is None:
-        known = [*RUN, *NAMES, *AVERAGES, *MISSING]
-        close = difflib.get_close_matches(name, known, 1)
+        names = [*RUN, *NAMES, *AVERAGES, *MISSING]
+        close = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {close[0]!r}?" if close else "give TASK_METRIC, for example squad_f1 or val_loss;"
         yield f"expect.{name}: no evaluator writes such a score; {hint} all names: common/evaluation/metrics.py"
     elif unit == FRACTION and 1 < value <= 100:
@@ -132,14 +132,14 @@ def problems(name: str, value: float) -> Iterator[str]:
 
 
 def row(task: str, metric: str, value: float, n: int, protocol: str) -> dict[str, Any]:
-    """A row of eval.json. KeyError for a score that is not in the table: add it there, with its unit."""
+    """One result of eval.json. KeyError for a score that is not in `TASKS`: add it there, with its unit."""
     if metric not in TASKS[task]:
         raise KeyError(f"{task}: {metric} is not in common/evaluation/metrics.py")
     return {"task": task, "metric": metric, "value": value, "n": n, "protocol": protocol}
 
 
 def not_comparable(name: str, n: int, protocol: str) -> str | None:
-    """Why a score TASK_METRIC on n examples cannot be compared with a published one; None if it can."""
+    """Why the score TASK_METRIC, computed on n examples, cannot be compared with a published one; None if it can."""
     part = _PARTS.search(protocol)
     if part:
         return part[0]

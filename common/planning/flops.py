@@ -1,10 +1,10 @@
-"""Peak arithmetic of a GPU, and model FLOP utilization (MFU). FLOPs a token come from task.py. Torch-free."""
+"""Peak FLOP/s of a GPU, and model FLOP utilization (MFU). The FLOPs per token come from task.py. Imports no torch."""
 
 import re
 
-# TFLOP/s (10^12 a second) of dense bf16 matrix products with fp32 accumulation, as NVIDIA publishes them; where a
-# datasheet gives only the figure "with sparsity", half of it. GPUs before Ampere have no bf16: theirs is the fp16 peak.
-# The first pattern that is found in the name (as torch.cuda.get_device_name() gives it) counts.
+# TFLOP/s (10^12 FLOPs per second) of dense bf16 matrix products with fp32 accumulation, as NVIDIA publishes them. Where a
+# datasheet gives only the figure "with sparsity", the table has half of it. GPUs before Ampere have no bf16, so the table has
+# their fp16 peak. The first pattern that matches the GPU's name (from torch.cuda.get_device_name()) counts.
 PEAK_TFLOPS: list[tuple[str, float]] = [
     (r"GB200", 2500.0),  # GB200 NVL72 datasheet, 5,000 sparse
     (r"B200", 2250.0),  # HGX B200 datasheet, 4,500 sparse
@@ -31,18 +31,20 @@ PEAK_TFLOPS: list[tuple[str, float]] = [
 
 
 def peak_tflops(gpu_name: str | None) -> float | None:
-    """TFLOP/s of one GPU (see PEAK_TFLOPS); None for a CPU, a GPU that is not in the table, or a part of one (MIG)."""
+    """TFLOP/s of one GPU (see PEAK_TFLOPS); None for a CPU, for a GPU that is not in the table, and for a MIG slice."""
     if not gpu_name or "MIG" in gpu_name:
         return None
     return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, gpu_name, re.IGNORECASE)), None)
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, gpu_name: str | None, gpus: int) -> float | None:
-    """Share (0 to 1) of the GPUs' peak that the model's own FLOPs use; None where the peak is not known.
+    """Share (0 to 1) of the GPUs' peak that the model's own FLOPs use; None if the peak is unknown.
 
-    flops_per_token: 'full' or 'causal' of `task.forward_backward_flops`; say which beside the number.
-    tokens_per_s: of all GPUs together. PaLM (arXiv:2204.02311, appendix B) defines it: recomputed FLOPs do not count.
-    The peak is that of bf16 whatever dtype the run has, so an fp32 run shows a low share.
+    flops_per_token: 'full' or 'causal' of `task.forward_backward_flops`; state which of them beside the MFU.
+    tokens_per_s: the sum over all GPUs.
+
+    The definition is PaLM's (arXiv:2204.02311, appendix B): recomputed FLOPs do not count. The peak is always that of bf16,
+    whatever the run's dtype, so an fp32 run has a low MFU.
     """
     peak = peak_tflops(gpu_name)
     return None if peak is None else flops_per_token * tokens_per_s / (peak * 1e12 * gpus)

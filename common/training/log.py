@@ -1,4 +1,4 @@
-"""What a run reports: a header, one aligned line per step, OUT/metrics.jsonl, TensorBoard. Rank 0 only."""
+"""What a run reports, on rank 0 only: a header, one aligned line per step, OUT/metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from common.preflight import Run
 
 
 class Log:
-    """Opened once the run's checkpoint is known: what metrics.jsonl holds after that step is cut off, the rest is kept."""
+    """The log of a run. It starts at the step of the checkpoint that the run resumes from, and cuts off later lines of
+    metrics.jsonl."""
 
     def __init__(self, run: Run, task: Family, ranks: Ranks):
         self.first = ranks.rank == 0
@@ -30,7 +31,7 @@ class Log:
         self.gpu = _gpu_name(ranks)
         if not self.first:
             return
-        self.file = _reopen(run.out / "metrics.jsonl", self.first_step)
+        self.file = _open_metrics(run.out / "metrics.jsonl", self.first_step)
         self.board = _tensorboard(run.out / "tensorboard", self.first_step)
         print(header(run, self.gpu), flush=True)
 
@@ -40,8 +41,8 @@ class Log:
         self.step_start = time.perf_counter()
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
-        """One optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping; tokens: of the
-        global batch without padding; parts: what else a line holds, such as the parts of the loss."""
+        """Log one optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping; tokens: tokens
+        in the global batch without padding; parts: further values for the line, such as the parts of the loss."""
         if not self.first:
             return
         seconds = time.perf_counter() - self.step_start
@@ -63,7 +64,7 @@ class Log:
         self._write(values)
 
     def valid(self, step: int, loss: float, tokens: int, **parts: float) -> None:
-        """Validation loss (mean over `tokens` targets) after `step`; the perplexity where the loss has one part."""
+        """Log the validation loss (mean over `tokens` targets) after `step`, with the perplexity if the loss has one part."""
         if not self.first:
             return
         width = len(str(self.run.whole.last_step))
@@ -89,23 +90,23 @@ class Log:
             self.board.close()
 
 
-def _reopen(path: Path, step: int) -> TextIO:
-    """Append to metrics.jsonl after the lines of steps up to `step`, which stay byte for byte. Lines that are damaged are left
-    out, with a note: a disk may change a byte in the middle, and what a kill leaves is half a line at the end."""
-    end = place = damaged = 0  # where the last line to keep ends; damaged lines before it
-    spoiled: list[tuple[int, int]] = []  # those lines: where they begin and end
+def _open_metrics(path: Path, step: int) -> TextIO:
+    """Open metrics.jsonl to append after the lines of steps up to `step`; those lines keep their bytes. Damaged lines are
+    removed, with a note: a disk may change a byte in the middle of the file, and a killed run leaves half a line at its end."""
+    end = place = damaged = 0  # end of the last line to keep; current offset; damaged lines before `end`
+    damaged_spans: list[tuple[int, int]] = []  # (begin, end) of each damaged line, in bytes
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
                 values = parsed(line)
                 if values is None:
-                    spoiled.append((place, place + len(line)))
+                    damaged_spans.append((place, place + len(line)))
                 elif values["step"] <= step:
-                    end, damaged = place + len(line), len(spoiled)
+                    end, damaged = place + len(line), len(damaged_spans)
                 place += len(line)
         os.truncate(path, end)
         if damaged:
-            _cut_out(path, spoiled[:damaged])
+            _cut_out(path, damaged_spans[:damaged])
             print(
                 f"note: {path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out", file=sys.stderr, flush=True
             )
@@ -113,7 +114,7 @@ def _reopen(path: Path, step: int) -> TextIO:
 
 
 def _cut_out(path: Path, spans: list[tuple[int, int]]) -> None:
-    """Rewrite a file without these spans of bytes; a reader sees the old file or the new one."""
+    """Rewrite a file without these spans of bytes; a reader sees either the old file or the new one."""
     content = path.read_bytes()
     starts, ends = [0, *(end for _, end in spans)], [*(begin for begin, _ in spans), len(content)]
     part = path.with_name(f"{path.name}.part")
@@ -122,7 +123,7 @@ def _cut_out(path: Path, spans: list[tuple[int, int]]) -> None:
 
 
 def parsed(line: bytes | str) -> dict[str, Any] | None:
-    """A whole line of metrics.jsonl: an object with a step, its losses numbers. None for any other, damaged or half written."""
+    """The values of a whole line of metrics.jsonl: an object with a step, whose losses are numbers. None for a damaged line."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -135,7 +136,7 @@ def parsed(line: bytes | str) -> dict[str, Any] | None:
 
 
 def read(path: Path, last_step: int) -> Iterator[dict[str, Any]]:
-    """The whole lines of metrics.jsonl up to `last_step`; none where there is no such file."""
+    """The undamaged lines of metrics.jsonl up to `last_step`; none if there is no such file."""
     if path.is_file():
         with open(path, "rb") as file:
             yield from (values for line in file if (values := parsed(line)) and values["step"] <= last_step)
@@ -149,17 +150,18 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def _report_thread(args: "threading.ExceptHookArgs") -> None:
-    """TensorBoard's thread keeps what it could not write (a full disk) and raises it at our next call: one report is enough."""
+    """Report any exception of a thread except OSError: TensorBoard's thread stores a failed write (a full disk) and raises it
+    at our next call, so one report is enough."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def header(run: Run, gpu: str | None) -> str:
-    """What a reader of the log needs to know to believe it."""
+    """The lines at the start of a log: model, data, step, layout, hardware, versions, commit and initial weights."""
     cfg, layout, record = run.cfg, run.layout, run.record
     versions = "  ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = record["data"] | {"tokenizer": record["tokenizer"]}
-    rows = {
+    lines = {
         "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameter_count():,} parameters, "
         f"vocabulary {cfg.model.vocab_size:,}",
         "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
@@ -172,7 +174,7 @@ def header(run: Run, gpu: str | None) -> str:
         "commit": record["commit"],
         "from": str(run.resume.path) if run.resume else f"init.from={cfg.init.from_}",
     }
-    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
 
 def _gpu_name(ranks: Ranks) -> str | None:
@@ -182,7 +184,7 @@ def _gpu_name(ranks: Ranks) -> str | None:
 
 
 def peak_memory(device: Any) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    """Peak memory in bytes: that of PyTorch's allocator on a GPU, the process's peak resident set on a CPU."""
     if device.type == "cuda":
         import torch
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.blended_dataset import BlendedDataset
 from common.data.indexed_dataset import IndexedDataset
 from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
+from common.paths import Blend
 from common.seeding import derive_seed
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # words of one masked piece, at most

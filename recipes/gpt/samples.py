@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.blended_dataset import BlendedDataset
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
+from common.paths import Blend
 
 
 class Samples(BlendedDataset):

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from common.data.blended_dataset import Blend, BlendedDataset
+from common.data.blended_dataset import BlendedDataset
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
+from common.paths import Blend
 from common.seeding import derive_seed
 
 
