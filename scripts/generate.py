@@ -146,9 +146,9 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     config = {"chat_template": several} | {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
     template = module.Template(Tokenizer(Backend.from_str(tokenizer.backend_tokenizer.to_str()), config), folder)
     chat = [{"role": "user", "content": question}]
-    text, ends = template.asks(chat, "--prompt"), None
+    text, ends = template.prompt(chat, "--prompt"), None
     with contextlib.suppress(BadInput):  # one that writes earlier answers otherwise: generation_config.json has to know
-        ends = template.ends([*chat, {"role": "assistant", "content": "Yes"}], "--prompt")
+        ends = template.end_ids([*chat, {"role": "assistant", "content": "Yes"}], "--prompt")
     return text, ends or set()
 
 

@@ -457,7 +457,7 @@ def test_the_default_template(folders):
 def test_a_template_that_rewrites_is_refused(folders):
     loaded = tokenizer.load(folders["tiny_llama"])
     loaded.config["chat_template"] = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(BadInput, match="line 1: the chat template of here rewrites what it wrote of earlier messages"):
+    with pytest.raises(BadInput, match="line 1: the chat template of here rewrites earlier messages"):
         samples.Template(loaded, "here").encode([CHAT], ["line 1"])
 
 
@@ -580,7 +580,7 @@ def test_a_dev_set_is_drawn_where_there_is_none(configs, data, tmp_path):
     assert (len(train), len(valid)) == (67, 4)
     parts = [sorted(tuple(p.ids[b:e].tolist()) for row in p.pieces for b, e in row) for p in (train, valid, whole)]
     assert sorted(parts[0] + parts[1]) == parts[2]
-    note = f"task.data has no 'valid': 4 of 71 of train, drawn by seed {samples.VALID_SEED}, are it"
+    note = f"task.data has no 'valid': 4 of 71 of train, drawn with seed {samples.VALID_SEED}, take its place"
     assert note in train.notes
 
 
@@ -603,7 +603,7 @@ def test_a_dataset_of_the_hub(configs, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", no_network)
-    with pytest.raises(BadInput, match="task.data=someone/chats: no such folder, and not to be had from the hub: no route"):
+    with pytest.raises(BadInput, match="task.data=someone/chats: no such folder, and the hub did not provide it: no route"):
         stream(configs, "sft", "tiny", ["task.data=someone/chats"])
 
 
@@ -634,9 +634,9 @@ def test_what_is_cut_or_left_out_is_told(configs, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     packed = stream(configs, "sft", "tiny", [f"task.data={tmp_path}"])
     notes = "\n".join(packed.notes)
-    assert "1 of 4 conversations are longer than data.seq_len=96 and are cut there" in notes
+    assert "1 of 4 conversations are longer than data.seq_len=96 and are truncated" in notes
     assert "1 of 4 conversations are left out: no answer begins within data.seq_len=96" in notes
-    assert "1 of 4 conversations are left out: a message spells a special token" in notes
+    assert "1 of 4 conversations are left out: a message contains a special token" in notes
     assert sum(len(row) for row in packed.pieces) == 2
 
 
@@ -729,7 +729,7 @@ def test_an_empty_file_and_one_too_long(configs, tmp_path):
 
 REFUSED = [
     (["task.name=chat"], "task.name=\"chat\": should be 'lm' or 'sft'"),
-    (["task.data=nowhere"], "task.data=nowhere: no such folder; give one with train.jsonl, or a dataset of the hub"),
+    (["task.data=nowhere"], "task.data=nowhere: no such folder; give one with train.jsonl, or a dataset on the hub"),
     (["task.data=recipes"], "task.data=recipes: has no 'train'; it has nothing to read; give data.train"),
     (["data.seq_len=4096"], "model.positions=96 is below data.seq_len=4096"),
     (["model.layers=3"], "has n_layer=4, the model gives 3"),

@@ -1,9 +1,10 @@
-"""What GPT is finetuned on: texts and conversations, read, tokenized, and packed into samples of seq_len.
+"""The samples that GPT is finetuned on: texts and conversations are read, tokenized and packed into samples of seq_len.
 
-A text file is one document; a .jsonl file has one per line, {"text": ...}. A conversation is a line of a .jsonl file:
-{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "response": ...} for one question and its answer, or
-ShareGPT's {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}.
-Torch-free.
+A text file is one document. A .jsonl file of texts has one document per line, {"text": ...}. A .jsonl file of conversations has
+one conversation per line, in one of three forms: {"messages": [{"role": ..., "content": ...}, ...]},
+{"prompt": ..., "response": ...} for one question and its answer, or ShareGPT's
+{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}.
+This module does not import torch.
 """
 
 import hashlib
@@ -22,14 +23,15 @@ from common.data.tokenizer import Tokenizer, encoded
 from common.errors import BadInput, Missing
 from common.evaluation import hub
 
-Chat = list[dict[str, str]]  # messages, each with role and content
+Chat = list[dict[str, str]]  # a conversation: messages, each with role and content
 ROLES = ("system", "user", "assistant")
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
-VALID_SHARE, VALID_SEED = 0.05, 1234  # of train's documents, where there is nothing to validate on
-ALSO = {"valid": ("validation", "dev")}  # what others call it
-ROUND = 8  # unpacked, a micro batch is padded to its longest sample, rounded up to a multiple of this
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+VALID_SHARE, VALID_SEED = 0.05, 1234  # share of train that becomes the validation set if there is none, and seed of the draw
+OTHER_NAMES = {"valid": ("validation", "dev")}  # names of a split that are also accepted
+PAD_MULTIPLE = 8  # an unpacked micro batch is padded to its longest sample, rounded up to a multiple of this
 
-# For a tokenizer that brings none. Plain words, since its vocabulary has no marks of turns; eos_token ends an answer.
+# For a tokenizer without a chat template. Roles are plain words, since its vocabulary has no special tokens for them.
+# eos_token ends an answer.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ '### ' + message['role'] + '\\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -41,83 +43,85 @@ DEFAULT_TEMPLATE = (
 
 
 class Documents(NamedTuple):
-    """documents: texts, or conversations. where: file and line of each, for messages."""
+    """documents: texts or conversations. locations: file and line of each document, for messages."""
 
     documents: list[Any]
-    where: list[str]
+    locations: list[str]
     notes: list[str]
 
 
-def read(kind: str, data: str, place: Path, train: str, valid: str, for_train: bool) -> Documents:
-    """The documents to train on, or to validate on: where there are none of these, a share of train's.
+def read(kind: str, data: str, folder: Path, train: str, valid: str, for_train: bool) -> Documents:
+    """Read the documents to train on, or to validate on. If there are no validation documents, a share of train replaces them.
 
-    kind: 'lm' or 'sft'. data: as the config gives it; place: where that would be on disk, else it is a dataset of the hub,
-    NAME or NAME:CONFIG. train, valid: names of files (with or without their endings) or splits. BadInput for what is not
-    there, or is no text or conversation.
+    kind: 'lm' or 'sft'. data: task.data as written in the config. folder: its path on disk; if that does not exist, data is
+    a dataset on the hub, NAME or NAME:CONFIG. train, valid: names of files (with or without their endings) or of splits.
+    Raises BadInput for a missing file and for content that is not a text or a conversation.
     """
-    there = _files(data, place, kind) if place.exists() else _of_hub(data)
-    train_name, valid_name = _named(there, train), _named(there, valid)
+    available = _files(data, folder, kind) if folder.exists() else _hub_splits(data)
+    train_name, valid_name = _find_name(available, train), _find_name(available, valid)
     if train_name is None:
-        raise BadInput(f"task.data={data}: has no {train!r}; it has {', '.join(there) or 'nothing to read'}; give data.train")
+        raise BadInput(
+            f"task.data={data}: has no {train!r}; it has {', '.join(available) or 'nothing to read'}; give data.train"
+        )
     name = train_name if for_train or valid_name is None else valid_name
-    documents, where = [], []
-    for at, row in _rows(data, place, name):
-        documents.append(_conversation(row, at) if kind == "sft" else _text(row, at))
-        where.append(at)
+    documents, locations = [], []
+    for location, content in _contents(data, folder, name):
+        documents.append(_conversation(content, location) if kind == "sft" else _text(content, location))
+        locations.append(location)
     if not documents:
-        raise BadInput(f"{place / name}: is empty; give a file with a document or conversation")
+        raise BadInput(f"{folder / name}: is empty; give a file with a document or conversation")
     if valid_name is not None:
-        return Documents(documents, where, [])
+        return Documents(documents, locations, [])
     count = max(1, round(VALID_SHARE * len(documents)))
     if len(documents) <= count:
         raise BadInput(f"task.data={data}: has no {valid!r}, and one document cannot be divided; add {valid}{_ending(kind)}")
     chosen = set(np.random.default_rng(VALID_SEED).permutation(len(documents))[:count].tolist())
     keep = [i for i in range(len(documents)) if (i in chosen) != for_train]
-    note = f"task.data has no {valid!r}: {count:,} of {len(documents):,} of train, drawn by seed {VALID_SEED}, are it"
-    return Documents([documents[i] for i in keep], [where[i] for i in keep], [note])
+    note = f"task.data has no {valid!r}: {count:,} of {len(documents):,} of train, drawn with seed {VALID_SEED}, take its place"
+    return Documents([documents[i] for i in keep], [locations[i] for i in keep], [note])
 
 
 def _ending(kind: str) -> str:
     return ".jsonl" if kind == "sft" else ".txt or .jsonl"
 
 
-def _files(data: str, place: Path, kind: str) -> list[str]:
-    if not place.is_dir():
+def _files(data: str, folder: Path, kind: str) -> list[str]:
+    if not folder.is_dir():
         raise BadInput(f"task.data={data}: is a file; give its folder, and the file's name as data.train")
-    return sorted(p.name for p in place.iterdir() if p.is_file() and (kind == "lm" or p.suffix == ".jsonl"))
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and (kind == "lm" or p.suffix == ".jsonl"))
 
 
-def _named(there: Sequence[str], name: str) -> str | None:
-    """The file or split of this name."""
-    for wanted in (name, *ALSO.get(name, ())):
-        for file in (wanted, f"{wanted}.jsonl", f"{wanted}.txt"):
-            if file in there:
+def _find_name(available: Sequence[str], name: str) -> str | None:
+    """The available file or split with this name; None if there is none."""
+    for accepted in (name, *OTHER_NAMES.get(name, ())):
+        for file in (accepted, f"{accepted}.jsonl", f"{accepted}.txt"):
+            if file in available:
                 return file
     return None
 
 
-def _of_hub(data: str) -> list[str]:
-    """Splits of a dataset of the hub."""
-    name, _, part = data.partition(":")
+def _hub_splits(data: str) -> list[str]:
+    """Names of the splits of a dataset on the hub."""
+    name, _, configuration = data.partition(":")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise Missing(f"task.data={data}: no such folder; give one with train.jsonl, or a dataset of the hub as OWNER/NAME")
+        raise Missing(f"task.data={data}: no such folder; give one with train.jsonl, or a dataset on the hub as OWNER/NAME")
     import datasets
 
     try:
-        return list(datasets.get_dataset_split_names(name, part or None))
-    except Exception as error:  # no network, no such name: each has a class of its own there
+        return list(datasets.get_dataset_split_names(name, configuration or None))
+    except Exception as error:  # no network, or no such dataset: the library raises a different class for each
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Missing(f"task.data={data}: no such folder, and not to be had from the hub: {reason}; give a folder") from None
+        raise Missing(f"task.data={data}: no such folder, and the hub did not provide it: {reason}; give a folder") from None
 
 
-def _rows(data: str, place: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """(where, content) of each document: a text, or an object."""
-    if not place.exists():
-        source, _, part = data.partition(":")
-        rows = hub.rows(f"{data} {name}", source, part or None, name)
+def _contents(data: str, folder: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield (location, content) of each document. The content is a text or a parsed JSON object."""
+    if not folder.exists():
+        dataset, _, configuration = data.partition(":")
+        rows = hub.rows(f"{data} {name}", dataset, configuration or None, name)
         yield from ((f"{data} {name}, row {number}", dict(row)) for number, row in enumerate(rows))
         return
-    path = place / name
+    path = folder / name
     if path.suffix == ".jsonl":
         yield from json_lines(path)
         return
@@ -126,147 +130,156 @@ def _rows(data: str, place: Path, name: str) -> Iterator[tuple[str, Any]]:
         yield str(path), text
 
 
-def _text(row: Any, at: str) -> str:
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise BadInput(f'{at}: has no text; a line must be an object {{"text": "..."}}')
-    return row["text"]
+def _text(content: Any, location: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
+        raise BadInput(f'{location}: has no text; a line must be an object {{"text": "..."}}')
+    return content["text"]
 
 
-def _conversation(row: Any, at: str) -> Chat:
-    """Messages whose roles are known, with an answer among them."""
-    if isinstance(row, dict) and "messages" in row:
-        messages = row["messages"]
-    elif isinstance(row, dict) and "conversations" in row:
-        messages = _of_sharegpt(row["conversations"])
-    elif isinstance(row, dict) and {"prompt", "response"} <= row.keys():
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+def _conversation(line: Any, location: str) -> Chat:
+    """The messages of a conversation. Raises BadInput for an unknown role, and if there is no assistant message."""
+    if isinstance(line, dict) and "messages" in line:
+        messages = line["messages"]
+    elif isinstance(line, dict) and "conversations" in line:
+        messages = _from_sharegpt(line["conversations"])
+    elif isinstance(line, dict) and {"prompt", "response"} <= line.keys():
+        messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["response"]}]
     else:
         raise BadInput(
-            f"{at}: has neither `messages` nor `prompt` and `response` nor `conversations`; a line must be a conversation"
+            f"{location}: has neither `messages` nor `prompt` and `response` nor `conversations`; a line must be a conversation"
         )
     if not isinstance(messages, list) or not messages:
-        raise BadInput(f"{at}: `messages` must be a list of messages, each with role and content")
+        raise BadInput(f"{location}: `messages` must be a list of messages, each with role and content")
     for number, message in enumerate(messages):
         role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES:
-            raise BadInput(f"{at}: message {number} has role {role!r}; a role is one of {', '.join(ROLES)}")
+            raise BadInput(f"{location}: message {number} has role {role!r}; a role is one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise BadInput(f"{at}: message {number} ({role}) has content {json.dumps(content)[:40]}; it must be a text")
+            raise BadInput(f"{location}: message {number} ({role}) has content {json.dumps(content)[:40]}; it must be a text")
     if all(message["role"] != "assistant" for message in messages):
-        raise BadInput(f"{at}: has no assistant message, so nothing to learn; add the answer, or remove the line")
+        raise BadInput(f"{location}: has no assistant message to learn from; add the answer, or remove the line")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _of_sharegpt(turns: Any) -> Any:
-    """ShareGPT's {"from": "human", "value": ...} as messages; what is none stays for _conversation to refuse."""
+def _from_sharegpt(turns: Any) -> Any:
+    """Convert ShareGPT's turns, {"from": "human", "value": ...}, to messages. _conversation refuses other values."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
         return turns
-    return [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in turns]
+    return [{"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in turns]
 
 
 # ---- conversations as tokens -----------------------------------------------------------------------------------------
 
 
 class Template:
-    """How a tokenizer writes conversations, by its own chat template or DEFAULT_TEMPLATE, and which tokens are answers."""
+    """Writes conversations as tokens, with the chat template of a tokenizer or DEFAULT_TEMPLATE, and marks the answers."""
 
     def __init__(self, tokenizer: Tokenizer, folder: str):
         from tokenizers import Tokenizer as Backend
 
-        given = tokenizer.config.get("chat_template")
-        if isinstance(given, list):  # several, by name
-            given = next((one["template"] for one in given if one["name"] == "default"), None)
-        self.folder, self.text = folder, given or DEFAULT_TEMPLATE
-        roles = {f"{role}_token": tokenizer.config.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+        chat_template = tokenizer.config.get("chat_template")
+        if isinstance(chat_template, list):  # several templates with names
+            chat_template = next((entry["template"] for entry in chat_template if entry["name"] == "default"), None)
+        self.folder, self.text = folder, chat_template or DEFAULT_TEMPLATE
+        tokens = {f"{role}_token": tokenizer.config.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
         if tokenizer.eod_id is not None:
-            roles["eos_token"] = roles["eos_token"] or tokenizer.backend.id_to_token(tokenizer.eod_id)
-        self.marks = {role: mark["content"] if isinstance(mark, dict) else mark for role, mark in roles.items() if mark}
-        if not given and "eos_token" not in self.marks:
+            tokens["eos_token"] = tokens["eos_token"] or tokenizer.backend.id_to_token(tokenizer.eod_id)
+        # the template's variables bos_token, eos_token and so on
+        self.variables = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items() if t}
+        if not chat_template and "eos_token" not in self.variables:
             raise BadInput(f"{folder}: its tokenizer has neither a chat template nor a token that ends a text; give another")
         self.backend = Backend.from_str(tokenizer.backend.to_str())
-        self.backend.encode_special_tokens = False  # the template's marks are tokens, not text
-        self.backend.post_processor = None  # else spaces before words are left out of their bounds
+        self.backend.encode_special_tokens = False  # special tokens in the template's text become single ids
+        self.backend.post_processor = None  # with it, the offsets of a word would not include the space before it
         added = json.loads(self.backend.to_str())["added_tokens"]
         special = sorted((token["content"] for token in added if token["special"]), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.special_ids = {i for i in map(self.backend.token_to_id, special) if i is not None}
 
-    def spells_a_mark(self, chat: Chat) -> bool:
-        """Would a text of the conversation be read as one of the template's marks?"""
-        return any(self.special.search(message["content"]) for message in chat)
+    def contains_special_token(self, chat: Chat) -> bool:
+        """Whether the text of a message contains a special token, which the tokenizer would encode as such."""
+        return any(self.special_pattern.search(message["content"]) for message in chat)
 
-    def render(self, chat: Chat, at: str, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and bounds of what stands between {% generation %} marks. ask: end as an answer begins."""
+    def render(self, chat: Chat, location: str, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the bounds of the parts between {% generation %} marks.
+
+        prompt: end with the text that the template writes before an answer.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered: Any = render_jinja_template(
-                [chat], chat_template=self.text, add_generation_prompt=ask, **self.marks,
+                [chat], chat_template=self.text, add_generation_prompt=prompt, **self.variables,
                 return_assistant_tokens_mask="endgeneration" in self.text,
             )  # fmt: skip
-        except Exception as error:  # whatever its author makes of it: 1/0, a name that is not there, an endless macro
+        except Exception as error:  # a template can raise anything: a division by zero, an unknown name, an endless macro
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadInput(f"{at}: the chat template of {self.folder} refuses it: {reason}") from None
+            raise BadInput(f"{location}: the chat template of {self.folder} refuses it: {reason}") from None
         texts, bounds = rendered
         return texts[0], bounds[0] if bounds else []
 
-    def _bounded(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """work(item) of each, which runs the template."""
-        import jinja2  # noqa: F401 (before the child, which would import it each time)
+    def _in_child_process(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """[function(item), ...] from a child process with limited time and memory. `function` runs the template."""
+        import jinja2  # noqa: F401 (imported here once, so that no child process imports it)
         from transformers.utils import chat_template_utils  # noqa: F401
 
         try:
-            return limited_process.each(work, items)
+            return limited_process.each(function, items)
         except limited_process.Exceeded as error:
             raise BadInput(f"the chat template of {self.folder} {error} for a conversation; give another") from None
 
-    def answers(self, chat: Chat, at: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and bounds of the assistant's part in characters: each answer and what ends it, no white space behind.
+    def render_with_answers(self, chat: Chat, location: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the bounds of its answers in characters.
 
-        Without {% generation %} marks an answer is what it adds to the conversation before it; a template that writes a
-        conversation's beginning otherwise than the beginning of a longer one is refused.
+        An answer includes the token that ends it, but no white space after that. Without {% generation %} marks, an answer is
+        the text that it adds to the conversation before it. For this, a template must write the beginning of a conversation
+        in the same way whether or not more messages follow; others are refused.
         """
-        text, bounds = self.render(chat, at)
+        text, bounds = self.render(chat, location)
         if bounds:
             return text, bounds
         for k, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            asked, _ = self.render(chat[:k], at, ask=True)
-            answered, _ = self.render(chat[: k + 1], at)
-            if not (text.startswith(answered) and answered.startswith(asked)):
+            before, _ = self.render(chat[:k], location, prompt=True)
+            after, _ = self.render(chat[: k + 1], location)
+            if not (text.startswith(after) and after.startswith(before)):
                 raise BadInput(
-                    f"{at}: the chat template of {self.folder} rewrites what it wrote of earlier messages, so its answers "
-                    "cannot be told from the rest; give the tokenizer a chat_template with {% generation %} marks"
+                    f"{location}: the chat template of {self.folder} rewrites earlier messages, so the answers cannot be "
+                    "located in its text; give the tokenizer a chat_template with {% generation %} marks"
                 )
-            answer = answered[len(asked) :].rstrip()
-            marked = any(match.end() == len(answer) for match in self.special.finditer(answer))
-            bounds.append((len(asked), len(asked) + len(answer) if marked else len(answered)))
+            answer = after[len(before) :].rstrip()
+            ends_with_token = any(match.end() == len(answer) for match in self.special_pattern.finditer(answer))
+            bounds.append((len(before), len(before) + len(answer) if ends_with_token else len(after)))
         return text, bounds
 
-    def asks(self, chat: Chat, at: str) -> str:
-        """A conversation up to where an answer begins."""
-        [text] = self._bounded(lambda given: self.render(given, at, ask=True)[0], [chat])
+    def prompt(self, chat: Chat, location: str) -> str:
+        """The text of a conversation up to the point where the next answer begins."""
+        [text] = self._in_child_process(lambda messages: self.render(messages, location, prompt=True)[0], [chat])
         return text
 
-    def ask(self, chat: Chat, at: str) -> list[int]:
-        """The ids of `asks`."""
-        return self.backend.encode(self.asks(chat, at), add_special_tokens=False).ids
+    def prompt_ids(self, chat: Chat, location: str) -> list[int]:
+        """The token ids of `prompt`."""
+        return self.backend.encode(self.prompt(chat, location), add_special_tokens=False).ids
 
-    def ends(self, chat: Chat, at: str) -> set[int] | None:
-        """Ids that end an answer: the end of text, and the mark with which the template ends those of this conversation. None
-        where it has no answer."""
-        [(ids, counted)] = self.encode([chat], [at])
+    def end_ids(self, chat: Chat, location: str) -> set[int] | None:
+        """Ids of the special tokens that end an answer: eos_token, and the last token of this conversation's answers.
+
+        None if the conversation has no answer.
+        """
+        [(ids, counted)] = self.encode([chat], [location])
         if not counted.any():
             return None
-        end = self.backend.token_to_id(self.marks.get("eos_token", ""))
-        return {i for i in (int(ids[counted][-1]), end) if i is not None and i in self.special_ids}
+        eos = self.backend.token_to_id(self.variables.get("eos_token", ""))
+        return {i for i in (int(ids[counted][-1]), eos) if i is not None and i in self.special_ids}
 
-    def encode(self, chats: Sequence[Chat], where: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each conversation its ids (n,) int32, and which are the assistant's (n,) bool: those with a character of it."""
-        rendered = self._bounded(lambda item: self.answers(*item), list(zip(chats, where, strict=True)))
+    def encode(self, chats: Sequence[Chat], locations: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each conversation, its ids (n,) int32 and a mask (n,) bool of the tokens with a character of an answer."""
+        rendered = self._in_child_process(
+            lambda item: self.render_with_answers(*item), list(zip(chats, locations, strict=True))
+        )
         encodings = encoded(self.backend.encode_batch, [text for text, _ in rendered])
         tokenized = []
         for (_, bounds), encoding in zip(rendered, encodings, strict=True):
@@ -274,7 +287,7 @@ class Template:
             counted = np.zeros(len(begin), bool)
             for first, last in bounds:
                 counted |= (begin < last) & (end > first)
-            counted[:1] = False  # nothing predicts the first
+            counted[:1] = False  # nothing predicts the first token
             tokenized.append((np.array(encoding.ids, np.int32), counted))
         return tokenized
 
@@ -283,10 +296,13 @@ class Template:
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which documents share a sample of `room` tokens: the longest first, each where it leaves the least room (best-fit
-    decreasing; Ding et al., arXiv:2404.10830, section 3). The same for the same lengths; every document in one sample."""
+    """Group documents into samples of `room` tokens. Returns the indices of the documents of each sample.
+
+    Documents are placed longest first, each where it leaves the least room (best-fit decreasing; Ding et al.,
+    arXiv:2404.10830, section 3). Each document is in exactly one sample, and the result depends only on the lengths.
+    """
     samples: list[list[int]] = []
-    open_: list[tuple[int, int]] = []  # (room left, sample), sorted
+    open_: list[tuple[int, int]] = []  # (room left, index of the sample), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(open_, (lengths[i], -1))
         if at == len(open_):
@@ -301,57 +317,59 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class Packed(examples.Examples):
-    """Documents, or windows of a text, laid end to end in samples of seq_len.
+    """Samples of seq_len tokens that hold concatenated documents, or windows of a text.
 
-    ids, counted: of all documents, (N,): tokens, and which of them are targets. pieces: of each sample the bounds in there
-    of its documents. within: attention and positions restart at each document. whole: pad every sample to seq_len, else a batch
-    to its longest.
+    ids, counted: (N,) the tokens of all documents, and which of them are targets.
+    pieces: for each sample, the bounds of its documents in `ids`.
+    restart: attention and positions restart at each document.
+    pad_to_seq_len: pad every sample to seq_len. Otherwise a batch is padded to its longest sample.
     """
 
     def __init__(self, source: examples.Source, ids: np.ndarray, counted: np.ndarray, pieces: list[list[tuple[int, int]]],
-                 seq_len: int, pad_id: int, within: bool, whole: bool, **order: Any):  # fmt: skip
+                 seq_len: int, pad_id: int, restart: bool, pad_to_seq_len: bool, **order: Any):  # fmt: skip
         lengths = np.array([sum(end - begin for begin, end in piece) for piece in pieces])
         super().__init__(source, lengths, **order)
         self.ids, self.counted, self.pieces = ids, counted, pieces
-        self.seq_len, self.pad_id, self.within, self.whole = seq_len, pad_id, within, whole
+        self.seq_len, self.pad_id, self.restart, self.pad_to_seq_len = seq_len, pad_id, restart, pad_to_seq_len
 
     def collate(self, numbers: Any) -> batches.MicroBatch:
-        """tokens (B, T+1) int64: input is [:, :-1], target [:, 1:]; loss_mask (B, T) bool: target t counts; lengths (B,)
-        int64: inputs that are no padding; where `within`, segment (B, T) int32: number in the row of the document that input
-        t is of, and position (B, T) int64: its place in that document."""
-        rows = [self.pieces[i] for i in self.indices(numbers).tolist()]
-        lengths = np.array([sum(end - begin for begin, end in row) for row in rows])
-        longest = -(-(int(lengths.max()) - 1) // ROUND) * ROUND
-        width = self.seq_len if self.whole else min(self.seq_len, longest)
-        tokens = np.full((len(rows), width + 1), self.pad_id, np.int64)
-        counted = np.zeros((len(rows), width + 1), bool)
-        segment, position = np.zeros((len(rows), width + 1), np.int32), np.zeros((len(rows), width + 1), np.int64)
-        for row, bounds in enumerate(rows):
-            at = 0
-            for number, (begin, end) in enumerate(bounds):
-                here = slice(at, at + end - begin)
-                tokens[row, here], counted[row, here] = self.ids[begin:end], self.counted[begin:end]
-                segment[row, here], position[row, here] = number, np.arange(end - begin)
-                at += end - begin
-            segment[row, at:], position[row, at:] = len(bounds), np.arange(width + 1 - at)  # padding
+        """As samples.Samples.collate: tokens (B, T+1), loss_mask (B, T), lengths (B,). With `restart` also segment and position
+        (B, T)."""
+        samples = [self.pieces[i] for i in self.indices(numbers).tolist()]
+        lengths = np.array([sum(end - begin for begin, end in pieces) for pieces in samples])
+        longest = -(-(int(lengths.max()) - 1) // PAD_MULTIPLE) * PAD_MULTIPLE
+        width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, longest)
+        shape = (len(samples), width + 1)
+        tokens, counted = np.full(shape, self.pad_id, np.int64), np.zeros(shape, bool)
+        segment, position = np.zeros(shape, np.int32), np.zeros(shape, np.int64)
+        for row, pieces in enumerate(samples):
+            start = 0
+            for number, (begin, end) in enumerate(pieces):
+                columns = slice(start, start + end - begin)
+                tokens[row, columns], counted[row, columns] = self.ids[begin:end], self.counted[begin:end]
+                segment[row, columns], position[row, columns] = number, np.arange(end - begin)
+                start += end - begin
+            segment[row, start:], position[row, start:] = len(pieces), np.arange(width + 1 - start)  # padding
         batch = {"tokens": tokens, "loss_mask": counted[:, 1:], "lengths": np.minimum(lengths, width)}
-        return batch | {"segment": segment[:, :-1], "position": position[:, :-1]} if self.within else batch
+        return batch | {"segment": segment[:, :-1], "position": position[:, :-1]} if self.restart else batch
 
 
-def windows(lengths: Sequence[int], seq_len: int, within: bool) -> list[list[tuple[int, int]]]:
-    """Samples of documents laid end to end: sample j is tokens [j T, j T + T], cut at the documents' bounds where `within`.
-    The last one may be short."""
+def windows(lengths: Sequence[int], seq_len: int, restart: bool) -> list[list[tuple[int, int]]]:
+    """The pieces of each sample of concatenated documents with these lengths. Sample j is tokens [j*T, j*T + T].
+
+    With `restart`, a sample is divided into pieces at the bounds of documents. The last sample may be shorter.
+    """
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     samples = []
     for begin in range(0, max(1, total - 1), seq_len):
         end = min(begin + seq_len + 1, total)
         first, last = np.searchsorted(ends, [begin, end - 1], side="right")
-        cuts = ends[first:last].tolist() if within else []
+        cuts = ends[first:last].tolist() if restart else []
         samples.append(list(zip([begin, *cuts], [*cuts, end], strict=True)))
     return samples
 
 
 def content_hash(*arrays: np.ndarray) -> str:
-    """sha256 (hex) of what a run learns from: tokens and which count, however they were written."""
+    """sha256 (hex) of the tokens that a run learns from and of the mask of its targets, independent of the file format."""
     return hashlib.sha256(b"".join(hashlib.sha256(np.ascontiguousarray(a)).digest() for a in arrays)).hexdigest()

@@ -1,6 +1,6 @@
-"""What GPT is pretrained on: windows of seq_len tokens over running text, or one document per sample.
+"""The samples that GPT is pretrained on: windows of seq_len tokens over running text, or one document per sample.
 
-Letters in shapes: B samples asked for, T `seq_len`.
+Letters in shapes: B samples, T `seq_len`.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from common.paths import Blend
 class Samples(BlendedDataset):
     """Samples of running text, for models that predict the next token.
 
-    seq_len: T, tokens that a sample predicts.
-    pack: True: sample j of a corpus is its tokens [j*T, j*T + T], with documents end to end. False: sample j is document j,
-        truncated to T+1 tokens and padded (with `pad_id`, else the end of document id, else 0).
-    eod_mask_loss: the token after an end of document cannot be predicted and is not a target.
-    reset_attention: batches also have `segment` and `position`.
-    eod_id: only for corpora without a manifest.
+    seq_len: T, the number of tokens that a sample predicts.
+    pack: if true, the documents of a corpus are concatenated and sample j is tokens [j*T, j*T + T]. If false, sample j is
+        document j, truncated to T+1 tokens and padded (with `pad_id`, else the end-of-document id, else 0).
+    eod_mask_loss: the token after an end of document is not a target, since it cannot be predicted.
+    reset_attention: batches also contain `segment` and `position`.
+    eod_id: the end-of-document id of corpora without a manifest.
 
-    BadInput besides BlendedDataset's: a corpus shorter than a sample, a missing end of document id.
+    Raises BadInput as BlendedDataset does, and for a corpus shorter than one sample or a missing end-of-document id.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Samples(BlendedDataset):
         self.pad_id = next((i for i in (pad_id, self.eod_id) if i is not None), 0)
 
     def _find_eod_id(self, default: int | None) -> int | None:
-        """The end of document id of the manifests, else `default`. BadInput if an option needs one and there is none."""
+        """The end-of-document id in the manifests, else `default`. Raises BadInput if an option needs one and there is none."""
         known = [c for c in self.corpora if c.manifest]
         eod_id = known[0].eod_id if known else default
         if not (self.eod_mask_loss or self.reset_attention):
             return eod_id
         if eod_id is None:
-            remedy = "build the corpus with a tokenizer that has one (characters have none)"
+            remedy = "build the corpus with a tokenizer that has one (a character tokenizer does not)"
             if not known:
-                remedy = "give the tokenizer that it was made with, which has one: data.tokenizer=DIR"
+                remedy = "give the tokenizer that the corpus was built with, if it has one: data.tokenizer=DIR"
             raise BadInput(
-                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss, data.reset_attention need "
-                f"it: set both to false, or {remedy}"
+                f"{self.corpora[0].prefix} names no end of document id; data.eod_mask_loss and data.reset_attention "
+                f"need it: set both to false, or {remedy}"
             )
         for corpus in self.corpora:
             if not corpus.manifest:
@@ -74,11 +74,11 @@ class Samples(BlendedDataset):
         return samples
 
     def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
-        """The samples of these numbers.
+        """Assemble the samples with these numbers into a micro batch.
 
-        tokens (B, T+1) int64: inputs are [:, :-1], targets [:, 1:]. loss_mask (B, T) bool: target t counts. lengths (B,)
-        int64: inputs without padding. With reset_attention also segment (B, T) int32: the number, within the sample, of the
-        document of input t; and position (B, T) int64: the position of input t in that document.
+        tokens (B, T+1) int64: inputs are [:, :-1], targets [:, 1:]. loss_mask (B, T) bool: whether target t counts. lengths
+        (B,) int64: number of inputs without padding. With reset_attention also segment (B, T) int32: number of the document
+        of input t within the sample; and position (B, T) int64: position of input t in that document.
         """
         corpus, index = self.indices(numbers)
         tokens = np.full((len(index), self.seq_len + 1), self.pad_id, dtype=np.int64)
@@ -101,7 +101,7 @@ class Samples(BlendedDataset):
         return corpus.read(j * self.seq_len, (j + 1) * self.seq_len + 1)
 
     def _segments(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T+1) tokens, (B,) lengths without padding -> segment, position, each (B, T). Padding adds at most one segment."""
+        """tokens (B, T+1), lengths without padding (B,) -> segment, position (B, T). Padding adds at most one segment."""
         positions = np.arange(self.seq_len)
         begins = np.zeros((len(tokens), self.seq_len), dtype=bool)
         begins[:, 1:] = (tokens[:, : self.seq_len - 1] == self.eod_id) & (positions[:-1] < lengths[:, None])
@@ -110,12 +110,12 @@ class Samples(BlendedDataset):
 
 
 def _check_ends(corpus: IndexedDataset, eod_id: int, documents: int = 100) -> None:
-    """BadInput unless the first documents end in this id (Megatron's tool appends it only with --append-eod)."""
+    """Raise BadInput unless the first documents end with this id (Megatron's tool appends it only with --append-eod)."""
     for number in range(min(documents, corpus.documents)):
         ids = corpus.get(number)
         if len(ids) and ids[-1] != eod_id:
             raise BadInput(
                 f"{corpus.prefix}: document {number} ends in id {ids[-1]}, the tokenizer's end of document is {eod_id}; "
-                "tokenize with it (Megatron's tool: --append-eod), give the tokenizer that it was made with "
+                "tokenize with it (Megatron's tool: --append-eod), give the tokenizer that the corpus was built with "
                 "(data.tokenizer=DIR), or set data.eod_mask_loss and data.reset_attention to false"
             )

@@ -1,8 +1,8 @@
-"""What makes it GPT, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+"""The definition of GPT that all stacks share: shapes, parameter names, initial values, batch and loss.
 
 Two architectures. `gpt2`: learned positions, LayerNorm, tanh GELU, biases, tied by default (Radford et al. 2019).
 `llama`: rotary positions, RMSNorm, SwiGLU, grouped queries, no biases, untied by default (Touvron et al. 2023).
-Shapes: B samples, T positions, H hidden, V vocabulary.
+Letters in shapes: B samples, T positions, H hidden, V vocabulary. Functions import torch only when they need it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
-HF_MODEL_TYPES = ("gpt2", "llama")  # in the config.json of folders
+HF_MODEL_TYPES = ("gpt2", "llama")  # values of model_type in config.json
 
 
 class Model(Section):
@@ -42,20 +42,20 @@ class Model(Section):
     )
     layers: Layers = Field(description="Transformer layers.")
     hidden: Positive = Field(description="Width of the residual stream.")
-    heads: Positive = Field(description="Attention heads; they divide hidden.")
+    heads: Positive = Field(description="Attention heads. The number must divide hidden.")
     kv_heads: Positive | None = Field(
         default=None,
-        description="llama: heads of keys and values, which divide heads (arXiv:2305.13245). Default: heads.",
+        description="llama: key and value heads. The number must divide heads (arXiv:2305.13245). Default: heads.",
     )
     ffn: Positive | None = Field(
         default=None, description="Width of the MLP. Default: 4 x hidden; llama: 8/3 x hidden rounded up to a multiple of 128."
     )
     positions: Positive | None = Field(
-        default=None, description="Rows of the position table, the longest sequence. Default: data.seq_len."
+        default=None, description="Rows of the position table: length of the longest sequence. Default: data.seq_len."
     )
     vocab_size: Positive | None = Field(
         default=None,
-        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+        description="Rows of the embedding. Default: the number of the tokenizer's ids, rounded up to a multiple of 128.",
     )
     tied: bool | None = Field(default=None, description="Use the embedding as output weights. Default: gpt2 true, llama false.")
     dropout: Share = Field(default=0.0, description="Dropout of embedding, attention and residual. llama: 0.")
@@ -65,7 +65,7 @@ class Model(Section):
     )
     init_std: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.02,
-        description="Standard deviation of the initial weights; of residual projections divided by sqrt(2 x layers).",
+        description="Standard deviation of the initial weights; divided by sqrt(2 x layers) for residual projections.",
     )
 
     def problems(self) -> Iterator[str]:
@@ -94,7 +94,7 @@ class Model(Section):
             yield "data.seq_len changes; give model.positions, which all phases share"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that the model cannot have on `stack`, with the reason."""
+        """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
         if stack == "deepspeed" and system.tp > 1 and self.arch == "gpt2":
             yield (
@@ -122,7 +122,7 @@ class Model(Section):
         return 4 * self.hidden if self.arch == "gpt2" else -(-8 * self.hidden // 3 // 128) * 128
 
     def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
-        """Every key, with its default where none is given."""
+        """All keys, with defaults where the config gives no value."""
         return self.model_dump() | {
             "kv_heads": self.kv_heads or self.heads,
             "ffn": self.resolved_ffn(),
@@ -132,12 +132,12 @@ class Model(Section):
         }
 
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
-        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        """This model with all defaults filled in. Raises BadInput if neither vocab_size nor a tokenizer is known."""
         return ResolvedModel(**self.filled(cfg, tokenizer_size))
 
 
 class ResolvedModel(Model):
-    """The same with every default filled in, as config.yaml of a run has it."""
+    """A model with all defaults filled in, as in the config.yaml of a run."""
 
     kv_heads: Positive
     ffn: Positive
@@ -146,12 +146,12 @@ class ResolvedModel(Model):
     tied: bool
 
     def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/planning/memory.py needs to know of the layers."""
+        """Shapes of the layers from which common/planning/memory.py estimates memory."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
 
     def parameter_count(self) -> int:
-        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
+        """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         if self.arch == "gpt2":
             layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
@@ -162,7 +162,7 @@ class ResolvedModel(Model):
 
 
 class Data(config.Data):
-    """How documents become samples."""
+    """How documents are turned into samples."""
 
     pack: bool = Field(
         default=True, description="Samples are windows over the stream of documents. false: one document per sample, padded."
@@ -177,13 +177,13 @@ class Config(config.Config):
 
 
 class ResolvedConfig(Config):
-    """The config of a run that was checked."""
+    """A config that has been checked, with its model resolved."""
 
     model: ResolvedModel
 
 
 def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") -> Samples:
-    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    """The samples of a blend of corpora, in the order of the run. With shuffle=False: in file order, for validation."""
     from common.paths import find_blend
 
     d = cfg.data
@@ -192,12 +192,12 @@ def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") ->
     return Samples(find_blend(data), d.seq_len, pack=d.pack, seed=cfg.train.seed, shuffle=shuffle, eod_id=eod_id, **masks)
 
 
-def _eod_id(given: str) -> int | None:
-    """The end of document id of data.tokenizer, for corpora of Megatron's own tool, which have no manifest."""
+def _eod_id(name_or_dir: str) -> int | None:
+    """The end-of-document id of data.tokenizer. Corpora built by Megatron's own tool need it, since they have no manifest."""
     from common.data import tokenizer
     from common.paths import find
 
-    return tokenizer.load(find(given) if find(given).is_dir() else given).eod_id
+    return tokenizer.load(find(name_or_dir) if find(name_or_dir).is_dir() else name_or_dir).eod_id
 
 
 def hf_config(model: ResolvedModel) -> PreTrainedConfig:
@@ -208,7 +208,7 @@ def hf_config(model: ResolvedModel) -> PreTrainedConfig:
 def _gpt2_config(model: ResolvedModel) -> GPT2Config:
     from transformers import GPT2Config
 
-    base: dict[str, Any] = {"loss_type": "ForCausalLMLoss"}  # of PreTrainedConfig
+    base: dict[str, Any] = {"loss_type": "ForCausalLMLoss"}  # a key of PreTrainedConfig
     return GPT2Config(
         vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.hidden, n_layer=model.layers,
         n_head=model.heads, n_inner=model.ffn, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
@@ -231,13 +231,14 @@ def _llama_config(model: ResolvedModel) -> LlamaConfig:
 
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
-    """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
+    """The `transformers` model that the baseline and DeepSpeed train, of the class that loads an export."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
     if model.arch != "gpt2":
         return LlamaForCausalLM(_llama_config(model))
     shapes = _gpt2_config(model)
-    shapes.activation_function = "gelu_pytorch_tanh"  # gelu_new: one kernel for eight, one tensor kept for four
+    # computes gelu_new with one kernel instead of eight, and saves one tensor instead of four
+    shapes.activation_function = "gelu_pytorch_tanh"
     return GPT2LMHeadModel(shapes)
 
 
@@ -247,7 +248,7 @@ def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
 
 
 def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    """{Hugging Face name: full shape}, shared weights once, read from the `transformers` class on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -270,54 +271,54 @@ def initializer(model: ResolvedModel, name: str) -> float | str:
 
 
 def has_weight_decay(name: str) -> bool:
-    """Weight decay for matrices and embeddings; none for biases and norms."""
+    """Whether a parameter has weight decay: matrices and embeddings do, biases and norms do not."""
     return not (name.endswith(".bias") or any(part in name for part in ("ln_", "norm")))
 
 
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """A micro batch of `dataset` -> inputs (B, T), targets (B, T), loss_mask (B, T); with data.reset_attention also
-    position_ids (B, T) and attention_mask (B, 1, T, T), True where a query may see a key."""
+    """A micro batch of `dataset` -> inputs (B, T), targets (B, T), loss_mask (B, T). With data.reset_attention also
+    position_ids (B, T) and attention_mask (B, 1, T, T), which is True where a query may see a key."""
     import torch
 
-    def put(name: str) -> torch.Tensor:
+    def to_device(name: str) -> torch.Tensor:
         return torch.from_numpy(micro_batch[name]).to(device, non_blocking=True)
 
-    tokens = put("tokens")
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": put("loss_mask")}
+    tokens = to_device("tokens")
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": to_device("loss_mask")}
     if "segment" in micro_batch:
-        segment = put("segment")
-        same = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
-        batch |= {"position_ids": put("position"), "attention_mask": same.tril()[:, None]}
+        segment = to_device("segment")
+        same_document = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
+        batch |= {"position_ids": to_device("position"), "attention_mask": same_document.tril()[:, None]}
     return batch
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
-    """[targets, tokens without padding] of these micro batches."""
+    """[number of targets, number of tokens without padding] in these micro batches."""
     return [batches.targets(micro_batches), batches.tokens(micro_batches)]
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The arguments of the `transformers` class."""
-    given = {"input_ids": batch["inputs"]}
-    return given | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+    """The keyword arguments of the `transformers` class."""
+    inputs = {"input_ids": batch["inputs"]}
+    return inputs | {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """With an export in plain transformers: the summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    """Summed loss (1,) and number of targets (1,) of a batch, from an export in plain transformers. The loss has one part."""
     logits = net(**model_inputs(batch)).logits  # (B, T, V)
     return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in fp32, summed over the targets that count. logits (B, T, V) -> scalar."""
+    """Cross entropy in fp32, summed over the targets in loss_mask. logits (B, T, V) -> scalar."""
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x T,)
     return (losses * loss_mask.flatten()).sum()
 
 
 def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
-    """FLOPs per token, forward and backward, without recomputation, by both conventions of attention.
+    """FLOPs per token, forward and backward, without recomputation, under both conventions for attention.
 
-    Matrix products: 6 x weights that multiply. Attention scores and values: 12 x layers x hidden x T when every pair is
+    Matrix products: 6 x the weights in them. Attention scores and values: 12 x layers x hidden x T when every pair is
     computed (PaLM, arXiv:2204.02311 appendix B; Megatron-LM, arXiv:2205.05198 appendix A), half of that when only the causal
     half is counted (as Megatron-LM's training.py does today).
     """
@@ -329,24 +330,24 @@ def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str,
 
 
 def model_card(model: ResolvedModel) -> dict[str, Any]:
-    """What the model card says of the architecture."""
+    """Entries of the model card that describe the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
+# ---- Hugging Face folders that a run starts from (common/huggingface/hf_folder.py); nothing below imports torch
 
 _BY_DROPOUT = "the config gives model.dropout"
 _ID = "the tokenizer knows which ids are special"
-IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+IGNORED_HF_KEYS = {  # keys of config.json that do not change the output -> why; hf_folder.NO_EFFECT has those of all families
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "attn_pdrop": _BY_DROPOUT, "embd_pdrop": _BY_DROPOUT,
-    "resid_pdrop": _BY_DROPOUT, "attention_dropout": _BY_DROPOUT, "summary_activation": "of GPT2DoubleHeadsModel's head",
+    "resid_pdrop": _BY_DROPOUT, "attention_dropout": _BY_DROPOUT, "summary_activation": "for the head of GPT2DoubleHeadsModel",
     "summary_first_dropout": "as summary_activation", "summary_proj_to_labels": "as summary_activation",
     "summary_type": "as summary_activation", "summary_use_proj": "as summary_activation",
-    "n_ctx": "an older name of n_positions, which is there too", "max_sequence_length": "as n_ctx, of max_position_embeddings",
-    "max_position_embeddings": "rotary positions have no table; gpt2 says n_positions", "is_llama_config": "as model_type",
-    "pretraining_tp": "in how many pieces older versions multiplied: the same products",
+    "n_ctx": "an older name of n_positions, which is there too", "max_sequence_length": "older max_position_embeddings",
+    "max_position_embeddings": "rotary positions have no table; gpt2 has n_positions", "is_llama_config": "repeats model_type",
+    "pretraining_tp": "older versions split a product into this many parts; the result is the same",
 }  # fmt: skip
-IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may hold though the model has none
+IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may contain, which are ignored
 HF_BUFFER_PATTERNS = (  # patterns of tensors that are not parameters: masks and tables that older versions saved
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
     r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -354,16 +355,17 @@ HF_BUFFER_PATTERNS = (  # patterns of tensors that are not parameters: masks and
 
 
 def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A transformers configuration with one spelling for values that mean the same."""
+    """A transformers configuration in which values with the same meaning are spelled alike."""
     if "n_embd" in values:
         values["n_inner"] = 4 * values["n_embd"] if values["n_inner"] is None else values["n_inner"]
         if values["activation_function"] == "gelu_pytorch_tanh":
             values["activation_function"] = "gelu_new"
-    return values | {"rope_interleaved": values.get("rope_interleaved", False)}  # SmolLM's: not read by transformers
+    # a key of SmolLM, which transformers does not read
+    return values | {"rope_interleaved": values.get("rope_interleaved", False)}
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape}, `*` for the number of a layer: parameter_shapes without torch."""
+    """As parameter_shapes, but without torch and with `*` in place of the layer number: {Hugging Face name: full shape}."""
     h, f, v = model.hidden, model.ffn, model.vocab_size
     patterns: dict[str, tuple[int, ...]]
     if model.arch == "gpt2":
@@ -385,18 +387,18 @@ def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def layer_count(model: ResolvedModel, pattern: str) -> int:
-    """How many layers the `*` of a name in parameter_patterns counts."""
+    """Number of layers that the `*` of a name in parameter_patterns stands for."""
     return model.layers
 
 
 def duplicate_names(model: ResolvedModel) -> dict[str, str]:
-    """Names under which a folder may repeat a parameter -> that parameter."""
+    """Names under which a folder may store a parameter a second time -> the name of that parameter."""
     embedding = "transformer.wte.weight" if model.arch == "gpt2" else "model.embed_tokens.weight"
     return {"lm_head.weight": embedding} if model.tied else {}
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
+    """The `model` section for the config.json of a folder. Raises KeyError if a shape is missing."""
     if config["model_type"] == "gpt2":
         hidden = config["n_embd"]
         return ResolvedModel(
@@ -416,32 +418,32 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that a folder to begin from may lack: none."""
+    """Prefixes of heads that may be missing in the folder that a run starts from: none."""
     return ()
 
 
 def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
+    """Prefixes of heads that are always initialized from the seed: none in pretraining."""
     return ()
 
 
 def head_problems(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the head of a task in a folder: pretraining has none."""
+    """Report problems with the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def head_notes(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What a user should know of that head: pretraining has none."""
+    """Notes for the user about the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
-    """The parameters of a folder with the labels of its head in the order of the task: pretraining has none."""
+    """Return `source` unchanged: pretraining has no task head whose outputs could be in another order."""
     return source
 
 
 def stored_names(name: str) -> list[str]:
-    """The names under which a folder may hold a parameter: its own, and that of a model saved without its head."""
+    """The names under which a folder may store a parameter: its own, and its name in a model saved without a head."""
     return [name, name.removeprefix("transformer.").removeprefix("model.")]
 
 
