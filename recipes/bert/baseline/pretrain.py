@@ -1,4 +1,4 @@
-"""Pretrain BERT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
+"""Pretrain BERT with plain data parallelism on accelerate, as one would write it by hand: the reference for the two stacks.
 
 bash recipes/bert/baseline/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert
 """
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica per process.
+    # One replica per process. bf16 means fp32 weights under autocast.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
     def sums_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
-        """Summed losses and hits (2, P) of one micro batch."""
+        """Summed losses and hits (correct predictions) of one micro batch, (2, P)."""
         batch = task.make_batch(micro_batch, ranks.device)
         mlm, pairs = model(**task.model_inputs(batch))  # (N, V), (B, 2)
         return task.loss_sums(mlm, pairs, batch)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -94,16 +94,16 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        # targets of each part of the loss, and tokens, of the global batch
+        # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
-        shares = zeros.clone()  # of the losses and hits, from this rank
+        shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
                 sums = sums_of(micro_batch)
-                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
+                # data parallelism averages gradients over the ranks; multiplying by dp turns that into a sum (invariant 5)
                 accelerator.backward((sums[0] / targets).sum() * layout.dp)
             shares += sums.detach() / targets
         values, stop = processes.reduce_step(shares.flatten(), ranks, step, run.samples(step))

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
 
     def sums_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
-        """Summed losses and hits (2, P) of one micro batch."""
+        """Summed losses and hits (correct predictions) of one micro batch, (2, P)."""
         batch = task.make_batch(micro_batch, ranks.device)
         mlm, pairs = engine(**task.model_inputs(batch))  # (N, V), (B, 2)
         return task.loss_sums(mlm, pairs, batch)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -91,18 +91,18 @@ def main(argv: list[str]) -> None:
 
         micro_batches = next(prefetched)
         counts = [count * reports for count in task.counts(micro_batches)]
-        # targets of each part of the loss, and tokens, of the global batch
+        # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(counts, device=ranks.device)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
-        shares = zeros.clone()  # of the losses and hits, from this rank
+        shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
             sums = sums_of(micro_batch)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
+            # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
             engine.backward((sums[0] / targets).sum() * layout.accumulate * layout.dp)
             shares += sums.detach() / targets
             if micro + 1 < layout.accumulate:
-                engine.step()  # not a boundary: counts the micro batch, no update
+                engine.step()  # before the last micro batch this only counts; it does not update
         values, stop = processes.reduce_step(shares.flatten() * reports, ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 

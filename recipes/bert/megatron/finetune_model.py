@@ -25,7 +25,7 @@ class HeadedBert(megatron_model.Encoder):
 
 
 def build(cfg: finetune.ResolvedConfig, layout: Layout) -> HeadedBert:
-    """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
+    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     net = megatron_model.encoder(HeadedBert, cfg, m, layout, share_embeddings_and_output_weights=False, add_binary_head=True)
     if net.post_process:

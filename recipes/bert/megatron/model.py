@@ -102,7 +102,7 @@ def layer_spec(cfg: Config, m: task.ResolvedModel, config: TransformerConfig) ->
 
 
 def build(cfg: task.ResolvedConfig, layout: Layout) -> Bert:
-    """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
+    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     net = encoder(Bert, cfg, m, layout, share_embeddings_and_output_weights=True, add_binary_head=m.pair_head)
     net.unpadded_vocab = m.vocab_size

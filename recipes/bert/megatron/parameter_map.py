@@ -1,4 +1,4 @@
-"""Which Megatron Core parameter of BERT stands for which Hugging Face one. Training state, exports and imports go by it."""
+"""How the Megatron Core parameters of BERT map to Hugging Face parameters, for training state, exports and imports."""
 
 import re
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
 
 
 def parameter_map(model: task.ResolvedModel) -> ParameterMap:
-    """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
+    """The map of a resolved model: global Megatron name -> Conversion. It raises KeyError for an unknown name."""
     outer, layer = _outer(model), _layer(model)
 
     def rule(name: str) -> Conversion:

@@ -27,7 +27,7 @@ from .. import task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
-Seeded = tuple[int, torch.Tensor, batches.MicroBatch]  # seed of the dropout (0: none), weight of each part of the loss, samples
+Seeded = tuple[int, torch.Tensor, batches.MicroBatch]  # dropout seed (0: no dropout), weights of the parts of the loss
 
 
 def main(argv: list[str]) -> None:
@@ -48,28 +48,28 @@ def main(argv: list[str]) -> None:
     net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
     mapping = parameter_map(cfg.model)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
     zeros = torch.zeros(2, len(task.loss_names(cfg)), dtype=torch.float64, device=ranks.device)  # (losses and hits, P)
-    schedule = get_forward_backward_func()  # with or without pipeline
+    schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
         seeded: Iterator[Seeded], model: torch.nn.Module
     ) -> tuple[megatron_model.Output, Callable[[megatron_model.Output], mcore.StepLoss]]:
-        """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
+        """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, weights, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
         batch = task.make_batch(micro_batch, ranks.device)
         output = megatron_model.forward(model, batch)
 
         def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
-            """Of the last stage's output: weighted sum, number of masked tokens, and what the schedule returns."""
+            """Output of the last stage -> weighted loss, number of masked tokens, and what the schedule collects."""
             sums = megatron_model.loss_sums(output, batch)  # (2, P)
-            # the schedule divides in place: it gets a copy
+            # a copy, since the schedule divides in place
             return sums[0] @ weights, batch["labels"].new_tensor(len(batch["labels"])).int(), {"sums": sums.detach().clone()}
 
         return output, loss_of
@@ -87,8 +87,8 @@ def main(argv: list[str]) -> None:
     def evaluate(step: int) -> None:
         model.eval()
         micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
-        equal = torch.ones(len(zeros[0]), device=ranks.device)
-        sums = run_schedule([(0, equal, micro_batch) for micro_batch in micro_batches], forward_only=True)
+        equal_weights = torch.ones(len(zeros[0]), device=ranks.device)
+        sums = run_schedule([(0, equal_weights, micro_batch) for micro_batch in micro_batches], forward_only=True)
         counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * reports
         dist.all_reduce(sums)
         dist.all_reduce(counts)
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     mcore.load_state(model, optimizer, mapping, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -118,12 +118,12 @@ def main(argv: list[str]) -> None:
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
         micro_batches = next(prefetched)
-        # targets of each part of the loss, and tokens, of the global batch
+        # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
-        # Megatron sums gradients over micro batches and ranks, and divides them by the masked tokens of the global batch: each
-        # part is weighted so that it becomes the mean over its own targets (invariant 5)
+        # Megatron sums gradients over micro batches and ranks, and divides them by the masked tokens of the global batch. The
+        # weights turn each part of the loss into a mean over its own targets (invariant 5)
         weights = targets[0] / targets.float()
         seeded = [(seed, weights, micro_batch) for seed, micro_batch in zip(seeds, micro_batches, strict=True)]
         model.zero_grad_buffer()

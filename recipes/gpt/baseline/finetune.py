@@ -1,4 +1,4 @@
-"""Finetune GPT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
+"""Finetune GPT with plain data parallelism on accelerate, as one would write it by hand: the reference for the two stacks.
 
 bash recipes/gpt/baseline/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/gpt/configs/finetune_*.yaml
 """
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica per process.
+    # One replica per process. bf16 means fp32 weights under autocast.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
-    shapes = lora.expected(cfg, task)  # of each parameter, by Hugging Face name
+    shapes = lora.expected(cfg, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
-        """Is this the best so far?"""
+        """Evaluate on the validation set. Returns whether this is the best checkpoint so far."""
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
         for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, ranks.rank):
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     state.load(net, optimizer, shapes, lora.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
         task.before_start(run)
@@ -94,14 +94,14 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # of the global batch
-        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # in the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
                 micro_loss = loss_of(micro_batch)
-                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
+                # data parallelism averages gradients over the ranks; multiplying by dp turns that into a sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
             share += micro_loss.detach() / targets
         [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))

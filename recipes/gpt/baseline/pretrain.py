@@ -1,4 +1,4 @@
-"""Pretrain GPT with plain data parallelism, as one would write it by hand with accelerate: the reference for the two stacks.
+"""Pretrain GPT with plain data parallelism on accelerate, as one would write it by hand: the reference for the two stacks.
 
 bash recipes/gpt/baseline/pretrain.sh recipes/gpt/configs/tiny.yaml out/tiny_gpt
 """
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # bf16: fp32 weights under autocast. One replica per process.
+    # One replica per process. bf16 means fp32 weights under autocast.
     precision = "bf16" if cfg.train.dtype == "bf16" else "no"
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     model = accelerator.prepare(net)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     state.load(net, optimizer, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -90,14 +90,14 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # of the global batch
-        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # in the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
             with nullcontext() if last_micro else accelerator.no_sync(model):
                 micro_loss = loss_of(micro_batch)
-                # data parallelism averages gradients over the ranks: x dp makes it their sum (invariant 5)
+                # data parallelism averages gradients over the ranks; multiplying by dp turns that into a sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
             share += micro_loss.detach() / targets
         [loss], stop = processes.reduce_step(share[None], ranks, step, run.samples(step))

@@ -46,7 +46,7 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
 
 
 def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> Gpt:
-    """This rank's stage and shards, with memory but without values: mcore.load_state sets them."""
+    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     config = transformer_config(cfg, layout)
     if cfg.megatron.transformer_engine:

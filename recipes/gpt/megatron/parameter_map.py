@@ -1,4 +1,4 @@
-"""Which Megatron Core parameter of GPT stands for which Hugging Face one. Training state, exports and imports go by it."""
+"""How the Megatron Core parameters of GPT map to Hugging Face parameters, for training state, exports and imports."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def _unchanged(name: str, unpadded_rows: int | None = None) -> Conversion:
 
 
 def parameter_map(model: task.ResolvedModel) -> ParameterMap:
-    """The map of a resolved model: global Megatron name -> Conversion. KeyError for a name that is not in it."""
+    """The map of a resolved model: global Megatron name -> Conversion. It raises KeyError for an unknown name."""
     outer, layer = (_gpt2 if model.arch == "gpt2" else _llama)(model)
 
     def conversion(name: str) -> Conversion:

@@ -1,4 +1,4 @@
-"""T5 as DeepSpeed trains it: the `transformers` class, sharded from its first byte at ZeRO stage 3."""
+"""T5 on DeepSpeed: the `transformers` class, sharded as it is built at ZeRO stage 3."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from .. import task
 
 
 def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreTrainedModel:
-    """The model of a family module, with memory but without values: zero.load_state sets them.
+    """Build the model of a family module. Its parameters are allocated but not initialized: zero.load_state sets them.
 
-    Stage 3: each parameter is split as it is created.
+    At stage 3, each parameter is split as soon as it is created.
     """
     if cfg.deepspeed.zero_stage == 3:
-        # its own `dtype` argument is ignored where fp16 is not supported (0.19.8, partition_parameters.py): ds_config counts
+        # Init ignores its `dtype` argument where fp16 is not supported (0.19.8, partition_parameters.py); ds_config sets it
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
             net = family.hf_model(cfg.model)
     else:

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     zero.load_state(engine, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -88,16 +88,16 @@ def main(argv: list[str]) -> None:
 
         micro_batches = next(prefetched)
         counts = [count * reports for count in task.counts(micro_batches)]
-        targets, tokens = processes.totals(counts, device=ranks.device)  # of the global batch
-        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # of the loss, from this rank
+        targets, tokens = processes.totals(counts, device=ranks.device)  # in the global batch
+        share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
             micro_loss = loss_of(micro_batch)
-            # the engine divides by the micro batches and averages over the ranks: undo both for a sum (invariant 5)
+            # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
             share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
-                engine.step()  # not a boundary: counts the micro batch, no update
+                engine.step()  # before the last micro batch this only counts; it does not update
         [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None

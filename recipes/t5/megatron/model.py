@@ -111,7 +111,7 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
 
 
 def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> T5:
-    """This rank's shards, with memory but without values: mcore.load_state sets them."""
+    """Build this rank's shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     mcore.use_own_norms()
     encoder = mcore.layer_spec(AttnMaskType.padding, linear_fc2=DroppedRowParallelLinear)

@@ -27,7 +27,7 @@ from .. import task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
-Seeded = tuple[int, batches.MicroBatch]  # seed of the dropout (0: none), samples
+Seeded = tuple[int, batches.MicroBatch]  # dropout seed (0: no dropout), micro batch
 
 
 def main(argv: list[str]) -> None:
@@ -48,27 +48,27 @@ def main(argv: list[str]) -> None:
     net = megatron_model.build(cfg, layout)
     model = mcore.wrap(net.config, net, cfg, ranks)
     mapping = parameter_map(cfg.model)
-    shapes = parameters.expected(cfg.model, task)  # of each parameter, by Hugging Face name
+    shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
     optimizer = mcore.optimizer_for(model, cfg, ranks)
 
     # ---- data
-    schedule = get_forward_backward_func()  # with or without pipeline
+    schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
         seeded: Iterator[Seeded], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
-        """One micro batch on this stage, as Megatron's schedules call it: output, and the loss function."""
+        """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
         batch = task.make_batch(micro_batch, ranks.device)
         output = megatron_model.forward(model, batch)
 
         def loss_of(losses: torch.Tensor) -> mcore.StepLoss:
-            """Of the last stage's losses (B, T): sum, number of targets, and what the schedule returns."""
+            """Losses (B, T) of the last stage -> their sum, the number of targets, and what the schedule collects."""
             total = (losses.float() * batch["loss_mask"]).sum()
-            # the schedule divides in place: it gets a copy
+            # a copy, since the schedule divides in place
             return total, batch["loss_mask"].sum().int(), {"loss": total.detach().clone()}
 
         return output, loss_of
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     # ---- resume
     step = run.resume.step if run.resume else 0
     mcore.load_state(model, optimizer, mapping, shapes, state.values(cfg, task, shapes, run.resume), step)
-    dist.barrier()  # no rank refuses the run from here on
+    dist.barrier()  # every rank has accepted the run
     if ranks.rank == 0:
         run_record.begin(run)
     log = Log(run, task, ranks)
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
         micro_batches = next(prefetched)
-        targets, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)  # of the global batch
+        targets, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)  # in the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
         # Megatron sums gradients over micro batches and ranks, and divides by the targets of the global batch (invariant 5)
         seeded = list(zip(seeds, micro_batches, strict=True))
