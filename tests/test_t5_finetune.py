@@ -311,7 +311,7 @@ def test_batches_are_sorted_and_padded_but_hold_the_same_samples(configs):
 def test_what_is_cut_is_told(configs):
     cfg = config.load(configs["multi30k-en-de"], ["data.target_len=8"], finetune.Config)
     notes = finetune.dataset(cfg, "train", shuffle=True).notes
-    assert any(re.fullmatch(r"\d+ targets of train are cut to data.target_len=8", note) for note in notes)
+    assert any(re.fullmatch(r"\d+ targets of train are truncated to data.target_len=8", note) for note in notes)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -627,7 +627,7 @@ REFUSED = [
     ("data.valid=test", "data.valid=\"test\": should be 'dev'"),
     ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
     ("model.layers=4", "has num_layers=3, the model gives 4"),
-    ("init.from=scratch", "data.tokenizer: is missing, and init.from=scratch has none to take"),
+    ("init.from=scratch", "data.tokenizer: is missing, and init.from=scratch does not provide one"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),
     ("megatron.pp=2", "megatron.pp=2: megatron-core no longer splits an encoder and a decoder over pipeline stages"),
 ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
-HF_MODEL_TYPES = ("bert", "megatron-bert")  # in the config.json of folders
+HF_MODEL_TYPES = ("bert", "megatron-bert")  # values of model_type in config.json
 
 
 class Model(Section):
@@ -46,14 +46,14 @@ class Model(Section):
     )
     layers: Layers = Field(description="Transformer layers.")
     hidden: Positive = Field(description="Width of the residual stream.")
-    heads: Positive = Field(description="Attention heads; they divide hidden.")
+    heads: Positive = Field(description="Attention heads. The number must divide hidden.")
     ffn: Positive | None = Field(default=None, description="Width of the MLP. Default: 4 x hidden.")
     positions: Positive | None = Field(
-        default=None, description="Rows of the position table, the longest sequence. Default: data.seq_len."
+        default=None, description="Rows of the position table: length of the longest sequence. Default: data.seq_len."
     )
     vocab_size: Positive | None = Field(
         default=None,
-        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+        description="Rows of the embedding. Default: the number of the tokenizer's ids, rounded up to a multiple of 128.",
     )
     pair_head: bool | None = Field(
         default=None, description="Pooler and head for pairs of sentences. Default: as objective.pair needs them."
@@ -81,7 +81,7 @@ class Model(Section):
             yield "data.seq_len changes; give model.positions, which all phases share"
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that the model cannot have on `stack`, with the reason."""
+        """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
         yield from self.head_problems(cfg)
         if getattr(system, "transformer_engine", False) and self.arch == "bert":
@@ -115,7 +115,7 @@ class Model(Section):
         return self.ffn or 4 * self.hidden
 
     def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
-        """Every key, with its default where none is given."""
+        """All keys, with defaults where the config gives no value."""
         return self.model_dump() | {
             "ffn": self.resolved_ffn(),
             "positions": self.positions or cfg.data.seq_len,
@@ -124,12 +124,12 @@ class Model(Section):
         }
 
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
-        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        """This model with all defaults filled in. Raises BadInput if neither vocab_size nor a tokenizer is known."""
         return ResolvedModel(**self.filled(cfg, tokenizer_size))
 
 
 class ResolvedModel(Model):
-    """The same with every default filled in, as config.yaml of a run has it."""
+    """A model with all defaults filled in, as in the config.yaml of a run."""
 
     ffn: Positive
     positions: Positive
@@ -137,11 +137,11 @@ class ResolvedModel(Model):
     pair_head: bool
 
     def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """What common/planning/memory.py needs to know of the layers."""
+        """Shapes of the layers from which common/planning/memory.py estimates memory."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
 
     def parameter_count(self) -> int:
-        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
+        """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
         h, f, v = self.hidden, self.ffn, self.vocab_size
         layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
         encoder = self.layers * layer + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
@@ -185,13 +185,13 @@ class Config(config.Config):
 
 
 class ResolvedConfig(Config):
-    """The config of a run that was checked."""
+    """A config that has been checked, with its model resolved."""
 
     model: ResolvedModel
 
 
 def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") -> samples.Samples:
-    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    """The samples of a blend of corpora, in the order of the run. With shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset
     from common.paths import find, find_blend, first_prefix
@@ -255,7 +255,7 @@ def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
 
 
 def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    """{Hugging Face name: full shape}, shared weights once, read from the `transformers` class on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -283,7 +283,7 @@ def initializer(model: ResolvedModel, name: str) -> float | str:
 
 
 def has_weight_decay(name: str) -> bool:
-    """Weight decay for matrices and embeddings; none for biases and norms."""
+    """Whether a parameter has weight decay: matrices and embeddings do, biases and norms do not."""
     return not (name.endswith(".bias") or _is_norm(name))
 
 
@@ -367,34 +367,34 @@ def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str,
 
 
 def model_card(model: ResolvedModel) -> dict[str, Any]:
-    """What the model card says of the architecture."""
+    """Entries of the model card that describe the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
+# ---- Hugging Face folders that a run starts from (common/huggingface/hf_folder.py); nothing below imports torch
 
 _BY_DROPOUT = "the config gives model.dropout"
 _ID = "the tokenizer knows which ids are special"
 _TENSORFLOW = "of the first release in TensorFlow; transformers never read it"
-IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
+IGNORED_HF_KEYS = {  # keys of config.json that do not change the output -> why; hf_folder.NO_EFFECT has those of all families
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "sep_token_id": _ID, "cls_token_id": _ID,
     "hidden_dropout_prob": _BY_DROPOUT, "attention_probs_dropout_prob": _BY_DROPOUT, "classifier_dropout": _BY_DROPOUT,
     "directionality": _TENSORFLOW, "pooler_fc_size": _TENSORFLOW, "pooler_num_attention_heads": _TENSORFLOW,
     "pooler_num_fc_layers": _TENSORFLOW, "pooler_size_per_head": _TENSORFLOW, "pooler_type": _TENSORFLOW,
 }  # fmt: skip
-# prefixes of heads that a folder may hold though the model has none: of pretraining, and of finetuned models
+# prefixes of heads that a folder may contain, which are ignored: of pretraining, and of finetuned models
 IGNORED_HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
 # patterns of tensors that are not parameters: 0, 1, 2 ...
 HF_BUFFER_PATTERNS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)
 
 
 def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A transformers configuration with one spelling for values that mean the same."""
+    """A transformers configuration in which values with the same meaning are spelled alike."""
     return {"position_embedding_type": "absolute", **values}  # the only one that its classes still have
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} `*` for the number of a layer: parameter_shapes without torch."""
+    """As parameter_shapes, but without torch and with `*` in place of the layer number: {Hugging Face name: full shape}."""
     h = model.hidden
     patterns = encoder_tensors(model, pooled=bool(model.pair_head))
     patterns |= named_linear("cls.predictions.transform.dense", h, h) | named_norm("cls.predictions.transform.LayerNorm", h)
@@ -427,18 +427,18 @@ def named_norm(name: str, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def layer_count(model: ResolvedModel, pattern: str) -> int:
-    """How many layers the `*` of a name in parameter_patterns counts."""
+    """Number of layers that the `*` of a name in parameter_patterns stands for."""
     return model.layers
 
 
 def duplicate_names(model: ResolvedModel) -> dict[str, str]:
-    """Names under which a folder may repeat a parameter -> that parameter."""
+    """Names under which a folder may store a parameter a second time -> the name of that parameter."""
     decoder = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
     return {f"cls.predictions.decoder.{leaf}": name for leaf, name in decoder.items()}
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
+    """The `model` section for the config.json of a folder. Raises KeyError if a shape is missing."""
     return ResolvedModel(
         arch=config["model_type"], layers=config["num_hidden_layers"], hidden=config["hidden_size"],
         heads=config["num_attention_heads"], ffn=config["intermediate_size"], positions=config["max_position_embeddings"],
@@ -453,22 +453,22 @@ def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
 
 
 def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
+    """Prefixes of heads that are always initialized from the seed: none in pretraining."""
     return ()
 
 
 def head_problems(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the head of a task in a folder: pretraining has none."""
+    """Report problems with the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def head_notes(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What a user should know of that head: pretraining has none."""
+    """Notes for the user about the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
-    """The parameters of a folder with the labels of its head in the order of the task: pretraining has none."""
+    """Return `source` unchanged: pretraining has no task head whose outputs could be in another order."""
     return source
 
 

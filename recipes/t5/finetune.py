@@ -1,6 +1,6 @@
-"""T5 on text-to-text tasks: translation, summaries, GLUE and questions as T5 is given them, or pairs of your own.
+"""Finetuning of T5 on text-to-text tasks: translation, summaries, GLUE and SQuAD as text, or your own pairs.
 
-A family module like task.py, which it imports the rest from. The tasks are those of common/evaluation/text.py.
+A family module like task.py, from which it imports what does not change. The tasks are those of common/evaluation/text.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.preflight import Run, data_notes
 from common.training import finetuning
 
 from . import finetune_samples, task
-from .task import (  # what finetuning takes over unchanged
+from .task import (  # the same in pretraining and finetuning
     FAMILY as FAMILY,
     HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
     HF_MODEL_TYPES as HF_MODEL_TYPES,
@@ -61,12 +61,12 @@ from .task import (  # what finetuning takes over unchanged
 
 if TYPE_CHECKING:
     Name = str
-else:  # a type checker reads no names that are computed
+else:  # a type checker cannot read computed names
     Name = Literal[*text.NAMES]
 
 
 class Model(task.Model):
-    """Its shapes come from init.from where the config gives none."""
+    """The architecture. Shapes that the config does not give come from init.from."""
 
     dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, MLP, residual and last norm.")
 
@@ -75,17 +75,17 @@ class Model(task.Model):
 
 
 class ResolvedModel(task.ResolvedModel, Model):
-    """The same with every default filled in, as config.yaml of a run has it."""
+    """A model with all defaults filled in, as in the config.yaml of a run."""
 
 
 class Data(config.Data):
-    """Splits of the task's dataset, and lengths."""
+    """Splits of the task's dataset, and maximum lengths."""
 
     train: Literal["train"] = Field(default="train", description="Split that is trained on.")
     valid: Literal["dev"] = Field(default="dev", description="Split on which the best checkpoint is chosen.")
-    seq_len: Positive = Field(default=512, description="Tokens of the input; longer ones are cut.")
+    seq_len: Positive = Field(default=512, description="Tokens of the input; longer inputs are truncated.")
     target_len: Positive = Field(
-        default=128, description="Tokens of the target; longer ones are cut. Generated texts are no longer."
+        default=128, description="Tokens of the target; longer targets are truncated. Also the limit of generated texts."
     )
 
     @classmethod
@@ -100,7 +100,7 @@ class Data(config.Data):
 class Task(finetuning.Task):
     """The task, its files, and how texts are generated for its scores."""
 
-    name: Name = Field(description="Translation, summaries, GLUE and SQuAD as text, or pairs of your own.")
+    name: Name = Field(description="Translation, summaries, GLUE and SQuAD as text, or your own pairs.")
     data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
     prefix: str | None = Field(
         default=None, description="Text before every input. Default: T5's for the task (arXiv:1910.10683, appendix D)."
@@ -108,9 +108,9 @@ class Task(finetuning.Task):
     source: FilePath | None = Field(
         default=None, description="Column of the files, or ending of a file, that holds the inputs. Default: the task's."
     )
-    target: FilePath | None = Field(default=None, description="The same of the targets.")
+    target: FilePath | None = Field(default=None, description="The same for the targets.")
     train_examples: Positive | None = Field(
-        default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
+        default=None, description="Number of training examples to use, drawn with seed 1234. Default: all."
     )
     split: Literal["dev", "test"] = Field(default="dev", description="Split on which the best checkpoint is scored at the end.")
     beams: Positive = Field(default=4, description="Beams of the beam search (arXiv:1910.10683, section 3.1.4).")
@@ -137,13 +137,13 @@ class Config(finetuning.Config):
 
 
 class ResolvedConfig(Config):
-    """The config of a run that was checked."""
+    """A config that has been checked, with its model resolved."""
 
     model: ResolvedModel
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The `model` section for the content of a folder's config.json. KeyError where it lacks a shape."""
+    """The `model` section for the config.json of a folder. Raises KeyError if a shape is missing."""
     return ResolvedModel(**task.model_from_hf_config(config).model_dump())
 
 
@@ -153,24 +153,24 @@ SUBSET_SEED = 1234
 
 
 def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> finetune_samples.Samples:
-    """The examples of a split, tokenized. BadInput for a task, a file or a tokenizer that cannot be used."""
+    """The tokenized examples of a split. Raises BadInput for a task, a file or a tokenizer that cannot be used."""
     from common.data import tokenizer as tokenizers
     from common.paths import find
 
     given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
     if given is None:
-        raise BadInput("data.tokenizer: is missing, and init.from=scratch has none to take; give data.tokenizer=DIR")
+        raise BadInput("data.tokenizer: is missing, and init.from=scratch does not provide one; give data.tokenizer=DIR")
     folder = find(given) if find(given).is_dir() else given
     tokenizer = tokenizers.load(folder)
     if tokenizer.eod_id is None:
         raise BadInput(f"{given}: its tokenizer has no end of sequence; T5 takes a SentencePiece tokenizer with </s>")
     pairs = text.each_reference(read(cfg, split)) if cfg.task.name in text.PAIRS else read(cfg, split)
     if not shuffle:
-        read(cfg, cfg.task.split)  # BadInput before anything starts
+        read(cfg, cfg.task.split)  # raises BadInput before anything starts
     size, used, notes = len(pairs.inputs), list(range(len(pairs.inputs))), list(pairs.notes)
     if shuffle and cfg.task.train_examples:
         if cfg.task.train_examples > size:
-            raise BadInput(f"task.train_examples={cfg.task.train_examples}: train has {size:,}; give at most that")
+            raise BadInput(f"task.train_examples={cfg.task.train_examples}: train has only {size:,}; give at most that")
         chosen = np.random.default_rng(SUBSET_SEED).permutation(size)[: cfg.task.train_examples]
         notes.append(f"{len(chosen):,} of {size:,} examples of train, drawn by seed {SUBSET_SEED}")
         used = np.sort(chosen).tolist()
@@ -182,14 +182,14 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
         ("inputs", "seq_len", d.seq_len, sources),
         ("targets", "target_len", d.target_len, targets),
     ):
-        cut = int((np.diff(starts) >= limit).sum())
-        notes += [f"{cut:,} {what} of {split} are cut to data.{key}={limit}"] if cut else []
+        truncated = int((np.diff(starts) >= limit).sum())
+        notes += [f"{truncated:,} {what} of {split} are truncated to data.{key}={limit}"] if truncated else []
         unknown = np.flatnonzero(flat == tokenizer.unk_id) if tokenizer.unk_id is not None else np.empty(0, np.int64)
         count = len(np.unique(np.searchsorted(starts, unknown, side="right")))
         notes += [text.unknown_note(count, len(used), f"{what} of {split}")] if count else []
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
     source = examples.Source(f"{cfg.task.name} {split}", pairs.hash, folder, tokenizer, largest)
-    # a multiple of tp too, by whose ranks sequence parallelism divides the positions
+    # also a multiple of tp, since sequence parallelism divides the positions among the tp ranks
     divided = stack == "megatron" and cfg.megatron.sequence_parallel
     multiple = math.lcm(finetune_samples.PAD_MULTIPLE, cfg.megatron.tp if divided else 1)
     return finetune_samples.Samples(
@@ -209,26 +209,29 @@ def read(cfg: Config, split: str) -> text.Examples:
 
 
 def selection_metric(cfg: Config) -> str:
-    """The metric that decides which checkpoint is the best."""
+    """The metric that selects the best checkpoint."""
     return "loss"
 
 
 def validation_metrics(run: Run, predictions: None) -> dict[str, float]:
-    """No metric besides the loss: the published scores need the generated texts."""
+    """None besides the loss: the published scores need generated texts."""
     return {}
 
 
 def best_results(run: Run, loss: float, n: int, predictions: None) -> None:
-    """Nothing before the end: `after_export` scores the best checkpoint."""
+    """None: `after_export` scores the best checkpoint at the end of the run."""
 
 
 def before_start(run: Run) -> None:
-    """Nothing: the tokenizer is exported as it is."""
+    """Do nothing: the tokenizer is exported unchanged."""
 
 
 def after_export(run: Run, ranks: Ranks) -> None:
-    """Score the export in plain transformers: its outputs for the inputs of task.split go to OUT/predictions/SPLIT.txt, one per
-    line, and in the formats of GLUE and SQuAD; its scores to OUT/eval.json. Does nothing where they are there already."""
+    """Score the export in plain transformers, unless its scores are already in OUT/eval.json.
+
+    The outputs for the inputs of task.split are written to OUT/predictions/SPLIT.txt, one per line, and for GLUE and SQuAD also
+    in the formats of these benchmarks. The scores are written to OUT/eval.json.
+    """
     import torch
     import transformers
 
@@ -243,7 +246,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
         return
     pairs = read(cfg, t.split)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # it warns at length that T5 1.1 is not tied
+    transformers.utils.logging.set_verbosity_error()  # else it warns that T5 1.1 is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     pretrained.write_plainly(net)
@@ -269,5 +272,5 @@ def after_export(run: Run, ranks: Ranks) -> None:
 def _is_scored(path: Path, how: str) -> bool:
     try:
         return any(row["protocol"].startswith(how) for row in json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not there, or damaged
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # missing or damaged
         return False

@@ -1,4 +1,4 @@
-"""What T5 is finetuned on: pairs of an input and a target, tokenized, and padded in a batch. Torch-free.
+"""The samples that T5 is finetuned on: tokenized pairs of an input and a target. This module does not import torch.
 
 Letters in shapes: B samples, T positions of the input, S of the target.
 """
@@ -12,11 +12,11 @@ from common.data.tokenizer import Tokenizer
 
 PAD_MULTIPLE = 8  # a micro batch is padded to its longest input and target, rounded up to a multiple of this
 CHUNK = 10_000  # texts per call of the tokenizer
-Ids = tuple[np.ndarray, np.ndarray]  # of N texts, end to end, and where each starts (N + 1,)
+Ids = tuple[np.ndarray, np.ndarray]  # the concatenated ids of N texts, and where each text starts (N + 1,)
 
 
 class Samples(examples.Examples):
-    """Inputs and targets, each with the end of sequence."""
+    """Inputs and targets, each ending with the end-of-sequence token."""
 
     def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
                  multiple: int, **order: Any):  # fmt: skip
@@ -25,8 +25,8 @@ class Samples(examples.Examples):
         self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
 
     def collate(self, numbers: np.ndarray | range) -> batches.MicroBatch:
-        """As in samples.py: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S)
-        bool, lengths (B,), tokens of both. T and S: the longest of the batch, rounded up."""
+        """As samples.Samples.collate: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S) bool,
+        lengths (B,). T and S are the longest lengths in the batch, rounded up."""
         indices = self.indices(numbers).tolist()
         sources, input_lengths = self._padded(self.sources, indices, self.seq_len)
         targets, target_lengths = self._padded(self.targets, indices, self.target_len)
@@ -37,7 +37,7 @@ class Samples(examples.Examples):
         }  # fmt: skip
 
     def _padded(self, ids: Ids, indices: list[int], limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T) int64 of these texts, cut to `limit` tokens with the end of sequence, and their lengths (B,)."""
+        """Ids (B, T) int64 of these texts, truncated to `limit` tokens with the end of sequence, and their lengths (B,)."""
         flat, starts = ids
         lengths = np.array([min(int(starts[i + 1] - starts[i]) + 1, limit) for i in indices])
         width = min(limit, -(-int(lengths.max()) // self.multiple) * self.multiple)

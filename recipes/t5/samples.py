@@ -1,12 +1,12 @@
-"""T5's samples: an input and a target made of raw text, or of a pair of texts. Each is a function of (seed, number) alone.
+"""T5's samples: an input and a target, made from running text or a pair of texts. Each depends only on (seed, number).
 
 Span corruption (Raffel et al., arXiv:1910.10683, section 3.1.4; t5/data/preprocessors.py: random_spans_noise_mask): 15 % of
-the tokens, in spans of 3 on average, are replaced in the input by one sentinel a span; the target lists the sentinels, each
-followed by what it stands for. Both end with the end of sequence. 568 raw tokens give 512 and 114.
+the tokens, in spans of 3 on average, are replaced in the input by one sentinel per span. The target lists the sentinels, each
+followed by the tokens that it replaces. Both end with the end-of-sequence token. 568 raw tokens give 512 and 114.
 Prefix language modelling (section 3.2.1; the LM adaptation of Lester et al., arXiv:2104.08691): a text of min(T, S) tokens
-is cut at a random point: the input is what precedes it, the target what follows.
-A corpus whose documents are of two sequences holds text-to-text tasks: the first is the input, the second the target. Blended
-with running text it makes the paper's multi-task mixture.
+is cut at a random point: the input is the part before it, the target the part after it.
+In a corpus of text-to-text tasks each document has two sequences: the first is the input, the second the target. Blended with
+running text, it gives the paper's multi-task mixture.
 
 Letters in shapes: B samples, T `seq_len` (input), S `target_len`.
 """
@@ -24,7 +24,7 @@ from common.seeding import derive_seed
 
 
 def counts_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """(noise tokens, spans) of a text of `raw` tokens, as T5 rounds them; at least one of each where there are two tokens."""
+    """(noise tokens, spans) of a text of `raw` tokens, rounded as in T5. Two tokens or more give at least one of each."""
     if raw < 2:
         return 0, 0
     noise = min(max(round(raw * noise_density), 1), raw - 1)
@@ -32,18 +32,18 @@ def counts_of(raw: int, noise_density: float, mean_noise_span_length: float) -> 
 
 
 def lengths_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """(input, target) tokens that `raw` tokens become, sentinels and end of sequence included."""
+    """Numbers of (input, target) tokens made from `raw` tokens, with sentinels and end-of-sequence tokens."""
     noise, spans = counts_of(raw, noise_density, mean_noise_span_length)
     return raw - noise + spans + 1, noise + spans + 1
 
 
 def raw_tokens(seq_len: int, noise_density: float, mean_noise_span_length: float) -> int:
-    """The most raw tokens whose input fits `seq_len` (T5's random_spans_helper): 512 takes 568."""
+    """The largest number of raw tokens whose input fits into `seq_len` (T5's random_spans_helper): 568 for 512."""
 
     def fits(raw: int) -> bool:
         return lengths_of(raw, noise_density, mean_noise_span_length)[0] <= seq_len
 
-    least, most = 2, 4  # fits never falls below True again: by bisection
+    least, most = 2, 4  # bisection: once fits is false, it is false for all larger values
     while fits(most):
         least, most = most, 2 * most
     while most - least > 1:
@@ -56,7 +56,7 @@ LEAST = {"span": {"seq_len": 3, "target_len": 3}, "prefix": {"seq_len": 2, "targ
 
 
 def too_short(objective: Any, data: Any) -> list[str]:
-    """Lengths too short for a sample: of two tokens span corruption makes three (a token or a sentinel each, and the end)."""
+    """Report lengths that are too short. From two tokens, span corruption makes three: a token, a sentinel, the end."""
     return [
         f"data.{name}={getattr(data, name)}: objective.kind={objective.kind} needs {least} or more"
         for name, least in LEAST[objective.kind].items()
@@ -65,9 +65,12 @@ def too_short(objective: Any, data: Any) -> list[str]:
 
 
 class Samples(BlendedDataset):
-    """kind: 'span' or 'prefix'. pack: True: documents end to end, cut every `raw` tokens. False: one document per sample.
+    """Samples of span corruption (kind='span') or prefix language modelling (kind='prefix').
 
-    sentinels: their ids in order of use. BadInput for corpora without a sample, or a sample that needs more sentinels.
+    pack: if true, documents are concatenated and cut every `raw` tokens. If false, each sample is one document.
+    sentinels: their ids in order of use.
+
+    Raises BadInput for a corpus shorter than one sample, and for samples that need more sentinels than there are.
     """
 
     def __init__(
@@ -83,8 +86,7 @@ class Samples(BlendedDataset):
             raise BadInput(
                 f"data.seq_len={seq_len}: a sample has {spans} spans and the tokenizer {len(sentinels)} sentinels; give a "
                 "smaller data.seq_len or objective.noise_density, a larger objective.mean_noise_span_length, or a "
-                "SentencePiece tokenizer "
-                "with more sentinels"
+                "SentencePiece tokenizer with more sentinels"
             )
         super().__init__(data, seed=seed, shuffle=shuffle)
 
@@ -92,7 +94,7 @@ class Samples(BlendedDataset):
         if corpus.has_sentence_bounds:
             if (np.diff(corpus.bounds) != 2).any():
                 raise BadInput(
-                    f"{corpus.prefix}: documents of several sequences, but not of two (input, target); build it without "
+                    f"{corpus.prefix}: has documents of several sequences, but not of two (input, target); build it without "
                     "--sentences, or as pairs (python -m data.pairs)"
                 )
             return corpus.documents
@@ -105,8 +107,11 @@ class Samples(BlendedDataset):
         return samples
 
     def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
-        """The samples of these numbers: inputs (B, T) int64 and targets (B, S) int64, both padded; input_lengths (B,) int64;
-        loss_mask (B, S) bool, the targets that count; lengths (B,) int64, tokens of both without padding."""
+        """Assemble the samples with these numbers into a micro batch.
+
+        inputs (B, T) and targets (B, S) int64: padded. input_lengths (B,) int64. loss_mask (B, S) bool: whether target s
+        counts. lengths (B,) int64: number of input and target tokens without padding.
+        """
         corpus, index = self.indices(numbers)
         inputs = np.full((len(index), self.seq_len), self.pad, np.int64)
         targets = np.full((len(index), self.target_len), self.pad, np.int64)
@@ -142,7 +147,7 @@ class Samples(BlendedDataset):
         ends = np.cumsum(np.stack([visible, hidden], 1).reshape(-1))  # visible, hidden, visible, hidden, ...
         hides = np.repeat(np.tile([False, True], spans), np.diff(ends, prepend=0))
         ids, sentinels = ids.astype(np.int64), self.sentinels[:spans]
-        # a sentinel stands in the input where a hidden piece was, in the target before it
+        # in the input a sentinel replaces each hidden piece; in the target it precedes the piece
         source = np.insert(ids[~hides], np.cumsum(visible), sentinels)
         target = np.insert(ids[hides], np.cumsum(hidden) - hidden, sentinels)
         return self._ended(source), self._ended(target)
@@ -155,13 +160,13 @@ class Samples(BlendedDataset):
 
 
 def pieces(tokens: int, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths (number,) of a random division of `tokens` into pieces of at least one, every division equally likely."""
+    """Lengths (number,) of a random division of `tokens` into pieces of at least one. Every division is equally likely."""
     bounds = np.sort(np.argsort(rng.random(tokens - 1))[: number - 1]) + 1
     return np.diff(bounds, prepend=0, append=tokens)
 
 
 def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Any, name: str) -> Samples:
-    """As recipes/t5/task.py's config says. name: of the corpus, for messages."""
+    """The samples that a config of recipes/t5/task.py describes. name: the corpus's name for messages."""
     o, d = cfg.objective, cfg.data
     if too_short(o, d):
         raise BadInput(too_short(o, d))

@@ -1,9 +1,10 @@
-"""What makes it T5, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+"""The definition of T5 that all stacks share: shapes, parameter names, initial values, batch and loss.
 
 Two architectures. `t5`: ReLU, output weights tied to the embedding and its logits scaled by hidden^-0.5 (Raffel et al.,
 arXiv:1910.10683). `t5_v1_1`: gated GELU (Shazeer, arXiv:2002.05202), separate output weights, no scaling. Both:
 relative position biases, RMSNorm before each block, no biases in linear layers, scores that are not scaled.
-Shapes: B samples, T positions of the input, S of the target, H hidden, V vocabulary.
+Letters in shapes: B samples, T input positions, S target positions, H hidden, V vocabulary. Functions import torch only when
+they need it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from common.training.init import Source
 
 FAMILY = Path(__file__).parent.name  # a copied recipe is another family
-HF_MODEL_TYPES = ("t5",)  # in the config.json of folders
+HF_MODEL_TYPES = ("t5",)  # values of model_type in config.json
 
 
 class Model(Section):
@@ -53,17 +54,17 @@ class Model(Section):
     )
     vocab_size: Positive | None = Field(
         default=None,
-        description="Rows of the embedding. Default: the tokenizer's ids, their number rounded up to a multiple of 128.",
+        description="Rows of the embedding. Default: the number of the tokenizer's ids, rounded up to a multiple of 128.",
     )
     buckets: Annotated[int, Field(ge=4, lt=2**31)] = Field(default=32, description="Buckets of relative positions.")
-    max_distance: Positive = Field(default=128, description="Distance in tokens from which on all positions share a bucket.")
+    max_distance: Positive = Field(default=128, description="Distance in tokens beyond which all positions share a bucket.")
     dropout: Share = Field(default=0.0, description="Dropout of embedding, attention, MLP, residual and last norm.")
     norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="Epsilon of the norms.")
 
     def problems(self) -> Iterator[str]:
         if self.kv_channels is None and self.hidden % self.heads:
             yield f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; give model.kv_channels"
-        if self.max_distance <= self.buckets // 2:  # half of the buckets are of one distance each, the others share the rest
+        if self.max_distance <= self.buckets // 2:  # half of the buckets hold one distance each
             yield f"model.max_distance={self.max_distance}: must be above half of model.buckets={self.buckets}"
 
     def data_problems(self, data: config.Data) -> Iterator[str]:
@@ -73,7 +74,7 @@ class Model(Section):
         return iter(())
 
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
-        """Layouts that the model cannot have on `stack`, with the reason."""
+        """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
         if pp > 1:
@@ -109,7 +110,7 @@ class Model(Section):
         return 4 * self.hidden if self.arch == "t5" else -(-8 * self.hidden // 3 // 64) * 64
 
     def filled(self, cfg: Config, tokenizer_size: int | None) -> dict[str, Any]:
-        """Every key, with its default where none is given."""
+        """All keys, with defaults where the config gives no value."""
         return self.model_dump() | {
             "decoder_layers": self.decoder_layers or self.layers,
             "kv_channels": self.kv_channels or self.hidden // self.heads,
@@ -118,7 +119,7 @@ class Model(Section):
         }
 
     def resolve(self, cfg: Config, tokenizer_size: int | None) -> ResolvedModel:
-        """The same with every default filled in. BadInput where neither vocab_size nor a tokenizer is known."""
+        """This model with all defaults filled in. Raises BadInput if neither vocab_size nor a tokenizer is known."""
         return ResolvedModel(**self.filled(cfg, tokenizer_size))
 
     @property
@@ -127,7 +128,7 @@ class Model(Section):
 
 
 class ResolvedModel(Model):
-    """The same with every default filled in, as config.yaml of a run has it."""
+    """A model with all defaults filled in, as in the config.yaml of a run."""
 
     decoder_layers: Layers
     kv_channels: Positive
@@ -135,19 +136,19 @@ class ResolvedModel(Model):
     vocab_size: Positive
 
     def layer_shapes(self, data: Data) -> dict[str, Any]:
-        """What common/planning/memory.py needs to know: a decoder layer holds S of the T positions, and attends twice."""
+        """Shapes from which common/planning/memory.py estimates memory. A decoder layer holds S positions and attends twice."""
         decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
         return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
                 "gated": self.gated, "tied": not self.gated, "predicted": data.target_len / data.seq_len}  # fmt: skip
 
     def _weights(self) -> tuple[int, int]:
-        """Weights that multiply in an encoder and in a decoder layer."""
+        """Number of weights in the matrix products of an encoder layer and of a decoder layer."""
         attention = 4 * self.hidden * self.heads * self.kv_channels
         mlp = (3 if self.gated else 2) * self.hidden * self.ffn
         return attention + mlp, 2 * attention + mlp
 
     def parameter_count(self) -> int:
-        """Tied weights are counted once; equals the count on the meta device (tests/test_configs.py)."""
+        """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
         encoder, decoder = self._weights()
         norms = 2 * self.layers + 3 * self.decoder_layers + 2
         tables = self.vocab_size * self.hidden * (2 if self.gated else 1)
@@ -156,7 +157,7 @@ class ResolvedModel(Model):
 
 
 class Data(config.Data):
-    """Lengths, and how documents become samples."""
+    """Lengths, and how documents are turned into samples."""
 
     target_len: Positive = Field(description="Tokens of the target. Span corruption makes 114 of 512 input tokens.")
     pack: bool = Field(default=True, description="Running text: documents end to end. false: one document per sample.")
@@ -171,7 +172,7 @@ class Data(config.Data):
 
 
 class Objective(Section):
-    """What running text is turned into. Corpora of pairs are taken as they are (samples.py)."""
+    """How samples are made from running text. Corpora of pairs are used as they are (samples.py)."""
 
     kind: Literal["span", "prefix"] = Field(
         default="span", description="Span corruption, or prefix language modelling (arXiv:1910.10683, section 3)."
@@ -197,13 +198,13 @@ class Config(config.Config):
 
 
 class ResolvedConfig(Config):
-    """The config of a run that was checked."""
+    """A config that has been checked, with its model resolved."""
 
     model: ResolvedModel
 
 
 def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") -> samples.Samples:
-    """The samples of a blend of corpora in the order of the run; shuffle=False: in file order, for validation."""
+    """The samples of a blend of corpora, in the order of the run. With shuffle=False: in file order, for validation."""
     from common.data import tokenizer
     from common.data.indexed_dataset import IndexedDataset
     from common.paths import find, find_blend, first_prefix
@@ -212,7 +213,7 @@ def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") ->
     corpus = IndexedDataset(first_prefix(blend))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
     if folder is None:
-        raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it the sentinels; give data.tokenizer=DIR")
+        raise BadInput(f"{corpus.prefix}: its tokenizer is not known, so the sentinels are not either; give data.tokenizer=DIR")
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
     name = f"data.tokenizer={cfg.data.tokenizer}" if cfg.data.tokenizer else corpus.prefix
     return samples.open_dataset(cfg, blend, shuffle, tokenizer.load(folder), name)
@@ -222,7 +223,7 @@ def hf_config(model: ResolvedModel) -> T5Config:
     """The `transformers` configuration of a resolved model."""
     from transformers import T5Config
 
-    base: dict[str, Any] = {"tie_word_embeddings": not model.gated, "decoder_start_token_id": 0}  # of PreTrainedConfig
+    base: dict[str, Any] = {"tie_word_embeddings": not model.gated, "decoder_start_token_id": 0}  # keys of PreTrainedConfig
     return T5Config(
         vocab_size=model.vocab_size, d_model=model.hidden, d_kv=model.kv_channels, d_ff=model.ffn, num_layers=model.layers,
         num_decoder_layers=model.decoder_layers, num_heads=model.heads, relative_attention_num_buckets=model.buckets,
@@ -232,7 +233,7 @@ def hf_config(model: ResolvedModel) -> T5Config:
 
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
-    """The `transformers` class that baseline and DeepSpeed train and that every export loads as."""
+    """The `transformers` model that the baseline and DeepSpeed train, of the class that loads an export."""
     from . import modeling
 
     return (modeling.Untied if model.gated else modeling.Tied)(hf_config(model))
@@ -250,12 +251,12 @@ def hf_class_name(model: ResolvedModel) -> str:
 
 def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
     """The keys of an export's config.json whose values differ from those of hf_config: T5 has no bos token, and only 1.0 is
-    tied (transformers 5 writes so for every T5, and other readers take it as it is)."""
+    tied. (transformers 5 would write that every T5 is tied, and other programs would believe it.)"""
     return {"bos_token_id": None, "tie_word_embeddings": not model.gated}
 
 
 def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape}, each shared weight once, from the class itself on the meta device."""
+    """{Hugging Face name: full shape}, shared weights once, read from the `transformers` class on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -266,8 +267,8 @@ def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 def initializer(model: ResolvedModel, name: str) -> float | str:
     """The initial value of a parameter: 'ones', or the standard deviation of a normal distribution.
 
-    As Mesh TensorFlow's T5 and transformers have it; the output weights of t5_v1_1 as t5x has them (transformers gives them
-    the embedding's deviation of 1, with which the first loss is about sqrt(hidden) nats).
+    The values are those of Mesh TensorFlow's T5 and of transformers, except for the output weights of t5_v1_1, where they are
+    those of t5x. (transformers uses the embedding's deviation of 1, with which the first loss is about sqrt(hidden) nats.)
     """
     if "layer_norm" in name:
         return "ones"
@@ -284,17 +285,17 @@ def initializer(model: ResolvedModel, name: str) -> float | str:
 
 
 def has_weight_decay(name: str) -> bool:
-    """Weight decay for matrices and embeddings; none for norms."""
+    """Whether a parameter has weight decay: matrices and embeddings do, norms do not."""
     return "layer_norm" not in name
 
 
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """A micro batch of `dataset` -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the targets shifted right by one
-    after the padding id, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
+    """A micro batch of `dataset` -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the padding id followed by the
+    targets without the last one, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
     import torch
 
     targets = micro_batch["targets"]
-    start = np.zeros((len(targets), 1), np.int64)  # T5 begins with its padding id, 0
+    start = np.zeros((len(targets), 1), np.int64)  # the decoder starts with the padding id, 0
     arrays = {name: micro_batch[name] for name in ("inputs", "targets", "loss_mask")}
     arrays["decoder_inputs"] = np.concatenate([start, targets[:, :-1]], 1)
     arrays["attention_mask"] = np.arange(micro_batch["inputs"].shape[1]) < micro_batch["input_lengths"][:, None]
@@ -302,7 +303,7 @@ def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> d
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
-    """[targets, tokens without padding] of these micro batches; the tokens of inputs and targets together."""
+    """[number of targets, number of input and target tokens without padding] in these micro batches."""
     return [batches.targets(micro_batches), batches.tokens(micro_batches)]
 
 
@@ -315,14 +316,14 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """With an export in plain transformers: the summed losses (1,) and targets (1,) of a batch. One part: the next token."""
+    """Summed loss (1,) and number of targets (1,) of a batch, from an export in plain transformers. The loss has one part."""
     mask = batch["attention_mask"].long()
     logits = net(input_ids=batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
     return loss_sum(logits, batch["targets"], batch["loss_mask"])[None], batch["loss_mask"].sum()[None]
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in fp32, summed over the targets that count. logits (B, S, V) -> scalar."""
+    """Cross entropy in fp32, summed over the targets in loss_mask. logits (B, S, V) -> scalar."""
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x S,)
     return (losses * loss_mask.flatten()).sum()
 
@@ -330,8 +331,8 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tenso
 def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]:
     """FLOPs per token (of input and target together), forward and backward, without recomputation.
 
-    Matrix products: 6 x weights that multiply, for T tokens in the encoder, S in the decoder, and the decoder's keys and
-    values of the encoder for T. Attention: 12 x heads x kv_channels for each pair of positions: T x T, S x S and S x T
+    Matrix products: 6 x the weights in them, for T tokens in the encoder, S in the decoder, and T in the decoder's keys
+    and values of encoder positions. Attention: 12 x heads x kv_channels for each pair of positions: T x T, S x S and S x T
     (PaLM's count, arXiv:2204.02311, appendix B). causal: half of S x S.
     """
     t, s, inner = data.seq_len, data.target_len, model.heads * model.kv_channels
@@ -348,28 +349,28 @@ def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]
 
 
 def model_card(model: ResolvedModel) -> dict[str, Any]:
-    """What the model card says of the architecture."""
+    """Entries of the model card that describe the architecture."""
     return {"architecture": model.arch, "parameters": f"{model.parameter_count():,}"}
 
 
-# ---- Hugging Face folders to begin from (common/huggingface/hf_folder.py): torch-free
+# ---- Hugging Face folders that a run starts from (common/huggingface/hf_folder.py); nothing below imports torch
 
-IGNORED_HF_KEYS = {  # keys of config.json that change no output -> why; for those of every family: hf_folder.NO_EFFECT
-    "dropout_rate": "the config gives model.dropout", "classifier_dropout": "of T5ForSequenceClassification's head",
-    "bos_token_id": "T5 begins with decoder_start_token_id", "n_positions": "relative positions have no table",
+IGNORED_HF_KEYS = {  # keys of config.json that do not change the output -> why; hf_folder.NO_EFFECT has those of all families
+    "dropout_rate": "the config gives model.dropout", "classifier_dropout": "for the head of T5ForSequenceClassification",
+    "bos_token_id": "T5 uses decoder_start_token_id", "n_positions": "relative positions have no table",
 }  # fmt: skip
-IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may hold though the model has none
+IGNORED_HF_HEADS = ()  # prefixes of heads that a folder may contain, which are ignored
 # patterns of tensors that are not parameters: a table of biases between encoder and decoder, which Mesh TensorFlow saved
 HF_BUFFER_PATTERNS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
 
 def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A transformers configuration with one spelling for values that mean the same."""
+    """A transformers configuration in which values with the same meaning are spelled alike."""
     return {"decoder_start_token_id": values.get("pad_token_id"), **values}
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape} `*` for the number of a layer: parameter_shapes without torch."""
+    """As parameter_shapes, but without torch and with `*` in place of the layer number: {Hugging Face name: full shape}."""
     h, f, inner, table = model.hidden, model.ffn, model.heads * model.kv_channels, (model.vocab_size, model.hidden)
     patterns: dict[str, tuple[int, ...]] = {"shared.weight": table}
     if model.gated:
@@ -389,18 +390,18 @@ def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def layer_count(model: ResolvedModel, pattern: str) -> int:
-    """How many layers the `*` of a name in parameter_patterns counts."""
+    """Number of layers that the `*` of a name in parameter_patterns stands for."""
     return model.decoder_layers if pattern.startswith("decoder.") else model.layers
 
 
 def duplicate_names(model: ResolvedModel) -> dict[str, str]:
-    """Names under which a folder may repeat a parameter -> that parameter."""
+    """Names under which a folder may store a parameter a second time -> the name of that parameter."""
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *([] if model.gated else ["lm_head.weight"])]
     return dict.fromkeys(names, "shared.weight")
 
 
 def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
-    """The section `model` for a folder's config.json. KeyError where it lacks a shape."""
+    """The `model` section for the config.json of a folder. Raises KeyError if a shape is missing."""
     return ResolvedModel(
         arch="t5_v1_1" if config.get("feed_forward_proj") == "gated-gelu" else "t5", layers=config["num_layers"],
         decoder_layers=config.get("num_decoder_layers") or config["num_layers"], hidden=config["d_model"],
@@ -411,30 +412,30 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that a folder to begin from may lack: none."""
+    """Prefixes of heads that may be missing in the folder that a run starts from: none."""
     return ()
 
 
 def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that are initialized from the seed whatever the folder holds: none in pretraining."""
+    """Prefixes of heads that are always initialized from the seed: none in pretraining."""
     return ()
 
 
 def head_problems(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the head of a task in a folder: pretraining has none."""
+    """Report problems with the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def head_notes(cfg: Config, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """What a user should know of that head: pretraining has none."""
+    """Notes for the user about the task head in a folder: none, since pretraining has no task head."""
     return iter(())
 
 
 def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
-    """The parameters of a folder with the labels of its head in the order of the task: pretraining has none."""
+    """Return `source` unchanged: pretraining has no task head whose outputs could be in another order."""
     return source
 
 
 def stored_names(name: str) -> list[str]:
-    """The names under which a folder may hold a parameter: its own, or the embedding's as a stack's."""
+    """The names under which a folder may store a parameter: its own, and for the embedding also its name in the encoder."""
     return [name, "encoder.embed_tokens.weight"] if name == "shared.weight" else [name]

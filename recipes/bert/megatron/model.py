@@ -52,7 +52,7 @@ class Bert(Encoder):
             return hidden
         picked = hidden.transpose(0, 1).flatten(0, 1).index_select(0, predicted)  # (N, H)
         logits, _ = self.output_layer(self.lm_head(picked), weight=self.shared_embedding_or_output_weight())
-        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp rows, all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[:, -padding:] = torch.finfo(logits.dtype).min

@@ -1,4 +1,4 @@
-"""GPT as Megatron Core defines it, from the recipe's shapes."""
+"""GPT on Megatron Core, built from the shapes in the config."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
-    """GPTModel whose vocabulary need not divide by tp: the softmax leaves out the rows that are added."""
+    """GPTModel whose vocabulary need not be a multiple of tp: the softmax leaves out the padding rows."""
 
     unpadded_vocab: int
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels (B, T), logits (T, B, V / tp) -> losses (B, T)"""
-        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp rows, all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[..., -padding:] = torch.finfo(logits.dtype).min

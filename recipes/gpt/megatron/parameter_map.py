@@ -12,14 +12,14 @@ from .. import task
 
 
 def qkv(groups: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Rows of q, k, v -> linear_qkv's: for each query group its q heads, then its k, then its v."""
+    """Rows of q, k, v -> rows of linear_qkv: for each query group its q heads, then its k, then its v."""
     return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in (q, k, v)], 1).flatten(0, 1)
 
 
 def split_qkv(groups: int, heads: int, mixed: torch.Tensor) -> Sequence[torch.Tensor]:
     """The inverse of qkv."""
     per_group = heads // groups
-    size = mixed.shape[0] // (heads + 2 * groups)  # a head's rows
+    size = mixed.shape[0] // (heads + 2 * groups)  # rows of a head
     grouped = mixed.reshape(groups, -1, *mixed.shape[1:])
     return [t.flatten(0, 1) for t in grouped.split([per_group * size, size, size], 1)]
 
@@ -29,7 +29,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Conversion:
-    """One parameter for one; `change` is its own inverse."""
+    """One parameter corresponds to one parameter; `change` is its own inverse."""
     return Conversion((name,), lambda tensor: [change(tensor)], change)
 
 
@@ -48,8 +48,8 @@ def parameter_map(model: task.ResolvedModel) -> ParameterMap:
     return conversion
 
 
-Outer = dict[str, Conversion]  # what lies outside the layers, by its Megatron name
-Layer = dict[str, Callable[[str], Conversion]]  # by its name within a layer: number of the layer -> conversion
+Outer = dict[str, Conversion]  # parameters outside the layers, by Megatron name
+Layer = dict[str, Callable[[str], Conversion]]  # {Megatron name within a layer: function of the layer number}
 
 
 def _gpt2(m: task.ResolvedModel) -> tuple[Outer, Layer]:
@@ -118,8 +118,8 @@ def _llama(m: task.ResolvedModel) -> tuple[Outer, Layer]:
 
 
 def _norms(first: str, second: str, leaf: str) -> dict[str, str]:
-    """A layer's two norms under both of Megatron's names, as modules and fused into the next linear layer by
-    TransformerEngine -> their names in transformers."""
+    """{Megatron name: transformers name} of a layer's two norms. Megatron has two names for each: as a module, and fused into
+    the next linear layer by TransformerEngine."""
     return {
         f"input_layernorm.{leaf}": f"{first}.{leaf}",
         f"self_attention.linear_qkv.layer_norm_{leaf}": f"{first}.{leaf}",

@@ -1,8 +1,7 @@
-"""Google's T5 on Megatron Core: its T5Model, corrected where it differs (checked with megatron-core 0.19.2).
+"""Google's T5 on Megatron Core: Megatron's T5Model, corrected where it differs (checked with megatron-core 0.19.2).
 
-Megatron's own differs from T5 without TransformerEngine: no relative biases, no final norm, a bias in the tied head, no
-scaling of its logits, no dropout inside the MLP and after the last norm. Full recomputation
-fails with relative biases (DetachedBias).
+Without TransformerEngine, Megatron's T5Model has no relative biases, no final norm, a bias in the tied head, no scaling of the
+logits, and no dropout inside the MLP or after the last norm. Full recomputation fails with relative biases (DetachedBias).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class DetachedBias(torch.autograd.Function):
-    """Brings the gradient that the layers of a block leave in `leaf` back to `bias`, of which it is a detached copy.
+    """Passes the gradient that the layers accumulate in `leaf`, a detached copy of `bias`, on to `bias`.
 
-    Megatron's recompute hands the biases to its layers by closure, not as an argument of the checkpoint. So the backward pass
-    of each recomputed layer goes on through the biases into their own graph, which the first has freed: "backward through
-    the graph a second time". A leaf ends it there, and gathers the gradients of all layers. This function stands at the
-    block's input, whose gradient is the last to be known: by then the leaf has them all.
+    Megatron's recompute passes the biases to its layers by closure, not as an argument of the checkpoint. The backward pass of
+    each recomputed layer therefore continues through the biases into their graph, which the first layer has already freed:
+    "backward through the graph a second time". A leaf tensor stops it there and accumulates the gradients of all layers. This
+    function is applied to the input of the block, whose gradient is computed last, when the leaf has all gradients.
     """
 
     @staticmethod
@@ -55,7 +54,7 @@ class DroppedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # mega
 
 
 def forked_random_state(config: TransformerConfig) -> AbstractContextManager[None]:
-    """Separate random states for each tp rank, which holds other units."""
+    """A random state of its own for each tp rank, since each rank holds other units."""
     return tensor_parallel.get_cuda_rng_tracker().fork() if config.tensor_model_parallel_size > 1 else nullcontext()
 
 
@@ -65,8 +64,8 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
     def forward(
         self, inputs: torch.Tensor, decoder_inputs: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """inputs (B, T), decoder_inputs and labels (B, S), mask (B, 1, 1, T), True where an input is padding -> losses (B, S),
-        or without labels logits (B, S, V / tp)."""
+        """inputs (B, T), decoder_inputs and labels (B, S), mask (B, 1, 1, T), True where an input is padding -> losses (B, S);
+        without labels, logits (B, S, V / tp)."""
         hidden, bias = self._biased(self.embedding(inputs, None), self.encoder_relative_pos_emb, inputs.size(1))
         encoded = self._dropped(self.encoder(hidden_states=hidden, attention_mask=mask, attention_bias=bias))
         hidden, bias = self._biased(self.embedding(decoder_inputs, None), self.decoder_relative_pos_emb, decoder_inputs.size(1))
@@ -77,7 +76,7 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
         if self.share_embeddings_and_output_weights:
             decoded, weight = decoded * self.config.hidden_size**-0.5, self.shared_embedding_or_output_weight()
         logits = self.lm_head(decoded, weight)  # (S, B, V / tp)
-        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp: all on the last rank
+        padding = self.vocab_size - self.unpadded_vocab  # fewer than tp rows, all on the last rank
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[..., -padding:] = torch.finfo(logits.dtype).min
@@ -86,7 +85,7 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
         return self.compute_language_model_loss(labels, logits)
 
     def _biased(self, hidden: torch.Tensor, table: torch.nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (T, B, H) and this rank's heads of the relative biases (1, heads / tp, T, T)."""
+        """Hidden states (T, B, H), and the relative biases of this rank's heads (1, heads / tp, T, T)."""
         bias = table(length, length).permute(0, 2, 3, 1)  # (1, T, T, heads)
         bias = tensor_parallel.scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
         if self.training and self.config.recompute_granularity:  # full, or megatron.extra's selective

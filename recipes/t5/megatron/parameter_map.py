@@ -12,7 +12,7 @@ from .. import task
 
 
 def mixed(heads: int, *parts: torch.Tensor) -> torch.Tensor:
-    """Rows of q, k, v (or k, v) -> linear_qkv's (linear_kv's): for each head its rows of each."""
+    """Rows of q, k, v (or k, v) -> rows of linear_qkv (linear_kv), which holds the parts of each head together."""
     return torch.stack([t.unflatten(0, (heads, -1)) for t in parts], 1).flatten(0, 2)
 
 
@@ -46,7 +46,7 @@ def parameter_map(model: task.ResolvedModel) -> ParameterMap:
 
 
 def _layer(m: task.ResolvedModel, stack: str) -> dict[str, tuple[str, ...]]:
-    """Parts of a layer in Megatron -> in transformers, where each block of a layer has a number."""
+    """{part of a layer in Megatron: parts in transformers}. transformers numbers the blocks of a layer."""
     mlp = 1 if stack == "encoder" else 2
     table = {
         "input_layernorm": ("0.layer_norm",),
@@ -67,7 +67,7 @@ def _layer(m: task.ResolvedModel, stack: str) -> dict[str, tuple[str, ...]]:
 
 
 def _outer(m: task.ResolvedModel) -> dict[str, Conversion]:
-    """What lies outside the layers."""
+    """The parameters outside the layers."""
     table = {"embedding.word_embeddings.weight": _unchanged("shared.weight", m.vocab_size)}
     if m.gated:
         table["lm_head.output_layer.weight"] = _unchanged("lm_head.weight", m.vocab_size)
