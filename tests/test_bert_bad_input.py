@@ -59,15 +59,15 @@ def without_mask(home: Path) -> None:
 
 CORPORA = [  # name, what is done, overrides, messages: one entry per line
     ("no bounds of sentences", None, "data.train=corpus/train data.valid=null data.tokenizer=words/tokenizer",
-     ["corpus/train: holds no bounds of sentences (one sequence a document); build it again with --sentences"]),
+     ["corpus/train: has no sentence boundaries (one sequence per document); build it again with --sentences"]),
     ("one sentence a document", lambda h: documents(h / "words/single", [1, 1, 1]), "data.train=words/single",
      ["words/single: each document has one sentence; a pair needs two sentences of one document"]),
     ("one document", lambda h: documents(h / "words/alone", [9]), "data.train=words/alone",
      ["words/alone: one document; objective.pair=nsp takes every other second segment from another document"]),
     ("no [MASK]", without_mask, "", ["words/train: its tokenizer has no [MASK]; build", "words/valid: its tokenizer has no"]),
     ("no tokenizer", lambda h: [(h / f"words/{n}.json").unlink() for n in ("train", "valid")], "",
-     ["words/train: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR", "words/valid: its"]),
-    ("too short", None, "data.seq_len=4", ["data.seq_len=4: leaves 1 tokens beside [CLS] and [SEP]; give more"]),
+     ["words/train: its tokenizer is not known, so [MASK] and [SEP] are not either; give data.tokenizer=DIR", "words/valid:"]),
+    ("too short", None, "data.seq_len=4", ["data.seq_len=4: leaves 1 tokens besides [CLS] and [SEP]; give more"]),
     ("longer than positions", None, "model.positions=16", ["bert.yaml: model.positions=16 is below data.seq_len=32"]),
     ("no pair head", None, "model.pair_head=false", ["model.pair_head=false with objective.pair=nsp"]),
     ("pair head and none", None, "model.pair_head=true objective.pair=none", ["model.pair_head=true with objective.pair=none"]),

@@ -277,7 +277,7 @@ def test_corpora_that_give_no_samples(tmp_path, words, sentences):
     write(tmp_path / "single", [[sentence]] * 4 + [[sentence, sentence]] * 0)
     write(tmp_path / "mixed", [[sentence]] * 3 + [[sentence, sentence]] * 3)
     write(tmp_path / "one", [[sentence] * 9])
-    with pytest.raises(BadInput, match="holds no bounds of sentences"):
+    with pytest.raises(BadInput, match="has no sentence boundaries"):
         bert(tmp_path / "single", words)
     with pytest.raises(BadInput, match="one document; objective.pair=nsp takes every other second segment from another"):
         bert(tmp_path / "one", words)

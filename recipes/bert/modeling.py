@@ -1,7 +1,7 @@
-"""The `transformers` classes that baseline and DeepSpeed train, with two changes that change no value:
+"""The `transformers` classes that the baseline and DeepSpeed train, with two changes that do not change the results.
 
-the head sees the masked positions only (BERT's own code gathers them too: 85 % of the vocabulary's logits are not computed),
-and MegatronBert, eager in transformers, attends by scaled_dot_product_attention. Names and shapes are the classes' own.
+The MLM head is applied to the masked positions only, as in BERT's own code; this saves 85 % of the vocabulary logits. And
+MegatronBert, which is eager in transformers, uses scaled_dot_product_attention. Parameter names and shapes are unchanged.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ Heads = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class OnMasked:
-    """forward for both architectures, with or without a head for pairs."""
+    """`forward` of both architectures, with or without a pair head."""
 
-    bert: Any  # these two are the transformers class's
+    bert: Any  # this and `cls` are modules of the transformers class
     cls: Any
 
     def forward(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor, predicted: torch.Tensor
     ) -> Heads:
         """input_ids, token_type_ids (B, T) int64, attention_mask (B, T) bool, True for tokens; predicted (N,) int64, indices
-        in the flat (B x T,) -> logits (N, V) and, where there is a pair head, (B, 2)."""
+        into the flattened (B x T,) -> logits (N, V) and, where there is a pair head, (B, 2)."""
         out = self.bert(input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask[:, None, None, :])
         hidden = out.last_hidden_state.flatten(0, 1).index_select(0, predicted)  # (N, H)
         pair_head = getattr(self.cls, "seq_relationship", None)
@@ -48,7 +48,7 @@ class SingleMegatronBert(OnMasked, MegatronBertForMaskedLM):
 
 
 class SdpaSelfAttention(MegatronBertSelfAttention):
-    def forward(  # type: ignore[override]  # the caches and the attention weights of the class are not used
+    def forward(  # type: ignore[override]  # caches and attention weights are not used
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
     ) -> tuple[torch.Tensor, None]:
         """hidden_states (B, T, H), attention_mask (B, 1, 1, T) bool -> (B, T, H)"""
@@ -62,7 +62,7 @@ class SdpaSelfAttention(MegatronBertSelfAttention):
 
 
 def use_sdpa[Net: torch.nn.Module](net: Net) -> Net:
-    """Let every attention of a MegatronBert be SdpaSelfAttention."""
+    """Turn every attention module of a MegatronBert into SdpaSelfAttention."""
     for module in net.modules():
         if type(module) is MegatronBertSelfAttention:
             module.__class__ = SdpaSelfAttention

@@ -1,9 +1,9 @@
-"""BERT's samples: which sentences make up one, which of its tokens are hidden. Each is a function of (seed, number) alone.
+"""BERT's samples: which sentences make up a sample, and which of its tokens are masked. Each depends only on (seed, number).
 
-A corpus is cut once into chunks, runs of whole sentences that fill a sample; a pass over the data visits each chunk once,
-in the order of common/data/sampler.py. What is drawn for a sample (its length, where its pair is cut, whether the second
-segment is a stranger or the two are swapped, what is masked) is drawn again each time it comes (dynamic masking: RoBERTa,
-arXiv:1907.11692, section 4.1).
+A corpus is divided once into chunks: runs of whole sentences that fill a sample. A pass over the data visits each chunk once,
+in the order of common/data/sampler.py. The random choices for a sample are its length, where its pair is cut, whether the
+second segment comes from another document or the two are swapped, and what is masked. They are made anew in each pass (dynamic
+masking: RoBERTa, arXiv:1907.11692, section 4.1).
 
 Letters in shapes: B samples, T `seq_len`.
 """
@@ -20,23 +20,23 @@ from common.errors import BadInput
 from common.paths import Blend
 from common.seeding import derive_seed
 
-NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # words of one masked piece, at most
-RUN = 64  # without pairs: documents are laid end to end in runs of about so many samples
+NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # largest number of words in a masked piece
+RUN = 64  # without pairs, documents are concatenated in runs of about this many samples
 
 
 class Special(NamedTuple):
-    """What a sample needs to know of its tokenizer."""
+    """The special tokens and vocabulary of a tokenizer, as samples need them."""
 
     cls: int
     sep: int
     mask: int
     pad: int
-    continues: np.ndarray  # (ids,) bool: a piece that continues a word
-    ordinary: np.ndarray  # ids that may stand in for a masked token: all but the special ones
+    continues: np.ndarray  # (ids,) bool: whether the token continues a word
+    ordinary: np.ndarray  # ids that may replace a masked token: all except the special ones
 
 
 def special_ids(tokenizer: Tokenizer, name: str) -> Special:
-    """BadInput, naming each token that the tokenizer lacks."""
+    """The special tokens of a tokenizer. Raises BadInput, which names each one that is missing."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in ("cls", "sep", "mask", "pad")}
     missing = [f"[{role.upper()}]" for role, value in ids.items() if value is None]
     if missing:
@@ -44,8 +44,8 @@ def special_ids(tokenizer: Tokenizer, name: str) -> Special:
             f"{name}: its tokenizer has no {' '.join(missing)}; build the corpus with a WordPiece tokenizer "
             "(--tokenizer bert-base-uncased, or --tokenizer-type wordpiece --vocab-size N)"
         )
-    never = {*ids.values(), tokenizer.backend.token_to_id("[UNK]")} - {None}
-    ordinary = np.setdiff1d(np.arange(tokenizer.size), np.array(sorted(never)))
+    excluded = {*ids.values(), tokenizer.backend.token_to_id("[UNK]")} - {None}
+    ordinary = np.setdiff1d(np.arange(tokenizer.size), np.array(sorted(excluded)))
     return Special(**ids, continues=tokenizer.continues(), ordinary=ordinary)
 
 
@@ -53,19 +53,21 @@ class Samples(BlendedDataset):
     """Samples of one or two segments with masked tokens.
 
     pair: 'nsp', 'sop' or 'none' (full sentences, across documents). masking: 'token', 'whole_word' or 'ngram'.
-    notes: what a user should know of the corpora. BadInput for corpora without bounds of sentences, or without a pair.
+    notes: notes for the user about the corpora.
+
+    Raises BadInput for corpora without sentence boundaries, or without a pair of sentences.
     """
 
     def __init__(
         self, data: Blend, seq_len: int, special: Special, *, pair: str, masking: str, masked_lm_prob: float,
-        short_seq_prob: float,
-        seed: int, shuffle: bool,
+        short_seq_prob: float, seed: int, shuffle: bool,
     ):  # fmt: skip
         self.seq_len, self.special, self.pair = seq_len, special, pair
         self.masking, self.masked_lm_prob, self.short_seq_prob = masking, masked_lm_prob, short_seq_prob
-        self.room = seq_len - (2 if pair == "none" else 3)  # tokens beside [CLS] and [SEP]
+        self.room = seq_len - (2 if pair == "none" else 3)  # tokens besides [CLS] and [SEP]
         self.notes: list[str] = []
-        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # prefix -> first sentence, sentence after the last
+        # prefix -> for each chunk, its first sentence and the one after its last
+        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         super().__init__(data, seed=seed, shuffle=shuffle)
 
     # ---- which sentences
@@ -73,12 +75,12 @@ class Samples(BlendedDataset):
     def count_samples(self, corpus: IndexedDataset) -> int:
         if not corpus.has_sentence_bounds:
             raise BadInput(
-                f"{corpus.prefix}: holds no bounds of sentences (one sequence a document); build it again with --sentences"
+                f"{corpus.prefix}: has no sentence boundaries (one sequence per document); build it again with --sentences"
             )
         if not corpus.documents:
-            raise BadInput(f"{corpus.prefix}: holds no document; build it from text")
+            raise BadInput(f"{corpus.prefix}: has no documents; build it from text")
         if self.room < 2:
-            raise BadInput(f"data.seq_len={self.seq_len}: leaves {self.room} tokens beside [CLS] and [SEP]; give more")
+            raise BadInput(f"data.seq_len={self.seq_len}: leaves {self.room} tokens besides [CLS] and [SEP]; give more")
         first, end = whole_sentences(corpus, self.room) if self.pair == "none" else self._pairs(corpus)
         self._chunks[corpus.prefix] = first, end
         return len(first)
@@ -101,9 +103,11 @@ class Samples(BlendedDataset):
     # ---- one sample
 
     def collate(self, numbers: np.ndarray | Sequence[int] | range) -> dict[str, np.ndarray]:
-        """The samples of these numbers: tokens (B, T) int64 as the model sees them; labels (B, T) int64, the same before
-        masking; mlm_mask (B, T) bool, the tokens to predict; token_types (B, T) int64, 0 and 1; lengths (B,) int64, without
-        padding; with pairs also pair_label (B,) int64, 1 for a stranger or a swapped pair, and pair_mask (B,) bool.
+        """Assemble the samples with these numbers into a micro batch.
+
+        tokens (B, T) int64: the model's input. labels (B, T) int64: the tokens before masking. mlm_mask (B, T) bool: the tokens
+        to predict. token_types (B, T) int64: 0 or 1. lengths (B,) int64: number of tokens without padding. With pairs also
+        pair_label (B,) int64: 1 for a segment of another document or a swapped pair; and pair_mask (B,) bool.
         """
         corpus, index = self.indices(numbers)
         shape = (len(index), self.seq_len)
@@ -133,20 +137,20 @@ class Samples(BlendedDataset):
         out["labels"][row, : len(ids)] = ids
         out["tokens"][row, : len(ids)] = ids
         candidates = np.flatnonzero((ids != s.cls) & (ids != s.sep))
-        if not len(candidates):  # special ids alone, in a corpus of another tool
+        if not len(candidates):  # only special ids, which is possible in a corpus of another tool
             return
         chosen = self.choose(ids, candidates, rng)
         out["mlm_mask"][row, chosen] = True
         out["tokens"][row, chosen] = self._hide(ids[chosen], rng)
 
     def _length(self, rng: np.random.Generator) -> int:
-        """Tokens that a sample aims at: all that fit, or for a share of them any number from 2 on (BERT, appendix A.2)."""
+        """Target length of a sample: all tokens that fit, or for a share of samples any number from 2 (BERT, appendix A.2)."""
         if rng.random() >= self.short_seq_prob:
             return self.room
         return 2 + int(rng.random() * (self.room - 1))
 
     def _single(self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
-        """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the room."""
+        """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the target length."""
         inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
         starts = corpus.starts
         ids = corpus.read(starts[first], starts[end]).astype(np.int64)
@@ -155,7 +159,7 @@ class Samples(BlendedDataset):
     def _two(
         self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Segment A, segment B, label. As many sentences of the chunk as reach the length, cut in two at a random one."""
+        """Segment A, segment B, label. Sentences of the chunk are taken up to the target length and cut at a random one."""
         starts, target = corpus.starts, self._length(rng)
         enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))
         end = min(max(enough, first + 2), end)
@@ -166,17 +170,17 @@ class Samples(BlendedDataset):
             a, b = b, a
         elif changed:
             # as long as the true one, so that the lengths do not give the label away
-            b = self._stranger(corpus, first, max(1, min(target - len(a), len(b))), rng)
+            b = self._other_segment(corpus, first, max(1, min(target - len(a), len(b))), rng)
         return *shorten(a, b, self.room, rng), int(changed)
 
-    def _stranger(self, corpus: IndexedDataset, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
-        """From a random sentence of another document on, whole sentences that reach `tokens`; all of it if it is shorter."""
+    def _other_segment(self, corpus: IndexedDataset, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
+        """Whole sentences of another document from a random one on, at least `tokens` tokens; all of it if it is shorter."""
         own = int(np.searchsorted(corpus.bounds, first, "right")) - 1
         other = int(rng.random() * (corpus.documents - 1))
         other += other >= own
         begin, end = int(corpus.bounds[other]), int(corpus.bounds[other + 1])
         starts = corpus.starts
-        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # after it too few are left
+        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # after it, too few tokens are left
         start = begin + int(rng.random() * (max(last, 0) + 1))
         enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
         return corpus.read(starts[start], starts[min(enough, end)])
@@ -184,11 +188,11 @@ class Samples(BlendedDataset):
     # ---- which tokens are hidden
 
     def choose(self, ids: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of `candidates` in `ids` to predict: masked_lm_prob of the words in expectation, at least one piece.
+        """Choose which of `candidates` in `ids` to predict: a share masked_lm_prob of the words on average, at least one piece.
 
         A piece is one token, one whole word, or 1 to 3 whole words with probability proportional to 1/n (ALBERT, section
-        4.1; SpanBERT finds longer pieces harder). Their lengths are drawn first and the pieces then laid among the words so
-        that every arrangement is equally likely: nothing is drawn again, so the lengths keep their distribution.
+        4.1; SpanBERT finds longer pieces harder). First the lengths of the pieces are drawn. Then the pieces are placed among
+        the words so that every arrangement is equally likely. Nothing is redrawn, so the lengths keep their distribution.
         """
         begins = np.ones(len(candidates), bool)
         if self.masking != "token":
@@ -203,7 +207,9 @@ class Samples(BlendedDataset):
         wanted = self.masked_lm_prob * words / float(odds @ np.arange(1, longest + 1))
         pieces = max(1, int(wanted + rng.random()))
         lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
-        fit = max(1, int(np.searchsorted(np.cumsum(lengths), words, "right")))  # in a sample of few words not all do
+        fit = max(
+            1, int(np.searchsorted(np.cumsum(lengths), words, "right"))
+        )  # a short sample may not have room for all pieces
         lengths = np.minimum(lengths[:fit], words)
         pieces, spare = len(lengths), words - int(lengths.sum())
         slots = np.sort(np.argsort(rng.random(spare + pieces))[:pieces])
@@ -214,7 +220,7 @@ class Samples(BlendedDataset):
         return candidates[np.cumsum(hidden)[word] > 0]
 
     def _hide(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """80 % [MASK], 10 % any other ordinary token, 10 % as they are, token by token (BERT, section 3.1)."""
+        """Replace each token by [MASK] (80 %) or by an ordinary token (10 %), or keep it (10 %) (BERT, section 3.1)."""
         how = rng.random(len(ids))
         ordinary = self.special.ordinary
         others = ordinary[(rng.random(len(ids)) * len(ordinary)).astype(np.int64)]
@@ -224,9 +230,9 @@ class Samples(BlendedDataset):
 def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of at least two sentences within one document: first sentence and the one after the last, (chunks,) int64.
 
-    As many sentences as reach `room` tokens, so that pairs are cut to it: what is short ends its document or was asked to
-    be (BERT's create_pretraining_data.py). A last sentence alone goes with the ones before it. All documents are walked at
-    once, a chunk of each at a turn.
+    A chunk takes sentences until they reach `room` tokens; pairs are then shortened to that. A pair is shorter only at the end
+    of its document or where a short length was drawn (BERT's create_pretraining_data.py). A single last sentence is added to
+    the chunk before it. All documents are processed at once, one chunk of each per iteration.
     """
     starts, bounds = corpus.starts, corpus.bounds
     enough = np.diff(bounds) >= 2
@@ -234,7 +240,7 @@ def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, n
 
 
 def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of the sentences that fit `room` tokens, across documents, a bound between two of which takes one more."""
+    """Chunks of the sentences that fit into `room` tokens, across documents. A document boundary takes one token."""
     bounds = corpus.bounds
     sentences = np.arange(len(corpus.starts))
     starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # one token for each document that has ended
@@ -247,8 +253,8 @@ def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.n
 def _walk(
     starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int, within: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut each run of sentences [begin, end) into chunks that reach `room` tokens, or stay within them, of at least `least`
-    sentences."""
+    """Divide each run of sentences [begin, end) into chunks of at least `least` sentences. A chunk takes sentences until it
+    reaches `room` tokens, or with `within` as many as fit into them."""
     firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     while len(begin):
         full = starts[begin] + room
@@ -265,7 +271,7 @@ def _walk(
 
 
 def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the longer of two segments, then both equally, until they fit; token by token from its front or its back."""
+    """Shorten the longer of two segments, then both equally, until they fit. Each token is cut from the front or the back."""
     if len(a) + len(b) <= room:
         return a, b
     half = room // 2
@@ -279,7 +285,7 @@ def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -
 
 
 def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:
-    """As recipes/bert/task.py's config says. name: of the tokenizer, for messages."""
+    """The samples that a config of recipes/bert/task.py describes. name: the tokenizer's name for messages."""
     o = cfg.objective
     return Samples(
         data, cfg.data.seq_len, special_ids(tokenizer, name), pair=o.pair, masking=o.masking, masked_lm_prob=o.masked_lm_prob,

@@ -1,9 +1,11 @@
-"""What makes it BERT, whichever stack trains it: shapes, names, initial values, batch and loss. Torch is imported when used.
+"""The definition of BERT that all stacks share: shapes, parameter names, initial values, batch and loss.
 
-Two architectures, named as transformers names them. `bert`: the original, a norm after each block (Devlin et al. 2018).
-`megatron-bert`: Megatron-LM's, a norm before each block and one at the end, which alone stays stable at 1.3B and more
-(arXiv:1909.08053, section 5.3). Both have an MLM head tied to the embedding and, for objectives with pairs, a pair head.
-Shapes: B samples, T positions, H hidden, V vocabulary, N masked positions of a batch, P parts of the loss (1 or 2).
+Two architectures, with their names in transformers. `bert`: the original, with norms after the blocks (Devlin et al. 2018).
+`megatron-bert`: Megatron-LM's, with a norm before each block and one at the end. Only this one stays stable at 1.3B
+parameters and more (arXiv:1909.08053, section 5.3). Both have an MLM head tied to the embedding. Objectives with pairs add a
+pair head.
+Letters in shapes: B samples, T positions, H hidden, V vocabulary, N masked positions of a batch, P parts of the loss (1 or 2).
+Functions import torch only when they need it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Model(Section):
 
     arch: Literal["megatron-bert", "bert"] = Field(
         default="megatron-bert",
-        description="Norms behind the blocks (bert, arXiv:1810.04805) or before them (megatron-bert, arXiv:1909.08053).",
+        description="Norms after the blocks (bert, arXiv:1810.04805) or before them (megatron-bert, arXiv:1909.08053).",
     )
     layers: Layers = Field(description="Transformer layers.")
     hidden: Positive = Field(description="Width of the residual stream.")
@@ -62,7 +64,7 @@ class Model(Section):
     norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-12, description="Epsilon of the norms.")
     init_std: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.02,
-        description="Standard deviation of initial weights; megatron-bert: divided by sqrt(2 x layers) before residuals.",
+        description="Standard deviation of initial weights; megatron-bert: divided by sqrt(2 x layers) in residual outputs.",
     )
 
     def problems(self) -> Iterator[str]:
@@ -85,7 +87,7 @@ class Model(Section):
         system = getattr(cfg, stack)
         yield from self.head_problems(cfg)
         if getattr(system, "transformer_engine", False) and self.arch == "bert":
-            yield "megatron.transformer_engine=true with model.arch=bert: its post-norm layers are not in it; set it to false"
+            yield "megatron.transformer_engine=true with model.arch=bert: it has no post-norm layers; set it to false"
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
@@ -102,13 +104,13 @@ class Model(Section):
 
     def head_problems(self, cfg: Config) -> Iterator[str]:
         if self.pair_head is False and cfg.objective.pair != "none":
-            yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: set one of them to what the other says"
+            yield f"model.pair_head=false with objective.pair={cfg.objective.pair}: they contradict each other; change one"
         if self.pair_head and cfg.objective.pair == "none":
             yield "model.pair_head=true with objective.pair=none: the head would get no gradient; give model.pair_head=false"
 
     @property
     def classifier(self) -> str:
-        """The linear layer that Megatron calls binary_head: of the pairs, in finetuning of the task."""
+        """The linear layer that Megatron calls binary_head. Here it is the pair head, in finetuning the head of the task."""
         return "cls.seq_relationship"
 
     def resolved_ffn(self) -> int:
@@ -154,7 +156,7 @@ MASK_SHARE = 0.15
 
 
 class Objective(Section):
-    """Masked language modelling, and what the second sentence is."""
+    """Masked language modelling, and the sentence-pair task."""
 
     pair: Literal["nsp", "sop", "none"] = Field(
         default="nsp",
@@ -168,7 +170,7 @@ class Objective(Section):
     )
     short_seq_prob: Share = Field(
         default=0.1,
-        description="Share of the samples with a random length from 2 tokens on (BERT's create_pretraining_data.py).",
+        description="Share of the samples with a random length of 2 tokens or more (BERT's create_pretraining_data.py).",
     )
 
     renamed: ClassVar[dict[str, str]] = {"mask_share": "masked_lm_prob", "short_share": "short_seq_prob"}
@@ -200,7 +202,9 @@ def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") ->
     corpus = IndexedDataset(first_prefix(blend))
     folder = cfg.data.tokenizer or corpus.tokenizer_dir
     if folder is None:
-        raise BadInput(f"{corpus.prefix}: its tokenizer is not known, and with it [MASK] and [SEP]; give data.tokenizer=DIR")
+        raise BadInput(
+            f"{corpus.prefix}: its tokenizer is not known, so [MASK] and [SEP] are not either; give data.tokenizer=DIR"
+        )
     folder = find(str(folder)) if find(str(folder)).is_dir() else folder
     return samples.open_dataset(cfg, blend, shuffle, tokenizer.load(folder), corpus.prefix)
 
@@ -208,8 +212,8 @@ def dataset(cfg: Config, data: Blend, shuffle: bool, stack: str = "baseline") ->
 def hf_config(model: ResolvedModel) -> PreTrainedConfig:
     """The `transformers` configuration of a resolved model.
 
-    pad_token_id=None: the classes would drop the gradient of that id in the embedding, which Megatron does not. Padding is
-    in no sum of the loss, so nothing else changes; an export says its tokenizer's id.
+    pad_token_id is None. Otherwise the classes would drop the gradient of that id in the embedding, unlike Megatron. Nothing
+    else changes, since the loss leaves out padding. An export has the id of its tokenizer.
     """
     from transformers import BertConfig, MegatronBertConfig
 
@@ -227,7 +231,7 @@ def _hf_shapes(model: ResolvedModel) -> dict[str, Any]:
 
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
-    """The `transformers` class that baseline and DeepSpeed train (modeling.py: with the head on masked positions only)."""
+    """The model that the baseline and DeepSpeed train (modeling.py), whose MLM head is applied to masked positions only."""
     from transformers import BertConfig, MegatronBertConfig
 
     from . import modeling as m
@@ -270,7 +274,7 @@ def _is_norm(name: str) -> bool:
 def initializer(model: ResolvedModel, name: str) -> float | str:
     """The initial value of a parameter: 'zeros', 'ones', or the standard deviation of a normal distribution.
 
-    BERT's code cuts the normal distribution at two deviations; here, as in transformers and Megatron, it is whole.
+    BERT's code truncates the normal distribution at two deviations. Here, as in transformers and Megatron, it is not truncated.
     megatron-bert: residual projections are scaled by 1/sqrt(2 x layers) (Megatron-LM, arXiv:1909.08053, section 5.1).
     """
     if name.endswith(".bias"):
@@ -288,19 +292,19 @@ def has_weight_decay(name: str) -> bool:
 
 
 def loss_names(cfg: Config) -> tuple[str, ...]:
-    """Names of the parts of the loss, each a mean over its own targets: masked tokens; pairs."""
+    """Names of the parts of the loss (masked tokens, pairs). Each part is a mean over its own targets."""
     return ("mlm",) if cfg.objective.pair == "none" else ("mlm", cfg.objective.pair)
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
-    """[targets of each part of the loss, ..., tokens without padding] of these micro batches."""
+    """[number of targets of each part of the loss, ..., number of tokens without padding] in these micro batches."""
     masks = [mask for mask in ("mlm_mask", "pair_mask") if mask in micro_batches[0]]
     return [*(batches.targets(micro_batches, mask) for mask in masks), batches.tokens(micro_batches)]
 
 
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of `dataset` -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) indices of the
-    masked positions in the flat batch, labels (N,); with pairs pair_label (B,), pair_mask (B,) bool."""
+    masked positions in the flattened batch, labels (N,). With pairs also pair_label (B,) and pair_mask (B,) bool."""
     import torch
 
     predicted = np.flatnonzero(micro_batch["mlm_mask"])
@@ -318,8 +322,8 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def loss_sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (N, V) of the masked positions and (B, 2) of the pairs -> (2, P): summed cross entropies in fp32, and how many
-    targets have the highest logit."""
+    """Logits (N, V) of the masked positions and (B, 2) of the pairs -> (2, P): summed cross entropies in fp32, and numbers of
+    correct predictions."""
     import torch
 
     labels = batch["labels"]
@@ -329,7 +333,7 @@ def loss_sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, to
 
 
 def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (B, 2) of the pairs -> (2,): summed cross entropy, and how many are right."""
+    """Logits (B, 2) of the pairs -> (2,): summed cross entropy, and number of correct predictions."""
     import torch
     import torch.nn.functional as F
 
@@ -339,7 +343,7 @@ def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """With an export in plain transformers: the summed losses (P,) and targets (P,) of a batch."""
+    """Summed losses (P,) and numbers of targets (P,) of a batch, from an export in plain transformers."""
     import torch
 
     out = net(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["attention_mask"].long())
@@ -351,7 +355,7 @@ def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tu
 
 
 def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, float]]:
-    """(2 x P means in the order of `loss_sums`) -> the loss, and its parts as a log line names them."""
+    """The 2 x P means of `loss_sums`, flattened -> the loss, and losses and accuracies by their names in the log."""
     names = loss_names(cfg)
     losses, right = values[: len(names)], values[len(names) :]
     named = {f"{name}_loss": value for name, value in zip(names, losses, strict=True)}
@@ -359,8 +363,8 @@ def named_losses(cfg: Config, values: list[float]) -> tuple[float, dict[str, flo
 
 
 def forward_backward_flops(model: ResolvedModel, data: config.Data) -> dict[str, float]:
-    """FLOPs per token, forward and backward, without recomputation: 6 x weights that multiply + 12 x layers x hidden x T for
-    attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts for the masked positions alone (15 %)."""
+    """FLOPs per token, forward and backward, without recomputation: 6 x weights in matrix products + 12 x layers x hidden x T
+    for attention (Megatron-LM, arXiv:2205.05198, appendix A). The MLM head counts only for the masked positions (15 %)."""
     h = model.hidden
     weights = model.layers * (4 * h * h + 2 * h * model.ffn) + MASK_SHARE * (h * h + model.vocab_size * h)
     return {"full": 6.0 * weights + 12.0 * model.layers * h * data.seq_len}
@@ -375,7 +379,7 @@ def model_card(model: ResolvedModel) -> dict[str, Any]:
 
 _BY_DROPOUT = "the config gives model.dropout"
 _ID = "the tokenizer knows which ids are special"
-_TENSORFLOW = "of the first release in TensorFlow; transformers never read it"
+_TENSORFLOW = "from the first release, in TensorFlow; transformers never read it"
 IGNORED_HF_KEYS = {  # keys of config.json that do not change the output -> why; hf_folder.NO_EFFECT has those of all families
     "bos_token_id": _ID, "eos_token_id": _ID, "pad_token_id": _ID, "sep_token_id": _ID, "cls_token_id": _ID,
     "hidden_dropout_prob": _BY_DROPOUT, "attention_probs_dropout_prob": _BY_DROPOUT, "classifier_dropout": _BY_DROPOUT,
@@ -384,13 +388,13 @@ IGNORED_HF_KEYS = {  # keys of config.json that do not change the output -> why;
 }  # fmt: skip
 # prefixes of heads that a folder may contain, which are ignored: of pretraining, and of finetuned models
 IGNORED_HF_HEADS = ("cls.predictions.", "cls.seq_relationship.", "bert.pooler.", "pooler.", "classifier.", "qa_outputs.")
-# patterns of tensors that are not parameters: 0, 1, 2 ...
+# patterns of tensors that are not parameters: the numbers 0, 1, 2, ...
 HF_BUFFER_PATTERNS = (r"(bert\.)?embeddings\.(position_ids|token_type_ids)",)
 
 
 def normalized_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """A transformers configuration in which values with the same meaning are spelled alike."""
-    return {"position_embedding_type": "absolute", **values}  # the only one that its classes still have
+    return {"position_embedding_type": "absolute", **values}  # the only value that the classes still support
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
@@ -403,7 +407,7 @@ def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def encoder_tensors(model: ResolvedModel, pooled: bool) -> dict[str, tuple[int, ...]]:
-    """As parameter_patterns, without heads."""
+    """As parameter_patterns, without the heads."""
     h, f = model.hidden, model.ffn
     tables = {"word_embeddings": model.vocab_size, "position_embeddings": model.positions, "token_type_embeddings": 2}
     patterns: dict[str, tuple[int, ...]] = {f"bert.embeddings.{name}.weight": (size, h) for name, size in tables.items()}
@@ -448,7 +452,7 @@ def model_from_hf_config(config: dict[str, Any]) -> ResolvedModel:
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Prefixes of heads that a folder to begin from may lack (an encoder alone): they are initialized from the seed."""
+    """Prefixes of heads that may be missing in the folder that a run starts from. They are initialized from the seed."""
     return "cls.predictions.", *(("cls.seq_relationship.", "bert.pooler.") if model.pair_head else ())
 
 
@@ -473,8 +477,8 @@ def reorder_labels(cfg: Config, folder: Path, source: Source) -> Source:
 
 
 def stored_names(name: str) -> list[str]:
-    """The names under which a folder may hold a parameter: its own, that of an encoder saved without its heads, and with norms
-    as TensorFlow named them (google-bert/bert-base-uncased)."""
+    """The names under which a folder may store a parameter: its own, its name in an encoder saved without heads, and both with
+    TensorFlow's names of norms (google-bert/bert-base-uncased)."""
     known = [name, name.removeprefix("bert.")]
     older = [n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for n in known]
     return known + older

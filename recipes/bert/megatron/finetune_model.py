@@ -1,4 +1,4 @@
-"""BERT with the head of a task on Megatron Core."""
+"""BERT with a task head on Megatron Core."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ from . import model as megatron_model
 
 
 class HeadedBert(megatron_model.Encoder):
-    """Encoder with transformers' head for a task in place of those of pretraining."""
+    """Encoder with the task head of transformers in place of the pretraining heads."""
 
     head: Head
 
     def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As `encode`; on the last stage logits (B, L) of a pooled head or (B, T, L), equal on every tp rank."""
+        """As `encode`, but on the last stage logits, equal on every tp rank: (B, L) of a pooled head, or (B, T, L)."""
         hidden = self.encode(tokens, token_types, mask)
         if not self.post_process:
             return hidden
@@ -39,6 +39,6 @@ def build(cfg: finetune.ResolvedConfig, layout: Layout) -> HeadedBert:
 
 
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A batch of finetune.make_batch on this pipeline stage -> what HeadedBert.forward gives."""
+    """A batch of finetune.make_batch on this pipeline stage -> the output of HeadedBert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask)

@@ -1,4 +1,4 @@
-"""BERT as Megatron Core defines it, from the recipe's shapes, and the original BERT, which Megatron Core lacks."""
+"""Both BERTs on Megatron Core, built from the shapes in the config. Megatron Core itself has no post-norm BERT."""
 
 from collections.abc import Callable
 
@@ -20,33 +20,33 @@ from common.stacks import mcore
 from .. import task
 
 Heads = tuple[torch.Tensor, torch.Tensor | None]  # logits of the masked positions, logits of the pairs
-Output = torch.Tensor | Heads  # of a pipeline stage; the last one gives Heads
+Output = torch.Tensor | Heads  # output of a pipeline stage: Heads on the last one, else hidden states
 
 
 class Encoder(BertModel):  # type: ignore[misc]  # megatron-core has no annotations
-    """What pretraining and finetuning share of BertModel."""
+    """The part of BertModel that pretraining and finetuning share."""
 
     def encode(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out -> hidden states (T, B, H); on the last
-        stage whole, with sequence parallelism too."""
+        """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out -> hidden states (T, B, H). On the last
+        stage they have all positions, also with sequence parallelism."""
         embedded = None
         if self.pre_process:
             embedded = self.embedding(tokens, self.bert_position_ids(tokens), token_types)  # (T, B, H)
         hidden = self.encoder(hidden_states=embedded, attention_mask=mask)
         if self.post_process and self.config.sequence_parallel:
-            # every tp rank goes on with all positions: the gradient is split, not summed
+            # every tp rank continues with all positions, so the gradient is split and not summed
             return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
 
 
 class Bert(Encoder):
-    """BertModel whose head sees the masked positions only, and whose vocabulary need not divide by tp."""
+    """BertModel whose head is applied to masked positions only, and whose vocabulary need not be a multiple of tp."""
 
     unpadded_vocab: int
 
     def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor, predicted: torch.Tensor) -> Output:
-        """As `encode`, and predicted (N,), indices in the flat (B x T,) -> on the last stage logits (N, V / tp) and (B, 2), on
-        the others hidden states (T, B, H)."""
+        """As `encode`, with predicted (N,), indices into the flattened (B x T,) -> on the last stage logits (N, V / tp) and
+        (B, 2), on the others hidden states (T, B, H)."""
         hidden = self.encode(tokens, token_types, mask)
         if not self.post_process:
             return hidden
@@ -59,7 +59,7 @@ class Bert(Encoder):
         return logits, None if self.binary_head is None else self.binary_head(self.pooler(hidden, 0))
 
     def use_whole_positions(self) -> None:
-        """With sequence parallelism the heads work on gathered positions, equal on every tp rank."""
+        """Configure the heads for sequence parallelism: their inputs are gathered, so they are equal on every tp rank."""
         for parameter in self.lm_head.parameters():
             parameter.sequence_parallel = False
         self.output_layer.sequence_parallel = False
@@ -69,7 +69,7 @@ class Bert(Encoder):
 
 
 class PostNorm(torch.nn.Module):
-    """Megatron's bias-dropout-add with a norm after it: used twice in a layer without norms, it makes a post-norm layer."""
+    """Megatron's bias-dropout-add, followed by a norm. Used twice in a layer without norms, it makes a post-norm layer."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -112,7 +112,7 @@ def build(cfg: task.ResolvedConfig, layout: Layout) -> Bert:
 
 
 def encoder[Net: Encoder](net_class: type[Net], cfg: Config, m: task.ResolvedModel, layout: Layout, **heads: bool) -> Net:
-    """A model of this class, with these heads of BertModel."""
+    """Build a model of this class. heads: the arguments of BertModel that select its heads."""
     config = transformer_config(cfg, m, layout)
     bert_lm_head.LNImpl = mcore.Norm
     net = net_class(
@@ -129,13 +129,13 @@ def encoder[Net: Encoder](net_class: type[Net], cfg: Config, m: task.ResolvedMod
 
 
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Output:
-    """A batch of task.make_batch on this pipeline stage -> what Bert.forward gives."""
+    """A batch of task.make_batch on this pipeline stage -> the output of Bert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask, batch["predicted"])
 
 
 def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As task.loss_sums, of logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), equal on each."""
+    """As task.loss_sums, from logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), equal on each."""
     (mlm, pairs), labels = output, batch["labels"]
     if not len(labels):  # validation beyond the last sample
         mlm = torch.cat([mlm, mlm.new_zeros(1, mlm.size(1))])
@@ -148,7 +148,7 @@ def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _highest(logits: torch.Tensor) -> torch.Tensor:
-    """(N, V / tp) -> (N,) id of the highest logit over all shards, the first of equal ones."""
+    """logits (N, V / tp) -> (N,) id of the highest logit over all shards. Of equal logits, the first counts."""
     group = parallel_state.get_tensor_model_parallel_group()
     best, index = logits.max(-1)
     top = best.clone()

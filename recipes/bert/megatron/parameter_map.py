@@ -12,7 +12,7 @@ from .. import task
 
 
 def qkv(heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Rows of q, k, v -> linear_qkv's: for each head its q, its k, its v."""
+    """Rows of q, k, v -> rows of linear_qkv: for each head its q, its k, its v."""
     return torch.stack([t.unflatten(0, (heads, -1)) for t in (q, k, v)], 1).flatten(0, 2)
 
 
@@ -29,21 +29,21 @@ def parameter_map(model: task.ResolvedModel) -> ParameterMap:
     """The map of a resolved model: global Megatron name -> Conversion. It raises KeyError for an unknown name."""
     outer, layer = _outer(model), _layer(model)
 
-    def rule(name: str) -> Conversion:
+    def conversion(name: str) -> Conversion:
         match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
         if not match:
             return outer[name]
         number, part, leaf = match.groups()
-        theirs = [f"bert.encoder.layer.{number}.{one}.{leaf}" for one in layer[part]]
-        if len(theirs) == 1:
-            return _unchanged(theirs[0])
-        return Conversion(tuple(theirs), partial(split_qkv, model.heads), partial(qkv, model.heads))
+        names = [f"bert.encoder.layer.{number}.{one}.{leaf}" for one in layer[part]]
+        if len(names) == 1:
+            return _unchanged(names[0])
+        return Conversion(tuple(names), partial(split_qkv, model.heads), partial(qkv, model.heads))
 
-    return rule
+    return conversion
 
 
 def _layer(m: task.ResolvedModel) -> dict[str, tuple[str, ...]]:
-    """Parts of a layer in Megatron -> in transformers. Each has a weight and a bias."""
+    """{part of a layer in Megatron: parts in transformers}. Each part has a weight and a bias."""
     table = {
         "self_attention.linear_qkv": tuple(f"attention.self.{one}" for one in ("query", "key", "value")),
         "self_attention.linear_proj": ("attention.output.dense",),
@@ -53,13 +53,13 @@ def _layer(m: task.ResolvedModel) -> dict[str, tuple[str, ...]]:
     if m.arch == "bert":
         return table | {"self_attn_bda.norm": ("attention.output.LayerNorm",), "mlp_bda.norm": ("output.LayerNorm",)}
     norms = {"input_layernorm": ("attention.ln",), "pre_mlp_layernorm": ("ln",)}
-    # as TransformerEngine names them, fused into the linear layer after them
+    # TransformerEngine's names, since it fuses a norm into the linear layer after it
     fused = {"self_attention.linear_qkv.layer_norm": ("attention.ln",), "mlp.linear_fc1.layer_norm": ("ln",)}
     return table | norms | fused
 
 
 def _outer(m: task.ResolvedModel) -> dict[str, Conversion]:
-    """What lies outside the layers."""
+    """The parameters outside the layers."""
     embedding = _unchanged("bert.embeddings.word_embeddings.weight", m.vocab_size)
     table = {
         "embedding.word_embeddings.weight": embedding,
@@ -68,13 +68,12 @@ def _outer(m: task.ResolvedModel) -> dict[str, Conversion]:
         "embedding.position_embeddings.weight": _unchanged("bert.embeddings.position_embeddings.weight"),
         "embedding.tokentype_embeddings.weight": _unchanged("bert.embeddings.token_type_embeddings.weight"),
     }
-    both = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.layer_norm": "cls.predictions.transform.LayerNorm"}
-    both |= {"pooler.dense": "bert.pooler.dense"}
-    both |= {"binary_head": m.classifier}
+    modules = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.layer_norm": "cls.predictions.transform.LayerNorm"}
+    modules |= {"pooler.dense": "bert.pooler.dense", "binary_head": m.classifier}
     if m.arch == "bert":
-        both["embedding.embedding_dropout.0"] = "bert.embeddings.LayerNorm"
+        modules["embedding.embedding_dropout.0"] = "bert.embeddings.LayerNorm"
     else:
-        both["encoder.final_layernorm"] = "bert.encoder.ln"
-    for ours, theirs in both.items():
-        table |= {f"{ours}.{leaf}": _unchanged(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
+        modules["encoder.final_layernorm"] = "bert.encoder.ln"
+    for megatron, hf in modules.items():
+        table |= {f"{megatron}.{leaf}": _unchanged(f"{hf}.{leaf}") for leaf in ("weight", "bias")}
     return table
