@@ -428,7 +428,7 @@ def test_training_answers_that_no_window_holds_are_counted(models: Models, tmp_p
             json.dumps({"data": [{"paragraphs": [{"context": context, "qas": asked}]}]})
         )
     examples = opened(models.make("qa two", "ForQuestionAnswering", 5), "squad", tmp_path, seq_len=16, question_len=8)
-    assert "train: the answers of 1 questions lie whole in no window: trained on as if there were none" in examples.notes
+    assert "train: the answers of 1 questions do not fit into one window: trained on as unanswerable" in examples.notes
 
 
 # ---- labels of one's own ---------------------------------------------------------------------------------------------

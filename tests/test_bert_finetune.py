@@ -311,7 +311,7 @@ REFUSED = [
     ("task.data=nowhere", "task.data=nowhere: no such folder; give one with the files of rte, or leave it out for the hub"),
     ("task.data=recipes", "task.data=", "does not hold train.tsv and dev.tsv, which rte is read from"),
     ("data.seq_len=4096", "model.positions=64 is below data.seq_len=4096; give data.seq_len=64 or less"),
-    ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
+    ("task.train_examples=1000", "task.train_examples=1000: train has only 60; give at most that"),
     ("model.layers=3", "has num_hidden_layers=4, the model gives 3"),
     ("init.from=scratch", "data.tokenizer: is missing"),
     ("init=folder", 'init="folder": should be a section: from'),
@@ -324,7 +324,7 @@ REFUSED = [
     ("data.seq_len=7", "data.seq_len=7: should be greater than or equal to 8"),
     ("task={name: squad, question_len: 44, data: recipes}", "data.seq_len=48 leaves no room for a context beside"),
     ("task={name: ner, data: recipes}", "task.tags: is missing; give the tags of ner"),
-    ("task.labels=[a, b]", "task.labels: is for task.name=classify alone; leave it out"),
+    ("task.labels=[a, b]", "task.labels: is only for task.name=classify; leave it out"),
     ("task={name: classify, labels: [a]}", "give task.data=DIR", 'task.labels=["a"]: give two or more'),
 ]
 
@@ -458,7 +458,7 @@ def test_a_head_of_another_shape_is_refused(runs, configs, tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "its head classifier.weight is (1, 64), the task wants (2, 64); give model.new_head=true" in done.stderr
-    message = "classifier.* is trained on; give model.new_head=true to begin it from train.seed"
+    message = "classifier.* is trained on; give model.new_head=true to initialize it from train.seed"
     done = subprocess.run([*command, "model.new_head=true"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and message not in done.stdout, done.stderr
     command[-1] = f"init.from={runs[0] / 'rte/baseline'}"  # two classes too, but others

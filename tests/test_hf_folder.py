@@ -471,7 +471,7 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
             model,
             scored,
             [
-                "its head classifier.* is trained on; give model.new_head=true to begin it from train.seed",
+                "its head classifier.* is trained on; give model.new_head=true to initialize it from train.seed",
                 "the labels of its head have no names (id2label): assumed to be a, b, in this order",
             ],
         ),

@@ -625,7 +625,7 @@ REFUSED = [
     ("task.source=fr", "has no train examples of multi30k-en-de: train.fr and train.de"),
     ("task.beams=0", "task.beams=0: should be greater than 0"),
     ("data.valid=test", "data.valid=\"test\": should be 'dev'"),
-    ("task.train_examples=1000", "task.train_examples=1000: train has 60; give at most that"),
+    ("task.train_examples=1000", "task.train_examples=1000: train has only 60; give at most that"),
     ("model.layers=4", "has num_layers=3, the model gives 4"),
     ("init.from=scratch", "data.tokenizer: is missing, and init.from=scratch does not provide one"),
     ("init.from=nowhere", "init.from=nowhere: no config.json there"),

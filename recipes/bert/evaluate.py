@@ -1,4 +1,4 @@
-"""An export with a head on the dev set of its task, in plain transformers: what scripts/evaluate.py calls for such models."""
+"""Evaluation of an export with a task head on the data of its task, in plain transformers. scripts/evaluate.py calls this."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +20,16 @@ from .tasks.base import MIN_SEQ_LEN as MIN_SEQ_LEN, TaskDataset
 from .tasks.registry import HEADS, LABEL_KEYS, TASKS
 
 PUBLIC_DEV_ALONE = ("squad", "squad2")
-SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # of the others 128
+SEQ_LEN = {"squad": 384, "squad2": 384, "race": 512}  # 128 for other tasks
 
 
 def tasks_of(architecture: str) -> list[str]:
-    """The tasks that a transformers class can be evaluated on; [] for one without such a head."""
+    """The tasks that a transformers class can be evaluated on. [] if the class has no head for a task."""
     return [name for name, task in TASKS.items() if architecture.endswith(HEADS[task.task_type].exported_class)]
 
 
 class Task(NamedTuple):
-    """What is evaluated. order: the output of the head for each label of the task; None: they are in the task's order."""
+    """The task to evaluate. order: for each label of the task, the output of the head; None if they are in the same order."""
 
     cfg: finetune.ResolvedConfig
     examples: TaskDataset
@@ -37,16 +37,18 @@ class Task(NamedTuple):
 
 
 def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> Task:
-    """A task for the model in `folder`; `given` is that folder or the run it is the export of. BadInput where the model has
-    another head, other labels, or no room."""
+    """The task for the model in `folder`. given: that folder, or the run that exported it.
+
+    Raises BadInput if the model has another head or other labels, or if its sequences are too short.
+    """
     stored = read_object(folder / "config.json") or {}
     cfg = settings(given, folder, stored, name, data, seq_len, split)
     head = f"{cfg.model.task_head.parameter}.weight"
     tensors = hf_folder.tensors(folder, str(folder), [])
     outputs = tensors[head].shape[0] if head in tensors else 0
     if outputs != len(cfg.model.labels):
-        wanted = f"its head has {outputs} outputs, {name} wants {len(cfg.model.labels)}"
-        raise BadInput(f"{folder}: {wanted}; finetune it on {name} first")
+        mismatch = f"its head has {outputs} outputs, {name} wants {len(cfg.model.labels)}"
+        raise BadInput(f"{folder}: {mismatch}; finetune it on {name} first")
     try:
         order = label_names.output_order(name, cfg.model.task_head, cfg.model.labels, stored)
     except BadInput as error:
@@ -59,7 +61,7 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
 def settings(
     given: Path, folder: Path, stored: dict[str, Any], name: str, data: Path | None, seq_len: int | None, split: str
 ) -> finetune.ResolvedConfig:
-    """The config of the run where `given` is one of this task, else one of the task's defaults. stored: config.json."""
+    """The config of the run `given` if it is of this task, else one with the task's defaults. stored: config.json."""
     known = read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
     own = isinstance(known.get("task"), dict) and known["task"].get("name") == name
     task = dict(known["task"]) if own else {"name": name}
@@ -88,7 +90,7 @@ def settings(
 
 
 def own_labels(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
-    """Of a task that has none by itself: those that the model's config.json gives."""
+    """The labels in the model's config.json, for a task that has no labels of its own."""
     try:
         names = label_names.stored_labels(stored)
     except BadInput as error:
@@ -101,10 +103,10 @@ def own_labels(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
 
 
 def predict(
-    net: Any, task: Task, batch: int, limit: int | None, ranks: Ranks, tell: Callable[[int], None]
+    net: Any, task: Task, batch: int, limit: int | None, ranks: Ranks, report: Callable[[int], None]
 ) -> np.ndarray:  # fmt: skip
-    """Predictions (n, width) of the first n examples. Each is done once, by one rank, in the same batches whatever the number
-    of ranks: so 2 ranks give what 1 gives, bit for bit. tell: is given the number of each batch."""
+    """Predictions (n, width) of the first n examples. Each example is computed once, by one rank, and the batches do not depend
+    on the number of ranks. The results are therefore the same, bit for bit. report: called with the number of each batch."""
     import torch
     import torch.distributed as dist
 
@@ -113,23 +115,23 @@ def predict(
     ordered = examples.batch_order(range(n))
     values = torch.zeros(n, head.prediction_width(task.cfg.data.seq_len), dtype=torch.float64, device=ranks.device)
     for number in range(ranks.rank, -(-n // batch), ranks.world):
-        tell(number)
-        rows = examples.collate(ordered[number * batch : (number + 1) * batch])
-        given = finetune.make_batch(rows, ranks.device)
-        mask = given["attention_mask"].long()  # (B, T), as plain transformers takes it
+        report(number)
+        micro_batch = examples.collate(ordered[number * batch : (number + 1) * batch])
+        inputs = finetune.make_batch(micro_batch, ranks.device)
+        mask = inputs["attention_mask"].long()  # (B, T), as plain transformers takes it
         with torch.no_grad():
-            output = net(given["tokens"], token_type_ids=given["token_types"], attention_mask=mask)
+            output = net(inputs["tokens"], token_type_ids=inputs["token_types"], attention_mask=mask)
         logits = finetune.logits_of(output).float()
-        predictions = head.predictions(logits if task.order is None else logits[..., task.order], given)
-        values[rows["indices"], : predictions.shape[1]] = predictions.double()
+        predictions = head.predictions(logits if task.order is None else logits[..., task.order], inputs)
+        values[micro_batch["indices"], : predictions.shape[1]] = predictions.double()
     if ranks.world > 1:
-        dist.all_reduce(values)  # each value plus zeros: exact
+        dist.all_reduce(values)  # exact: the other ranks add zeros to a value
     return values.cpu().numpy()
 
 
 def write_predictions(task: Task, predictions: np.ndarray, out: Path) -> list[Path]:
-    """The files of out/predictions; of test, and of the first examples alone, those of a folder there: none replaces
-    finetuning's own answers on dev."""
+    """Write the prediction files to out/predictions. Those of test or of only the first examples go to a subfolder, so they
+    never replace finetuning's predictions on dev."""
     part = f"first_{len(predictions)}" if len(predictions) < len(task.examples) else ""
     folder = out / "predictions" / ("test" if task.cfg.data.valid == "test" else "") / part
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,12 +142,12 @@ def write_predictions(task: Task, predictions: np.ndarray, out: Path) -> list[Pa
 
 
 def is_unanswered(task: Task) -> bool:
-    """Are the answers of this split not known?"""
+    """Whether the labels of this split are unknown."""
     return isinstance(task.examples, sequence_classification.TextDataset) and bool((task.examples.labels < 0).all())
 
 
 def scores(task: Task, predictions: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of eval.json."""
+    """The entries of eval.json."""
     cfg, examples = task.cfg, task.examples
     n, whole = len(predictions), len(examples)
     part = "" if n == whole else f", the first {n:,} of {whole:,} {examples.unit}"

@@ -1,8 +1,8 @@
-"""BERT with the head of a task: GLUE, SQuAD, RACE, tags of words (Devlin et al., arXiv:1810.04805, sections 4 and 5.3), texts
-with labels of one's own.
+"""Finetuning of BERT with a task head: GLUE, SQuAD, RACE, tagging of words (Devlin et al., arXiv:1810.04805, sections 4 and
+5.3), and classification of texts with your own labels.
 
-A family module like task.py, which it imports the rest from. tasks/ has the heads and datasets of each task type. Letters in
-shapes as in tasks/base.py.
+A family module like task.py, from which it imports what does not change. tasks/ has the heads and datasets of the task types.
+Letters in shapes are those of tasks/base.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common.paths import find
 from common.training import finetuning, init
 
 from . import samples, task
-from .task import (  # what finetuning takes over unchanged
+from .task import (  # the same in pretraining and finetuning
     FAMILY as FAMILY,
     HF_BUFFER_PATTERNS as HF_BUFFER_PATTERNS,
     HF_MODEL_TYPES as HF_MODEL_TYPES,
@@ -51,22 +51,22 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     TaskType = str
     Name = str
-else:  # a type checker reads no names that are computed
+else:  # a type checker cannot read computed names
     TaskType = Literal[*registry.HEADS]
     Name = Literal[*registry.TASKS]
 
 
 class Model(task.Model):
-    """Its shapes come from init.from where the config gives none."""
+    """The architecture. Shapes that the config does not give come from init.from."""
 
     renamed = {"kind": "task_type"}
 
     task_type: Annotated[TaskType | None, BeforeValidator(registry.task_type_now)] = Field(
-        default=None, description="Type of the task, which decides the head; the run takes it from task.name."
+        default=None, description="Type of the task, which determines the head. It follows from task.name."
     )
-    labels: list[NonEmpty] = Field(default=[], description="Names of the head's outputs; the run takes them from the task.")
-    new_head: bool = Field(default=False, description="Draw the head from train.seed though init.from holds one.")
-    pair_head: bool | None = Field(default=False, description="Of pretraining; false here.")
+    labels: list[NonEmpty] = Field(default=[], description="Names of the head's outputs. They follow from the task.")
+    new_head: bool = Field(default=False, description="Initialize a new head from train.seed even if init.from has one.")
+    pair_head: bool | None = Field(default=False, description="Used in pretraining only; false here.")
     dropout: Share = Field(default=0.1, description="Dropout of embedding, attention, residual and head.")
 
     @classmethod
@@ -86,9 +86,9 @@ class Model(task.Model):
         for task_name, key in registry.LABEL_KEYS.items():
             given = getattr(cfg.task, key)
             if given and cfg.task.name != task_name:
-                yield f"task.{key}: is for task.name={task_name} alone; leave it out"
+                yield f"task.{key}: is only for task.name={task_name}; leave it out"
             if len(set(given)) < len(given):
-                yield f"task.{key}={config.written(given)}: a name is given twice"
+                yield f"task.{key}={config.written(given)}: a name appears twice"
         if len(cfg.task.labels) == 1:
             yield f"task.labels={config.written(cfg.task.labels)}: give two or more, or leave it out to take those of train"
         least = min_seq_len(cfg.task)
@@ -101,7 +101,7 @@ class Model(task.Model):
     def filled(self, cfg: Any, tokenizer_size: int | None) -> dict[str, Any]:
         try:
             names = task_labels(cfg.task)
-        except BadInput:  # of train, which `dataset` has reported
+        except BadInput:  # labels of train that cannot be read; `dataset` has reported this
             names = []
         task_type = registry.TASKS[cfg.task.name].task_type
         return super().filled(cfg, tokenizer_size) | {"labels": names, "task_type": task_type}
@@ -111,7 +111,7 @@ class Model(task.Model):
 
 
 class ResolvedModel(task.ResolvedModel, Model):
-    """The same with every default filled in, as config.yaml of a run has it."""
+    """A model with all defaults filled in, as in the config.yaml of a run."""
 
     task_type: Annotated[TaskType, BeforeValidator(registry.task_type_now)]
     labels: list[NonEmpty]
@@ -139,7 +139,7 @@ class Data(config.Data):
     valid: Literal["dev", "test"] = Field(default="dev", description="Split on which the best checkpoint is chosen: dev.")
     seq_len: Annotated[int, Field(ge=8)] = Field(
         default=128,
-        description="Tokens per sample, special tokens included. Longer examples are cut, of two texts the longer first.",
+        description="Tokens per sample, with special tokens. Longer examples are truncated, of two texts the longer first.",
     )
 
 
@@ -151,14 +151,14 @@ class Task(finetuning.Task):
     )
     data: FilePath | None = Field(default=None, description="Folder of the task's files. Default: the dataset on the hub.")
     train_examples: Positive | None = Field(
-        default=None, description="Examples of train that are used, drawn by seed 1234. Default: all."
+        default=None, description="Number of training examples to use, drawn with seed 1234. Default: all."
     )
     labels: list[NonEmpty] = Field(default=[], description="classify: all labels. Default: those of train, sorted.")
     tags: list[NonEmpty] = Field(default=[], description="ner: all tags.")
     stride: Positive = Field(default=128, description="squad: tokens by which the window moves over a context.")
-    question_len: Positive = Field(default=64, description="squad: tokens of a question; longer ones are cut.")
+    question_len: Positive = Field(default=64, description="squad: tokens of a question; longer questions are truncated.")
     null_threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        default=0.0, description="squad2: difference of scores above which the answer is that there is none."
+        default=0.0, description="squad2: difference of scores above which no answer is predicted."
     )
 
     @classmethod
@@ -177,21 +177,21 @@ class Config(finetuning.Config):
 
 
 class ResolvedConfig(Config):
-    """The config of a run that was checked."""
+    """A config that has been checked, with its model resolved."""
 
     model: ResolvedModel
 
 
 def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> base.TaskDataset:
-    """The examples of a split, tokenized. BadInput for a task, a file, a label or a tokenizer that does not do."""
+    """The tokenized examples of a split. Raises BadInput for a task, a file, a label or a tokenizer that cannot be used."""
     from common.data import tokenizer as tokenizers
 
-    given = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
-    if given is None:
-        raise BadInput("data.tokenizer: is missing, and init.from=scratch has none to take; give data.tokenizer=DIR")
-    folder = find(given) if find(given).is_dir() else given
+    name_or_dir = cfg.data.tokenizer or (cfg.init.from_ if cfg.init.from_ != "scratch" else None)
+    if name_or_dir is None:
+        raise BadInput("data.tokenizer: is missing, and init.from=scratch does not provide one; give data.tokenizer=DIR")
+    folder = find(name_or_dir) if find(name_or_dir).is_dir() else name_or_dir
     tokenizer = tokenizers.load(folder)
-    special = samples.special_ids(tokenizer, str(given))
+    special = samples.special_ids(tokenizer, str(name_or_dir))
     t = cfg.task
     return registry.TASKS[t.name].dataset.open(
         base.Split(
@@ -205,8 +205,8 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
 
 
 def task_labels(task: Task) -> list[str]:
-    """What the outputs of the head stand for: classes, a score, an answer, the ends of a span. BadInput where they are the
-    labels of a train split that cannot be read."""
+    """Names of the head's outputs: classes, a score, an answer or the ends of a span. Raises BadInput if they are the labels of
+    a train split that cannot be read."""
     if task.name in glue.TASKS:
         return list(glue.TASKS[task.name].labels) or ["score"]
     if task.name == "classify":
@@ -216,13 +216,13 @@ def task_labels(task: Task) -> list[str]:
 
 
 def min_seq_len(task: Task) -> int:
-    """Tokens of a sequence: in question answering those of the longest question, and a few of its context."""
+    """Smallest allowed data.seq_len. In question answering, it has room for the longest question and some context."""
     is_span = registry.TASKS[task.name].task_type == "question_answering"
     return task.question_len + base.MIN_SEQ_LEN if is_span else base.MIN_SEQ_LEN
 
 
 def selection_metric(cfg: Config) -> str:
-    """The metric that decides which checkpoint is the best."""
+    """The metric that selects the best checkpoint."""
     return next(iter(metrics.TASKS[cfg.task.name]))
 
 
@@ -236,7 +236,7 @@ def hf_config(model: ResolvedModel) -> PreTrainedConfig:
 
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
-    """The `transformers` class that baseline and DeepSpeed train."""
+    """The `transformers` model that the baseline and DeepSpeed train."""
     import transformers
 
     from .modeling import use_sdpa
@@ -264,7 +264,7 @@ def hf_config_overrides(model: ResolvedModel) -> dict[str, Any]:
 
 
 def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: full shape}, from the class itself on the meta device."""
+    """{Hugging Face name: full shape}, read from the `transformers` class on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -273,29 +273,31 @@ def parameter_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
 
 
 def initializer(model: ResolvedModel, name: str) -> float | str:
-    """As task.initializer; the new head as transformers has it, whatever the model began with."""
+    """As task.initializer, except for a new head, which is initialized as in transformers."""
     if name == f"{model.task_head.parameter}.weight":
         return 0.02
     return task.initializer(model, name)
 
 
 def optional_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Beginnings of names that a folder to begin from may lack: those begin from the seed."""
+    """Prefixes of parameters that may be missing in the folder that a run starts from; the seed initializes them."""
     return f"{model.task_head.parameter}.", "bert.pooler."
 
 
 def new_head_prefixes(model: ResolvedModel) -> tuple[str, ...]:
-    """Beginnings of names that begin from the seed whatever the folder holds."""
-    return (f"{model.task_head.parameter}.",) if model.new_head or not model.labels else ()  # no labels: `dataset` has refused
+    """Prefixes of parameters that are always initialized from the seed."""
+    return (
+        (f"{model.task_head.parameter}.",) if model.new_head or not model.labels else ()
+    )  # without labels, `dataset` has failed
 
 
 def head_problems(cfg: ResolvedConfig, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """Of a folder to begin from whose tensors have these shapes, and whose config.json holds `stored`."""
+    """Report problems with the task head in the folder that a run starts from. stored: the content of its config.json."""
     model = cfg.model
     name = f"{model.task_head.parameter}.weight"
     if name not in shapes or model.new_head or not model.labels:
         return
-    instead = "give model.new_head=true to begin it from train.seed"
+    instead = "give model.new_head=true to initialize it from train.seed"
     named = stored.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "no class"
     if shapes[name] != (len(model.labels), model.hidden):
@@ -310,15 +312,15 @@ def head_problems(cfg: ResolvedConfig, shapes: Mapping[str, Sequence[int]], stor
 
 
 def head_notes(cfg: ResolvedConfig, shapes: Mapping[str, Sequence[int]], stored: dict[str, Any]) -> Iterator[str]:
-    """Of the same folder, which has no problems."""
+    """Notes for the user about the task head in a folder for which head_problems reports nothing."""
     model = cfg.model
     if f"{model.task_head.parameter}.weight" in shapes and not model.new_head:
-        yield f"its head {model.task_head.parameter}.* is trained on; give model.new_head=true to begin it from train.seed"
+        yield f"its head {model.task_head.parameter}.* is trained on; give model.new_head=true to initialize it from train.seed"
         yield from label_names.unnamed_note(model.task_head, model.labels, stored)
 
 
 def reorder_labels(cfg: ResolvedConfig, folder: Path, source: init.Source) -> init.Source:
-    """`source`, the parameters of a folder to begin from, with the outputs of its head in the order of the task's labels."""
+    """`source`, which reads the parameters of a folder, with the outputs of its head in the order of the task's labels."""
     model, parameter = cfg.model, f"{cfg.model.task_head.parameter}."
     if model.new_head or f"{parameter}weight" not in hf_folder.tensors(folder, str(folder), []):
         return source
@@ -335,13 +337,13 @@ def reorder_labels(cfg: ResolvedConfig, folder: Path, source: init.Source) -> in
 
 
 def parameter_patterns(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """As task.parameter_patterns, with the head of the task in place of those of pretraining."""
+    """As task.parameter_patterns, with the task head in place of the pretraining heads."""
     head = task.named_linear(model.task_head.parameter, model.hidden, len(model.labels))
     return task.encoder_tensors(model, model.task_head.pooled) | head
 
 
 def model_card(model: ResolvedModel) -> dict[str, Any]:
-    """What the model card says of the architecture."""
+    """Entries of the model card that describe the architecture."""
     return task.model_card(model) | {"labels": ", ".join(model.labels)}
 
 
@@ -356,27 +358,27 @@ def forward_backward_flops(model: ResolvedModel, data: Data) -> dict[str, float]
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
-    """[targets, tokens without padding] of these micro batches."""
+    """[number of targets, number of tokens without padding] in these micro batches."""
     return [batches.targets(micro_batches), batches.tokens(micro_batches)]
 
 
-def make_batch(rows: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
+def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of a TaskDataset as tensors, with attention_mask (B x C, T) bool in place of lengths."""
     import torch
 
-    arrays = {name: values for name, values in rows.items() if name not in ("lengths", "indices", "example_mask")}
-    arrays["attention_mask"] = np.arange(rows["tokens"].shape[1]) < rows["lengths"][:, None]
+    arrays = {name: values for name, values in micro_batch.items() if name not in ("lengths", "indices", "example_mask")}
+    arrays["attention_mask"] = np.arange(micro_batch["tokens"].shape[1]) < micro_batch["lengths"][:, None]
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in arrays.items()}
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The arguments of the transformers class."""
+    """The keyword arguments of the `transformers` class."""
     mask = batch["attention_mask"][:, None, None, :]
     return {"input_ids": batch["tokens"], "token_type_ids": batch["token_types"], "attention_mask": mask}
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The output of the transformers class -> logits, (B x C, L) of pooled heads, (B, T, L) of the others."""
+    """The output of the `transformers` class -> logits: (B x C, L) of a pooled head, (B, T, L) of other heads."""
     import torch
 
     return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
@@ -403,8 +405,8 @@ def best_results(run: Run, loss: float, n: int, predictions: np.ndarray) -> fine
 
 
 def before_start(run: Run) -> None:
-    """Nothing: the tokenizer is exported as it is."""
+    """Do nothing: the tokenizer is exported unchanged."""
 
 
 def after_export(run: Run, ranks: Ranks) -> None:
-    """Nothing: BERT generates no text."""
+    """Do nothing: BERT does not generate text."""

@@ -1,4 +1,4 @@
-"""What all task types share: the description of a head, a split that is read, and the layout of texts in a batch.
+"""The parts that all task types share: the description of a head, the split to read, and the layout of texts in a batch.
 
 Letters in shapes: B samples, C sequences per sample (1 except for multiple choice), T positions, L labels.
 """
@@ -34,13 +34,13 @@ class Head(NamedTuple):
     """A head on BERT, as transformers builds it: a linear layer with one output per label."""
 
     trained_class: str  # the transformers class that is trained, without "Bert" or "MegatronBert"
-    exported_class: str  # the one that config.json of an export names
-    loss_sum: Callable[[torch.Tensor, Batch], torch.Tensor]  # (logits, batch) -> fp32 loss, summed over what loss_mask counts
+    exported_class: str  # the class that the config.json of an export names
+    loss_sum: Callable[[torch.Tensor, Batch], torch.Tensor]  # (logits, batch) -> fp32 loss, summed where loss_mask is true
     predictions: Callable[[torch.Tensor, Batch], torch.Tensor]  # (logits, batch) -> (B, at most prediction_width)
     prediction_width: Callable[[int], int] = lambda seq_len: 1  # numbers per prediction
     parameter: str = "classifier"  # name of the linear layer
-    labels_have_names: bool = False  # does id2label of an export name the outputs?
-    pooled: bool = True  # on the pooled [CLS], else on each position
+    labels_have_names: bool = False  # whether id2label of an export names the outputs
+    pooled: bool = True  # applied to the pooled [CLS], else to each position
     dropout: bool = True
     sequences: int = 1  # C
 
@@ -50,23 +50,23 @@ class Split(NamedTuple):
 
     task: str
     name: str  # train, dev or test
-    folder: Path | None  # of the data; None: the hub
+    folder: Path | None  # folder of the data; None: the hub
     labels: list[str]
     tokenizer_dir: str | Path
     tokenizer: Tokenizer
     special: Special
     seq_len: int
-    pad_to_seq_len: bool  # pipeline stages pass hidden states of one length
+    pad_to_seq_len: bool  # needed because pipeline stages pass hidden states of one length
     seed: int
     shuffle: bool
-    subset: int | None = None  # examples that are used, drawn by SUBSET_SEED; None: all
+    subset: int | None = None  # number of examples to use, drawn with SUBSET_SEED; None: all
     stride: int = 128  # question answering: tokens by which the window moves over a context
     question_len: int = 64  # question answering: tokens of a question
-    null_threshold: float = 0.0  # SQuAD 2.0: no answer above it
+    null_threshold: float = 0.0  # SQuAD 2.0: above this difference of scores, no answer is predicted
 
 
 class TaskDataset(examples.Examples):
-    """The tokenized examples of a split, and how predictions on them are scored. `open` reads them."""
+    """The tokenized examples of a split, which `open` reads, and the scores of predictions on them."""
 
     unit = "examples"  # what len() counts
 
@@ -79,12 +79,12 @@ class TaskDataset(examples.Examples):
 
     @classmethod
     def open(cls, split: Split) -> Self:
-        """Read and tokenize. BadInput for an unknown task, a missing or damaged file, an unknown label."""
+        """Read and tokenize a split. Raises BadInput for an unknown task, a missing or damaged file, or an unknown label."""
         raise NotImplementedError
 
     def pad(self, sequences: Sequence[Texts]) -> MicroBatch:
         """Ids of one or two texts per sequence -> tokens, token_types (B x C, T) int64, lengths (B x C,) int64: [CLS] first
-        [SEP], or [CLS] first [SEP] second [SEP]. T: the longest rounded up; seq_len where all batches must have one length."""
+        [SEP], or [CLS] first [SEP] second [SEP]. T is the longest length, rounded up, or with pad_to_seq_len it is seq_len."""
         lengths = np.array([sum(map(len, texts)) + len(texts) + 1 for texts in sequences])
         rounded = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
         width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, rounded)
@@ -104,11 +104,11 @@ class TaskDataset(examples.Examples):
         raise NotImplementedError
 
     def scored(self, n: int) -> int:
-        """How many answers the scores of the first n examples are computed from."""
+        """Number of answers from which the scores of the first n examples are computed."""
         return n
 
     def counts(self, n: int) -> dict[str, int]:
-        """{metric: answers}, for metrics of a part of the answers of the first n examples."""
+        """{metric: number of answers}, for metrics that use only some of the answers to the first n examples."""
         return {}
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
@@ -117,16 +117,16 @@ class TaskDataset(examples.Examples):
 
 
 def example_columns(indices: np.ndarray) -> MicroBatch:
-    """example_mask (B,) bool: the example counts; indices (B,) int64: in the split."""
+    """example_mask (B,) bool: whether the example counts. indices (B,) int64: its index in the split."""
     return {"example_mask": np.ones(len(indices), bool), "indices": indices}
 
 
 def used(split: Split, size: int, notes: list[str]) -> np.ndarray:
-    """Indices of the examples that are used: all, or a fixed subset. Adds to `notes`."""
+    """Indices of the examples to use: all, or a fixed subset. Adds a note about a subset to `notes`."""
     if split.subset is None:
         return np.arange(size)
     if split.subset > size:
-        raise BadInput(f"task.train_examples={split.subset}: train has {size:,}; give at most that")
+        raise BadInput(f"task.train_examples={split.subset}: train has only {size:,}; give at most that")
     notes.append(f"{split.subset:,} of {size:,} examples of train, drawn by seed {SUBSET_SEED}")
     return np.sort(np.random.default_rng(SUBSET_SEED).permutation(size)[: split.subset])
 
@@ -144,7 +144,7 @@ def truncated(texts: Texts, seq_len: int) -> list[list[int]]:
 
 
 def note_truncated(split: Split, notes: list[str], what: str, count: int, size: int) -> None:
-    """Add to `notes` how many examples of a split are cut."""
+    """Add to `notes` how many examples of a split are truncated."""
     if count:
         notes.append(f"{split.name}: {count:,} of {size:,} {what} are cut to data.seq_len={split.seq_len}")
 

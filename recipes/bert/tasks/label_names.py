@@ -1,4 +1,4 @@
-"""Names and order of a head's labels: in the config.json of an export, and in that of a folder to begin from."""
+"""Names and order of a head's labels, in the config.json of an export and of the folder that a run starts from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from .base import Head
 
 
 def hf_config_entries(head: Head, labels: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of the labels of a head."""
+    """The entries of config.json for the labels of a head."""
     if not head.labels_have_names:
         return {}
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -20,8 +20,8 @@ def hf_config_entries(head: Head, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def stored_labels(stored: dict[str, Any]) -> list[str] | None:
-    """id2label of a config.json, in the order of the outputs. None where it is missing, or holds transformers' defaults,
-    LABEL_0 and so on. BadInput where it is damaged."""
+    """id2label of a config.json, in the order of the outputs. None if it is missing or has the default names of
+    transformers, LABEL_0 and so on. Raises BadInput if it is damaged."""
     by_id, by_label = stored.get("id2label"), stored.get("label2id")
     if by_id is None:
         return None
@@ -35,11 +35,11 @@ def stored_labels(stored: dict[str, Any]) -> list[str] | None:
 
 
 def output_order(task: str, head: Head, labels: Sequence[str], stored: dict[str, Any]) -> list[int] | None:
-    """Which output of the head in a folder, whose config.json is `stored`, stands for each label of the task. Names are
-    compared without case; for the numbers in GLUE's files also by their words (glue.WORDS).
+    """For each label of the task, the index of the output of a stored head that stands for it. stored: its config.json.
 
-    None where the order is the task's, or is assumed to be because the outputs have no names: the default names of
-    transformers, and heads of answers and spans. BadInput where the names are not the task's.
+    Names are compared without case. If GLUE's files number the labels, the words for them match too (glue.WORDS).
+    None if the order is that of the task, or if the outputs have no names, so that this order is assumed: heads with the
+    default names of transformers, and heads for answers and spans. Raises BadInput if the names are not those of the task.
     """
     if not head.labels_have_names:
         return None
@@ -51,9 +51,9 @@ def output_order(task: str, head: Head, labels: Sequence[str], stored: dict[str,
         return None
     for expected in (labels, glue.WORDS.get(task, ())):
         for form in (str, str.casefold):
-            ours, known = [*map(form, expected)], [*map(form, names)]
-            if sorted(ours) == sorted(known) and len(set(known)) == len(known):
-                order = [known.index(label) for label in ours]
+            task_names, head_names = [*map(form, expected)], [*map(form, names)]
+            if sorted(task_names) == sorted(head_names) and len(set(head_names)) == len(head_names):
+                order = [head_names.index(label) for label in task_names]
                 return None if order == sorted(order) else order
     raise BadInput(
         f"the labels of its head are {', '.join(names)}, those of {task} are {', '.join(labels)}; correct id2label in its "
@@ -62,7 +62,7 @@ def output_order(task: str, head: Head, labels: Sequence[str], stored: dict[str,
 
 
 def unnamed_note(head: Head, labels: Sequence[str], stored: dict[str, Any]) -> list[str]:
-    """A note where the outputs of a folder's head have no names, so that the task's order is assumed."""
+    """A note if the outputs of a stored head have no names, so that the order of the task is assumed."""
     if not head.labels_have_names or len(labels) == 1 or stored_labels(stored) is not None:
         return []
     return [f"the labels of its head have no names (id2label): assumed to be {', '.join(labels)}, in this order"]

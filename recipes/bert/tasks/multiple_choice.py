@@ -1,4 +1,4 @@
-"""Multiple choice (RACE): one sequence per answer, of the article with the question and that answer.
+"""Multiple choice (RACE): one sequence per answer, with the article, the question and that answer.
 
 The head: dropout and a linear layer with one output on the pooled [CLS] of each sequence. Letters in shapes as in base.py.
 """
@@ -48,7 +48,7 @@ class RaceDataset(TaskDataset):
         notes: list[str] = []
         indices = used(split, len(questions.labels), notes)
         articles = split.tokenizer.encode_batch(questions.articles)
-        # a question with a gap is a text with the answer in it
+        # if a question has a gap, the answer is put into it
         texts = [
             question.replace("_", f" {option} ", 1) if "_" in question else f"{question} {option}"
             for question, options in zip(questions.questions, questions.options, strict=True)
@@ -56,7 +56,7 @@ class RaceDataset(TaskDataset):
         ]
         answers = split.tokenizer.encode_batch(texts)
         c = HEAD.sequences
-        self.sequences: list[list[list[list[int]]]] = []  # per question C sequences of two texts
+        self.sequences: list[list[list[list[int]]]] = []  # for each question, C sequences of two texts
         shortened = 0  # questions
         for i in indices.tolist():
             article, choices = articles[questions.article_of[i]], answers[c * i : c * (i + 1)]
@@ -69,7 +69,7 @@ class RaceDataset(TaskDataset):
         self.labels, self.high = questions.labels[indices], questions.high[indices]
 
     def collate(self, numbers: np.ndarray | range) -> MicroBatch:
-        """As `pad`; labels (B,) int64; loss_mask (B,) bool."""
+        """As `pad`, with labels (B,) int64 and loss_mask (B,) bool."""
         indices = self.indices(numbers)
         batch = self.pad([pair for i in indices.tolist() for pair in self.sequences[i]]) | example_columns(indices)
         return batch | {"labels": self.labels[indices], "loss_mask": np.ones(len(indices), bool)}

@@ -26,8 +26,8 @@ MAX_ANSWER_LEN = 30  # tokens (BERT's run_squad.py, max_answer_length)
 
 
 def loss_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Logits (B, T, 2): the mean of the two cross entropies, over the positions that are not padding. transformers' and BERT's
-    own loss includes the padding, whose amount the layout decides."""
+    """Logits (B, T, 2): the mean of the two cross entropies, over the positions that are not padding. In transformers and
+    in BERT's own code, the loss includes padding, whose amount depends on the layout."""
     import torch
     import torch.nn.functional as F
 
@@ -37,7 +37,7 @@ def loss_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def predictions(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The best span: its first and last token, its score, and the score of [CLS], which stands for no answer: (B, 4)."""
+    """The best span: its first and last token, its score, and the score of [CLS], which means no answer: (B, 4)."""
     import torch
 
     scores = logits.double()
@@ -59,8 +59,8 @@ HEAD = Head(
 
 
 class Part(NamedTuple):
-    """Tokens [start, end) of a context; in [first, last) an answer may start: no other part has more context around these
-    tokens (BERT's run_squad.py, _check_is_max_context)."""
+    """Tokens [start, end) of a context. Answers may start in [first, last): no other part has more context around these tokens
+    (BERT's run_squad.py, _check_is_max_context)."""
 
     start: int
     end: int
@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Part of a context, with its question."""
+    """A part of a context, with its question."""
 
     question: int
     part: Part
@@ -89,12 +89,12 @@ class SquadDataset(TaskDataset):
         notes = list(read.notes)
         self.questions = [read.questions[i] for i in used(split, len(read.questions), notes).tolist()]
         self.texts, self.contexts = read.contexts, split.tokenizer.encode_with_offsets(read.contexts)
-        asked = split.tokenizer.encode_batch([question.text for question in self.questions])
-        self.question_ids = [ids[: split.question_len] for ids in asked]
-        shortened = sum(len(ids) > split.question_len for ids in asked)
+        encoded = split.tokenizer.encode_batch([question.text for question in self.questions])
+        self.question_ids = [ids[: split.question_len] for ids in encoded]
+        shortened = sum(len(ids) > split.question_len for ids in encoded)
         if shortened:
             notes.append(
-                f"{split.name}: {shortened:,} of {len(asked):,} questions are cut to task.question_len={split.question_len}"
+                f"{split.name}: {shortened:,} of {len(encoded):,} questions are cut to task.question_len={split.question_len}"
             )
         self.windows: list[Window] = []
         for i, (question, ids) in enumerate(zip(self.questions, self.question_ids, strict=True)):
@@ -105,15 +105,15 @@ class SquadDataset(TaskDataset):
         answerable = {window.question for window in self.windows if window.label != (0, 0)}
         lost = sum(question.span is not None and i not in answerable for i, question in enumerate(self.questions))
         if lost and split.name == "train":
-            notes.append(f"train: the answers of {lost:,} questions lie whole in no window: trained on as if there were none")
+            notes.append(f"train: the answers of {lost:,} questions do not fit into one window: trained on as unanswerable")
         lengths = np.array([len(self.question_ids[w.question]) + w.part.end - w.part.start for w in self.windows])
         largest = largest_id(self.question_ids, [tokens for tokens, _ in self.contexts])
         super().__init__(split, read.hash, largest, lengths, notes)
         self.task, self.null_threshold = split.task, split.null_threshold
 
     def collate(self, numbers: np.ndarray | range) -> MicroBatch:
-        """As `pad`; labels (B, 2) int64: first and last token of the answer; loss_mask (B,) bool; start_mask, end_mask (B, T)
-        bool: where an answer may start and end."""
+        """As `pad`, with labels (B, 2) int64: first and last token of the answer; loss_mask (B,) bool; start_mask, end_mask
+        (B, T) bool: where an answer may start and end."""
         indices = self.indices(numbers)
         windows = [self.windows[i] for i in indices.tolist()]
         batch = self.pad([self._texts(window) for window in windows]) | example_columns(indices)
@@ -131,11 +131,11 @@ class SquadDataset(TaskDataset):
         return [self.question_ids[window.question], ids[window.part.start : window.part.end]]
 
     def _context_offset(self, window: Window) -> int:
-        """Position in the sequence less position in the context: after [CLS] question [SEP]."""
+        """Position in the sequence minus position in the context, which follows [CLS] question [SEP]."""
         return len(self.question_ids[window.question]) + 2 - window.part.start
 
     def best_answers(self, predictions: np.ndarray) -> tuple[dict[str, str], dict[str, float]]:
-        """Per question the best answer over its windows that is not empty, and the score of no answer less that answer's."""
+        """For each question, its best non-empty answer over all windows and the score of no answer minus that of the answer."""
         best: dict[str, tuple[float, str]] = {}
         null: dict[str, float] = {}
         for window, (start, end, score, none) in zip(self.windows, predictions.tolist(), strict=False):
@@ -147,7 +147,7 @@ class SquadDataset(TaskDataset):
             text = self.texts[question.context]
             answer = text[offsets[int(start) - offset][0] : offsets[int(end) - offset][1]] if np.isfinite(score) else ""
             best[question.id] = (score, answer)
-        # finite, as JSON requires: a window in which no answer may start has no score
+        # JSON needs finite numbers, but a window in which no answer may start has a score of -inf
         null_odds = {key: null[key] - max(score, -1e9) for key, (score, _) in best.items()}
         return {key: text for key, (_, text) in best.items()}, null_odds
 
@@ -158,7 +158,7 @@ class SquadDataset(TaskDataset):
         return squad.counts([self.questions[i] for i in sorted({window.question for window in self.windows[:n]})])
 
     def answers(self, predictions: np.ndarray) -> dict[str, str]:
-        """The best answers; '' where the threshold of 2.0 decides for no answer."""
+        """The best answers. '' if, in SQuAD 2.0, the threshold selects no answer."""
         texts, null_odds = self.best_answers(predictions)
         if self.task == "squad":
             return texts
@@ -184,7 +184,7 @@ class SquadDataset(TaskDataset):
 
 
 def answer_token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int] | None:
-    """First and last token that the characters [start, end) of a context touch; None without an answer."""
+    """First and last token that overlap with the characters [start, end) of a context. None without an answer."""
     if span is None:
         return None
     touched = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
@@ -192,8 +192,8 @@ def answer_token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int] 
 
 
 def context_parts(tokens: int, room: int, stride: int) -> list[Part]:
-    """Parts of at most `room` tokens, `stride` apart. Of the parts that hold a token, an answer may start there in the one in
-    which the smaller of its distances to the ends is the greatest, the first of equal ones. ValueError without room."""
+    """Parts of at most `room` tokens, `stride` apart. An answer may start at a token in only one of the parts
+    that contain it: the first one in which the token is farthest from the nearer end. Raises ValueError without room."""
     if room < 1:
         raise ValueError(f"room for {room} tokens of a context")
     spans, start = [], 0
@@ -218,7 +218,7 @@ def context_parts(tokens: int, room: int, stride: int) -> list[Part]:
 
 
 def answer_label(part: Part, first: int, answer: tuple[int, int] | None) -> tuple[int, int]:
-    """The answer's first and last token in the sequence; (0, 0) where it does not lie whole in the part. first: position of
+    """The answer's first and last token in the sequence; (0, 0) if the part does not contain all of it. first: position of
     the part's first token in the sequence. answer: first and last token in the context."""
     if answer is None or answer[0] < part.start or answer[1] >= part.end:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Which tasks BERT is finetuned on, and the type of each: its head and its datasets."""
+"""The tasks that BERT is finetuned on, with their types, heads and datasets."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from common.evaluation import glue
 from . import multiple_choice, question_answering, sequence_classification, token_classification
 from .base import Head, TaskDataset
 
-# model.task_type, which follows from task.name
+# by model.task_type, which follows from task.name
 HEADS: dict[str, Head] = {
     "sequence_classification": sequence_classification.HEAD,
     "multiple_choice": multiple_choice.HEAD,
@@ -17,7 +17,7 @@ HEADS: dict[str, Head] = {
 
 
 class Task(NamedTuple):
-    task_type: str  # of HEADS
+    task_type: str  # key of HEADS
     dataset: type[TaskDataset]
 
 
@@ -29,10 +29,10 @@ TASKS: dict[str, Task] = {
     "race": Task("multiple_choice", multiple_choice.RaceDataset),
     "ner": Task("token_classification", token_classification.TaggedDataset),
 }
-LABEL_KEYS = {"classify": "labels", "ner": "tags"}  # tasks whose labels a key of the section `task` gives
+LABEL_KEYS = {"classify": "labels", "ner": "tags"}  # {task: key of the `task` section that lists its labels}
 
 
-# Values of the key in earlier versions, which called it model.kind.
+# Values of model.task_type in earlier versions, which called the key model.kind.
 _EARLIER = {
     "text": "sequence_classification", "labelled": "sequence_classification", "choice": "multiple_choice",
     "token": "token_classification", "span": "question_answering",

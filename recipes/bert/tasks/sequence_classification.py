@@ -42,10 +42,10 @@ HEAD = Head(
 
 
 class TextDataset(TaskDataset):
-    """One text or two with a label or a score each."""
+    """Examples of one or two texts with a label or a score."""
 
     def __init__(self, split: Split, examples: glue.Examples, indices: np.ndarray, notes: list[str]):
-        """indices: of the examples that are used. Adds to `notes` how many are cut."""
+        """indices: the examples to use. Adds to `notes` how many are truncated."""
         ids = [split.tokenizer.encode_batch([column[i] for i in indices.tolist()]) for column in examples.texts]
         pairs: list[Texts] = list(zip(*ids, strict=True))
         self.sequences = [truncated(texts, split.seq_len) for texts in pairs]
@@ -56,7 +56,7 @@ class TextDataset(TaskDataset):
         self.labels, self.sizes, self.task = examples.labels[indices], examples.sizes, split.task
 
     def collate(self, numbers: np.ndarray | range) -> MicroBatch:
-        """As `pad`; labels (B,) int64, or float32 of scores; loss_mask (B,) bool."""
+        """As `pad`, with labels (B,) int64, or float32 for scores, and loss_mask (B,) bool."""
         indices = self.indices(numbers)
         batch = self.pad([self.sequences[i] for i in indices.tolist()]) | example_columns(indices)
         return batch | {"labels": self.labels[indices], "loss_mask": np.ones(len(indices), bool)}

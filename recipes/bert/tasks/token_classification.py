@@ -1,4 +1,4 @@
-"""Token classification: one tag per word; the first piece of a word speaks for it (Devlin et al., section 5.3).
+"""Token classification: one tag per word; the first piece of a word predicts it (Devlin et al., section 5.3).
 
 The head: dropout and a linear layer on each position. Letters in shapes as in base.py.
 """
@@ -59,11 +59,11 @@ class TaggedDataset(TaskDataset):
         room = split.seq_len - 2
         number = {tag: i for i, tag in enumerate(split.labels)}
         self.names = split.labels
-        self.default = "O" if "O" in number else split.labels[0]  # of words that the model does not see
+        self.default = "O" if "O" in number else split.labels[0]  # tag of words that the model does not see
         self.words, self.tags = [sentences.words[i] for i in indices], [sentences.tags[i] for i in indices]
-        self.ids: list[list[int]] = []  # per sentence
-        self.first_pieces: list[np.ndarray] = []  # per word the position of its first piece, 0 where the model does not see it
-        self.labels: list[np.ndarray] = []  # per word the number of its tag
+        self.ids: list[list[int]] = []  # for each sentence
+        self.first_pieces: list[np.ndarray] = []  # for each word, position of its first piece, or 0 if not seen
+        self.labels: list[np.ndarray] = []  # for each word, the index of its tag
         unseen = 0
         for words, tags in zip(self.words, self.tags, strict=True):
             pieces = split.tokenizer.encode_batch(words)
@@ -81,7 +81,7 @@ class TaggedDataset(TaskDataset):
         super().__init__(split, sentences.hash, largest_id(self.ids), lengths, notes)
 
     def collate(self, numbers: np.ndarray | range) -> MicroBatch:
-        """As `pad`; labels (B, T) int64; loss_mask (B, T) bool: the first pieces of words."""
+        """As `pad`, with labels (B, T) int64 and loss_mask (B, T) bool, which is true at the first pieces of words."""
         indices = self.indices(numbers)
         batch = self.pad([[self.ids[i]] for i in indices.tolist()]) | example_columns(indices)
         labels, counted = np.zeros_like(batch["tokens"]), np.zeros(batch["tokens"].shape, bool)
@@ -92,7 +92,7 @@ class TaggedDataset(TaskDataset):
         return batch | {"labels": labels, "loss_mask": counted}
 
     def predicted_tags(self, predictions: np.ndarray) -> list[list[str]]:
-        """Per word; the default tag where the model does not see it."""
+        """The predicted tag of each word, or the default tag if the model does not see the word."""
         return [
             [self.names[int(row[position])] if position else self.default for position in positions.tolist()]
             for positions, row in zip(self.first_pieces, predictions, strict=False)
@@ -102,6 +102,6 @@ class TaggedDataset(TaskDataset):
         return tagging.metrics(self.predicted_tags(predictions), self.tags[: len(predictions)])
 
     def files(self, predictions: np.ndarray) -> dict[str, str]:
-        """As CoNLL's script reads them: word, tag, predicted tag."""
+        """Lines of word, tag and predicted tag, as CoNLL's script reads them."""
         sentences = zip(self.words, self.tags, self.predicted_tags(predictions), strict=False)
         return {"ner.txt": "\n".join("".join(f"{w} {t} {p}\n" for w, t, p in zip(*s, strict=True)) for s in sentences)}
