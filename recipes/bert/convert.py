@@ -1,4 +1,4 @@
-"""Hugging Face folders from runs of BERT, and runs from Hugging Face folders.
+"""Convert runs of BERT to Hugging Face folders, and Hugging Face folders to runs.
 
 python -m recipes.bert.convert to-hf RUN HF_DIR      the last checkpoint of a run of any stack, in Hugging Face form
 python -m recipes.bert.convert from-hf HF_DIR OUT    a run's starting point from a Hugging Face folder, for any stack

@@ -1,4 +1,4 @@
-"""Hugging Face folders from runs of GPT, and runs from Hugging Face folders.
+"""Convert runs of GPT to Hugging Face folders, and Hugging Face folders to runs.
 
 python -m recipes.gpt.convert to-hf RUN HF_DIR      the last checkpoint of a run of any stack, in Hugging Face form
 python -m recipes.gpt.convert from-hf HF_DIR OUT    a run's starting point from a Hugging Face folder, for any stack
