@@ -1,25 +1,25 @@
-"""Check runs against their published numbers. Verdicts are computed from the runs' files each time and never stored.
+"""Check runs against their published numbers. Verdicts are computed from the runs' files each time, and never stored.
 
 python -m scripts.check RUN...     OUT folders of pretrain.sh, and of the finetune.sh runs that start from them (an OUT of
                                    scripts.seeds stands for the runs of all its seeds), or records of docs/results
 python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, on every stack of that family, from
                                    the records in docs/results/FAMILY/NAME/STACK (scripts/publish.py writes them)
 
-`expect` holds TASK_METRIC: {value, tolerance, source}. The names and their units are in common/evaluation/metrics.py. A score
-is looked up in three places: val_loss (the validation after the last step), best_val_loss (the lowest) and parameters in the
-run itself; any other in the run's eval.json, which scripts/evaluate.py writes; else in the eval.json of the finished
-finetuning run on that task whose run.json names this run and its last step as its start. Averages are computed, and only
-from all of their parts. With --all, finetuning runs are searched for anywhere under docs/results/FAMILY.
+`expect` holds TASK_METRIC: {value, tolerance, source}. The names and their units are in common/evaluation/metrics.py. There are
+three kinds of scores. val_loss (validation after the last step), best_val_loss (the lowest) and parameters come from the run
+itself. Any other score comes from the run's eval.json, which scripts/evaluate.py writes. If that file does not have it, it
+comes from the eval.json of a finished finetuning run on that task whose run.json names this run and its last step as its start.
+An average is computed if all of its parts exist. With --all, finetuning runs are searched for in all of docs/results/FAMILY.
 
-pass       |measured - published| <= tolerance. Two-sided: a score that is better by more than the tolerance is not a
-           reproduction either.
-           With n >= 2 seeds the mean must be shown to be within the tolerance, by the one-sided z-test of modded-nanogpt's
-           records with sigma, the standard deviation of the seeds: from the nearer bound, published +- tolerance,
-           distance * sqrt(n) >= 3 sigma. The inequality is printed.
-fail       outside; with several seeds -distance * sqrt(n) >= 3 sigma.
-undecided  several seeds show neither: run more seeds.
-not-run    no evidence, and why. A run is evidence if it is finished, has the config's hyperparameters and steps, and uses no
-           `extra`; a score is, if it was measured on the whole published set.
+pass       |measured - published| <= tolerance. The test is two-sided: a score that is better by more than the tolerance is not
+           a reproduction either.
+           With n >= 2 seeds, a one-sided z-test (that of modded-nanogpt's records) must show that the mean is within the
+           tolerance: distance * sqrt(n) >= 3 sigma, where distance is that of the mean from the nearer bound, published +-
+           tolerance, and sigma is the standard deviation over the seeds. The inequality is printed.
+fail       The score is outside the tolerance; with several seeds, -distance * sqrt(n) >= 3 sigma.
+undecided  Several seeds show neither: run more seeds.
+not-run    There is no evidence; the reason is printed. A run is evidence if it is finished, has the config's hyperparameters
+           and steps, and uses no `extra`. A score is evidence if it was measured on the whole published set.
 
 The exit code is 0 if no row fails, 1 if one does, 2 on bad input.
 """
@@ -59,11 +59,11 @@ class Row(NamedTuple):
     stack: str
     verdict: str  # of VERDICTS
     measured: str = "-"
-    reason: str = ""  # of a not-run; else the seeds' inequality, the protocol
+    reason: str = ""  # why the verdict is not-run; for other verdicts the inequality for the seeds, and the protocol
 
 
 class NotEvidence(Exception):
-    """Why a run says nothing about the published number."""
+    """The reason why a run says nothing about the published number."""
 
 
 class Finetuning(NamedTuple):
@@ -71,7 +71,7 @@ class Finetuning(NamedTuple):
 
     folder: Path
     cfg: Config
-    start: dict[str, Any]  # {"id", "step"} of the run that it starts from; empty for any other start
+    start: dict[str, Any]  # {"id", "step"} of the run that it starts from; {} if it does not start from a run
 
     @property
     def task(self) -> str:
@@ -84,12 +84,12 @@ class Evidence(NamedTuple):
 
     run: Path
     cfg: Config
-    lines: list[dict[str, Any]]  # of metrics.jsonl or loss.tsv
+    lines: list[dict[str, Any]]  # the lines of metrics.jsonl or loss.tsv
     finetunings: list[Finetuning]
 
 
 class Claim(NamedTuple):
-    """What a config expects."""
+    """The published scores that a config expects."""
 
     path: Path
     family: str
@@ -119,13 +119,13 @@ def main() -> int:
 
 
 def all_rows(root: Path) -> list[Row]:
-    """A row per stack that a family has and per published number: results of a stack that was deleted count for nothing."""
+    """A row per published number and stack of each family. Results of a stack that was deleted are ignored."""
     rows = []
     for family in sorted(path.name for path in (root / "recipes").iterdir() if (path / "configs").is_dir()):
         results = root / "docs/results" / family
         records = [path.parent for path in sorted(results.rglob("run.json"))]
-        started = [record for record in records if run_json(record).get("init")]  # from a run
-        finetunings = [run for record in started for run in finetuning(record, root)]
+        from_a_run = [record for record in records if run_json(record).get("init")]
+        finetunings = [run for record in from_a_run for run in finetuning(record, root)]
         for path in sorted((root / "recipes" / family / "configs").glob("*.yaml")):
             claim = claim_of(path, family)
             for stack in stacks_of(root / "recipes" / family) if claim.expect else ():
@@ -138,9 +138,9 @@ def stacks_of(recipe: Path) -> Iterator[str]:
     return (stack for stack in STACKS if (recipe / stack / "pretrain.py").is_file())
 
 
-def run_rows(given: Sequence[Path]) -> list[Row]:
+def run_rows(folders: Sequence[Path]) -> list[Row]:
     """The rows of OUT folders, each against the config that its run.json names."""
-    runs = [run for folder in given for run in seeds_of(folder)]
+    runs = [run for folder in folders for run in seeds_of(folder)]
     finetunings = {run: one for run in runs for one in finetuning(run)}
     ids = {run_json(run).get("id") for run in runs} - {None}
     rows: list[Row] = []
@@ -152,14 +152,14 @@ def run_rows(given: Sequence[Path]) -> list[Row]:
         rows += judge(run, claim, info["stack"], list(finetunings.values()))
         start = finetunings[run].start if run in finetunings else {}
         if not claim.expect and start.get("id") not in ids:
-            problems.append(f"{run}: nothing to check: {why_idle(claim, finetunings.get(run))}")
+            problems.append(f"{run}: nothing to check: {why_unused(claim, finetunings.get(run))}")
     if problems:
         raise BadInput(problems)
     return rows
 
 
-def why_idle(claim: Claim, run: Finetuning | None) -> str:
-    """Why a run has no row and gives none to another run."""
+def why_unused(claim: Claim, run: Finetuning | None) -> str:
+    """Why a run has no row itself, and no other run's row uses it."""
     folder = f"recipes/{claim.family}/configs"
     why = f"{folder}/{claim.path.name} has no `expect`"
     if not claim.path.is_file():
@@ -175,7 +175,7 @@ def why_idle(claim: Claim, run: Finetuning | None) -> str:
 
 
 def claim_of(path: Path, family: str) -> Claim:
-    """The config's `expect`, checked; nothing else of the config is read, and nothing fetched (finetuning's init.from)."""
+    """The config's `expect`, checked. The rest of the config is not validated, so nothing is downloaded (init.from)."""
     expect: dict[str, Expect] = {}
     problems: list[str] = []
     for name, values in (read_yaml(path).get("expect") or {}).items():
@@ -190,14 +190,14 @@ def claim_of(path: Path, family: str) -> Claim:
 
 
 def seeds_of(run: Path) -> list[Path]:
-    """The runs in an OUT of scripts/seeds.py; any other folder is one run itself."""
+    """The runs in an OUT of scripts/seeds.py. Any other folder is a single run."""
     if not (run / "seeds.json").is_file():
         return [run]
     return sorted(path.parent for path in run.glob("seed_*/run.json"))
 
 
 def finetuning(run: Path, root: Path = ROOT) -> list[Finetuning]:
-    """The run in this folder if it is one of finetuning, else nothing."""
+    """[the run in this folder] if it is a finetuning run, else []."""
     info = run_json(run)
     if "task" not in recorded_values(run, info, root):
         return []
@@ -219,12 +219,12 @@ def run_json(run: Path) -> dict[str, Any]:
 
 
 def config_name(info: dict[str, Any]) -> str:
-    """Without .yaml; a point may be part of the name (megatron_1.3b)."""
+    """The name of a run's config without .yaml. A dot may be part of the name (megatron_1.3b)."""
     return Path(info["config"]).name.removesuffix(".yaml")
 
 
 def record_of(run: Path) -> dict[str, Any] | None:
-    """What record.yaml holds, None for an OUT folder, which has the resolved config instead."""
+    """The content of record.yaml. None for an OUT folder, which has the resolved config instead."""
     path = run / "record.yaml"
     if not path.is_file():
         return None
@@ -236,13 +236,13 @@ def record_of(run: Path) -> dict[str, Any] | None:
 
 
 def recorded_values(run: Path, info: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
-    """The values of a run's config as they are in a file: the resolved one of an OUT folder, that of a record's recipe."""
+    """The values of a run's config file: the resolved config of an OUT folder, or, for a record, the recipe's config."""
     path = run / "config.yaml"
     return read_yaml(path if record_of(run) is None else recipe_config(run, info, root))
 
 
 def recorded_config(run: Path, info: dict[str, Any], root: Path = ROOT) -> Config:
-    """The config of a run. Its own `expect` is left out: it proves nothing, and may have names of an earlier version."""
+    """The config of a run, without its own `expect`, which is no evidence and may have names of an earlier version."""
     record, values = record_of(run), recorded_values(run, info, root)
     schema: type[Config] = task_module(info["family"], values).Config
     if record is None:
@@ -258,7 +258,7 @@ def recipe_config(run: Path, info: dict[str, Any], root: Path) -> Path:
 
 
 def config_sha256(path: Path) -> str:
-    """Of the values that decide the loss. A record keeps it, since its overrides mean nothing against a config that changed."""
+    """sha256 (hex) of the values that decide the loss. A record holds it, because its overrides apply to this config only."""
     values = {section: value for section, value in read_yaml(path).items() if section not in SYSTEMS}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -272,8 +272,9 @@ def unchanged(run: Path, path: Path) -> None:
                           f"config_sha256 in {run / 'record.yaml'} to {digest}")  # fmt: skip
 
 
-def beginning(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """The overrides that give a finetuning config the model's shapes and the start of a run, which it takes from init.from."""
+def start_overrides(path: Path, recorded: dict[str, Any]) -> list[str]:
+    """The overrides that give a finetuning config the model shapes and init.from of a recorded run. The config itself takes
+    the shapes from the folder init.from."""
     values = read_yaml(path)
     if "task" not in values:
         return []
@@ -307,8 +308,8 @@ def judge(run: Path, claim: Claim, stack: str, finetunings: Sequence[Finetuning]
             raise NotEvidence(f"its run.json says {info['config']} of {info['family']} on {info['stack']}")
         unchanged(run, claim.path)
         cfg = recorded_config(run, info, root)
-        words = beginning(claim.path, cfg.dump())
-        same_experiment(cfg, config.load(claim.path, words, type(cfg)), stack)
+        overrides = start_overrides(claim.path, cfg.dump())
+        same_experiment(cfg, config.load(claim.path, overrides, type(cfg)), stack)
         lines = finished(run, cfg)
     except NotEvidence as reason:
         return not_run(claim, stack, str(reason))
@@ -325,10 +326,10 @@ def judge(run: Path, claim: Claim, stack: str, finetunings: Sequence[Finetuning]
 
 
 def same_experiment(cfg: Config, published: Config, stack: str) -> None:
-    """NotEvidence if the run with `cfg` is not what the published config says."""
+    """NotEvidence if `cfg` differs from the published config."""
     no_extra(cfg, stack)
     expected, actual = resolved(published), resolved(cfg)
-    # A default that only the tokenizer knows (model.vocab_size) is the run's own.
+    # A default that follows from the tokenizer (model.vocab_size) is unknown here, so the run's own value counts.
     differing = [key for key in expected if expected[key] is not None and expected[key] != actual.get(key)]
     if differing:
         key = differing[0]
@@ -354,7 +355,7 @@ def resolved(cfg: Config) -> dict[str, Any]:
 
 
 def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
-    """What a run logged per step; NotEvidence if it is not finished."""
+    """The logged lines of a run. NotEvidence if it is not finished."""
     lines = logged(run)
     done = max((line["step"] for line in lines if "loss" in line), default=0)
     if done < cfg.last_step and not stopped_early(cfg, lines):
@@ -363,7 +364,7 @@ def finished(run: Path, cfg: Config) -> list[dict[str, Any]]:
 
 
 def stopped_early(cfg: Config, lines: Sequence[dict[str, Any]]) -> bool:
-    """Did a finetuning run end by task.patience? As common/training/finetuning.py decides it."""
+    """Did task.patience end a finetuning run? The rule is that of common/training/finetuning.py."""
     task = task_section(cfg)
     if not task.get("patience"):
         return False
@@ -402,7 +403,7 @@ def scores_of(name: str, evidence: Evidence) -> Scores:
 
 
 def of_seeds(name: str, runs: Sequence[Finetuning]) -> Scores:
-    """The score of finetuning runs that differ in their seeds alone."""
+    """The score of finetuning runs that differ only in their seeds."""
     values: dict[int, float] = {}
     protocol, first = "", resolved(runs[0].cfg)
     for run, cfg, _ in runs:
@@ -425,8 +426,8 @@ def of_seeds(name: str, runs: Sequence[Finetuning]) -> Scores:
 
 
 def average(name: str, evidence: Evidence) -> Scores:
-    """The mean of the parts, seed by seed if all parts have the same seeds, else of the parts' means. NotEvidence if a part is
-    missing."""
+    """The mean of the parts: one value per seed if all parts have the same seeds, else one mean of the parts' means.
+    NotEvidence if a part is missing."""
     parts, missing = {}, []
     for part in metrics.AVERAGES[name]:
         try:
@@ -444,8 +445,8 @@ def average(name: str, evidence: Evidence) -> Scores:
 
 
 def evaluated(name: str, run: Path, step: int | None = None) -> tuple[float, str] | None:
-    """The score that was written last into a run's eval.json, and its protocol; None if there is none. NotEvidence if all are
-    of another set than the published one, or of the export of another step."""
+    """The last such score in a run's eval.json, and its protocol; None if there is none. NotEvidence if all of them were
+    measured on another set than the published one, or on the export of another step."""
     path = run / "eval.json"
     content = read_json(path) if path.is_file() else []
     try:
@@ -538,7 +539,7 @@ def read_json(path: Path) -> Any:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """What a run logged per step: the lines of an OUT's metrics.jsonl, or the rows of a record's loss.tsv."""
+    """The values that a run logged: the lines of metrics.jsonl in an OUT folder, or the rows of a record's loss.tsv."""
     return read_table(run / "loss.tsv") if (run / "loss.tsv").is_file() else read_lines(run / "metrics.jsonl")
 
 
@@ -549,7 +550,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
-            line = log.parsed(text.rstrip(b"\n") + b"\n")  # the last one may end without
+            line = log.parsed(text.rstrip(b"\n") + b"\n")  # the last line may lack its line end
             if line is None:
                 raise BadInput(f'{path}:{number}: not a line of metrics: no "step", or a value that is not a number')
             lines.append(line)
@@ -557,7 +558,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a loss.tsv, without their empty cells."""
+    """The rows of a loss.tsv, without empty cells."""
     header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
     columns = header.split("\t")
     lines: list[dict[str, Any]] = []
@@ -573,7 +574,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Each config; below it each published number; below that a line per verdict, with the stacks that share it."""
+    """The printed table: each config, below it each published number, below that one line per verdict with its stacks."""
     lines, last_name = [], None
     headings = {row[:3]: [other for other in rows if other[:3] == row[:3]] for row in rows}
     for (name, metric, published), group in headings.items():

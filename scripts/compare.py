@@ -1,13 +1,13 @@
-"""Runs beside each other: is it one loss curve, and what did each cost? A table, OUT/table.md and OUT/curves.png.
+"""Compare runs: do they have one loss curve, and what did each cost? Prints a table; --out writes table.md and curves.png.
 
 python -m scripts.compare RUN RUN... [--out DIR] [--no-export]
 
-The first RUN is what the others are compared with. Each is an OUT folder of pretrain.sh. Columns:
+Each RUN is an OUT folder of pretrain.sh. The other runs are compared with the first. Columns:
 
-largest difference   of the training loss at any step that both runs have
-validation loss      the run's own, after its last step
-export's loss        of OUT/hf on the same text, by plain transformers in one process (scripts/heldout.py)
-tokens/s             median of the steps after the first tenth; x: its ratio to the first run's
+largest difference   the largest difference of the training loss at any step that both runs have
+validation loss      the run's own validation loss after its last step
+export's loss        the loss of OUT/hf on the same text, by plain transformers in one process (scripts/heldout.py)
+tokens/s             the median over the steps after the first tenth; x: its ratio to that of the first run
 peak memory          of the first process: resident set on a CPU, PyTorch's allocator on a GPU
 """
 
@@ -43,8 +43,8 @@ class Summary(NamedTuple):
     export: float | None
     tokens_per_s: float
     memory: int  # bytes
-    science: dict[str, Any]
-    facts: dict[str, Any]  # of run.json
+    hyperparameters: dict[str, Any]
+    info: dict[str, Any]  # content of run.json
 
 
 def main() -> None:
@@ -52,18 +52,18 @@ def main() -> None:
         prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png, made where it is not there")
+    parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png; created if needed")
     parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")
     args = parser.parse_args()
     out = Path(args.out) if args.out else None
     problem = out and unusable(out)
     if problem:
         raise BadInput(f"--out {out}: {problem}; give another folder")
-    named = plot.labels(args.runs)
-    if len(named) < 2:
+    paths = plot.labels(args.runs)
+    if len(paths) < 2:
         raise BadInput("give at least two different runs to compare")
     runs, problems = [], []
-    for name, path in named.items():
+    for name, path in paths.items():
         try:
             runs.append(summary(name, path, not args.no_export))
         except BadInput as error:
@@ -74,17 +74,17 @@ def main() -> None:
     show(rows, notes)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        plot.draw({name: plot.curves(path) for name, path in named.items()}, out / "curves.png")
+        plot.draw({name: plot.curves(path) for name, path in paths.items()}, out / "curves.png")
         (out / "table.md").write_text(markdown(rows, notes), encoding="utf-8")
         print(f"{out / 'table.md'}  {out / 'curves.png'}")
 
 
 def summary(name: str, run: Path, with_export: bool) -> Summary:
-    facts = read_json(run / "run.json")
-    if not isinstance(facts, dict) or facts.get("stack") not in STACKS or not isinstance(facts.get("family"), str):
+    info = read_json(run / "run.json")
+    if not isinstance(info, dict) or info.get("stack") not in STACKS or not isinstance(info.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family and stack (one of {', '.join(STACKS)})")
     values = read_yaml(run / "config.yaml")
-    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config, recorded=True)
+    cfg = config.load(run / "config.yaml", [], task_module(info["family"], values).Config, recorded=True)
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     if not steps:
@@ -101,10 +101,10 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
     export = heldout.evaluate(run)[0] if with_export and exported else None
     warm = steps[int(len(steps) * WARM_UP) :]
     return Summary(
-        name=name, layout=layout_of(run, cfg, facts["stack"]), steps=last,
+        name=name, layout=layout_of(run, cfg, info["stack"]), steps=last,
         losses={line["step"]: line["loss"] for line in steps}, valid=valid.get(last), export=export,
         tokens_per_s=statistics.median(line["tokens_per_s"] for line in warm),
-        memory=max(line["mem_bytes"] for line in steps), science=config.hyperparameters(cfg), facts=facts,
+        memory=max(line["mem_bytes"] for line in steps), hyperparameters=config.hyperparameters(cfg), info=info,
     )  # fmt: skip
 
 
@@ -112,50 +112,50 @@ def layout_of(run: Path, cfg: config.Config, stack: str) -> str:
     """'megatron tp=2 sp dist-opt, 2 processes'"""
     name = plan.name_of(cfg, stack)
     saved = checkpoint.latest(run)
-    if saved is None or "layout" not in saved.meta:  # that of an import has none
+    if saved is None or "layout" not in saved.meta:  # a checkpoint that was imported has no layout
         return name
     world = saved.meta["layout"]["world"]
     return f"{name}, {world} process{'es' if world > 1 else ''}"
 
 
 def difference(run: Summary, first: Summary) -> tuple[float, int] | None:
-    """The largest difference of loss and the step it is at; None without a common step."""
+    """The largest difference of the loss, and its step; None if the runs have no step in common."""
     common = run.losses.keys() & first.losses.keys()
     return max(((abs(run.losses[s] - first.losses[s]), s) for s in common), default=None)
 
 
 def row(run: Summary, first: Summary) -> list[str]:
-    apart = difference(run, first)
+    largest = difference(run, first)
     return [
         run.name, run.layout, f"{run.steps:,}",
-        "-" if run is first or apart is None else f"{apart[0]:.1e} at step {apart[1]:,}",
+        "-" if run is first or largest is None else f"{largest[0]:.1e} at step {largest[1]:,}",
         "-" if run.valid is None else f"{run.valid:.5f}", "-" if run.export is None else f"{run.export:.5f}",
         count(run.tokens_per_s), f"{run.tokens_per_s / first.tokens_per_s:.2f}", f"{run.memory / 2**30:.2f} GiB",
     ]  # fmt: skip
 
 
 def footnotes(runs: list[Summary]) -> list[str]:
-    """What a reader of the table needs to know to believe it."""
+    """The notes below the table: which runs are not comparable, then machine, versions and commits."""
     notes, first = [], runs[0]
     for run in runs[1:]:
-        differ = [key for key in first.science if first.science[key] != run.science.get(key)]
-        if run.facts.get("data") != first.facts.get("data"):
+        differ = [key for key in first.hyperparameters if first.hyperparameters[key] != run.hyperparameters.get(key)]
+        if run.info.get("data") != first.info.get("data"):
             differ.append("the content of data")
         if differ:
             notes.append(f"Another experiment: {run.name} differs from {first.name} in {', '.join(differ)}.")
     for run in runs:
         if run.valid is not None and run.export is not None and abs(run.valid - run.export) > 1e-3:
             notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
-    versions = first.facts.get("versions")
+    versions = first.info.get("versions")
     versions = {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {}
     version_list = ", ".join(f"{name} {version}" for name, version in versions.items())
-    commits = dict.fromkeys(str(run.facts.get("commit")) for run in runs)
+    commits = dict.fromkeys(str(run.info.get("commit")) for run in runs)
     notes.append(f"{machine()}. {version_list}. Commit {', '.join(commits)}.")
     return notes
 
 
 def machine() -> str:
-    """The machine that compares: GPUs, else processor and cores, and the date."""
+    """The date, and the machine that compares: its GPUs, else its processor and cores."""
     import torch
 
     today = datetime.date.today().isoformat()

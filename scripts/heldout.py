@@ -1,10 +1,10 @@
-"""Loss of a run's export on held-out text, by plain `transformers` in one process: no stack, no recipe's model code.
+"""Loss of a run's export on held-out text, by plain `transformers` in one process, without a stack or a recipe's model code.
 
 python -m scripts.heldout RUN... [--data PREFIX] [--samples N|all]
 
-RUN is an OUT folder of pretrain.sh that has its export, OUT/hf. The text is the run's own data.valid and
-train.eval_samples, so that the value must be the run's last validation loss. It is recorded in OUT/hf/heldout.json and
-not computed twice.
+RUN is an OUT folder of pretrain.sh with its export, OUT/hf. By default the text is the run's data.valid, and the number of
+samples its train.eval_samples, so the value must equal the run's last validation loss. The value is recorded in
+OUT/hf/heldout.json, and is not computed again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from common.preflight import task_module
 from common.yaml_files import read_yaml
 from scripts.check import read_json
 
-TOKENS_AT_ONCE = 4096  # of one forward pass
+TOKENS_AT_ONCE = 4096  # tokens per forward pass
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
         prog="python -m scripts.heldout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--data", metavar="PREFIX", help="another corpus of the same tokenizer")
-    parser.add_argument("--samples", metavar="N", help="how many of it, or all (default: the run's eval_samples)")
+    parser.add_argument("--data", metavar="PREFIX", help="another corpus with the same tokenizer")
+    parser.add_argument("--samples", metavar="N", help="number of samples, or all (default: the run's eval_samples)")
     args = parser.parse_args()
     samples = whole_number(args.samples)
     for run in map(Path, args.runs):
@@ -53,17 +53,17 @@ def whole_number(text: str | None) -> int | None:
 
 
 def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> tuple[float, int]:
-    """Mean loss over the targets, and how many there are. samples: None as the run has it, 0 all."""
+    """Mean loss over the targets, and the number of targets. samples: None: train.eval_samples of the run; 0: all."""
     from common.paths import find
 
-    facts = read_json(run / "run.json")
-    if not isinstance(facts, dict) or not isinstance(facts.get("family"), str):
+    info = read_json(run / "run.json")
+    if not isinstance(info, dict) or not isinstance(info.get("family"), str):
         raise BadInput(f"{run / 'run.json'}: must hold family; a RUN is an OUT folder of pretrain.sh")
     values = read_yaml(run / "config.yaml")
     if "task" in values:
         name = values["task"].get("name") if isinstance(values["task"], dict) else "TASK"
         raise BadInput(f"{run}: was finetuned on {name}; its scores are in eval.json: python -m scripts.evaluate {run} {name}")
-    cfg = config.load(run / "config.yaml", [], task_module(facts["family"], values).Config, recorded=True)
+    cfg = config.load(run / "config.yaml", [], task_module(info["family"], values).Config, recorded=True)
     export = run / "hf"
     if not (export / "config.json").is_file():
         raise BadInput(f"{export}: no export there; finish the run: the same pretrain.sh command again")
@@ -71,42 +71,42 @@ def evaluate(run: Path, data: str | None = None, samples: int | None = None) -> 
     if prefixes is None:
         raise BadInput(f"{run}: the run has no data.valid; give --data PREFIX")
     prefixes = [str(find(p)) for p in ([prefixes] if isinstance(prefixes, str) else prefixes)]
-    task = task_module(facts["family"], values)
+    task = task_module(info["family"], values)
     cfg = config.at_step(cfg, cfg.last_step)
     stream = task.dataset(cfg, prefixes, shuffle=False)
     stream.limit_ids(cfg.model.vocab_size, "--data" if data else "data.valid")
-    corpus_hashes, run_hash = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, facts.get("tokenizer")
+    corpus_hashes, run_hash = {c.tokenizer_hash for c in stream.corpora if c.tokenizer_hash}, info.get("tokenizer")
     if run_hash and corpus_hashes - {run_hash}:
         raise BadInput(f"{prefixes[0]}: made with another tokenizer than {run}; build it with --tokenizer {export}")
     limit = len(stream) if samples == 0 else min(samples or cfg.train.eval_samples or len(stream), len(stream))
 
-    known = {"data": stream.content_hash, "seq_len": cfg.data.seq_len, "samples": limit}
+    request = {"data": stream.content_hash, "seq_len": cfg.data.seq_len, "samples": limit}
     record_path = export / "heldout.json"
     record = read_object(record_path) or {}
-    if known.items() <= record.items() and isinstance(record.get("loss"), float) and is_count(record.get("tokens")):
+    if request.items() <= record.items() and isinstance(record.get("loss"), float) and is_count(record.get("tokens")):
         return record["loss"], record["tokens"]
     changed = integrity.problems(export, str(export))
     if changed:
         raise BadInput(changed)
     loss, tokens = mean_loss(export, stream, limit, task, cfg)
-    write_where_possible(record_path, known | {"loss": loss, "tokens": tokens})
+    write_where_possible(record_path, request | {"loss": loss, "tokens": tokens})
     return loss, tokens
 
 
 def mean_loss(export: Path, stream: Dataset, samples: int, task: PretrainingFamily, cfg: Config) -> tuple[float, int]:
-    """The first `samples` of the stream through the export as `from_pretrained` loads it, in fp32."""
+    """(mean loss, number of targets) of the export, loaded by `from_pretrained` in fp32, on the stream's first `samples`."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # of T5 1.1 it says at length that it is not tied
+    transformers.utils.logging.set_verbosity_error()  # hides a long warning that T5 1.1 has no tied weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = getattr(transformers, task.hf_class_name(cfg.model)).from_pretrained(export, dtype=torch.float32).to(device).eval()
-    sums = counts = torch.zeros((), dtype=torch.float64, device=device)  # of each part of the loss
-    together = max(1, TOKENS_AT_ONCE // cfg.data.seq_len)
-    for first in range(0, samples, together):
-        rows = stream.collate(np.arange(first, min(first + together, samples)))
-        batch = task.make_batch(rows, device)
+    sums = counts = torch.zeros((), dtype=torch.float64, device=device)  # (P,) once added to: P parts of the loss
+    batch_size = max(1, TOKENS_AT_ONCE // cfg.data.seq_len)
+    for first in range(0, samples, batch_size):
+        micro_batch = stream.collate(np.arange(first, min(first + batch_size, samples)))
+        batch = task.make_batch(micro_batch, device)
         with torch.no_grad():
             more, targets = task.export_loss_sums(model, batch)
         sums, counts = sums + more, counts + targets
@@ -116,7 +116,7 @@ def mean_loss(export: Path, stream: Dataset, samples: int, task: PretrainingFami
 
 
 def write_where_possible(path: Path, values: dict[str, Any]) -> None:
-    """Keep a result beside the export; where it cannot be written, each call evaluates again."""
+    """Record a result beside the export. If the file cannot be written, each call evaluates again."""
     try:
         path.write_text(json.dumps(values) + "\n", encoding="utf-8")
     except OSError:

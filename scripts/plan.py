@@ -1,4 +1,4 @@
-"""What a config needs on each stack and layout, before anything is started: memory a GPU, tokens, FLOPs, days.
+"""What a config needs on each stack and layout, before anything is started: memory per GPU, tokens, FLOPs, days.
 
 python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
 """
@@ -14,7 +14,7 @@ from common.planning import flops, memory
 from common.preflight import task_module
 from common.yaml_files import read_yaml
 
-SIZES = (40, 80, 141)  # GB of an A100-40GB, of an A100-80GB or H100, of an H200
+SIZES = (40, 80, 141)  # GB of memory of an A100-40GB, of an A100-80GB or H100, and of an H200
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
 
 
@@ -22,14 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all (default 8)")
-    parser.add_argument("--gpu", help="GPU model, for the days of training: A100, H100, 'H100 PCIe', ...")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
+    parser.add_argument("--gpu", help="GPU model, to estimate the days of training: A100, H100, 'H100 PCIe', ...")
     args = parser.parse_intermixed_args()
     if args.gpus < 1:
         raise BadInput(f"--gpus {args.gpus}: must be 1 or more")
     peak = flops.peak_tflops(args.gpu)
     if args.gpu and peak is None:
-        raise BadInput(f"--gpu {args.gpu}: its peak is not known; common/planning/flops.py has the table (A100, H100, L4, ...)")
+        raise BadInput(f"--gpu {args.gpu}: its peak is unknown; common/planning/flops.py has the table (A100, H100, L4, ...)")
 
     task = task_module(families.of_config(args.config), read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
@@ -46,9 +46,9 @@ def main() -> None:
         steps, begin = phase.train.steps - begin, phase.train.steps
         in_all, flops_in_all = in_all + tokens * steps, flops_in_all + tokens * steps * per_token["full"]
         causal = f" ({per_token['causal']:.4g} counting the causal half of attention)" if "causal" in per_token else ""
-        print(f"FLOPs a token  {per_token['full']:.4g}{causal}")
+        print(f"FLOPs/token    {per_token['full']:.4g}{causal}")
         product = f"{phase.train.global_batch} x {phase.data.sample_tokens} = {tokens:,}"
-        print(f"tokens a step  {product}; in {steps:,} steps {tokens * steps:.4g}")
+        print(f"tokens/step    {product}; in {steps:,} steps {tokens * steps:.4g}")
     print(f"in all         {in_all:.4g} tokens, {flops_in_all:.4g} FLOPs")
     if peak:
         seconds = flops_in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
@@ -56,13 +56,13 @@ def main() -> None:
         print(f"time           {seconds / 86400:.3g} days if {args.gpus} x {args.gpu} reach {speed}")
     views = config.views(cfg)
     for number, phase in enumerate(views, 1):
-        of = f", phase {number} ({phase.data.seq_len} tokens a sample)" if len(views) > 1 else ""
-        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{of}; * is what the config says")
+        which = f", phase {number} ({phase.data.seq_len} tokens per sample)" if len(views) > 1 else ""
+        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout")
         table(phase, args.gpus, families.stacks(families.of_config(args.config)))
 
 
 def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
-    """A row for each layout of these stacks: what of the GPUs' memory each part takes."""
+    """Print a row for each layout of these stacks: the memory per GPU that each part takes."""
     columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in (*memory.PARTS, "total"))
     print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
     for name, stack, changed in layouts(cfg, stacks):
@@ -71,7 +71,7 @@ def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
         except BadInput as error:
             if name.startswith("*"):
                 print(f"{name:<44} cannot: {error.problems[0]}")
-            continue  # the other rows are examples: those that do not divide are left out
+            continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
         estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
         row = f"{name:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
         row += "".join(f"{estimate[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
@@ -79,7 +79,7 @@ def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
 
 
 def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:
-    """(name, stack, config with that layout): what the config says, then the usual choices for each stack."""
+    """(name, stack, config with that layout) of the config's own layout, then of the usual layouts of each stack."""
     for stack in stacks:
         yield f"* {name_of(cfg, stack)}", stack, cfg
         for change in CHOICES[stack]:

@@ -1,6 +1,6 @@
-"""Loss curves of several runs on top of each other, and how far each is from the first.
+"""Plot the loss curves of several runs in one picture, and the difference of each from the first.
 
-python -m scripts.plot RUN... --out curves.png     each RUN an OUT folder of pretrain.sh or a record of docs/results
+python -m scripts.plot RUN... --out curves.png     RUN: an OUT folder of pretrain.sh, or a record of docs/results
 """
 
 import argparse
@@ -11,10 +11,10 @@ from common.errors import BadInput, exit_cleanly
 from scripts.check import logged
 
 SMOOTH_ABOVE = 500  # steps; a longer curve is smoothed so that its trend can be read
-# Curves that are equal cover each other: later ones are thinner and have longer gaps, so that the earlier show through.
+# Equal curves cover each other. Later ones are thinner and have longer gaps, so that the earlier ones stay visible.
 DASHES: list[Any] = ["-", (0, (6, 4)), (0, (2, 4)), (0, (8, 3, 2, 3)), (0, (1, 6)), (0, (10, 8))]
 WIDTHS = [2.4, 1.8, 1.6, 1.2, 1.2, 1.0]
-FLOOR = 1e-9  # where 0 is drawn: it has no place on a logarithmic axis
+FLOOR = 1e-9  # differences below this are drawn here, because a logarithmic axis has no 0
 
 Curve = dict[int, float]  # step -> loss
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def labels(paths: list[str]) -> dict[str, Path]:
-    """Each run under the shortest end of its path that tells it from the others; the same run twice is one."""
+    """{label: path} of the runs. A label is the shortest end of the path that is unique; repeated runs count once."""
     whole = list(dict.fromkeys(Path(p).resolve() for p in paths))
     for length in range(1, max(len(p.parts) for p in whole) + 1):
         short = {"/".join(p.parts[-length:]): p for p in whole}
@@ -60,7 +60,7 @@ def curves(run: Path) -> tuple[Curve, Curve]:
 
 
 def smooth(curve: Curve, span: int) -> Curve:
-    """Exponential mean over about `span` steps, its start corrected as Adam's is (arXiv:1412.6980, section 3)."""
+    """Exponential mean over about `span` steps, with Adam's bias correction (arXiv:1412.6980, section 3)."""
     keep, mean, smoothed = 1 - 1 / span, 0.0, {}
     for count, (step, loss) in enumerate(curve.items(), 1):
         mean = keep * mean + (1 - keep) * loss
@@ -100,7 +100,7 @@ def draw(runs: dict[str, tuple[Curve, Curve]], out: Path) -> None:
                 style = {"color": f"C{i}", "linewidth": 0.8, "markersize": 4, "markerfacecolor": "none"}
                 mark = "o" if part == "validation" else "-"
                 axes[1][0].plot(list(apart), list(apart.values()), mark, label=f"{name}, {part}", **style)
-    top.set_ylabel("loss (nats a token)" + (f", training smoothed over {span} steps" if span > 1 else ""))
+    top.set_ylabel("loss (nats per token)" + (f", training smoothed over {span} steps" if span > 1 else ""))
     top.grid(alpha=0.3)
     top.legend(fontsize=8)
     if several:

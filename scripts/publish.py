@@ -1,15 +1,15 @@
-"""Write the record of a finished run: what a published figure can be checked from, a thousandth of the run's own files.
+"""Write the record of a finished run: the small files from which scripts/check.py can check a published number.
 
 python -m scripts.publish RUN docs/results/FAMILY/NAME/STACK [--also COLUMN ...]
 
 RUN is an OUT folder of pretrain.sh or finetune.sh. The record holds:
 
-run.json       as the run wrote it: config, family, stack, hashes of data and tokenizer, commit, versions
-record.yaml    overrides: what differs from the config; config_sha256: of the sections of that config that decide the loss;
-               the last step, seconds (sum of all steps), tokens_per_s (median of the steps after the first tenth) and
-               mem_bytes (the largest)
-loss.tsv       a row per step: loss, the validation's columns, and the columns of metrics.jsonl that --also names
-eval.json      the scores, where the run has some
+run.json       a copy of the run's file: config, family, stack, hashes of data and tokenizer, commit, versions
+record.yaml    overrides: what differs from the config; config_sha256: hash of the sections of that config that decide the
+               loss; steps (the last step), seconds (sum over all steps), tokens_per_s (median over the steps after the first
+               tenth) and mem_bytes (the largest)
+loss.tsv       one row per step: the loss, the columns of the validation, and the columns of metrics.jsonl that --also names
+eval.json      a copy of the run's scores, if it has any
 """
 
 import argparse
@@ -78,16 +78,16 @@ def write(run: Path, out: Path, also: list[str], root: Path = ROOT) -> None:
 
 
 def overrides(run: Path, path: Path, family: str) -> list[str]:
-    """The overrides of the config at `path` that give the config that the run resolved."""
+    """The overrides that turn the config at `path` into the config of the run."""
     recorded = read_yaml(run / "config.yaml")
     schema: type[Config] = task_module(family, recorded).Config
-    start = check.beginning(path, recorded)
+    start = check.start_overrides(path, recorded)
     values, goal = (
         flat(config.load(path, start, schema)),
         flat(config.load(run / "config.yaml", ["expect={}"], schema, recorded=True)),
     )
     changed = [check.override(key, value) for key, value in goal.items() if values.get(key) != value]
-    for word in start:  # a default needs no override
+    for word in start:  # leave out overrides that repeat a default
         shorter = [other for other in start if other != word]
         if resolves_to(goal, path, [*shorter, *changed], schema):
             start = shorter
@@ -99,17 +99,17 @@ def overrides(run: Path, path: Path, family: str) -> list[str]:
 def resolves_to(goal: dict[str, Any], path: Path, words: list[str], schema: type[Config]) -> bool:
     try:
         return flat(config.load(path, words, schema)) == goal
-    except BadInput:  # init.from is not on this machine, and without `words` the shapes come from there
+    except BadInput:  # init.from, which gives the shapes if `words` do not, is not on this machine
         return False
 
 
 def flat(cfg: Config) -> dict[str, Any]:
-    """Every key of a config but `expect`, with the defaults that follow from other keys filled in."""
+    """Every key of a config except `expect` and `quickstart`, with the defaults that follow from other keys filled in."""
     return config.flat(check.with_defaults(cfg).model_copy(update={"expect": {}, "quickstart": None}).dump())
 
 
 def table(lines: list[dict[str, Any]], also: list[str]) -> str:
-    """loss.tsv: a row per step, ten significant digits per number, an empty cell where a step has no such value."""
+    """The text of loss.tsv: one row per step, ten significant digits per number, an empty cell for a missing value."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         rows.setdefault(line["step"], {}).update(line)

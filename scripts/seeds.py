@@ -1,11 +1,11 @@
-"""One finetuning with several seeds: its scores, their median and their spread.
+"""Run one finetuning with several seeds, and report the median and the spread of its scores.
 
     python -m scripts.seeds recipes/bert/megatron/finetune.sh CONFIG OUT --seeds 1 2 3 [a.b=c ...]
 
-Runs the launch script once a seed into OUT/seed_N, one after the other, each resumed where it was stopped; a finished one is
-not run again. OUT/seeds.json holds, of each metric of eval.json, the values by seed, median, least, greatest, mean and standard
-deviation (sigma: of the sample, null for one seed). A run that stops or fails ends all with its exit code; the same command
-goes on.
+Runs the launch script once per seed, one after the other, with OUT/seed_N as its OUT. A run that was stopped is resumed; a
+finished run is skipped. OUT/seeds.json holds, for each metric of eval.json, the values by seed, median, least, greatest, mean
+and sigma (the sample's standard deviation, null for one seed). If a run stops or fails, the command ends with its exit code;
+the same command continues.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> int:
     p.add_argument("--dry-run", action="store_true", help="check the first run; start nothing")
     args = p.parse_intermixed_args()
     words = [word for word in args.seeds if "=" not in word]
-    overrides = args.overrides + [word for word in args.seeds if "=" in word]  # that stand behind the seeds
+    overrides = args.overrides + [word for word in args.seeds if "=" in word]  # given after --seeds
     is_script = args.script.is_file() and args.script.name == "finetune.sh"
     problems = [] if is_script else [f"{args.script}: no such script; give recipes/FAMILY/STACK/finetune.sh"]
     problems += [f"--seeds {word}: must be a whole number from 0" for word in words if not word.isdecimal()]
@@ -49,11 +49,11 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace, overrides: list[str], seeds: list[int]) -> int:
-    """The runs one after the other, then seeds.json. The exit code of the first that fails, else 0."""
+    """Run all seeds, one after the other, then write seeds.json. Returns the exit code of the first run that fails, else 0."""
     for seed in seeds:
         run = args.out / f"seed_{seed}"
         words = [args.config, str(run), *overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
-        code = run_to_its_end(["bash", str(args.script), *words])
+        code = run_one(["bash", str(args.script), *words])
         if code or args.dry_run:
             return code
     rows = summary({seed: args.out / f"seed_{seed}" for seed in seeds})
@@ -63,31 +63,32 @@ def run_all(args: argparse.Namespace, overrides: list[str], seeds: list[int]) ->
     return 0
 
 
-def run_to_its_end(command: list[str]) -> int:
-    """Its exit code. A signal to us goes on to the run, which saves its state and ends; we wait for that. Where it was done by
-    then, the code is the signal's: no other run is to begin."""
-    asked: list[int] = []
+def run_one(command: list[str]) -> int:
+    """Run a command and return its exit code. A signal to this process is passed on to the run, which saves its state and ends.
+    If the run finished all the same, the code is that of the signal, so that no other run begins."""
+    signals: list[int] = []
     process: subprocess.Popen | None = None
 
     def pass_on(number: int, _frame: object) -> None:
-        asked.append(number)
+        signals.append(number)
         if process:
             process.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, pass_on)
-    process = subprocess.Popen(command, process_group=0)  # Ctrl-C reaches it once, through us
-    for number in asked:  # that came before it was there
+    process = subprocess.Popen(command, process_group=0)  # its own group, so that Ctrl-C reaches it once, through this process
+    for number in signals:  # those that arrived before the process existed
         process.send_signal(number)
     code = process.wait()
-    if code == 0 and asked:
-        return 128 + asked[0]
+    if code == 0 and signals:
+        return 128 + signals[0]
     return code if code >= 0 else 128 - code
 
 
 def summary(runs: dict[int, Path]) -> list[dict[str, Any]]:
-    """{seed: OUT} -> a row for each metric. eval.json begins with the run's own; scripts/evaluate.py adds others behind."""
+    """{seed: OUT} -> one row per metric. If eval.json has several values, the first counts: the run's own.
+    scripts/evaluate.py appends its results."""
     by_metric: dict[tuple[str, str], dict[int, float]] = {}
     for seed, run in runs.items():
         for row in results(run / "eval.json"):

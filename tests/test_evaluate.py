@@ -281,7 +281,7 @@ def test_where_results_cannot_go(run: Path, data: Path, tmp_path: Path):
     (tmp_path / "a/eval.json").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/predictions").touch()
-    for out, message in (("a", "Is a directory"), ("b", "is in the way, not a folder"), ("b/predictions/c", "is no folder")):
+    for out, message in (("a", "Is a directory"), ("b", "is in the way, not a folder"), ("b/predictions/c", "is not a folder")):
         assert message in evaluate(run, "lambada", "--data", data, "--out", tmp_path / out, code=2)
 
 

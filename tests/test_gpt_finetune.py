@@ -621,7 +621,7 @@ def test_a_byte_order_mark_is_no_text(configs, data, tmp_path):
             streams[encoding, kind] = stream(configs, kind, "tiny", [f"task.data={tmp_path / encoding / kind}"])
     for kind in ("sft", "lm"):
         assert streams["utf-8", kind].content_hash == streams["utf-8-sig", kind].content_hash
-    assert evaluate.text_of(tmp_path / "utf-8-sig/lm/train.txt") == texts["lm/train.txt"]
+    assert evaluate.read_nonblank(tmp_path / "utf-8-sig/lm/train.txt") == texts["lm/train.txt"]
     assert sources.read_text(tmp_path / "utf-8-sig/lm/train.txt", sources.Errors()) == texts["lm/train.txt"]  # of the builders
     (tmp_path / "lambada.jsonl").write_text('{"text": "two words"}\n', encoding="utf-8-sig")
     assert language.lambada(tmp_path / "lambada.jsonl") == ["two words"]

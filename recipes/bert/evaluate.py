@@ -36,13 +36,13 @@ class Task(NamedTuple):
     order: list[int] | None
 
 
-def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> Task:
-    """The task for the model in `folder`. given: that folder, or the run that exported it.
+def read(source: Path, folder: Path, name: str, data: Path | None, seq_len: int | None, split: str) -> Task:
+    """The task for the model in `folder`. source: that folder, or the run that exported it.
 
     Raises BadInput if the model has another head or other labels, or if its sequences are too short.
     """
     stored = read_object(folder / "config.json") or {}
-    cfg = settings(given, folder, stored, name, data, seq_len, split)
+    cfg = settings(source, folder, stored, name, data, seq_len, split)
     head = f"{cfg.model.task_head.parameter}.weight"
     tensors = hf_folder.tensors(folder, str(folder), [])
     outputs = tensors[head].shape[0] if head in tensors else 0
@@ -59,19 +59,20 @@ def read(given: Path, folder: Path, name: str, data: Path | None, seq_len: int |
 
 
 def settings(
-    given: Path, folder: Path, stored: dict[str, Any], name: str, data: Path | None, seq_len: int | None, split: str
+    source: Path, folder: Path, stored: dict[str, Any], name: str, data: Path | None, seq_len: int | None, split: str
 ) -> finetune.ResolvedConfig:
-    """The config of the run `given` if it is of this task, else one with the task's defaults. stored: config.json."""
-    known = read_yaml(given / "config.yaml") if (given / "config.yaml").is_file() else {}
-    own = isinstance(known.get("task"), dict) and known["task"].get("name") == name
-    task = dict(known["task"]) if own else {"name": name}
+    """The config of the run `source` if it is of this task, else one with the task's defaults. stored: config.json."""
+    recorded = read_yaml(source / "config.yaml") if (source / "config.yaml").is_file() else {}
+    is_own = isinstance(recorded.get("task"), dict) and recorded["task"].get("name") == name
+    task = dict(recorded["task"]) if is_own else {"name": name}
     key = LABEL_KEYS.get(name)
     if key and not task.get(key):
         task[key] = own_labels(folder, stored, name)
     positions = stored.get("max_position_embeddings")
     positions = positions if isinstance(positions, int) else 512
-    of_run = known.get("data") if own else None
-    length = seq_len or (of_run.get("seq_len") if isinstance(of_run, dict) else None) or min(positions, SEQ_LEN.get(name, 128))
+    recorded_data = recorded.get("data") if is_own else None
+    recorded_len = recorded_data.get("seq_len") if isinstance(recorded_data, dict) else None
+    length = seq_len or recorded_len or min(positions, SEQ_LEN.get(name, 128))
     values = {
         "init": {"from": str(folder)}, "task": task | ({"data": str(data)} if data else {}),
         "data": {"seq_len": length, "valid": split}, "optim": {"lr": 1e-5}, "train": {"steps": 1, "global_batch": 1},
@@ -80,7 +81,7 @@ def settings(
         cfg = finetune.Config.model_validate(finetune.Config.complete(values))
     except ValidationError as error:
         where = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg'].lower()}" for e in error.errors()[:3])
-        raise BadInput(f"{given}: {where}; correct its config.yaml, or give the folder of the export") from None
+        raise BadInput(f"{source}: {where}; correct its config.yaml, or give the folder of the export") from None
     least = finetune.min_seq_len(cfg.task)
     if length < least:
         beside = f"a context beside a question of {cfg.task.question_len} tokens (task.question_len)"
@@ -103,7 +104,7 @@ def own_labels(folder: Path, stored: dict[str, Any], name: str) -> list[str]:
 
 
 def predict(
-    net: Any, task: Task, batch: int, limit: int | None, ranks: Ranks, report: Callable[[int], None]
+    net: Any, task: Task, batch_size: int, limit: int | None, ranks: Ranks, report: Callable[[int], None]
 ) -> np.ndarray:  # fmt: skip
     """Predictions (n, width) of the first n examples. Each example is computed once, by one rank, and the batches do not depend
     on the number of ranks. The results are therefore the same, bit for bit. report: called with the number of each batch."""
@@ -114,9 +115,9 @@ def predict(
     n = min(limit or len(examples), len(examples))
     ordered = examples.batch_order(range(n))
     values = torch.zeros(n, head.prediction_width(task.cfg.data.seq_len), dtype=torch.float64, device=ranks.device)
-    for number in range(ranks.rank, -(-n // batch), ranks.world):
+    for number in range(ranks.rank, -(-n // batch_size), ranks.world):
         report(number)
-        micro_batch = examples.collate(ordered[number * batch : (number + 1) * batch])
+        micro_batch = examples.collate(ordered[number * batch_size : (number + 1) * batch_size])
         inputs = finetune.make_batch(micro_batch, ranks.device)
         mask = inputs["attention_mask"].long()  # (B, T), as plain transformers takes it
         with torch.no_grad():
