@@ -50,7 +50,7 @@ def _line(value: str) -> str:
 
 
 def _corpus_command(value: str) -> str:
-    """`python -m data.NAME FOLDER [options]`, as one types it."""
+    """A command that builds a corpus: `python -m data.NAME FOLDER [options]`."""
     _line(value)
     try:
         words = shlex.split(value)
@@ -129,7 +129,7 @@ class Data(Section):
 
 
 class Lamb(Section):
-    """Of optim.optimizer=lamb (You et al., arXiv:1904.00962)."""
+    """The settings of optim.optimizer=lamb (You et al., arXiv:1904.00962)."""
 
     min_coeff: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Lower bound of the trust ratio.")
     max_coeff: Annotated[float, Field(gt=0)] = Field(default=10.0, description="Upper bound of the trust ratio.")
@@ -376,7 +376,7 @@ def sections(schema: type[Config]) -> dict[str, type[Section]]:
 
 
 def name_now(key: str, schema: type[Config]) -> str:
-    """objective.mask_share, of an earlier version -> objective.masked_lm_prob. Any other key as it is."""
+    """The present name of a key: objective.mask_share, of an earlier version -> objective.masked_lm_prob."""
     section, dot, name = key.partition(".")
     kind = sections(schema).get(section)
     return f"{section}{dot}{kind.renamed.get(name, name)}" if kind else key
@@ -398,7 +398,7 @@ def under_names_now(values: dict[str, Any], schema: type[Config]) -> dict[str, A
 
 
 def vocabulary(vocab_size: int | None, tokenizer_size: int | None) -> int:
-    """model.vocab_size; by default the tokenizer's size rounded up to a multiple of 128. BadInput where neither is known."""
+    """model.vocab_size; by default the tokenizer's size rounded up to a multiple of 128. BadInput if both are unknown."""
     if vocab_size is None and tokenizer_size is None:
         raise BadInput("model.vocab_size: is missing, and no tokenizer is known to take it from; give model.vocab_size=N")
     return vocab_size or -(-(tokenizer_size or 1) // 128) * 128
@@ -521,7 +521,7 @@ def _rules(cfg: Config) -> Iterator[str]:
 
 
 def _phase_problems(cfg: Config) -> Iterator[str]:
-    """Of the phases: what they may change, in which order they end, and what each one's own config has wrong."""
+    """The problems of the phases: keys that a phase may not change, the order in which they end, each phase's own config."""
     ends = cfg.train.steps
     if cfg.optim.begin_step:
         yield f"optim.begin_step={cfg.optim.begin_step}: the first schedule begins at 0; it is for a later phase"
@@ -566,7 +566,8 @@ def _phase_keys(schema: type[Config]) -> list[str]:
 
 
 def _is_fixed(key: str, schema: type[Config]) -> bool:
-    """Must a phase not change this key? An unknown key of a section that phases may change is left to the schema."""
+    """Is this a key that a phase may not change? False for an unknown key of a section that phases may change: the schema
+    reports it."""
     section, _, names = key.partition(".")
     kind, name = sections(schema).get(section), names.partition(".")[0]
     return kind is None or not kind.phase_keys() or name in kind.model_fields.keys() - kind.phase_keys()
@@ -577,7 +578,7 @@ def _is_called(key: str, now: str, value: Any) -> str:
 
 
 def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
-    """`cfg` with the changes of these phases, one upon the other. ValidationError, BadInput if they do not fit the schema."""
+    """`cfg` with the changes of these phases, applied in order. ValidationError or BadInput if they do not fit the schema."""
     values = cfg.dump()
     for changes in phases:
         for key, value in changes.items():
@@ -592,12 +593,12 @@ def _changed[C: Config](cfg: C, phases: Sequence[dict[str, Any]]) -> C:
 
 
 def views[C: Config](cfg: C) -> list[C]:
-    """The config of each phase in turn, the first included; the train.steps of each is where it ends."""
+    """The config of each phase, the first included; the train.steps of each is the step at which it ends."""
     return [cfg, *(_changed(cfg, cfg.phases[: number + 1]) for number in range(len(cfg.phases)))]
 
 
 def at_step[C: Config](cfg: C, done: int) -> C:
-    """The config of the phase that goes on after `done` steps; its train.steps is where that phase ends."""
+    """The config of the phase that a run continues after `done` steps; its train.steps is the step at which that phase ends."""
     ends = [cfg.train.steps, *(changes["train.steps"] for changes in cfg.phases)]
     number = next((n for n, end in enumerate(ends) if done < end), len(cfg.phases))
     return _changed(cfg, cfg.phases[:number]) if number else cfg
@@ -639,7 +640,7 @@ def _explain(error: Any, schema: type[Config]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as one would write it in a config; the middle of a long one is left out."""
+    """A value as it is written in a config; the middle of a long value is left out."""
     return shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
@@ -680,13 +681,13 @@ def recorded[C: Config](path: Path, schema: type[C]) -> C:
 
 
 def write_yaml(cfg: Config, path: str | Path) -> None:
-    """Write a config; a reader sees the old file or the new one, never half of it."""
+    """Write a config. A reader sees either the old file or the new one, never half of it."""
     part = Path(f"{path}.tmp")
     part.write_text(to_yaml(cfg.dump()), encoding="utf-8")
     part.replace(path)
 
 
 def write_section(path: str | Path, name: str, section: Section) -> None:
-    """One section alone, to be put into a config."""
+    """The YAML of one section, to be put into a config."""
     text = to_yaml({name: section.model_dump(by_alias=True)}, default_flow_style=None)
     Path(path).write_text(text, encoding="utf-8")

@@ -187,8 +187,8 @@ class Family(Protocol):
         """Does weight decay apply to this parameter?"""
 
     def forward_backward_flops(self, model: Any, data: Any, /) -> dict[str, float]:
-        """FLOPs per token, forward and backward, without recomputation: `full`, and where half of attention's pairs are masked
-        `causal`, which leaves them out."""
+        """FLOPs per token, forward and backward, without recomputation: `full`, and, for causal attention, `causal`, which
+        leaves out the masked half of the pairs."""
 
     def model_card(self, model: Any, /) -> dict[str, Any]:
         """What the export's model card says of the architecture."""
@@ -211,7 +211,7 @@ class Family(Protocol):
         """A transformers configuration with one spelling for values that mean the same."""
 
     def stored_names(self, name: str, /) -> list[str]:
-        """The names under which a folder may hold a parameter, the first that is there counts."""
+        """The names under which a folder may hold a parameter. The first one that exists counts."""
 
     def duplicate_names(self, model: Any, /) -> dict[str, str]:
         """Names under which a folder may repeat a tied parameter -> that parameter."""
@@ -233,24 +233,24 @@ class Family(Protocol):
 
 
 class FamilyOf[C: BaseConfig](Family, Protocol):
-    """A family whose runs have the config C: so mypy knows the config of each script."""
+    """A family whose runs have a config of type C. With it mypy knows the type of the config in each script."""
 
     @property
     def ResolvedConfig(self) -> type[C]: ...
 
 
 class PretrainingFamily(Family, Protocol):
-    """`task.py` alone: what scripts/heldout.py and the commands of convert.py ask for beside."""
+    """What only `task.py` has: names that scripts/heldout.py and the commands of convert.py need."""
 
     def export_loss_sums(self, net: Any, batch: "dict[str, torch.Tensor]", /) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Of an export in plain transformers: the summed losses (P,) and numbers of targets (P,) of a batch, fp32."""
+        """The summed losses (P,) and the numbers of targets (P,) of an export in plain transformers on a batch, in fp32."""
 
     def model_from_hf_config(self, config: dict[str, Any], /) -> Any:
         """The resolved section `model` for a folder's config.json. KeyError where it lacks a shape."""
 
 
 class FinetuningFamily(Family, Protocol):
-    """`finetune.py` alone: how checkpoints are compared, and what happens before the first step and after the export."""
+    """What only `finetune.py` has: how checkpoints are compared, what happens before the first step and after the export."""
 
     def selection_metric(self, cfg: Any, /) -> str:
         """The metric that decides which checkpoint is the best: `loss`, or a key of `validation_metrics`."""

@@ -21,12 +21,13 @@ def names() -> list[str]:
 
 
 def stacks(family: str) -> list[str]:
-    """The stacks that a family has, in the order of config.STACKS: the baseline first, where it is there."""
+    """The stacks that a family has, in the order of config.STACKS: the baseline first, if the family has it."""
     return [stack for stack in STACKS if (RECIPES / family / stack / "pretrain.py").is_file()]
 
 
 def module_of(file: str, family: str | None = None, holding: str = "") -> ModuleType | None:
-    """recipes/FAMILY/FILE.py of the family, else of the first family with such a file, else None. holding: text of it."""
+    """The module recipes/FAMILY/FILE.py of the family, else of the first family with such a file, else None. holding: a text
+    that the file must contain."""
     paths = {name: RECIPES / name / f"{file}.py" for name in names()}
     having = [name for name, path in paths.items() if path.is_file() and holding in path.read_text(encoding="utf-8")]
     chosen = family if family in having else next(iter(having), None)

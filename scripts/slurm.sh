@@ -30,7 +30,7 @@ signalled=
 # shellcheck disable=SC2329 # called by the trap
 on_signal() {
   signalled=yes
-  echo "slurm: job $SLURM_JOB_ID was told to end; saving"
+  echo "slurm: job $SLURM_JOB_ID received the signal to stop; saving"
   scancel --signal=TERM "$SLURM_JOB_ID" # its steps, not this script
 }
 trap on_signal TERM

@@ -1,4 +1,4 @@
-"""A run's training state, by Hugging Face name: any layout of any stack writes it, any reads it (laws 6 and 7).
+"""A run's training state, by Hugging Face name: any layout of any stack can write and read it (invariants 6, 7).
 
     OUT/step_N/state.json            written last; step_N.tmp is renamed to step_N when all is on disk
     OUT/step_N/NAME.safetensors      one per parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or the state of

@@ -20,7 +20,7 @@ MicroBatch = dict[str, np.ndarray]
 def for_step(dataset: "Dataset", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
 
-    A step has the same samples, and so learns the same, under every layout.
+    A step has the same samples under every layout, and so the same update.
     """
     order = dataset.batch_order(numbers)
     for micro in range(layout.accumulate):
@@ -55,7 +55,7 @@ def collate_checked(dataset: "Dataset", numbers: np.ndarray) -> MicroBatch:
 def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
     """Every validation sample once over all replicas (the first `limit`), with the same number of batches on each replica.
 
-    Numbers beyond the last sample repeat it without targets, so that no sample counts twice. Without a dataset nothing comes.
+    Numbers beyond the last sample repeat it without targets, so that no sample counts twice. Without a dataset there are none.
     """
     if dataset is None:
         return

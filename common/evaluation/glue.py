@@ -47,7 +47,7 @@ TASKS = {
 }
 
 
-# The words for the numbers in the files, as on the hub: the heads of other models name their labels by them
+# The words for the numbers in the files, as on the hub. The heads of other models use them as the names of their labels.
 WORDS = {
     "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"), "mrpc": ("not_equivalent", "equivalent"),
     "qqp": ("not_duplicate", "duplicate"), "wnli": ("not_entailment", "entailment"),
@@ -62,7 +62,7 @@ class Form(NamedTuple):
     columns: tuple[str, ...] | tuple[int, ...]
 
 
-# GLUE's own test files, whose answers only its server has. Their columns are named as on the hub, except for these
+# GLUE's own test files; only its server has their labels. Their columns have the same names as on the hub, except for these.
 TEST_FILES = {"mnli": ("test_matched.tsv", "test_mismatched.tsv")}  # the others: test.tsv
 TEST_COLUMNS = {"mrpc": ("#1 String", "#2 String"), "mnli": ("sentence1", "sentence2")}
 
@@ -95,8 +95,8 @@ FORMS = {
 
 
 class Examples(NamedTuple):
-    """texts: one list per column; labels (N,) int64, or float32 from 0 to 5 (-1 in test: unknown); sizes: examples of each file
-    or split that was read; hash: sha256 of what was read."""
+    """texts: one list per column; labels (N,) int64, or float32 from 0 to 5 (-1 in test: unknown); sizes: number of examples in
+    each file or split that was read; hash: sha256 of the content."""
 
     texts: list[list[str]]
     labels: np.ndarray

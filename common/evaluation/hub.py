@@ -4,7 +4,7 @@ from typing import Any
 
 from common.errors import BadInput
 
-SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # our names of the splits -> the hub's
+SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # {name of a split here: its name on the hub}
 
 
 def rows(name: str, repository: str, config: str | None, split: str) -> Any:

@@ -1,4 +1,4 @@
-"""Your own classification task: texts, or pairs of texts, with a label each.
+"""The task `classify`, on the user's own data: texts, or pairs of texts, with a label each.
 
 Read from a folder with train, valid (or dev) and, to evaluate on, test. Each is a file of JSON lines (train.jsonl) or a
 tab-separated file with a header (train.tsv). A row has `text`, `label` and, for pairs, `text_pair`; test may lack all labels.
@@ -54,7 +54,7 @@ def read(folder: Path | None, split: str, labels: list[str]) -> glue.Examples:
 
 
 def label_set(folder: Path | None) -> list[str]:
-    """The labels of train, sorted, as numbers if all are numbers. BadInput for fewer than two."""
+    """The labels of train, sorted (as numbers if all of them are numbers). BadInput for fewer than two labels."""
     path = _file(folder, "train")
     rows = _rows(path)
     labels = {row.label for row in rows if row.label is not None}

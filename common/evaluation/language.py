@@ -5,8 +5,8 @@ Perplexities of one model under two protocols differ more than two models do. Ea
 megatron-wikitext    Megatron-LM's (arXiv:1909.08053, section 5.3 and appendix E; tasks/zeroshot_gpt, deleted since): the
                      word-level file, detokenized, in overlapping windows that move by 32 tokens, the sum divided by the
                      number of words and not of tokens: exp(loss x (T - 1) / (T_o - 1)). T_o = 245,566 in the test file.
-token-perplexity     the mean over the tokens of windows that do not overlap; the first token of a window is not predicted.
-                     As transformers' own loss has it. Depends on the tokenizer.
+token-perplexity     the mean over the tokens of windows that do not overlap; the first token of a window is not predicted, as
+                     in transformers' own loss. It depends on the tokenizer.
 bits-per-byte        every token but the first, each predicted once in windows end to end, in bits, over the bytes of the text:
                      comparable between tokenizers. A window's last token predicts the first of the next, which token-perplexity
                      leaves out.
@@ -35,7 +35,7 @@ OVERLAP = 32  # tokens that Megatron's window moves by
 
 
 class Window(NamedTuple):
-    """inputs = tokens[start : start + length]; of its targets, the tokens one further, those from `first` on are scored."""
+    """inputs = tokens[start : start + length]. The targets are the tokens one position later, scored from `first` on."""
 
     start: int
     length: int
@@ -73,7 +73,8 @@ _UNDO: list[tuple[str, str]] = [
 
 
 def of_hub(rows: Sequence[str]) -> str:
-    """The file's text from the rows of the hub's `Salesforce/wikitext`, in which its blank lines (one space each) are ''."""
+    """The text of the file, from the rows of the hub's `Salesforce/wikitext`, where a blank line (one space) is an empty
+    row."""
     return "".join(row or " \n" for row in rows)
 
 
@@ -119,10 +120,10 @@ def perplexity(total: float, count: float) -> float:
     return math.exp(min(20.0, total / count))
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths -> (B, T) int64, padded with 0 on the right, where a causal model does not see it."""
-    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for row, ids in zip(out, rows, strict=True):
+def padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of different lengths -> (B, T) int64, padded with 0 on the right, where a causal model does not see it."""
+    out = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
+    for row, ids in zip(out, arrays, strict=True):
         row[: len(ids)] = ids
     return out
 
@@ -130,8 +131,11 @@ def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 def shared_out(
     batches: Sequence[Any], score: Callable[[Any], list[float]], ranks: Ranks, report: Callable[[int], None], each: int = 1
 ) -> np.ndarray:
-    """The values of all batches, `each` per item of a batch, in order, on every rank. The batches do not depend on the number
-    of ranks, and each is scored by one: so 2 ranks give what 1 gives, bit for bit. report: called with each batch's number."""
+    """The values of all batches, in order, on every rank; `each` is the number of values per item. The batches do not depend
+    on the number of ranks, and one rank scores each, so 2 ranks give the same bits as 1.
+
+    report: called with the number of each batch.
+    """
     import torch
     import torch.distributed as dist
 
@@ -149,14 +153,17 @@ def shared_out(
 def window_losses(
     net: Any, tokens: np.ndarray, windows: Sequence[Window], device: Any, bound: int | None = None, bos: int | None = None
 ) -> list[float]:
-    """Summed cross entropy, in nats, of the scored targets of each window (one batch). Logits in fp32. bound: two sums per
-    window, of its targets before this position and of the others. bos: replaces the first input of each window."""
+    """Summed cross entropy, in nats, of the scored targets of each window of a batch, from fp32 logits.
+
+    bound: if given, there are two sums per window: of the targets before this position, and of the others. bos: replaces the
+    first input of each window.
+    """
     import torch
 
-    rows = padded([tokens[w.start : w.start + w.length] for w in windows])
+    ids = padded([tokens[w.start : w.start + w.length] for w in windows])
     if bos is not None:
-        rows[:, 0] = bos
-    inputs = torch.from_numpy(rows).to(device)  # (B, T)
+        ids[:, 0] = bos
+    inputs = torch.from_numpy(ids).to(device)  # (B, T)
     targets = torch.from_numpy(padded([tokens[w.start + 1 : w.start + w.length + 1] for w in windows])).to(device)
     first = min(w.first for w in windows)
     with torch.no_grad():
@@ -169,10 +176,10 @@ def window_losses(
 
 
 def answers(net: Any, passages: Sequence[tuple[np.ndarray, np.ndarray]], device: Any) -> list[list[int]]:
-    """For each (context, label) of one batch the most likely token at each position of the label, under teacher forcing."""
+    """The most likely token at each position of the label, under teacher forcing, for each (context, label) of a batch."""
     import torch
 
-    rows = [np.concatenate([context, label]) for context, label in passages]
+    ids = padded([np.concatenate([context, label]) for context, label in passages])
     with torch.no_grad():
-        predicted = net(input_ids=torch.from_numpy(padded(rows)).to(device)).logits.argmax(-1).tolist()  # (B, T)
+        predicted = net(input_ids=torch.from_numpy(ids).to(device)).logits.argmax(-1).tolist()  # (B, T)
     return [row[len(c) - 1 : len(c) + len(w) - 1] for row, (c, w) in zip(predicted, passages, strict=True)]

@@ -21,7 +21,7 @@ CHOICES = 4
 
 
 class Questions(NamedTuple):
-    """labels (N,): the right answer, from 0; high (N,) bool: from a high school's examination."""
+    """labels (N,): index of the right answer; high (N,) bool: is the question from a high school examination?"""
 
     articles: list[str]
     article_of: list[int]  # index of the article of each question

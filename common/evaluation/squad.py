@@ -158,7 +158,7 @@ def exact(prediction: str, answer: str) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """F1 of the words in common; 0 where there are none."""
+    """F1 of the common words; 0 if there are none."""
     predicted, expected = normalized(prediction).split(), normalized(answer).split()
     common = sum((Counter(predicted) & Counter(expected)).values())
     if not common:
@@ -168,10 +168,10 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def scores(name: str, prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1) of 'squad' or 'squad2': the best over the answers, as in the official script of that version.
+    """(exact match, F1): the best over the answers, as in the official script of 'squad' or 'squad2'.
 
     The scripts differ on answers that consist of articles and punctuation alone. In evaluate-v1.1.py such an answer has no
-    words: its F1 is 0. evaluate-v2.0.py drops them; where no other is left, the right answer is '', and F1 is the exact match.
+    words, so its F1 is 0. evaluate-v2.0.py drops such answers; if none is left, the right answer is '', and F1 is exact match.
     """
     if name == "squad2":
         answers = [a for a in answers if normalized(a)]
@@ -182,8 +182,8 @@ def scores(name: str, prediction: str, answers: Sequence[str]) -> tuple[float, f
 
 
 def metrics(name: str, questions: Iterable[Question], predictions: dict[str, str]) -> dict[str, float]:
-    """{question id: text} -> f1 and exact_match, in percent; where some questions have no answer, also for the questions with
-    and without an answer."""
+    """{question id: text} -> f1 and exact_match, in percent. If some questions have no answer, also the two scores of the
+    questions with an answer and of those without."""
     table = np.array([(bool(q.answers), *scores(name, predictions[q.id], q.answers)) for q in questions], float)
     values = {"f1": 100 * float(table[:, 2].mean()), "exact_match": 100 * float(table[:, 1].mean())}
     has = table[:, 0] > 0
@@ -203,9 +203,9 @@ def counts(questions: Sequence[Question]) -> dict[str, int]:
 
 def best_thresholds(questions: Sequence[Question], texts: dict[str, str], null_odds: dict[str, float]) -> dict[str, float]:
     """best_f1 and best_exact, in percent, and the threshold of each: the prediction is 'no answer' above it (evaluate-v2.0.py,
-    find_best_thresh). Where 'no answer' is always best, that script gives 0.0; here the threshold is below all odds.
+    find_best_thresh). If 'no answer' is always best, that script returns 0.0; here the threshold is below all odds.
 
-    texts: the best answers that are not empty. null_odds: score of no answer less the best answer's.
+    texts: the best answers that are not empty. null_odds: score of 'no answer' minus the score of the best answer.
     """
     raw = {q.id: scores("squad2", texts[q.id], q.answers) for q in questions}
     ordered = sorted(questions, key=lambda q: null_odds[q.id])

@@ -26,8 +26,8 @@ DEV = ("val", "valid", "validation", "dev")
 
 
 class Task(NamedTuple):
-    """source, target: columns, or the suffixes of two files with the same number of lines. dev, test: names of files, without
-    suffix, the first that exists counts."""
+    """source, target: columns, or the suffixes of two files with the same number of lines. dev, test: names of files without
+    suffix; the first that exists counts."""
 
     prefix: str
     source: str
@@ -76,10 +76,10 @@ class Examples(NamedTuple):
     inputs: list[str]
     targets: list[str]
     references: list[list[str]]
-    hash: str  # sha256 of what was read
+    hash: str  # sha256 of the content that was read
     labels: np.ndarray | None = None
-    sizes: tuple[int, ...] = ()  # examples of each set that is read: MNLI has two
-    ids: tuple[str, ...] = ()  # of SQuAD's questions
+    sizes: tuple[int, ...] = ()  # number of examples in each set that was read (MNLI has two)
+    ids: tuple[str, ...] = ()  # the ids of SQuAD's questions
     notes: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ def read(
 
 
 def each_reference(examples: Examples) -> Examples:
-    """One example per reference: what is trained on where inputs have several references."""
+    """One example per reference, for training on inputs with several references."""
     pairs = [(source, text) for source, texts in zip(examples.inputs, examples.references, strict=True) for text in texts]
     several = sum(len(texts) > 1 for texts in examples.references)
     note = f"{several:,} of {len(examples.inputs):,} inputs have several targets: {len(pairs):,} examples"
@@ -121,7 +121,7 @@ Sides = tuple[list[str], list[list[str]], str]  # inputs, targets (one or more e
 
 
 def _from_files(name: str, task: Task, folder: Path, split: str) -> Sides:
-    """Of the first of the split's names that exists."""
+    """Read the files of the first of the split's names that exists."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give one with the files of {name}, or leave it out for the hub")
     for stem in task.names(split):
@@ -237,12 +237,12 @@ Score = tuple[str, float, str]  # metric, value, how it was computed
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """In sacrebleu's form: all first references, all second ones, ...; None where an example has no more."""
+    """The references in sacrebleu's form: all first references, all second references, ...; None where an example has fewer."""
     return [list(texts) for texts in zip_longest(*references)]
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Score]:
-    """With sacrebleu's default tokenizer, and with `intl`, as in T5's paper."""
+    """BLEU with sacrebleu's default tokenizer, and with its tokenizer `intl`, as in T5's paper."""
     from sacrebleu.metrics import BLEU
 
     scores = []
@@ -303,8 +303,8 @@ SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[Score]
 
 
 def classes(name: str, predictions: Sequence[str], labels: np.ndarray) -> np.ndarray:
-    """Texts -> GLUE's labels (N,). A text that is not a label becomes a wrong label, one that is not a score -1 (as in T5's
-    code)."""
+    """Texts -> GLUE's labels (N,). As in T5's code, a text that is not a label becomes a wrong label, and a text that is not a
+    score becomes -1."""
     words = WORDS[name]
     if not words:
         return np.array([_number(text) for text in predictions])
@@ -324,8 +324,8 @@ def _number(text: str) -> float:
 def scores(name: str, predictions: Sequence[str], examples: Examples, tokenizer: Any = None) -> list[Score]:
     """All scores of a task. GLUE's are from 0 to 1, the others percentages, as they are published.
 
-    tokenizer: of the model. An exact match compares with the reference as its vocabulary can write it; `unknown` counts the
-    references that it cannot write.
+    tokenizer: that of the model. An exact match compares with the reference as the vocabulary can write it; `unknown` counts
+    the references that the vocabulary cannot write.
     """
     if examples.labels is not None:
         values = glue.metrics(name, classes(name, predictions, examples.labels), examples.labels, examples.sizes)
@@ -344,7 +344,7 @@ def counts(name: str, n: int, examples: Examples) -> dict[str, int]:
 
 
 def unknown(tokenizer: Any, targets: Sequence[str], split: str) -> tuple[str, ...]:
-    """A note where targets hold text that the vocabulary of a transformers tokenizer cannot write."""
+    """A note if the vocabulary of a transformers tokenizer cannot write some of the targets, else ()."""
     count = sum(tokenizer.unk_token_id in ids for ids in tokenizer(list(targets), verbose=False)["input_ids"])
     return (unknown_note(count, len(targets), f"targets of {split}"),) if count else ()
 
@@ -368,7 +368,7 @@ def files(name: str, predictions: Sequence[str], examples: Examples) -> dict[str
 class Search(NamedTuple):
     beams: int
     length_penalty: float  # log probabilities are divided by length ^ this
-    tokens: int  # at most, the end of sequence included
+    tokens: int  # most tokens to generate, including the end of sequence
     batch: int  # inputs per batch
 
     def __str__(self) -> str:
@@ -381,9 +381,9 @@ def write(
 ) -> list[str]:  # fmt: skip
     """The output of a transformers encoder-decoder for each input, on every rank. Inputs are cut to seq_len tokens.
 
-    The batches, of inputs of similar lengths, do not depend on the number of ranks, and each is generated by one rank: so 2
-    ranks give what 1 gives. report: called with the number of each batch; where it returns True, this rank stops, and its
-    other texts stay empty.
+    The batches, of inputs of similar lengths, do not depend on the number of ranks, and one rank generates each, so 2 ranks
+    give the same texts as 1. report: called with the number of each batch. If it returns True, this rank stops, and its
+    remaining texts stay empty.
     """
     import torch
     import torch.distributed as dist

@@ -25,7 +25,7 @@ TOKENIZER = "imported_tokenizer"  # in OUT of from-hf: of the imported weights; 
 
 
 class Imported(NamedTuple):
-    """In place of a config (export.Exportable), for weights that no run has trained."""
+    """Stands in for a config (export.Exportable) when the weights were imported, not trained by a run."""
 
     model: Any
 

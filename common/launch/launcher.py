@@ -188,7 +188,8 @@ def torchrun(on: Nodes) -> list[str]:
 
 
 def free_port(on: Nodes) -> Nodes:
-    """`on` with a port that can be had: one node takes another one and says so, several nodes must agree on theirs."""
+    """`on` with a port that is free. If MASTER_PORT is in use, a single node takes another port, with a note. BadInput for
+    several nodes, because they must use the same port."""
     if on.master_port is None or on.node_rank != 0 or not port_in_use(on.master_port):
         return on
     if on.nnodes > 1:
@@ -233,7 +234,7 @@ def interface(address: str) -> str | None:
 
 
 def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the ranks. What the user has set stays."""
+    """The environment of the ranks. Variables that the user has set keep their values."""
     defaults = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
     defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a node that ends fills the screens of the others with torch's warnings
     # On a CPU glibc returns the memory of a large tensor to the kernel and gets it again page by page: a tenth of the time of
@@ -299,7 +300,7 @@ def _catches_sigterm(pid: int) -> bool:
 
 
 def _end_with_launcher() -> None:
-    """Linux: kill -9 of the launcher kills torchrun too (prctl PR_SET_PDEATHSIG), and then the ranks likewise."""
+    """Linux: kill -9 of the launcher also kills torchrun (prctl PR_SET_PDEATHSIG), whose end kills the ranks the same way."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 

@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 
 def quiet() -> None:
-    """Silence what libraries print on import; errors and our own lines remain. In a rank of a launch: its first heartbeat."""
+    """Silence what libraries print on import, except errors. In a rank of a launch, also write the first heartbeat."""
     heartbeat.begin()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,8 +78,8 @@ def start() -> Ranks:
 
 
 def timeout() -> datetime.timedelta:
-    """The timeout of a collective: an hour, in which one rank may compile or export while the others wait. A day where the
-    launcher watches for progress (train.hang_seconds) and so can tell that from a hang."""
+    """The timeout of a collective: an hour, in which one rank may compile or export while the others wait. If the launcher
+    watches for progress (train.hang_seconds), it detects hangs itself, and the timeout is a day."""
     watched = os.environ.get("TWINSTACK_HANG_SECONDS", "0") != "0"
     return datetime.timedelta(days=1) if watched else datetime.timedelta(hours=1)
 
@@ -95,7 +95,7 @@ def stop_asked() -> int:
 
 
 def forget_signal() -> None:
-    """A run that begins in this process is not stopped by a signal that an earlier one was asked to stop by."""
+    """Forget a signal that stopped an earlier run in this process, so that it does not stop the next one."""
     global _signal
     _signal = 0
 

@@ -30,7 +30,7 @@ _COLLECTIVE = re.compile(
 
 
 class Nodes(Protocol):
-    """Of common/launch/launcher.py, which imports this module."""
+    """The part of `Nodes` in common/launch/launcher.py that is used here. That module imports this one."""
 
     @property
     def nproc(self) -> int: ...
@@ -85,7 +85,7 @@ class Watch:
         self.peers = Peers(out / "logs/nodes", nodes, self.tick) if out and nodes.nnodes > 1 else None
 
     def check(self) -> Failure | None:
-        """Has the run stopped making progress, or ended on another node? Called once per tick."""
+        """The failure if the run has stopped making progress or has failed on another node, else None. Called once per tick."""
         now = time.monotonic()
         passed = min(now - self.last_check, 2 * self.tick)  # without the time in which the launcher itself was stopped
         self.last_check = now
@@ -147,7 +147,7 @@ class Watch:
         return Failure(EXIT_HANG, lines)
 
     def _all_states(self) -> list[RankState]:
-        """The states of all ranks, those of other nodes as far as they are known."""
+        """The states of all ranks; those of other nodes as last reported."""
         return sorted(self.states() + (self.peers.states() if self.peers else []))
 
     def failure(self, returncode: int) -> Failure | None:
@@ -267,7 +267,7 @@ class Peers:
         return [_rank_state(values) for report in self.reports.values() for values in report.get("states", [])]
 
     def failure(self) -> Failure | None:
-        """How another node has failed, if the cause is there."""
+        """The failure of another node, if the cause is on that node."""
         failures = [Failure(*report["failure"]) for _, report in sorted(self.reports.items()) if report.get("failure")]
         return next((failure for failure in failures if failure.is_cause), None)
 
@@ -342,7 +342,7 @@ def _waits(stacks: str) -> bool:
 
 
 def _culprits(states: Sequence[RankState]) -> list[str]:
-    """A line for each group of ranks that keep the others waiting, as well as can be known."""
+    """One line for each group of ranks that, as far as is known, keep the others waiting."""
     running = [state for state in states if state.runs]
     not_waiting = [state for state in running if not state.waits]
     guesses = {
@@ -390,7 +390,7 @@ def _first_lines(lines: list[str], most: int = 8) -> list[str]:
 
 
 def _how_it_ended(code: int) -> str:
-    """In words, from Popen's return code."""
+    """How a process ended, in words. code: Popen's return code."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name

@@ -68,7 +68,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_dtype(cfg: Config) -> torch.dtype:
-    """Of the model's weights: bf16 with fp32 masters from ZeRO 1 on, fp32 without ZeRO (autocast, as ds_config says)."""
+    """The dtype of the model's weights: bf16 with fp32 masters from ZeRO 1 on; fp32 under autocast without ZeRO (ds_config)."""
     return torch.bfloat16 if cfg.train.dtype == "bf16" and cfg.deepspeed.zero_stage else torch.float32
 
 

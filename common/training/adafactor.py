@@ -51,7 +51,8 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def parts_of(squares: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the state has of a parameter's squares: means over its columns and over its rows; of a vector all of them."""
+    """The part of a parameter's squares that the state holds: the means over the columns and over the rows of a matrix, or all
+    squares of a vector."""
     if squares.dim() > 1:
         return {"rows": squares.mean(-1), "columns": squares.mean(-2)}
     return {"squares": squares}

@@ -32,7 +32,7 @@ from common.training.log import Log, read
 if TYPE_CHECKING:
     import torch
 
-BEST_KEPT = 2  # best checkpoints that are kept: a resume may go back to the one before the last
+BEST_KEPT = 2  # number of best checkpoints to keep: a resumed run may go back to the last but one
 
 
 class Task(Section):
@@ -58,7 +58,7 @@ def settings[C: Config](run: Run, schema: type[C]) -> C:
 
 
 def validation_set(run: Run) -> Dataset:
-    """Finetuning has always one: a split of the task, or a share of train."""
+    """The validation set, which a finetuning run always has: a split of the task, or a share of train."""
     if run.valid is None:
         raise TypeError("finetuning needs a validation set")
     return run.valid
@@ -71,8 +71,8 @@ class Results(NamedTuple):
     """What the best evaluation so far leaves in OUT."""
 
     scores: dict[str, float]  # for eval.json, by metric
-    n: int  # examples, answers or targets that they are computed from
-    counts: Mapping[str, int] = {}  # {metric: n} for those that are computed from a part of them
+    n: int  # number of examples, answers or targets that the scores are computed from
+    counts: Mapping[str, int] = {}  # {metric: n} for scores that are computed from a part of them
     files: Mapping[str, str] = {}  # {name: text} in OUT/predictions
 
 
@@ -93,7 +93,7 @@ class Selection:
                 self.values[line["step"]] = line[f"valid_{self.metric}"]
 
     def judge(self, step: int, loss: float, n: int, predictions: np.ndarray | None = None) -> bool:
-        """Log an evaluation, equal on every rank, and write its results if it is the best so far. Is it?
+        """Log an evaluation, and write its results if it is the best so far. Returns whether it is; the same on every rank.
 
         loss: mean over n targets. predictions: (n, width), where the task's metrics are computed from them.
         """
@@ -214,7 +214,7 @@ class Predictions:
 
 
 def write_results(run: Run, checkpoint: str, results: Results) -> None:
-    """Rank 0: OUT/eval.json and the files of OUT/predictions. checkpoint: which one, for the protocol."""
+    """Write OUT/eval.json and the files of OUT/predictions, on rank 0. checkpoint: its description in the protocol."""
     folder = run.out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in results.files.items():
@@ -234,8 +234,8 @@ def write_results(run: Run, checkpoint: str, results: Results) -> None:
 
 
 def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
-    """For the generation of `number` texts in batches of `size`: a function that is called before each batch. On rank 0 it
-    prints the progress every 10 s. It returns True where a signal has come: generate no more (end_if_asked)."""
+    """A function to call before each batch while `number` texts are generated in batches of `size`. On rank 0 it prints the
+    progress every 10 s. It returns True after a signal: then no more texts must be generated (end_if_asked)."""
     begin = shown = time.monotonic()
 
     def report(done_batches: int) -> bool:
@@ -251,7 +251,8 @@ def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
 
 
 def end_if_asked(ranks: Ranks, step: int) -> None:
-    """On every rank, when all have generated their share: end the run, whose state is saved, if a signal has come to any."""
+    """End the run, whose state is saved, if any rank has received a signal. Every rank calls this after its share of the
+    texts."""
     import torch
     import torch.distributed as dist
 
@@ -262,7 +263,7 @@ def end_if_asked(ranks: Ranks, step: int) -> None:
 
 
 def finish(run: Run, task: FinetuningFamily, ranks: Ranks) -> None:
-    """Export the best checkpoint; where adapters were trained, these too, and the model merged with them."""
+    """Export the best checkpoint. If adapters were trained, export them and the model merged with them."""
     lora.export(run, ranks, best_folder(run))
     export.to_hf(run, task, ranks, best_folder(run), lora.merging(run.whole, task))
 

@@ -42,8 +42,8 @@ def from_hf(
     """Read a parameter from the safetensors of a Hugging Face folder, converted to fp32, one at a time.
 
     stored_names: the names under which a folder may hold a parameter; the first that is there counts (`task.stored_names`).
-    optional_prefixes: of parameters that a folder may lack: those come from `scratch`.
-    new_head_prefixes: of parameters that come from `scratch` whatever the folder holds.
+    optional_prefixes: prefixes of parameters that a folder may lack; if it does, they come from `scratch`.
+    new_head_prefixes: prefixes of parameters that always come from `scratch`, even if the folder has them.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -55,7 +55,7 @@ def from_hf(
         raise BadInput(problems)
 
     def read(name: str, shape: Shape) -> "torch.Tensor":
-        stored = next((known for known in stored_names(name) if known in tensors), None)
+        stored = next((candidate for candidate in stored_names(name) if candidate in tensors), None)
         is_new = name.startswith(new_head_prefixes) or stored is None and name.startswith(optional_prefixes)
         if scratch is not None and is_new:
             return scratch(name, shape)

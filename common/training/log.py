@@ -151,7 +151,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 def _report_thread(args: "threading.ExceptHookArgs") -> None:
     """Report any exception of a thread except OSError: TensorBoard's thread stores a failed write (a full disk) and raises it
-    at our next call, so one report is enough."""
+    at the next call, so one report is enough."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al., arXiv:2106.09685), by peft: the model's own weights stay, W x becomes W x + alpha / rank B A x.
+"""Low-rank adapters (Hu et al., arXiv:2106.09685), by peft. W x becomes W x + alpha / rank B A x; W itself is frozen.
 
-Only A and B are trained, and only they are in a checkpoint. OUT/adapter is peft's form of them; OUT/hf is the merged model.
-Without adapters (Config.adapters is None) each function does nothing. The module does not import torch, its functions do.
+Only A and B are trained, and only they are in a checkpoint. OUT/adapter has them in peft's format; OUT/hf is the merged model.
+Without adapters (Config.adapters is None) each function does nothing. The module does not import torch; its functions do.
 """
 
 import math
@@ -65,7 +65,7 @@ def peft_config(adapters: Adapters, cfg: Config) -> "peft.LoraConfig":
 
 
 def add(net: "torch.nn.Module", cfg: Config) -> None:
-    """Put adapters into the model, without values yet, and freeze all else."""
+    """Put adapters, still without values, into the model, and freeze all other parameters."""
     if cfg.adapters:
         import peft
 
@@ -73,7 +73,7 @@ def add(net: "torch.nn.Module", cfg: Config) -> None:
 
 
 def expected(cfg: Config, task: Family) -> dict[str, tuple[int, ...]]:
-    """As parameters.expected, with the adapters, and the names that the model's own weights have then."""
+    """As parameters.expected, with the adapters, and with the names that the model's own weights have beside adapters."""
     import torch
 
     shapes = parameters.expected(cfg.model, task)
@@ -94,7 +94,7 @@ def _own_name(name: str) -> str:
 
 
 def trained(shapes: Shapes, cfg: Config) -> Shapes:
-    """The parameters in a checkpoint: only the adapters, where there are adapters."""
+    """The parameters in a checkpoint: only the adapters, if there are any."""
     return {name: shape for name, shape in shapes.items() if is_adapter(name)} if cfg.adapters else shapes
 
 
@@ -169,7 +169,7 @@ def export(run: Run, ranks: Ranks, steps: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     peft_config(adapters, run.cfg).save_pretrained(tmp)
-    names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}  # peft's name: ours
+    names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}  # {peft's name: name here}
     shapes = {peft_name: source.meta["files"][name]["shape"] for peft_name, name in names.items()}
     write_tensors(tmp / "adapter_model.safetensors", shapes, lambda name: source.read(names[name], ("weight",))["weight"])
     integrity.replace_folder(tmp, folder)

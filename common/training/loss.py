@@ -11,9 +11,9 @@ LARGE = 16_384  # ids
 def cross_entropy(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
     """logits (N, V) fp32, targets (N,) -> losses (N,).
 
-    On a CPU F.cross_entropy adds up the vocabulary one number after another, and of a large one comes out too low: by 1.7e-5
-    for SmolLM2's 49,152 ids, more than two stacks may differ by. logsumexp adds in pairs, as Megatron's own loss does: 1e-7.
-    A GPU adds in blocks anyway.
+    On a CPU F.cross_entropy sums over the vocabulary one number after another, so the loss for a large vocabulary is too low:
+    by 1.7e-5 for SmolLM2's 49,152 ids, which is more than two stacks may differ. logsumexp sums in pairs, like Megatron's own
+    loss, with an error of 1e-7. A GPU sums in blocks in any case.
     """
     import torch
     import torch.nn.functional as F

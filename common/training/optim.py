@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 def lr_at(step: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step` (the first is 1): linear warmup, then decay to min_lr at decay_steps.
 
-    Cosine as in SGDR (arXiv:1608.03983, equation 5, no restarts). Exponential as in DeepSpeed's BERT recipe (its schedule
-    "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts from 0 and adds lr_offset, min_lr here): a warmup
-    by the square, then decay_rate ^ (steps since / decay_interval), both above min_lr. WSD (warmup, stable, decay: MiniCPM,
-    arXiv:2404.06395, section 4) stays at lr until the last wsd_decay_steps, which fall to min_lr in one of the forms of
-    Megatron's OptimizerParamScheduler.
+    cosine: as in SGDR (arXiv:1608.03983, equation 5, no restarts).
+    exponential: as in DeepSpeed's BERT recipe (its schedule "EE", DeepSpeedExamples bing_bert/deepspeed_train.py, which counts
+        from 0 and adds lr_offset, here min_lr): a quadratic warmup, then decay_rate ^ (steps since / decay_interval), both
+        added to min_lr.
+    wsd: warmup, stable, decay (MiniCPM, arXiv:2404.06395, section 4): the rate stays at lr until the last wsd_decay_steps, in
+        which it falls to min_lr in one of the forms of Megatron's OptimizerParamScheduler.
     """
     step -= optim.begin_step
     if optim.schedule == "exponential":
@@ -50,7 +51,7 @@ def lr_at(step: int, optim: Optim) -> float:
 def groups(
     named: Iterable[tuple[str, "torch.nn.Parameter"]], has_weight_decay: Callable[[str], bool], optim: Optim
 ) -> list[dict[str, Any]]:
-    """AdamW's two parameter groups of what is trained: matrices with weight decay, biases and norms without."""
+    """AdamW's two groups of the trained parameters: matrices with weight decay, biases and norms without."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
