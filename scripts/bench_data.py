@@ -1,8 +1,8 @@
-"""Measures how fast text becomes tokens, compared with the bare tokenizer, and tokens become batches.
+"""Measure the speed of tokenizing text, compared with the bare tokenizer, and of reading batches.
 
     python -m scripts.bench_data --source DIR --tokenizer DIR
 
-Prints medians of RUNS measurements, taken alternately so that the machine's drift affects both sides alike:
+Prints medians of --runs measurements. The two sides alternate, so that drift of the machine affects both equally:
   steady        MB/s of data.build's pipeline, and of one bare `encode_batch_fast` over the same documents
   whole process seconds of `python -m data.text`, and of a script that loads the tokenizer and encodes the same files
   reading       microseconds of `Samples.collate` for a batch of 8 x 257 tokens
@@ -43,7 +43,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(work: Callable[[], object], bare: Callable[[], object], runs: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median ratio, over alternating runs after one warm-up run each."""
+    """Median seconds of each function, and the median ratio, over alternating runs after one warm-up run of each."""
     work(), bare()
     pairs = [(seconds(work), seconds(bare)) for _ in range(runs)]
     a, b = zip(*pairs, strict=True)

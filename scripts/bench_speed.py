@@ -1,16 +1,16 @@
-"""How fast a recipe's step is, against a minimal loop over its own stack and a bare PyTorch + transformers loop.
+"""Measure the speed of a recipe's step, compared with a minimal loop on its own stack and with plain PyTorch and transformers.
 
     python -m scripts.bench_speed [--stacks S ...] [--steps N] [--threads N] [--out FILE]
 
-One process a stack, on the GPU where there is one. The recipe's own pretrain.py runs; before each of its steps the other
-loops make one step on the same samples, so that the machine's drift hits all alike. What counts is the median over the
-rounds of (the other's time / the recipe's time of the same round): 1.00 is equal, below 1 the recipe is slower. A recipe's
-time is all that it does between two steps: reading the samples, the update, the log line, metrics.jsonl, TensorBoard.
-The other loops get their batch as tensors and log nothing.
+There is one process per stack, on the GPU if there is one. It runs the recipe's own pretrain.py. Before each step of the recipe
+the other loops make one step on the same samples, so that drift of the machine affects all loops equally. The result is the
+median over the rounds of (the other loop's time / the recipe's time in that round): 1.00 is equal, and below 1 the recipe is
+slower. The recipe's time includes all that it does between two steps: reading the samples, the update, the log line,
+metrics.jsonl and TensorBoard. The other loops get their batch as tensors and log nothing.
 
-  minimal   what one would write by hand over the same stack, with the same AdamW kernel
-  bare      transformers' GPT2LMHeadModel and torch.optim.AdamW as they come
-  tuned     bare with two of the recipes' choices: AdamW(fused=True), and GELU in one kernel
+  minimal   a loop written by hand on the same stack, with the same AdamW kernel
+  bare      transformers' GPT2LMHeadModel and torch.optim.AdamW with their defaults
+  tuned     bare, with two choices of the recipes: AdamW(fused=True), and GELU in one kernel
 """
 
 import argparse
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 STACKS = ("baseline", "deepspeed", "megatron")
-# The shape that the goals are given for: GPT-2 style, 6 x 384, 256 tokens, global batch 8 = one micro batch, fp32.
+# The shape for which the goals hold: GPT-2 style, 6 x 384, 256 tokens, global batch 8 = one micro batch, fp32.
 SHAPE = {"layers": 6, "hidden": 384, "heads": 6, "seq_len": 256, "batch": 8, "vocab": 4096}
 GOALS = {
     "baseline": {"minimal": 0.97},
@@ -52,7 +52,7 @@ Step = Callable[["torch.Tensor", "torch.Tensor"], float]  # inputs (B, T), targe
 
 
 def write_corpus(prefix: Path, tokens: int, vocab: int, document: int = 1000) -> None:
-    """A synthetic corpus: few ids are frequent and most are rare, so that there is something to learn."""
+    """Write a synthetic corpus in which few ids are frequent and most are rare, so that a model can learn something."""
     rng = np.random.default_rng(0)
     writer = IndexedDatasetWriter(prefix, np.uint16 if vocab <= 2**16 else np.int32)
     for _ in range(-(-tokens // document)):
@@ -62,7 +62,7 @@ def write_corpus(prefix: Path, tokens: int, vocab: int, document: int = 1000) ->
 
 
 def config(shape: dict[str, int], corpus: Path) -> dict[str, Any]:
-    """The recipe's config for this shape; what differs from tiny.yaml is the size."""
+    """The recipe's config for this shape. It differs from tiny.yaml only in size."""
     system = {"micro_batch": shape["batch"]}
     return {
         "model": {"arch": "gpt2", "vocab_size": shape["vocab"]} | {k: shape[k] for k in ("layers", "hidden", "heads")},
@@ -233,17 +233,17 @@ class Enough(Exception):
 
 
 class Rounds:
-    """Seconds and losses of every step of every loop, by name."""
+    """The seconds and losses of every step, by the name of the loop."""
 
     def __init__(self, stack: str, rounds: int):
         self.stack, self.rounds = stack, rounds
         self.seconds: dict[str, list[float]] = {}
         self.losses: dict[str, list[float]] = {}
         self.others: dict[str, Step] | None = None
-        self.began = 0.0
+        self.step_start = 0.0
 
     def before_step(self, run: "Run", device: "torch.device") -> None:
-        """Ends the recipe's last step, lets the other loops make theirs, begins the recipe's next."""
+        """End the recipe's last step, let each other loop make one step, and begin the recipe's next step."""
         import torch
 
         if self.others is None:
@@ -251,7 +251,7 @@ class Rounds:
             minimal = MINIMAL[self.stack](run, ranks)
             self.others = {"minimal": minimal, "bare": bare(run, ranks), "tuned": bare(run, ranks, tuned=True)}
         else:
-            self._add("recipe", self._clock(device) - self.began, None)
+            self._add("recipe", self._clock(device) - self.step_start, None)
         done = len(self.seconds.get("recipe", []))
         if done == self.rounds:
             raise Enough
@@ -261,7 +261,7 @@ class Rounds:
             start = self._clock(device)
             loss = self.others[name](tokens[:, :-1], tokens[:, 1:])
             self._add(name, self._clock(device) - start, loss)
-        self.began = self._clock(device)
+        self.step_start = self._clock(device)
 
     def _add(self, name: str, seconds: float, loss: float | None) -> None:
         self.seconds.setdefault(name, []).append(seconds)
@@ -277,7 +277,7 @@ class Rounds:
 
 
 def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) -> dict[str, Any]:
-    """Run one recipe with the other loops in between; this process must make no other run."""
+    """Run one recipe with the other loops in between. A process can call this only once."""
     processes.quiet()
     import torch
 
@@ -319,7 +319,7 @@ def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) 
 
 
 def ratio(other: Sequence[float], recipe: Sequence[float]) -> float:
-    """The speed of the recipe in units of the other loop: the median over the rounds."""
+    """The speed of the recipe relative to the other loop: the median over the rounds."""
     return statistics.median(a / b for a, b in zip(other, recipe, strict=True))
 
 
@@ -331,7 +331,7 @@ def missed(result: dict[str, Any]) -> list[str]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    lines = ["| recipe | device | of minimal | of bare | of bare, tuned | ms a step |", "|---|---|---|---|---|---|"]
+    lines = ["| recipe | device | of minimal | of bare | of tuned | ms/step |", "|---|---|---|---|---|---|"]
     for r in results:
         ratios = " | ".join(f"{r['ratio'][name]:.3f}" for name in ("minimal", "bare", "tuned"))
         lines.append(f"| {r['stack']} | {r['device']} | {ratios} | {r['ms']['recipe']:.1f} |")
@@ -341,9 +341,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
-    p.add_argument("--steps", type=int, default=20, help=f"rounds that count, after {WARMUP} that do not")
-    p.add_argument("--threads", type=int, help="of torch on a CPU; default: all cores")
-    p.add_argument("--out", type=Path, help="also write the results there, as JSON")
+    p.add_argument("--steps", type=int, default=20, help=f"measured rounds, after {WARMUP} rounds of warmup")
+    p.add_argument("--threads", type=int, help="threads of torch on a CPU (default: all cores)")
+    p.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
     for name, value in SHAPE.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # measure one stack in this process
@@ -355,14 +355,14 @@ def main() -> int:
         os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        given = sys.argv[1:]
+        arguments = sys.argv[1:]
         for stack in args.stacks:
             result_file = Path(folder) / f"{stack}.json"
             command = [
                 sys.executable,
                 "-m",
                 "scripts.bench_speed",
-                *given,
+                *arguments,
                 "--stacks",
                 stack,
                 "--out",

@@ -1,14 +1,14 @@
-"""Checks what only a GPU can show of every family: parity of the stacks, speed, memory, the tests marked gpu.
+"""Run the checks that need a GPU, for every family: parity of the stacks, speed, memory, and the tests marked gpu.
 
     bash scripts/gpu_check.sh OUT [--family F ...] [--only corpus|parity|tests|speed ...] [--configs C ...] [--minutes M]
 
-It needs one GPU and no network. The corpus of a family is the first 2 MB of the one that its configs/quickstart.yaml names.
-Parity is that of scripts/parity.py for each configs/tiny*.yaml on one process, in fp32 and in bf16. Speed is measured on two
-sizes per family: --configs, or the configs nearest to 0.35 and to 1.3 billion parameters.
+It needs one GPU and no network. The corpus of a family is the first 2 MB of the corpus in its configs/quickstart.yaml. The
+parity check is that of scripts/parity.py for each configs/tiny*.yaml on one process, in fp32 and in bf16. Speed is measured
+for two sizes per family: those of --configs, or the configs nearest to 0.35 and to 1.3 billion parameters.
 
-Each part runs in a process of its own under a time limit. A part that fails, or for which too little time is left, does not
-stop the others, but the exit code is 1 then. Results: OUT/gpu_check.json and OUT/gpu_check.md; output of the parts: OUT/logs/.
---cpu-rehearsal runs every part on a CPU with tiny shapes. Its figures mean nothing.
+Each part runs in a process of its own, with a time limit. A part that fails, or for which too little time is left, does not
+stop the others, but then the exit code is 1. Results go to OUT/gpu_check.json and OUT/gpu_check.md, the output of the parts to
+OUT/logs/. --cpu-rehearsal runs every part on a CPU with tiny shapes; its numbers mean nothing.
 """
 
 import argparse
@@ -44,22 +44,22 @@ from scripts.bench_speed import Enough
 
 CORPUS_MB = 2
 SPEED_SIZES = (0.35e9, 1.3e9)  # parameters
-MICRO_BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)  # to try, largest first
-# One GPU, no pipeline, nothing recomputed, and the optimizer that each stack has; else as the config has it.
+MICRO_BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)  # sizes to try, largest first
+# Overrides of a speed run: one GPU, no pipeline, no recomputation, and the optimizer that every stack has.
 ALONE = (
     "data.valid=null", "data.tokenizer=null", "baseline.recompute=false",
     "deepspeed.recompute=false", "deepspeed.zero_stage=1", "megatron.tp=1",
     "megatron.sequence_parallel=false", "megatron.distributed_optimizer=true", "optim.optimizer=adamw",
 )  # fmt: skip
-ACCUMULATE = 4  # micro batches a step
-FULL = 0.75  # of the GPU's memory that the estimate may reach
+ACCUMULATE = 4  # micro batches per step
+FULL = 0.75  # share of the GPU's memory that the estimate may reach
 REHEARSED = (
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.vocab_size=8192", "data.seq_len=64",
 )  # fmt: skip
 WARMUP, STEPS = 3, 6  # of a speed run
 STEPS_OF_PARITY = 20
 
-# Seconds: what a part needs at least to be begun, and when it is ended.
+# Seconds: the time that must be left for a part to start, and its time limit.
 BUDGET = {"corpus": (10, 120), "parity": (60, 200), "tests": (45, 130), "speed": (45, 90)}
 
 
@@ -67,7 +67,7 @@ BUDGET = {"corpus": (10, 120), "parity": (60, 200), "tests": (45, 130), "speed":
 
 
 def corpus(family: str, folder: Path) -> dict[str, Any]:
-    """The beginning of the family's own corpus, by the command that its quickstart has."""
+    """Make the beginning of the family's corpus by the command in its quickstart.yaml."""
     path = configs_of(family) / "quickstart.yaml"
     cfg = configs.load(path, [], task_module(family, {}).Config)
     if cfg.quickstart is None:
@@ -83,7 +83,7 @@ def configs_of(family: str) -> Path:
 
 
 def parity_of(family: str, folder: Path) -> dict[str, Any]:
-    """Every layout of one process beside the first, in fp32 and bf16, for each tiny config."""
+    """Compare every layout of one process with the first one, in fp32 and bf16, for each tiny config."""
     processes.quiet()
     rows: list[dict[str, Any]] = []
     layouts = parity.usual_layouts(families.stacks(family), 1)
@@ -94,7 +94,7 @@ def parity_of(family: str, folder: Path) -> dict[str, Any]:
             cases, left_out = parity.cases_of(str(path), shared, layouts, STEPS_OF_PARITY, 1, out, optional=True)
             print(*left_out, sep="\n")
             done: list[parity.Row] = []
-            while len(done) < len(cases):  # a case that raises ends an iteration; there is one process, no collective hangs
+            while len(done) < len(cases):  # a case that raises ends the loop below; with one process no collective can hang
                 for row in parity.run_cases(cases[len(done) :], cases[0], dtype):
                     parity.show(row)
                     done.append(row)
@@ -114,14 +114,14 @@ def speed_configs(family: str) -> list[str]:
         values = read_yaml(path)
         if "task" not in values:
             cfg = configs.load(path, list(ALONE), task_module(family, values).Config)
-            if cfg.model.vocab_size is not None:  # else its tokenizer gives it, and it is small
+            if cfg.model.vocab_size is not None:  # configs that leave it to the tokenizer are small
                 sizes[path.stem] = cfg.model.resolve(cfg, None).parameter_count()
     nearest = (min(sizes, key=lambda name: abs(math.log(sizes[name] / size)), default=None) for size in SPEED_SIZES)
     return list(dict.fromkeys(name for name in nearest if name is not None))
 
 
 def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> dict[str, Any]:
-    """Tokens a second, MFU and peak memory of one size on one stack; the largest micro batch that fits."""
+    """Tokens per second, MFU and peak memory of one size on one stack, with the largest micro batch that fits."""
     processes.quiet()
     import torch
 
@@ -155,7 +155,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             notes.append(f"micro batch {micro}: out of memory")
             forget()
             continue
-        rate = statistics.mean(tokens_of) / statistics.median(seconds)  # padding left out
+        rate = statistics.mean(tokens_of) / statistics.median(seconds)  # without padding
         per_token = task.forward_backward_flops(cfg.model, cfg.data)
         gpu = torch.cuda.get_device_name(device) if cuda else None
         return {
@@ -203,7 +203,7 @@ def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> tupl
 
 
 def forget() -> None:
-    """Give back what a run that failed still holds."""
+    """Free the memory that a failed run still holds."""
     import torch
 
     gc.collect()
@@ -212,17 +212,17 @@ def forget() -> None:
 
 
 def tests(folder: Path, rehearsal: bool) -> dict[str, Any]:
-    """The tests marked gpu."""
+    """Run the tests marked gpu."""
     if importlib.util.find_spec("pytest") is None:
         return {"ok": False, "error": "pytest is not installed"}
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text("utf-8")]
-    # without the project's addopts: a marker of a plugin that is not installed is no error then
+    # without the project's addopts, so that a marker of a plugin that is not installed is not an error
     command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [f"--basetemp={folder / 'tests'}", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "nothing printed")
-    ok = done.returncode == 0 and (rehearsal or " passed" in last)  # all skipped is no proof
+    ok = done.returncode == 0 and (rehearsal or " passed" in last)  # fail if all tests were skipped
     return {"ok": ok, "summary": last.strip("= ")}
 
 
@@ -260,7 +260,7 @@ def parts(names: Sequence[str], sizes: Sequence[str] | None = None) -> list[tupl
 
 
 def run_part(part: Sequence[str], out: Path, rehearsal: bool, left: float) -> dict[str, Any]:
-    """One part in a process of its own: its result, with status pass, fail or skipped."""
+    """Run one part in a process of its own. Returns its result, with the status pass, fail or skipped."""
     name = " ".join(part)
     needs, limit = BUDGET[part[0]]
     if left < needs:
@@ -348,7 +348,7 @@ def report(results: dict[str, Any]) -> str:
         )
     speeds = [p for p in results["parts"] if "tokens_per_s" in p]
     if speeds:
-        text += ["", f"## Speed and memory: bf16, {ACCUMULATE} micro batches a step, nothing recomputed", ""]
+        text += ["", f"## Speed and memory: bf16, {ACCUMULATE} micro batches per step, no recomputation", ""]
         columns = ["config", "stack", "parameters", "micro batch", "tokens/s", "TFLOP/s", "MFU", "MFU, causal half",
                    "peak GB", "estimated GB"]  # fmt: skip
         text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -365,11 +365,11 @@ def report(results: dict[str, Any]) -> str:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, metavar="OUT")
-    p.add_argument("--cpu-rehearsal", action="store_true", help="the same way on a CPU with tiny shapes")
-    p.add_argument("--minutes", type=float, default=8.7, help="in all (default 8.7, which suits one family)")
-    p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="these parts alone")
-    p.add_argument("--family", nargs="+", choices=families.names(), default=families.names(), help="these alone (default: all)")
-    p.add_argument("--configs", nargs="+", metavar="C", help="whose speed is measured, by name (default: two per family)")
+    p.add_argument("--cpu-rehearsal", action="store_true", help="run the parts on a CPU with tiny shapes")
+    p.add_argument("--minutes", type=float, default=8.7, help="time limit (default: 8.7, which is enough for one family)")
+    p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="run only these parts")
+    p.add_argument("--family", nargs="+", choices=families.names(), default=families.names(), help="default: all families")
+    p.add_argument("--configs", nargs="+", metavar="C", help="configs whose speed is measured (default: two per family)")
     p.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = p.parse_args()
     out = args.out.resolve()
@@ -400,7 +400,7 @@ def main() -> int:
     for name in ("work", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(args.cpu_rehearsal), "rehearsal": args.cpu_rehearsal, "parts": []}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the part that runs ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part that runs is killed too
     for part in [part for part in parts(args.family, args.configs) if part[0] in args.only]:
         left = args.minutes * 60 - (time.perf_counter() - begin)
         results["parts"].append(run_part(part, out, args.cpu_rehearsal, left))

@@ -1,21 +1,21 @@
-"""Do all stacks and layouts of a recipe train one loss curve? The check for whoever changes a recipe.
+"""Check that all stacks and layouts of a recipe train one loss curve. Run it after changing a recipe.
 
     python -m scripts.parity CONFIG [a.b=c ...] [--layouts LAYOUT ...] [--steps 20] [--nproc 2] [--json FILE]
 
-CONFIG is a config of a recipe, recipes/FAMILY/configs/NAME.yaml: recipes/FAMILY/configs/tiny.yaml takes a minute on two CPU
-cores. Each layout makes the same steps from the same initial values on the same samples. The first one, the baseline where the
-recipe has it, is the reference. A row passes if, at every step, the loss differs by at most 1e-5 and the gradient norm by at
-most 1e-4 of the reference's (both relative), and so does the validation loss after the last step (1e-5), where the config has
-data.valid. Layouts that the recipe refuses for this config are listed with the reason.
+CONFIG is a config of a recipe, recipes/FAMILY/configs/NAME.yaml; tiny.yaml takes a minute on two CPU cores. Each layout makes
+the same steps from the same initial values on the same samples. The first layout, the baseline if the recipe has it, is the
+reference. A row passes if its relative differences from the reference are small enough: at every step at most 1e-5 for the loss
+and 1e-4 for the gradient norm, and at most 1e-5 for the validation loss after the last step, if the config has data.valid.
+Layouts that the recipe refuses for this config are listed with the reason.
 
 LAYOUT is a stack, or a stack with keys of its section: baseline, deepspeed:zero_stage=3, megatron:tp=2,sequence_parallel=true.
 A micro batch that does not divide the batch is lowered to one that does.
 
-train.dtype=bf16 rounds differently on each layout: the reference is fp32 then, and a row passes if the losses differ by at most
-2e-3, relative, and by more than 0. Dropout has to be 0, because the layouts draw different masks.
+With train.dtype=bf16 each layout rounds differently. Then the reference runs in fp32, and a row passes if the relative
+difference of the losses is above 0 and at most 2e-3. Dropout must be 0, because the layouts draw different masks.
 
-A ReLU has no derivative at 0. A unit whose input is 0 within rounding can make two right curves part: another train.seed shows
-whether that is the case.
+A ReLU has no derivative at 0, so a unit whose input is 0 within rounding can separate two correct curves. If another train.seed
+passes, this was the case.
 
 Exit code: 0 all rows pass, 1 a row fails, 2 bad input.
 """
@@ -44,10 +44,10 @@ from common.preflight import prepare, task_module
 from common.yaml_files import read_yaml
 from scripts.plan import name_of
 
-LOSS, NORM = 1e-5, 1e-4  # fp32: largest relative differences
+LOSS, NORM = 1e-5, 1e-4  # largest relative differences in fp32
 BF16 = 2e-3  # bf16 against fp32: largest relative difference of loss; 7.6e-4 nats of 6 were measured for GPT and BERT on a CPU
-MOVES = 1e-3  # the reference's loss must change by this share, or equal curves say nothing
-VALID_SAMPLES = 64  # at most
+MOVES = 1e-3  # the reference's loss must change by more than this share, otherwise equal curves prove nothing
+VALID_SAMPLES = 64  # most samples of a validation
 
 
 class Layout(NamedTuple):
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A layout beside the reference. Differences are relative, and None where a run has no such values."""
+    """A layout compared with the reference. The differences are relative; None if the runs do not have the value."""
 
     name: str
     verdict: str  # reference, pass or fail
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 
 
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
-    """The layouts that are tried where none is given, for this number of processes."""
+    """The layouts that are compared by default, for this number of processes."""
     zero = {"tp": 1, "offload": False, "recompute": False}
     plain = {"tp": 1, "pp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": False}
     usual: dict[str, list[dict[str, Any]]] = {
@@ -125,8 +125,8 @@ def parsed(words: Sequence[str], stacks: Sequence[str]) -> list[Layout]:
 
 
 def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc: int, out: Path) -> Case:
-    """The run of a layout, with a micro batch that divides the batch. BadInput where the recipe, or this number of processes,
-    does not allow the layout."""
+    """The run of a layout, with a micro batch that divides the batch. BadInput if the recipe or the number of processes does
+    not allow the layout."""
     family, (stack, values) = families.of_config(path), layout
     schema = task_module(family, read_yaml(path)).Config
     overrides = [*shared, *(f"{stack}.{key}={value}" for key, value in values.items())]
@@ -144,7 +144,7 @@ def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc
 
 
 def shared_overrides(path: str, overrides: Sequence[str], steps: int) -> list[str]:
-    """What every run is given: few steps of the config's own schedule, and a short validation. BadInput for dropout."""
+    """The overrides of every run: the first steps of the config's schedule, and a short validation. BadInput for dropout."""
     cfg = config.load(path, overrides, task_module(families.of_config(path), read_yaml(path)).Config)
     for key, value in config.flat(cfg.dump()).items():
         if key.endswith("dropout") and value:
@@ -160,16 +160,16 @@ def shared_overrides(path: str, overrides: Sequence[str], steps: int) -> list[st
 def cases_of(
     path: str, overrides: Sequence[str], layouts: Sequence[Layout], steps: int, nproc: int, out: Path, optional: bool
 ) -> tuple[list[Case], list[str]]:
-    """The runs, the reference first, and why layouts are left out. BadInput for what cannot be compared.
+    """The runs, the reference first, and one line per layout that is left out. BadInput if nothing can be compared.
 
-    optional: a layout that the recipe refuses is left out, and is no error.
+    optional: leave out a layout that the recipe refuses, instead of raising BadInput.
     """
     script = "finetune" if "task" in read_yaml(path) else "pretrain"
     shared = shared_overrides(path, overrides, steps)
     cases: list[Case] = []
     refused: list[str] = []
     for layout in sorted(layouts, key=lambda layout: layout.stack == "deepspeed" and layout.values.get("tp", "1") != "1"):
-        # DeepSpeed keeps the groups of its tensor parallelism for the life of a process: those layouts come last
+        # DeepSpeed keeps its tensor-parallel groups for the life of the process, so these layouts come last
         try:
             cases.append(case_of(path, shared, layout, script, nproc, out / str(len(cases))))
         except BadInput as error:
@@ -188,8 +188,8 @@ def cases_of(
 
 
 def run_cases(cases: Sequence[Case], reference: Case, dtype: str) -> Iterator[Row]:
-    """Runs each case in this process (and process group), and compares it with the reference, which was run before, or is
-    the first. After an exception other than BadInput the process group is unusable: the row says so, and no other follows."""
+    """Run each case in this process (and process group), and compare it with the reference, which is the first case or has
+    run before. After an exception other than BadInput the process group is unusable; that row is the last."""
     for case in cases:
         reason, usable = "", True
         os.makedirs(Path(case.out).parent, exist_ok=True)
@@ -214,7 +214,7 @@ def is_first_rank() -> bool:
 
 
 def compared(case: Case, reference: Case, dtype: str) -> Row:
-    """The verdict on a run that is finished."""
+    """The row of a finished run."""
     run, first = metrics(Path(case.out)), metrics(Path(reference.out))
     if case == reference:
         losses = [step["loss"] for step in first.values() if "loss" in step]
@@ -242,7 +242,7 @@ def metrics(out: Path) -> dict[int, dict[str, float]]:
 
 
 def farthest(run: dict[int, dict[str, float]], first: dict[int, dict[str, float]], key: str) -> tuple[float | None, int | None]:
-    """The largest relative difference of a value, and its step; None where the reference has none. NaN counts as infinite."""
+    """The largest relative difference of a value, and its step; None if a run lacks the value. NaN counts as infinite."""
     steps = [step for step, values in first.items() if key in values]
     if not steps or any(key not in run.get(step, {}) for step in steps):
         return None, None
@@ -252,13 +252,14 @@ def farthest(run: dict[int, dict[str, float]], first: dict[int, dict[str, float]
 
 
 def child(folder: Path) -> None:
-    """One rank: the runs of folder/cases.json. The first rank adds a line per run to folder/rows.jsonl."""
+    """The main function of a rank: it runs the cases in folder/cases.json. The first rank adds one line per run to
+    folder/rows.jsonl."""
     processes.quiet()
-    given = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    cases, reference = [Case(*case) for case in given["cases"]], Case(*given["reference"])
+    job = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    cases, reference = [Case(*case) for case in job["cases"]], Case(*job["reference"])
     code = 0
     try:
-        for row in run_cases(cases, reference, given["dtype"]):
+        for row in run_cases(cases, reference, job["dtype"]):
             if is_first_rank():
                 show(row)
                 with open(folder / "rows.jsonl", "a", encoding="utf-8") as file:
@@ -275,7 +276,7 @@ HEAD = f"{'layout':<32} {'loss':>8} {'step':>4} {'norm':>8} {'step':>4} {'valid'
 
 
 def show(row: Row) -> None:
-    """One line of the table, and below it why a row fails."""
+    """Print one line of the table, and below it the reason if there is one."""
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.1e}"
@@ -288,15 +289,15 @@ def show(row: Row) -> None:
 
 
 def run_all(cases: Sequence[Case], dtype: str, nproc: int, folder: Path) -> list[Row]:
-    """The rows of all cases. A case that breaks its process group is a failure; the others go on in another group."""
+    """The rows of all cases. A case that breaks its process group fails; the other cases continue in a new group."""
     rows: list[Row] = []
     while len(rows) < len(cases):
-        given = {"cases": cases[len(rows) :], "reference": cases[0], "dtype": dtype}
-        (folder / "cases.json").write_text(json.dumps(given), encoding="utf-8")
+        job = {"cases": cases[len(rows) :], "reference": cases[0], "dtype": dtype}
+        (folder / "cases.json").write_text(json.dumps(job), encoding="utf-8")
         code = torchrun(nproc, ["-m", "scripts.parity", "--child", str(folder)], folder / "ranks.log")
         path = folder / "rows.jsonl"
         done = [Row(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        if len(done) == len(rows):  # it ended without a word
+        if len(done) == len(rows):  # the ranks ended without writing a row
             case = cases[len(rows)]
             text = (folder / "ranks.log").read_text(encoding="utf-8", errors="replace").strip()
             done.append(
@@ -307,12 +308,12 @@ def run_all(cases: Sequence[Case], dtype: str, nproc: int, folder: Path) -> list
                 file.write(json.dumps(done[-1]) + "\n")
         rows = done
         if rows[0].verdict == "fail":
-            break  # nothing to compare with
+            break  # without the reference there is nothing to compare with
     return rows
 
 
 def torchrun(nproc: int, arguments: Sequence[str], log: Path) -> int:
-    """Its exit code. Standard error goes to `log`."""
+    """Run torchrun with these arguments and return its exit code. Standard error goes to `log`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT), "NVIDIA_TF32_OVERRIDE": "0"}
     env.setdefault("OMP_NUM_THREADS", "1")
@@ -320,7 +321,7 @@ def torchrun(nproc: int, arguments: Sequence[str], log: Path) -> int:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
         try:
             return process.wait()
-        except BaseException:  # Ctrl-C: the ranks end too
+        except BaseException:  # for example Ctrl-C: end the ranks too
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
@@ -334,8 +335,8 @@ def main() -> int:
         prog="python -m scripts.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the config")
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone (default: all that fit --nproc)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the config")
+    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="only these layouts (default: all that fit --nproc)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps of each run (default: 20)")
     parser.add_argument(
         "--nproc", type=int, default=min(gpus, 2) or 2, metavar="N", help="processes (default: %(default)s here)"
@@ -343,7 +344,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = parser.parse_intermixed_args()
     layouts = [word for word in args.layouts or [] if "=" not in word.partition(":")[0]]
-    overrides = args.overrides + [word for word in args.layouts or [] if word not in layouts]  # that stand behind the layouts
+    overrides = args.overrides + [word for word in args.layouts or [] if word not in layouts]  # given after --layouts
     problems = [
         f"--{name} {value}: must be 1 or more" for name, value in (("steps", args.steps), ("nproc", args.nproc)) if value < 1
     ]
@@ -361,12 +362,12 @@ def main() -> int:
     if not stacks:
         raise BadInput(f"recipes/{family}: has no stack, so that there is nothing to compare")
     with tempfile.TemporaryDirectory(prefix="parity_") as name:
-        given = parsed(layouts, stacks) if layouts else usual_layouts(stacks, args.nproc)
+        chosen = parsed(layouts, stacks) if layouts else usual_layouts(stacks, args.nproc)
         path, folder = str(Path(args.config).resolve()), Path(name)
-        cases, left_out = cases_of(path, overrides, given, args.steps, args.nproc, folder, optional=not layouts)
+        cases, left_out = cases_of(path, overrides, chosen, args.steps, args.nproc, folder, optional=not layouts)
         first = cases[0]
         task = task_module(family, read_yaml(path))
-        prepare(path, first.out, first.overrides, first.module.split(".")[2], task, args.nproc)  # its corpus is there
+        prepare(path, first.out, first.overrides, first.module.split(".")[2], task, args.nproc)  # checks the corpus
         dtype = config.load(path, overrides, task.Config).train.dtype
         print(f"recipes/{family}, {Path(path).stem}: {args.steps} steps, {args.nproc} processes, {', '.join(stacks)}")
         bound = f"loss {LOSS:g}, gradient norm {NORM:g}" if dtype == "fp32" else f"loss {BF16:g} against fp32, above 0"

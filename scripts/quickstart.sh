@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From a fresh clone to one loss curve on all stacks of a recipe: plain accelerate, DeepSpeed, Megatron Core. No GPU is needed.
+# Train one recipe on all its stacks (plain accelerate, DeepSpeed, Megatron Core) and compare their loss curves. Needs no GPU.
 #   bash scripts/quickstart.sh [FAMILY] [--source PATH ...] [--steps N] [--out DIR]
-# FAMILY    a folder of recipes/ that has configs/quickstart.yaml (default: gpt), whose `quickstart` section has the corpus
+# FAMILY    a folder of recipes/ with configs/quickstart.yaml, whose section `quickstart` names the corpus (default: gpt)
 # --source  text files or folders to train on, instead of the texts that the corpus command of the config reads
-# --steps   optimizer steps (default: the config's)
-# --out     where the runs go (default: out/quickstart/FAMILY); the same command again continues them
-# NPROC     processes (default: one a GPU, else 2)
+# --steps   optimizer steps (default: those of the config)
+# --out     folder of the runs (default: out/quickstart/FAMILY); the same command again continues them
+# NPROC     environment variable: number of processes (default: one per GPU, else 2)
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ fail() {
   exit 2
 }
 
-# ---- what is asked for
+# ---- arguments
 
 family='' out='' steps='' sources=()
 while (($#)); do
@@ -55,13 +55,13 @@ cd -- "$root"
 family=${family:-gpt}
 config=recipes/$family/configs/quickstart.yaml
 if [[ ! -f $config ]]; then
-  known=(recipes/*/configs/quickstart.yaml)
-  known=("${known[@]#recipes/}")
-  fail "no $config; FAMILY can be: ${known[*]%%/*}"
+  configs=(recipes/*/configs/quickstart.yaml)
+  configs=("${configs[@]#recipes/}")
+  fail "no $config; FAMILY can be: ${configs[*]%%/*}"
 fi
 out=${out:-out/quickstart/$family}
 
-# ---- how each stage is run
+# ---- running a stage
 
 stacks=()
 for name in baseline deepspeed megatron; do
@@ -78,8 +78,8 @@ say() { # WHAT THE STAGE DOES
 trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
 trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' INT
 
-thinned() { # LOG: all lines go to the file; to the screen all but nine of ten steps
-  trap '' INT TERM # what saves after a signal still writes here
+thinned() { # LOG: write all lines to the file, and to the screen only every tenth step
+  trap '' INT TERM # a run that saves after a signal still writes here
   local line
   while IFS= read -r line; do
     printf '%s\n' "$line" >>"$1"
@@ -88,7 +88,7 @@ thinned() { # LOG: all lines go to the file; to the screen all but nine of ten s
   done
 }
 
-run() { # LOG COMMAND...: a signal to this script is passed on to the command, which saves what it has
+run() { # LOG COMMAND...: run a command; a signal to this script is passed on to the command, which saves its state
   local log=$1 sink code=0
   shift
   printf '$ %s\n' "$*"
@@ -143,7 +143,7 @@ if [[ -z ${NPROC:-} ]]; then
   while ((batch % NPROC || NPROC > 1 && NPROC % 2)); do NPROC=$((NPROC - 1)); done # the batch is shared out evenly
 fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a whole number from 1"
-layout() { # STACK: what of the config's layout, which is for 2 processes, is to be changed
+layout() { # STACK: overrides of the config's layout, which is for 2 processes
   if ((NPROC == 2)); then return; fi
   local tp=$((NPROC % 2 ? 1 : 2))
   case $1 in
@@ -175,7 +175,7 @@ finished() { # STACK: is the last step exported?
   grep -qs "\"step\": ${steps:-$last_step}," "$out/$1/hf/twinstack.json"
 }
 
-pretrain() { # STACK: validated first, in a second, then trained
+pretrain() { # STACK: check the run, which takes a second, then train
   local command code=0 errors
   read -ra command <<<"$(layout "$1")"
   command=(env "NPROC=$NPROC" bash "recipes/$family/$1/pretrain.sh" "$config" "$out/$1" "${changed[@]}" "${command[@]}")
@@ -192,7 +192,7 @@ pretrain() { # STACK: validated first, in a second, then trained
   fi
 }
 
-on="$NPROC process$( ((NPROC > 1)) && echo es || true), $( ((gpus)) && echo "one a GPU" || echo "on the CPU")"
+on="$NPROC process$( ((NPROC > 1)) && echo es || true), $( ((gpus)) && echo "one per GPU" || echo "on the CPU")"
 declare -A about=(
   [baseline]="plain data parallelism with accelerate"
   [deepspeed]="DeepSpeed ZeRO"

@@ -62,11 +62,11 @@ if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
 quiet=(--quiet)
 if [[ ! -e $venv ]]; then
   quiet=() # minutes of downloads: show them
-  found=$(find_python) ||
+  base_python=$(find_python) ||
     fail "no Python 3.12 or newer found; install one, or give its path: PYTHON=/path/to/python3.12 bash scripts/setup.sh"
-  echo "setup: creating .venv with $found"
-  "$found" -m venv "$venv" ||
-    fail "$found cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv); remove .venv and try again"
+  echo "setup: creating .venv with $base_python"
+  "$base_python" -m venv "$venv" ||
+    fail "$base_python cannot create a virtual environment (Debian, Ubuntu: apt install python3-venv); remove .venv and try again"
 fi
 new_enough "$python" || fail ".venv has no working Python 3.12 or newer; move it away and run this again"
 

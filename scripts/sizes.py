@@ -1,8 +1,8 @@
-"""Bound the size of what git tracks: 256 KiB per file, 8 MiB in all, so that a clone stays small.
+"""Check the size of the files that git tracks: at most 256 KiB per file and 8 MiB in all, so that a clone stays small.
 
 python -m scripts.sizes
 
-Large outputs belong into OUT, which git ignores; scripts/publish.py makes a small record of a run.
+Large outputs belong in OUT, which git ignores; scripts/publish.py makes a small record of a run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def tracked(root: Path) -> dict[str, int]:
-    """Bytes by path of the files that git tracks or is about to, as they are in the working tree."""
+    """{path: bytes} of the files in git's index, as they are in the working tree."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise BadInput(f"git ls-files: {done.stderr.strip()}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a launch script on SLURM, one task a node; save and requeue before the time limit:
+# Run a launch script on SLURM, with one task per node; save and requeue before the time limit:
 #   sbatch scripts/slurm.sh recipes/gpt/megatron/pretrain.sh CONFIG OUT [section.key=value ...]
 # Edit these, or give them to sbatch: sbatch --nodes=4 scripts/slurm.sh ...
 #SBATCH --job-name=twinstack
