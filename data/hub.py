@@ -1,4 +1,4 @@
-"""A text dataset of the Hugging Face hub, or a local copy.
+"""A text dataset from the Hugging Face hub, or a local copy.
 
 Any dataset with a column of text will do. It is streamed from the hub.
 

@@ -1,4 +1,4 @@
-"""Sources of documents: files on disk, or a dataset of the Hugging Face hub or a local copy of one.
+"""Sources of documents: files on disk, or a dataset from the Hugging Face hub or a local copy of it.
 
 A source is read from front to back. Each document carries a cursor, and `documents(part, cursor)` continues after that
 document, so an interrupted build can continue.

@@ -6,10 +6,10 @@ streamed from the hub, or read from --source: text files and folders of them,
 or local folders of these datasets (column: text or TEXT). --max-mb takes the
 first MB of each.
 
-Of a book the text between Project Gutenberg's marks is taken. Closing sections
-(References, See also, ...) are dropped. Documents of fewer than --min-words
-words and duplicates (apart from case and blanks) are skipped and counted.
-Duplicates are searched within each dataset, and among all files.
+Only the text between Project Gutenberg's marks is taken from a book. Closing
+sections (References, See also, ...) are dropped. Documents of fewer than
+--min-words words and duplicates (apart from case and blanks) are skipped and
+counted. Duplicates are searched within each dataset, and among all files.
 
     python -m data.wiki_books corpora/wiki_books
     python -m data.wiki_books corpora/books --source books/ --vocab-size 8192
@@ -49,7 +49,7 @@ def _key(text: str) -> bytes:
 
 
 class WikiBooks:
-    """Other sources, one part each, with cleaned documents and without short documents and duplicates."""
+    """Combines sources, one part each: cleans their documents, and leaves out short documents and duplicates."""
 
     def __init__(self, sources: Sequence[Source], min_words: int):
         self.sources, self.min_words = list(sources), min_words
@@ -93,12 +93,12 @@ def _is_dataset(folder: Path) -> bool:
     return folder.is_dir() and any(True for mark in marks for _ in folder.rglob(mark))
 
 
-def sources(given: Sequence[str] | None, max_document_mb: float | None = None) -> list[Source]:
-    """Wikipedia and books of the hub, or the sources given: one per dataset, and one for all files."""
-    if given is None:
+def sources(paths: Sequence[str] | None, max_document_mb: float | None = None) -> list[Source]:
+    """The sources for these paths: one per dataset, and one for all files. None: Wikipedia and books from the hub."""
+    if paths is None:
         return [Hub(name, config, [(None, "train")], column, max_document_mb) for name, config, column in (WIKI, BOOKS)]
-    folders = [path for path in given if _is_dataset(Path(path))]
-    files = [path for path in given if path not in folders]
+    folders = [path for path in paths if _is_dataset(Path(path))]
+    files = [path for path in paths if path not in folders]
     datasets: list[Source] = [Hub(path, None, [(None, "train")], ("text", "TEXT"), max_document_mb) for path in folders]
     return datasets + ([Files(files, max_document_mb=max_document_mb)] if files else [])
 
