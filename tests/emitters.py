@@ -20,12 +20,12 @@ Scores = dict[str, dict[str, float]]
 
 
 def of_evaluators(folder: Path) -> Scores:
-    found = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts()
+    scores_by_task = of_language_models(folder / "gpt") | of_encoder_decoders() | of_finetuned_texts()
     for name in TASKS:
         scores = of_head(name, folder / "bert")
-        assert found.get(name, scores).keys() == scores.keys(), name  # of a head and in words: the same names
-        found[name] = scores
-    return found
+        assert scores_by_task.get(name, scores).keys() == scores.keys(), name  # of a head and in words: the same names
+        scores_by_task[name] = scores
+    return scores_by_task
 
 
 def of_language_models(folder: Path) -> Scores:
@@ -46,24 +46,24 @@ def of_language_models(folder: Path) -> Scores:
     where = ["--data", str(folder / "data"), "--out", str(folder)]
     done = warm.run(["-m", "scripts.evaluate", folder / "hf", *tasks, *where], timeout=300)
     assert done.returncode == 0, done.stderr
-    found: Scores = {}
+    scores_by_task: Scores = {}
     for row in json.loads((folder / "eval.json").read_text(encoding="utf-8")):
-        found.setdefault(row["task"], {})[row["metric"]] = row["value"]
-    return found
+        scores_by_task.setdefault(row["task"], {})[row["metric"]] = row["value"]
+    return scores_by_task
 
 
 def of_encoder_decoders() -> Scores:
     """Of the targets themselves."""
-    found = {}
+    scores_by_task = {}
     for name in (*text.PAIRS, "squad"):
         examples = text.Examples(TEXTS, TEXTS, [[target] for target in TEXTS], "")
-        found[name] = {metric: value for metric, value, _ in text.scores(name, TEXTS, examples)}
+        scores_by_task[name] = {metric: value for metric, value, _ in text.scores(name, TEXTS, examples)}
     for name in text.WORDS:
         labels = labels_of(name)
         said = [text.WORDS[name][int(y)] if text.WORDS[name] else str(y) for y in labels]
         examples = text.Examples(said, said, [[word] for word in said], "", labels, (4, 4))
-        found[name] = {metric: value for metric, value, _ in text.scores(name, said, examples)}
-    return found
+        scores_by_task[name] = {metric: value for metric, value, _ in text.scores(name, said, examples)}
+    return scores_by_task
 
 
 def labels_of(name: str) -> np.ndarray:

@@ -49,14 +49,14 @@ class Attempt(NamedTuple):
 Try = Callable[..., Attempt]
 
 
-def corpus(prefix: Path, tokens: int = 4000, vocab: int = 128, seed: int = 0, manifest: bool = True, **facts: Any) -> None:
+def corpus(prefix: Path, tokens: int = 4000, vocab: int = 128, seed: int = 0, manifest: bool = True, **values: Any) -> None:
     """Random ids below `vocab` under `prefix`, in documents of 400."""
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for document in np.random.default_rng(seed).integers(0, vocab, (tokens // 400, 400)):
         writer.add(document)
     writer.finish()
     if manifest:
-        write_manifest(prefix, {"tokenizer_size": vocab, "tokenizer_hash": "a" * 64} | facts)
+        write_manifest(prefix, {"tokenizer_size": vocab, "tokenizer_hash": "a" * 64} | values)
 
 
 @pytest.fixture
@@ -518,8 +518,8 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
     ("another architecture", _hf({"model_type": "bert"}), ["is a 'bert' model, the config's model.arch is 'gpt2'"]),
     (
         "another size", _hf(HF | {"n_layer": 12, "n_embd": 768}, model__safetensors=_safetensors),
-        [f"init.from=hf: its config.json has {key}, the model gives {ours}"
-         for key, ours in (("n_layer=12", 4), ("n_embd=768", 64), ("n_inner=3072", 256))],
+        [f"init.from=hf: its config.json has {key}, the model gives {value}"
+         for key, value in (("n_layer=12", 4), ("n_embd=768", 64), ("n_inner=3072", 256))],
     ),
     ("no weights", _hf(), ["init.from=hf: no *.safetensors there; a Hugging Face folder with weights is needed"]),
     (
@@ -646,7 +646,7 @@ def test_the_script_from_any_folder_with_any_names(place: Path) -> None:
 
 
 def finished_run(out: Path, steps: Sequence[int] = (2, 4), *overrides: str) -> None:
-    """What a run leaves, without training: config, facts, checkpoints of two made-up parameters, a log."""
+    """What a run leaves, without training: config, run.json, checkpoints of two made-up parameters, a log."""
     run = preflight.prepare("tiny.yaml", str(out), overrides, "baseline", task, 1)
     run_record.begin(run)
     lock.release()
@@ -746,8 +746,8 @@ RECORDS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("config cut", _spoil("config.yaml", b"model: {"), "out/config.yaml: not YAML"),
     ("config empty", _spoil("config.yaml", b""), "out/config.yaml: must have sections"),
     ("config of something else", _spoil("config.yaml", b"model: 3\nx: 1\n"), "is the config of another family or version"),
-    ("facts cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
-    ("facts of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
+    ("run.json cut", _spoil("run.json", b'{"data"'), "out/run.json: cannot be read"),
+    ("run.json of something else", _spoil("run.json", b"[]"), "out/run.json: cannot be read"),
     (
         "checkpoint of another model", _edit_state(4, hyperparameters={"model.hidden": 128}),
         "out/step_4 has another run: model.hidden was 128, is 64",
@@ -893,12 +893,12 @@ def test_records_of_wrong_types(value: Any, place: Path, attempt: Try) -> None:
     """Each value of run.json in turn: refused in one line, or as if it were not there."""
     finished_run(place / "out")
     path = place / "out/run.json"
-    facts = json.loads(path.read_text())
+    record = json.loads(path.read_text())
     for key in ("data", "stacks", "finished"):
-        path.write_text(json.dumps(facts | {key: value}))
+        path.write_text(json.dumps(record | {key: value}))
         code, lines, started = attempt()
         assert (code, lines, started) == (0, [], True) or code == 2 and len(lines) == 1 and not started, (key, lines)
-        path.write_text(json.dumps(facts | {key: value}))
+        path.write_text(json.dumps(record | {key: value}))
         if code == 0:
             run_record.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
             lock.release()

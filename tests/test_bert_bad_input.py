@@ -35,13 +35,13 @@ def home(place: Path, sentences: Path) -> Path:  # noqa: F811
 
 def documents(prefix: Path, lengths: list[int], tokens: int = 12) -> None:
     """A corpus of the same tokenizer, with documents of so many sentences."""
-    facts = json.loads((prefix.parent / "train.json").read_text())
+    manifest = json.loads((prefix.parent / "train.json").read_text())
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for count in lengths:
         writer.add_sentences([np.arange(100, 100 + tokens)] * count)
     writer.finish()
     keep = ("eod_id", "tokenizer", "tokenizer_hash", "tokenizer_size")
-    write_manifest(prefix, {key: facts[key] for key in keep} | {"sentences": sum(lengths)})
+    write_manifest(prefix, {key: manifest[key] for key in keep} | {"sentences": sum(lengths)})
 
 
 def without_mask(home: Path) -> None:
@@ -128,8 +128,8 @@ def test_another_objective_is_another_run(home: Path, attempt: Try, drive) -> No
         for first, end in zip(corpus.bounds[:-1], corpus.bounds[1:], strict=True):
             writer.add_sentences([new_id[corpus.flat[corpus.starts[s] : corpus.starts[s + 1]]] for s in range(first, end)])
         writer.finish()
-        facts = {"eod_id": None, "tokenizer": "tokenizer", "tokenizer_hash": vocabulary.hash, "tokenizer_size": vocabulary.size}
-        write_manifest(moved / name, facts)
+        ids = {"eod_id": None, "tokenizer_hash": vocabulary.hash, "tokenizer_size": vocabulary.size}
+        write_manifest(moved / name, ids | {"tokenizer": "tokenizer"})
     padded = [f"data.train={moved}/train", f"data.valid={moved}/valid", "train.eval_samples=8"]
     again = {"config": str(home / "bert.yaml")}
     cases = [

@@ -117,15 +117,15 @@ def expected(runs) -> Callable[[int], list[tuple[float, float]]]:
 def test_follows_the_reference_loop(runs, expected, run):
     """`moved` is of all stacks, one after the other."""
     steps = EACH * len(MOVES)
-    found = compared(losses(runs[0] / run), expected(steps), "fp32")
-    assert found["ok"], found
+    result = compared(losses(runs[0] / run), expected(steps), "fp32")
+    assert result["ok"], result
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_stays_near_fp32(runs, expected, name):
-    found = compared(losses(runs[0] / "bf16" / name), expected(20), "bf16")
-    assert found["ok"], found
+    result = compared(losses(runs[0] / "bf16" / name), expected(20), "bf16")
+    assert result["ok"], result
 
 
 def compared(steps: dict[int, dict[str, float]], expected: list[tuple[float, float]], dtype: str) -> dict[str, float | bool]:
@@ -153,14 +153,14 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
 @pytest.mark.timeout(1800)
 def test_gpu_check_rehearsed_on_a_cpu(tmp_path):
     done = check(tmp_path / "out", "--cpu-rehearsal", "--minutes", "25")
-    found = json.loads((tmp_path / "out/gpu_check.json").read_text())
-    states = {part["part"]: part["status"] for part in found["parts"]}
+    result = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    states = {part["part"]: part["status"] for part in result["parts"]}
     assert done.returncode == 0 and set(states.values()) == {"pass"}, (states, done.stdout[-4000:], done.stderr[-2000:])
     assert len(states) == len(gpu_check.parts(families.names()))
-    rows = [row for part in found["parts"] for row in part.get("rows", [])]
+    rows = [row for part in result["parts"] for row in part.get("rows", [])]
     tiny = [path for name in families.names() for path in gpu_check.configs_of(name).glob("tiny*.yaml")]
     assert {(row["config"], row["dtype"]) for row in rows} == {(path.stem, d) for path in tiny for d in ("fp32", "bf16")}
-    speeds = [part for part in found["parts"] if "tokens_per_s" in part]
+    speeds = [part for part in result["parts"] if "tokens_per_s" in part]
     stacks = {stack for name in families.names() for stack in families.stacks(name)}
     assert {part["stack"] for part in speeds} == stacks and all(part["tokens_per_s"] > 0 for part in speeds)
     assert "## Parity" in (tmp_path / "out/gpu_check.md").read_text()

@@ -197,9 +197,9 @@ def test_lines_that_are_damaged_leave_the_log(lines: list[str], whole_lines: lis
         file.write(LINES[4])
     assert path.read_text() == "".join([*whole_lines, LINES[4]])
     place = max((i for i, line in enumerate(lines) if line in whole_lines), default=-1)
-    spoiled = sum(line not in LINES for line in lines[: max(place, 0)])
+    damaged = sum(line not in LINES for line in lines[: max(place, 0)])
     printed = capsys.readouterr().err
-    assert (f"{path}: {spoiled} damaged line" in printed) == bool(spoiled) and printed.count("\n") == bool(spoiled)
+    assert (f"{path}: {damaged} damaged line" in printed) == bool(damaged) and printed.count("\n") == bool(damaged)
 
 
 def test_a_log_of_noise_is_read(tmp_path: Path) -> None:

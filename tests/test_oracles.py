@@ -88,7 +88,7 @@ def test_every_schedule_has_a_formula_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"),
+    ("name", "reference"),
     [
         ("cosine", transformers.get_cosine_schedule_with_warmup),
         ("linear", transformers.get_linear_schedule_with_warmup),
@@ -96,11 +96,11 @@ def test_every_schedule_has_a_formula_of_its_own() -> None:
         ("inverse_sqrt", transformers.get_inverse_sqrt_schedule),
     ],
 )
-def test_it_is_the_schedule_of_transformers(name: str, theirs: Callable[..., torch.optim.lr_scheduler.LambdaLR]) -> None:
+def test_it_is_the_schedule_of_transformers(name: str, reference: Callable[..., torch.optim.lr_scheduler.LambdaLR]) -> None:
     """Which fall to 0, and count the warmup of inverse_sqrt as the others'."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     more = {"num_training_steps": STEPS} if name in ("cosine", "linear") else {}
-    [share] = theirs(optimizer, num_warmup_steps=WARMUP, **more).lr_lambdas
+    [share] = reference(optimizer, num_warmup_steps=WARMUP, **more).lr_lambdas
     o = scheduled(name).model_copy(update={"min_lr": 0.0})
     for step in range(WARMUP if name == "inverse_sqrt" else 1, STEPS):
         assert optim.lr_at(step, o) == pytest.approx(LR * share(step), rel=1e-12, abs=1e-18), step

@@ -241,8 +241,8 @@ def run_of(folder: Path, stack: str, losses: list[float], lr: float = 1e-3, vali
     cfg = yaml.safe_load((ROOT / "recipes/gpt/configs/tiny.yaml").read_text(encoding="utf-8"))
     cfg["optim"]["lr"] = lr
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg), encoding="utf-8")
-    facts = {"config": "tiny", "family": "gpt", "stack": stack, "data": {}, "commit": "abc", "versions": {"torch": "2"}}
-    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    info = {"config": "tiny", "family": "gpt", "stack": stack, "data": {}, "commit": "abc", "versions": {"torch": "2"}}
+    (folder / "run.json").write_text(json.dumps(info), encoding="utf-8")
     lines = [
         {"step": i, "loss": loss, "tokens_per_s": 100.0 * (1 if i == 1 else 10), "mem_bytes": 2**30}
         for i, loss in enumerate(losses, 1)

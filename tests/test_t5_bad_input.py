@@ -33,13 +33,13 @@ def home(place: Path, spans: Path) -> Path:  # noqa: F811
 
 def of_sequences(prefix: Path, lengths: list[int]) -> None:
     """A corpus of the same tokenizer, whose documents are of so many sequences."""
-    facts = json.loads((prefix.parent / "train.json").read_text())
+    manifest = json.loads((prefix.parent / "train.json").read_text())
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for count in lengths:
         writer.add_sentences([np.arange(100, 112)] * count)
     writer.finish()
     keep = ("tokenizer", "tokenizer_hash", "tokenizer_size")
-    write_manifest(prefix, {key: facts[key] for key in keep} | {"eod_id": None, "sentences": sum(lengths)})
+    write_manifest(prefix, {key: manifest[key] for key in keep} | {"eod_id": None, "sentences": sum(lengths)})
 
 
 def bert_tokenizer(folder: Path) -> None:

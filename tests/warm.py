@@ -72,30 +72,30 @@ def run(
 
 
 def _call(request: dict[str, Any], out: BinaryIO, err: BinaryIO, timeout: float) -> int:
-    ours, its = socket.socketpair()
-    with ours:
-        with its:
-            files = array.array("i", [out.fileno(), err.fileno(), its.fileno()])
+    connection, remote = socket.socketpair()
+    with connection:
+        with remote:
+            files = array.array("i", [out.fileno(), err.fileno(), remote.fileno()])
             _server().sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-        ours.settimeout(timeout)
-        # If this process ends the wait (a test's timeout), `ours` is closed, and the command's leader ends the command.
-        answer = ours.recv(64)
+        connection.settimeout(timeout)
+        # If this process ends the wait (a test's timeout), `connection` is closed, and the command's leader ends the command.
+        answer = connection.recv(64)
     return int(answer) if answer else LOST
 
 
 @functools.cache
 def _server() -> socket.socket:
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).resolve()), str(its.fileno())],
-        env=environment | ENVIRONMENT, pass_fds=[its.fileno()], start_new_session=True,
+        [sys.executable, "-P", str(Path(__file__).resolve()), str(remote.fileno())],
+        env=environment | ENVIRONMENT, pass_fds=[remote.fileno()], start_new_session=True,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    its.close()
+    remote.close()
     atexit.register(process.wait)
-    atexit.register(ours.close)  # ends it
-    return ours
+    atexit.register(connection.close)  # ends it
+    return connection
 
 
 # ---- in the server
