@@ -16,7 +16,7 @@ OTHERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if p
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *OTHERS, *FAMILIES]
 # commands of the shell and of other tools: only their paths are checked
 SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", ".", ".venv/bin/pre-commit"}
-OWN = {"FAMILY", "STACK", "NAME", "mine"}  # in a path, these stand for the reader's own
+OWN = {"FAMILY", "STACK", "NAME", "mine", "own_text"}  # in a path, these stand for the reader's own
 
 
 class Line(NamedTuple):
