@@ -119,7 +119,7 @@ def prepare[C: Config](
     for key, dataset in (("data.train", train), ("data.valid", valid)):
         if dataset is not None:
             dataset.limit_ids(None if unknown else cfg.model.vocab_size, key)
-    problems += [] if unknown else _init_problems(cfg, task, notes)
+    problems += _init_problems(cfg, task, notes, bool(unknown))
 
     layout = None
     for number, phase in enumerate(config.views(whole)):
@@ -248,13 +248,19 @@ def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, known
     return problems
 
 
-def _init_problems(cfg: Config, task: Family, notes: list[str]) -> list[str]:
-    """The problems of the Hugging Face folder init.from. Adds to `notes`."""
+def _init_problems(cfg: Config, task: Family, notes: list[str], is_vocabulary_unknown: bool) -> list[str]:
+    """The problems of the Hugging Face folder init.from. Adds to `notes`.
+
+    is_vocabulary_unknown: the model cannot be compared with the folder's; what is checked is that there is a folder.
+    """
     if cfg.init.from_ == "scratch":
         return []
     from common.huggingface import hf_folder
 
-    return hf_folder.check(find(cfg.init.from_), f"init.from={cfg.init.from_}", cfg, task, notes)
+    folder, name = find(cfg.init.from_), f"init.from={cfg.init.from_}"
+    if is_vocabulary_unknown:
+        return hf_folder.config_problems(folder, name)
+    return hf_folder.check(folder, name, cfg, task, notes)
 
 
 def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | None:

@@ -70,14 +70,25 @@ class Tensor(NamedTuple):
 
 # ---- the two entry points: init.from, and `convert from-hf`
 
+ADVICE = "give `scratch` or a Hugging Face folder"
+
+
+def config_problems(folder: Path, name: str) -> list[str]:
+    """Why the config.json of `folder`, the value of init.from, cannot be read."""
+    try:
+        read_config(folder, name, ADVICE)
+    except BadInput as error:
+        return error.problems
+    return []
+
 
 def check(folder: Path, name: str, cfg: Config, task: Family, notes: list[str]) -> list[str]:
     """Why this config's model cannot begin from `folder`. Adds to `notes` which parameters begin from the seed, which heads of
     the folder are not used, and which head of a finetuned model is trained further."""
-    try:
-        stored = read_config(folder, name, "give `scratch` or a Hugging Face folder")
-    except BadInput as error:
-        return error.problems
+    problems = config_problems(folder, name)
+    if problems:
+        return problems
+    stored = read_config(folder, name, ADVICE)
     wanted = task.hf_model_type(cfg.model)
     if stored.get("model_type") != wanted:
         arch = f"the config's model.arch is {cfg.model.arch!r}"
