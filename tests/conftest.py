@@ -27,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--source", default=os.environ.get("SOURCE"), help="folder of shared texts and data sets")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per pytest-xdist worker: the workers share the cores, and threads that wait for each other spin."""
+    if hasattr(config, "workerinput"):
+        import torch
+
+        torch.set_num_threads(1)
+
+
 # Files whose first test makes all their runs, the longest first
 LONGEST = [
     f"test_{name}.py"

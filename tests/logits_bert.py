@@ -52,7 +52,7 @@ def main(path: str) -> None:
         with torch.no_grad():
             compare(cfg, model, values, run, ranks)
             if "pairs" in case:
-                embed(case, model, ranks)
+                embed(case, net, ranks)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)
@@ -77,13 +77,13 @@ def compare(cfg: task.Config, model: torch.nn.Module, values: state.Values, run:
             print("LOGITS {} {:.3e} {:.3e} of {:.3f}".format(name, *differences, expected.abs().max().item()), flush=True)
 
 
-def embed(case: dict[str, Any], model: torch.nn.Module, ranks: processes.Ranks) -> None:
+def embed(case: dict[str, Any], net: megatron_model.Bert, ranks: processes.Ranks) -> None:
     """Mean of the last hidden states over the tokens of each text, [CLS] and [SEP] too."""
     words = tokenizer.load(case["tokenizer"])
     ids = [[words.cls_id, *text[:126], words.sep_id] for text in words.encode_batch(case["pairs"])]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
-    vectors = np.empty((len(ids), model.config.hidden_size), np.float32)
-    tp, sp = mcore.parallel_state.get_tensor_model_parallel_world_size(), model.config.sequence_parallel
+    vectors = np.empty((len(ids), net.config.hidden_size), np.float32)
+    tp = mcore.parallel_state.get_tensor_model_parallel_world_size()
     for first in range(0, len(order), 64):
         some = order[first : first + 64]
         longest = max(len(ids[i]) for i in some)
@@ -93,9 +93,7 @@ def embed(case: dict[str, Any], model: torch.nn.Module, ranks: processes.Ranks) 
             tokens[row, : len(ids[i])] = torch.tensor(ids[i])
         seen = torch.arange(longest) < torch.tensor([len(ids[i]) for i in some])[:, None]
         with cuda_stand_in.active(ranks):
-            hidden = model(tokens, torch.zeros_like(tokens), ~seen[:, None, None], None)  # (T, B, H)
-            if sp:
-                hidden = mcore.tensor_parallel.gather_from_sequence_parallel_region(hidden)
+            hidden = net.encode(tokens, torch.zeros_like(tokens), ~seen[:, None, None])  # (T, B, H)
         weights = seen.T[..., None].float()  # (T, B, 1)
         vectors[some] = ((hidden * weights).sum(0) / weights.sum(0)).numpy()
     if ranks.rank == 0:

@@ -10,7 +10,7 @@ from conftest import case, finished, losses
 def test_a_failed_run_fails_what_reads_it_alone(drive, settings, tmp_path: Path) -> None:
     """An exception, an unexpected exit code, and runs before, between and after them."""
     steps = [*settings, "train.steps=2"]
-    broken = case("baseline", "tiny", tmp_path / "broken", steps) | {"module": "tests.no_such_recipe"}
+    broken = case("baseline", "tiny", tmp_path / "broken", steps) | {"module": "common.errors"}
     cases = [
         case("megatron", "tiny", tmp_path / "first", [*steps, "megatron.tp=2"]),
         broken,
@@ -22,7 +22,7 @@ def test_a_failed_run_fails_what_reads_it_alone(drive, settings, tmp_path: Path)
     first, second, third = (losses(tmp_path / name) for name in ("first", "second", "third"))
     assert sorted(first) == sorted(second) == sorted(third) == [1, 2]
     assert abs(first[2]["loss"] - third[2]["loss"]) <= 1e-5
-    for name, message in (("broken", "No module named 'tests.no_such_recipe'"), ("refused", "exit code 2: .*global_batch")):
+    for name, message in (("broken", "'common.errors' has no attribute 'main'"), ("refused", "exit code 2: .*global_batch")):
         with pytest.raises(pytest.fail.Exception, match=message):
             finished(tmp_path / name)
         del conftest.FAILED[tmp_path / name]
