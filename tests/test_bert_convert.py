@@ -23,7 +23,6 @@ from common.huggingface import interchange
 from common.stacks import mcore
 from common.yaml_files import read_yaml
 from recipes.bert import task
-from recipes.bert.megatron import parameter_map
 from scripts import heldout
 from tests import warm
 
@@ -56,6 +55,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", ARCHS)
 def test_table_is_its_own_inverse_at_every_tp(name, tp):
+    parameter_map = pytest.importorskip("recipes.bert.megatron.parameter_map")
     model = resolved(name)
     rules, shapes = parameter_map.parameter_map(model), task.parameter_shapes(model)
     seen = set()
@@ -280,6 +280,7 @@ def test_a_folder_tells_which_heads_it_lacks(bert_settings, folders, tmp_path):
 
 
 def test_norms_that_transformer_engine_fuses_have_their_place():
+    parameter_map = pytest.importorskip("recipes.bert.megatron.parameter_map")
     rules = parameter_map.parameter_map(resolved("tiny"))
     assert rules("encoder.layers.1.self_attention.linear_qkv.layer_norm_weight").hf == (
         "bert.encoder.layer.1.attention.ln.weight",
