@@ -83,7 +83,7 @@ UNKNOWN = (
 )
 ON_MEGATRON = "the model on megatron: "
 REFUSED = {
-    "uncounted-baseline": r"Model.parameter_count of recipes.uncounted.task counts 311,872 .* parameter_shapes lists 312,000",
+    "uncounted-baseline": r"Model.parameter_count of recipes.uncounted.task counts 311,872 .*parameter_shapes lists 312,000",
     "uncounted-deepspeed": "Model.parameter_count of recipes.uncounted.task counts",
     "uncounted-megatron": "Model.parameter_count of recipes.uncounted.task counts",
     "norms-megatron": ON_MEGATRON + MISSING,

@@ -62,7 +62,7 @@ REFUSED = [  # name, what is done, overrides, messages: one entry per line
     ("a corpus of BPE", None, "data.train=corpus/train data.valid=null",
      ["corpus/train: its tokenizer is not known, so the sentinels are not either; give data.tokenizer=DIR"]),
     ("three sequences", lambda h: of_sequences(h / "spans/three", [3, 3]), "data.train=spans/three",
-     ["spans/three: documents of several sequences, but not of two (input, target); build it"]),
+     ["spans/three: has documents of several sequences, but not of two (input, target); build it"]),
     ("no manifest", lambda h: [(h / f"spans/{n}.json").unlink() for n in ("train", "valid")], "",
      ["spans/train: its tokenizer is not known", "spans/valid: its tokenizer is not known"]),
     ("targets that do not fit", None, "data.target_len=10",
