@@ -2,8 +2,8 @@
 
 A corpus is divided once into chunks: runs of whole sentences that fill a sample. A pass over the data visits each chunk once,
 in the order of common/data/sampler.py. The random choices for a sample are its length, where its pair is cut, whether the
-second segment comes from another document or the two are swapped, and what is masked. They are made anew in each pass (dynamic
-masking: RoBERTa, arXiv:1907.11692, section 4.1).
+second segment comes from another document or the two are swapped, and what is masked. These choices are made again in
+each pass (dynamic masking: RoBERTa, arXiv:1907.11692, section 4.1).
 
 Letters in shapes: B samples, T `seq_len`.
 """
