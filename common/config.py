@@ -488,7 +488,7 @@ def _rules(cfg: Config) -> Iterator[str]:
     tokens = cfg.train.global_batch * cfg.data.sample_tokens
     if tokens > STEP_TOKENS:
         yield (
-            f"train.global_batch={cfg.train.global_batch} of {cfg.data.sample_tokens} tokens each are {tokens:,} tokens a "
+            f"train.global_batch={cfg.train.global_batch} of {cfg.data.sample_tokens} tokens each are {tokens:,} tokens per "
             f"step, which the ranks hold at once; {STEP_TOKENS:,} are allowed"
         )
     o = cfg.optim
@@ -627,10 +627,10 @@ def _explain(error: Any, schema: type[Config]) -> str:
         now = name_now(".".join([*parents, last]), schema)
         if now != ".".join([*parents, last]):
             return _is_called(name, now, error.get("input"))
-        known = _known_keys(parents, schema)
-        close = difflib.get_close_matches(last, known, 1)
+        keys = _known_keys(parents, schema)
+        close = difflib.get_close_matches(last, keys, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
-        return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(known)}"
+        return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")

@@ -75,11 +75,11 @@ def _bounds(schema: dict[str, Any]) -> str:
 def of_config(schema: type[Config]) -> dict[str, list[Row]]:
     """{section: its keys}, `phases` and `expect` included, in the order of a config."""
     by_section: dict[str, list[Row]] = {}
-    known = sections(schema)
+    nested = sections(schema)
     for field_name, field in schema.model_fields.items():
         name = field.alias or field_name
-        if name in known:
-            by_section[name] = list(rows(name, known[name]))
+        if name in nested:
+            by_section[name] = list(rows(name, nested[name]))
         else:
             by_section[name] = [Row(name, "list" if name == "phases" else "{name: score}", "", "", field.description or "")]
     return by_section

@@ -77,11 +77,11 @@ def prepare[C: Config](
 
     dry_run: a corpus that does not exist is a note, not a problem.
     """
-    given = config.load(config_path, overrides, task.Config)
+    loaded = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
-    done = _steps_done(Path(out)) if given.phases else 0
-    train, valid, data_problems, missing = _datasets(config.at_step(given, done), task, stack)
-    folder, known = _tokenizer(given, train, valid, data_problems)
+    done = _steps_done(Path(out)) if loaded.phases else 0
+    train, valid, data_problems, missing = _datasets(config.at_step(loaded, done), task, stack)
+    folder, tokenizer_info = _tokenizer(loaded, train, valid, data_problems)
     notes = list(missing) if dry_run else []
     notes += data_notes(train, valid)
     problems += data_problems + ([] if dry_run else missing)
@@ -90,28 +90,28 @@ def prepare[C: Config](
         folder = None
 
     out_path = Path(out)
-    recorded = _recorded(out_path, type(given), problems)
-    decay = given.optim.decay_steps or recorded and recorded.optim.decay_steps
+    recorded = _recorded(out_path, type(loaded), problems)
+    decay = loaded.optim.decay_steps or recorded and recorded.optim.decay_steps
     # a trial of a few steps may end during the warmup
-    decay = decay or max(given.last_step, given.optim.warmup_steps + (given.optim.wsd_decay_steps or 0))
-    if given.optim.schedule == "wsd" and not given.phases and given.last_step < decay:
-        notes.append(f"the run ends at step {given.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
-    falls = given.optim.schedule in config.FALLS_TO_MIN and given.optim.min_lr < given.optim.lr
-    if recorded and not given.optim.decay_steps and falls and not given.phases and decay < given.last_step:
+    decay = decay or max(loaded.last_step, loaded.optim.warmup_steps + (loaded.optim.wsd_decay_steps or 0))
+    if loaded.optim.schedule == "wsd" and not loaded.phases and loaded.last_step < decay:
+        notes.append(f"the run ends at step {loaded.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
+    falls = loaded.optim.schedule in config.FALLS_TO_MIN and loaded.optim.min_lr < loaded.optim.lr
+    if recorded and not loaded.optim.decay_steps and falls and not loaded.phases and decay < loaded.last_step:
         notes.append(
             f"optim.decay_steps stays {decay}, the steps of the first start: after that the rate is optim.min_lr; a longer "
             "schedule needs another OUT"
         )
-    optim = given.optim.model_copy(update={"decay_steps": decay})
+    optim = loaded.optim.model_copy(update={"decay_steps": decay})
     unknown: list[str] = []  # where the size of the vocabulary is not known
     try:
-        whole = config.resolve(given, task.ResolvedConfig, known.get("size"), optim=optim)
+        whole = config.resolve(loaded, task.ResolvedConfig, tokenizer_info.get("size"), optim=optim)
     except BadInput as error:
         unknown = error.problems
-        whole = config.resolve(given, task.ResolvedConfig, 1, optim=optim)  # to check the rest
+        whole = config.resolve(loaded, task.ResolvedConfig, 1, optim=optim)  # to check the rest
     cfg = config.at_step(whole, done)
     if not unknown:
-        problems += _vocabulary(cfg, train, valid, known)
+        problems += _vocabulary(cfg, train, valid, tokenizer_info)
     elif not data_problems + missing:
         problems += unknown
     elif dry_run and not data_problems:  # else the tokenizer is unknown because of a problem that is reported already
@@ -130,7 +130,7 @@ def prepare[C: Config](
             where = f"{config_path}: phases[{number - 1}]" if number else config_path
             problems += [f"{where}: {p}" for p in error.problems if not any(p in line for line in problems)]
 
-    record = run_record.new(config_path, stack, task, cfg, train, valid, known.get("hash"))
+    record = run_record.new(config_path, stack, task, cfg, train, valid, tokenizer_info.get("hash"))
     resume = None
     if recorded:
         problems += _same_run(whole, recorded, record, out_path)
@@ -179,8 +179,8 @@ def _datasets(cfg: Config, task: Family, stack: str) -> tuple[Dataset | None, Da
             except BadInput as error:
                 dataset = None
                 lines = missing if isinstance(error, Missing) else problems
-                known = {line.removeprefix("data.train: ") for line in lines}
-                lines += [_with_key(p, key, blend) for p in error.problems if p not in known]
+                reported = {line.removeprefix("data.train: ") for line in lines}
+                lines += [_with_key(p, key, blend) for p in error.problems if p not in reported]
         datasets.append(dataset)
     return datasets[0], datasets[1], problems, missing
 
@@ -199,25 +199,25 @@ def _tokenizer(
     corpora = [corpus for dataset in (train, valid) if dataset is not None for corpus in dataset.corpora]
     hashes = {corpus.prefix: corpus.tokenizer_hash for corpus in corpora if corpus.tokenizer_hash}
     folder: str | Path | None = None
-    known: dict[str, Any] = {}
+    tokenizer_info: dict[str, Any] = {}
     if cfg.data.tokenizer:
         from common.data import tokenizer
 
         try:
             folder = find(cfg.data.tokenizer) if find(cfg.data.tokenizer).is_dir() else cfg.data.tokenizer
             loaded = tokenizer.load(folder)
-            known = {"hash": loaded.hash, "size": loaded.size}
+            tokenizer_info = {"hash": loaded.hash, "size": loaded.size}
             hashes = {f"data.tokenizer={cfg.data.tokenizer}": loaded.hash} | hashes
         except BadInput as error:
             problems += [p for p in error.problems if p not in problems]
     elif train is not None and train.corpora[0].manifest:
         first = train.corpora[0]
         problems += [p for p in _replaced(train, valid) if p not in problems]
-        folder, known = first.tokenizer_dir, {"hash": first.tokenizer_hash, "size": first.manifest["tokenizer_size"]}
+        folder, tokenizer_info = first.tokenizer_dir, {"hash": first.tokenizer_hash, "size": first.manifest["tokenizer_size"]}
     if len(set(hashes.values())) > 1:
         listed = ", ".join(f"{name} has {value[:12]}" for name, value in hashes.items())
         problems.append(f"the tokenizers differ ({listed}); tokenize the corpora with one tokenizer (--tokenizer DIR)")
-    return folder, known
+    return folder, tokenizer_info
 
 
 def _replaced(train: Dataset | None, valid: Dataset | None) -> list[str]:
@@ -233,7 +233,7 @@ def _replaced(train: Dataset | None, valid: Dataset | None) -> list[str]:
     return problems
 
 
-def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, known: dict[str, Any]) -> list[str]:
+def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, tokenizer_info: dict[str, Any]) -> list[str]:
     size = cfg.model.vocab_size
     problems = []
     for name, dataset in (("train", train), ("valid", valid)):
@@ -243,8 +243,8 @@ def _vocabulary(cfg: Config, train: Dataset | None, valid: Dataset | None, known
                     f"data.{name}: {corpus.prefix} holds token id {corpus.max_token_id} and model.vocab_size={size}; "
                     f"set model.vocab_size above it, or tokenize with a tokenizer of {size} ids"
                 )
-    if (known.get("size") or 0) > size:
-        problems.append(f"model.vocab_size={size} is below the tokenizer's {known['size']} ids")
+    if (tokenizer_info.get("size") or 0) > size:
+        problems.append(f"model.vocab_size={size} is below the tokenizer's {tokenizer_info['size']} ids")
     return problems
 
 

@@ -235,7 +235,7 @@ def read_nonblank(path: Path) -> str:
 
 
 def from_hub(name: str, task: Task) -> str | list[str]:
-    texts = hub.rows(name, *task.hub, "test")["text"]
+    texts = hub.load_split(name, *task.hub, "test")["text"]
     return list(texts) if name == "lambada" else language.of_hub(texts)
 
 

@@ -54,34 +54,34 @@ def main() -> None:
     if problems:
         raise BadInput(problems)
     architectures = [architecture_of(folder) for folder in folders]
-    writers = ("ForCausalLM", "LMHeadModel", "ForPreTraining", "ForMaskedLM", "ForConditionalGeneration")
+    generating = ("ForCausalLM", "LMHeadModel", "ForPreTraining", "ForMaskedLM", "ForConditionalGeneration")
     problems = [
         f"{folder}: is {architecture or 'of no class'}, which writes no text; python -m scripts.evaluate scores one with a head"
         for folder, architecture in zip(folders, architectures, strict=True)
-        if not architecture.endswith(writers)
+        if not architecture.endswith(generating)
     ]
     problems += [
         f"--chat: {folder} is {architecture}, and conversations are for causal language models; leave it out"
         for folder, architecture in zip(folders, architectures, strict=True)
-        if args.chat and architecture.endswith(writers[2:])
+        if args.chat and architecture.endswith(generating[2:])
     ]
     if problems:
         raise BadInput(problems)
     for folder, architecture in zip(folders, architectures, strict=True):
         print(f"---- {folder}", flush=True)
         if architecture.endswith(("ForPreTraining", "ForMaskedLM")):
-            print(fill(folder, args.prompt or "[MASK]"), flush=True)
+            print(fill_masks(folder, args.prompt or "[MASK]"), flush=True)
         elif architecture.endswith("ForConditionalGeneration"):
             prompt = args.prompt or "<extra_id_0>"
-            answer(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed)
+            print_output(folder, prompt, args.tokens, args.temperature, args.top_k, args.seed)
         else:
-            go_on(folder, args.prompt, args.chat, args.tokens, args.temperature, args.top_k, args.seed)
+            continue_text(folder, args.prompt, args.chat, args.tokens, args.temperature, args.top_k, args.seed)
 
 
 LIKELIEST = 5
 
 
-def fill(folder: str, prompt: str) -> str:
+def fill_masks(folder: str, prompt: str) -> str:
     """The prompt, and one line per [MASK] with its likeliest tokens and their probabilities."""
     import torch
     import transformers
@@ -93,26 +93,26 @@ def fill(folder: str, prompt: str) -> str:
     if length > positions:
         raise BadInput(f"--prompt: {length} tokens with [CLS] and [SEP], and the model has {positions} positions")
     refuse_unknown(int(inputs["input_ids"].max()), model, folder)
-    places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
-    if not len(places):
+    mask_positions = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
+    if not len(mask_positions):
         raise BadInput(f"--prompt {prompt!r}: holds no {tokenizer.mask_token}, which is what this model fills in")
     with torch.no_grad():
         out = model(**inputs)
     logits = out.prediction_logits if "prediction_logits" in out else out.logits  # (1, T, V)
     lines = [prompt]
-    for place in places:
-        likely = logits[0, place].softmax(-1).topk(LIKELIEST)
+    for position in mask_positions:
+        likely = logits[0, position].softmax(-1).topk(LIKELIEST)
         words = [f"{tokenizer.decode([i])} {p:.1%}" for p, i in zip(*map(torch.Tensor.tolist, likely), strict=True)]
         lines.append(f"  {tokenizer.mask_token}: {', '.join(words)}")
     return "\n".join(lines)
 
 
-def drawn(temperature: float, top_k: int) -> dict[str, Any]:
+def sampling_arguments(temperature: float, top_k: int) -> dict[str, Any]:
     """The arguments of `generate` that decide how a token is chosen."""
     return {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
 
 
-def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def print_output(folder: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Print the prompt and, on the next line, the output of an encoder-decoder model, token by token."""
     import torch
     import transformers
@@ -124,11 +124,11 @@ def answer(folder: str, prompt: str, tokens: int, temperature: float, top_k: int
     torch.manual_seed(seed)
     model.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=tokens,
-        streamer=transformers.TextStreamer(tokenizer), **drawn(temperature, top_k),
+        streamer=transformers.TextStreamer(tokenizer), **sampling_arguments(temperature, top_k),
     )  # fmt: skip
 
 
-def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
+def format_question(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     """A question in the format of the tokenizer's chat template, and the ids with which the template ends an answer."""
     from tokenizers import Tokenizer as Backend
 
@@ -152,7 +152,7 @@ def asked(tokenizer: Any, folder: str, question: str) -> tuple[str, set[int]]:
     return text, ends or set()
 
 
-def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def continue_text(folder: str, prompt: str, chat: bool, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Print the prompt and the model's continuation, token by token. In a conversation, print only the answer."""
     import torch
     import transformers
@@ -162,8 +162,8 @@ def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float,
     if chat:
         if not tokenizer.chat_template:
             raise BadInput(f"{folder}: its tokenizer has no chat template; leave out --chat")
-        prompt, marks = asked(tokenizer, folder, prompt)
-        ends = sorted(marks | set(ends if isinstance(ends, list) else [ends]) - {None}) or None
+        prompt, template_ends = format_question(tokenizer, folder, prompt)
+        ends = sorted(template_ends | set(ends if isinstance(ends, list) else [ends]) - {None}) or None
     how = {"add_special_tokens": not chat}  # a chat template has added them already
     ids = tokenizer(prompt, return_tensors="pt", **how)["input_ids"] if prompt else torch.empty(1, 0, dtype=torch.long)
     if not ids.numel():  # begin where a document ended
@@ -180,7 +180,8 @@ def go_on(folder: str, prompt: str, chat: bool, tokens: int, temperature: float,
     torch.manual_seed(seed)
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(tokens, room), pad_token_id=0, eos_token_id=ends,
-        streamer=transformers.TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **drawn(temperature, top_k),
+        streamer=transformers.TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+        **sampling_arguments(temperature, top_k),
     )  # fmt: skip
 
 

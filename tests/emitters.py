@@ -60,9 +60,9 @@ def of_encoder_decoders() -> Scores:
         scores_by_task[name] = {metric: value for metric, value, _ in text.scores(name, TEXTS, examples)}
     for name in text.WORDS:
         labels = labels_of(name)
-        said = [text.WORDS[name][int(y)] if text.WORDS[name] else str(y) for y in labels]
-        examples = text.Examples(said, said, [[word] for word in said], "", labels, (4, 4))
-        scores_by_task[name] = {metric: value for metric, value, _ in text.scores(name, said, examples)}
+        answers = [text.WORDS[name][int(y)] if text.WORDS[name] else str(y) for y in labels]
+        examples = text.Examples(answers, answers, [[word] for word in answers], "", labels, (4, 4))
+        scores_by_task[name] = {metric: value for metric, value, _ in text.scores(name, answers, examples)}
     return scores_by_task
 
 
@@ -95,8 +95,8 @@ def of_head(name: str, folder: Path) -> dict[str, float]:
     if TASKS[name].task_type == "question_answering":  # its places, the score of the answer and of none
         none = labels[:, 0] == 0  # [CLS]
         first = rows["start_mask"].argmax(-1)[:, None]
-        said = np.where(none[:, None], first, labels)
-        labels = np.column_stack([said, np.where(none, -9.0, 9.0), np.where(none, 9.0, -9.0)])
+        answers = np.where(none[:, None], first, labels)
+        labels = np.column_stack([answers, np.where(none, -9.0, 9.0), np.where(none, 9.0, -9.0)])
     return examples.metrics(labels)
 
 

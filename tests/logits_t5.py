@@ -58,9 +58,9 @@ def main(path: str) -> None:
             expected = plain(batch["inputs"], attention_mask=mask, decoder_input_ids=batch["decoder_inputs"]).logits
             recipe = filled(task.hf_model(cfg.model), values)(**task.model_inputs(batch)).logits
         if ranks.rank == 0:
-            counted = batch["loss_mask"]
+            is_target = batch["loss_mask"]
             for name, logits in (("megatron", megatron), ("deepspeed", recipe)):
-                apart = (logits - expected)[counted].abs().max().item()
+                apart = (logits - expected)[is_target].abs().max().item()
                 print(f"LOGITS {name} {apart:.3e} of {expected.abs().max().item():.3f}", flush=True)
     dist.barrier()
     sys.stdout.flush()

@@ -24,13 +24,13 @@ def answers(words: Any, chat: list[dict[str, str]], end: str) -> Document:
     template = words.chat_template or samples.DEFAULT_TEMPLATE
     given = {"chat_template": template, "return_dict": False}
     ids = words.apply_chat_template(chat, **given)
-    counted = [False] * len(ids)
+    is_target = [False] * len(ids)
     for k, message in enumerate(chat):
         if message["role"] == "assistant":
             first = len(words.apply_chat_template(chat[:k], add_generation_prompt=True, **given))
             last = ids.index(words.convert_tokens_to_ids(end), first)
-            counted[first : last + 1] = [True] * (last + 1 - first)
-    return ids, counted
+            is_target[first : last + 1] = [True] * (last + 1 - first)
+    return ids, is_target
 
 
 def losses(
@@ -56,7 +56,7 @@ def losses(
         # a row each; what pads the shorter ones stands behind, where a causal model does not see it
         longest = max(len(ids) for ids, _ in documents)
         tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in documents])
-        mask = torch.tensor([counted[1:] + [False] * (longest - len(counted)) for _, counted in documents])
+        mask = torch.tensor([is_target[1:] + [False] * (longest - len(is_target)) for _, is_target in documents])
         logits = net(tokens[:, :-1]).logits  # (documents, T, V)
         loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
         optimizer.zero_grad()

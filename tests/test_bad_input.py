@@ -200,7 +200,7 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
     ('model.arch="a\\e[2J\\u202e\\ud800"', ['model.arch="a\\u001b[2J\\u202e\\ud800": should be a valid string']),
     (
         "train.global_batch=2147483646",
-        ["train.global_batch=2147483646 of 32 tokens each are 68,719,476,672 tokens a step"],
+        ["train.global_batch=2147483646 of 32 tokens each are 68,719,476,672 tokens per step"],
     ),
     ("model.layers=1000000000", ["model.layers=1000000000: should be less than or equal to 10000"]),
     # values out of range

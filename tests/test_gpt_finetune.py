@@ -208,7 +208,7 @@ def documents(folders, data, kind: str, arch: str, pack: bool = True, split: str
         asked = {"role": "user", "content": line.get("prompt")}
         chat = line.get("messages") or [asked, {"role": "assistant", "content": line["response"]}]
         known.append(plain.answers(words, chat, END[arch]))
-    known = [(ids[: SEQ + 1], counted[: SEQ + 1]) for ids, counted in known]
+    known = [(ids[: SEQ + 1], is_target[: SEQ + 1]) for ids, is_target in known]
     if not pack:
         return [[document] for document in known]
     return [[known[i] for i in group] for group in samples.best_fit([len(ids) for ids, _ in known], SEQ + 1)]
@@ -282,10 +282,10 @@ def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layo
 
     net, total, targets = AutoModelForCausalLM.from_pretrained(out / "hf").eval(), 0.0, 0
     for group in documents(folders, data, task_name, arch, split="valid"):
-        for ids, counted in group:
+        for ids, is_target in group:
             with torch.no_grad():
                 logits = net(torch.tensor([ids[:-1]])).logits[0]
-            mask = torch.tensor(counted[1:])
+            mask = torch.tensor(is_target[1:])
             total += F.cross_entropy(logits[mask], torch.tensor(ids[1:])[mask], reduction="sum").item()
             targets += int(mask.sum())
     assert task_name == "lm" or f"valid: 18 conversations, {targets} answer tokens, in" in rows["loss"]["protocol"]
@@ -346,7 +346,7 @@ def test_an_answer_ends_where_the_turn_does(runs, chatml):
     said = [json.loads(line)["messages"][-1]["content"] for line in (out / "predictions/valid.jsonl").read_text().splitlines()]
     assert said == ["A pilot."] * 4
     words = AutoTokenizer.from_pretrained(out / "hf")
-    assert generate.asked(words, "here", "a")[1] == {0, end}  # the template alone says it too
+    assert generate.format_question(words, "here", "a")[1] == {0, end}  # the template alone says it too
     command = [sys.executable, "-m", "scripts.generate", out, "--chat", "--prompt", "Who is Ada?", "--temperature", "0"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split("\n", 1)[1].strip() == "A pilot.", done.stderr
@@ -439,19 +439,19 @@ MARKED = (  # the same by {% generation %} marks
 def test_answers_count_and_nothing_else(folders, template):
     loaded = tokenizer.load(folders["tiny_llama"])
     loaded.config["chat_template"] = template
-    [(ids, counted)] = samples.Template(loaded, "here").encode([CHAT], ["line 1"])
+    [(ids, is_target)] = samples.Template(loaded, "here").encode([CHAT], ["line 1"])
     words = AutoTokenizer.from_pretrained(folders["tiny_llama"])
     expected = [(i, is_target) for text, is_target in PARTS for i in words(text, add_special_tokens=False)["input_ids"]]
-    assert list(zip(ids.tolist(), counted.tolist(), strict=True)) == expected
-    assert words.decode(ids[counted]) == " fine<|im_end|>so so \n<|im_end|>"
+    assert list(zip(ids.tolist(), is_target.tolist(), strict=True)) == expected
+    assert words.decode(ids[is_target]) == " fine<|im_end|>so so \n<|im_end|>"
 
 
 def test_the_default_template(folders):
     loaded = tokenizer.load(folders["tiny"])
     template = samples.Template(loaded, "here")
-    [(ids, counted)] = template.encode([CHAT[1:3]], ["line 1"])
+    [(ids, is_target)] = template.encode([CHAT[1:3]], ["line 1"])
     assert loaded.decode(ids) == "### user\nhow are you\n### assistant\n fine<|endoftext|>\n"
-    assert loaded.decode(ids[counted]) == " fine<|endoftext|>"
+    assert loaded.decode(ids[is_target]) == " fine<|endoftext|>"
 
 
 def test_a_template_that_rewrites_is_refused(folders):
@@ -552,7 +552,7 @@ def test_an_epoch_has_each_conversation_once(configs):
             assert rows["lengths"][0] == min(total, SEQ) and not rows["loss_mask"][0, total - 1 :].any()
             ids_seen += [tuple(ids.tolist()) for ids in row_ids]
             targets += int(rows["loss_mask"].sum())
-        assert sorted(ids_seen) == every and targets == packed.counted.sum()
+        assert sorted(ids_seen) == every and targets == packed.is_target.sum()
     order = [packed.indices(range(e * len(packed), (e + 1) * len(packed))).tolist() for e in (0, 1)]
     assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
 

@@ -520,7 +520,7 @@ def test_a_lost_node_is_named(two_nodes: list[list[str]], tmp_path: Path) -> Non
     _, errors = processes[0].communicate(timeout=120)
     processes[1].communicate()
     assert processes[0].returncode == 5, errors
-    lost = rf"error: node 1 \({re.escape(socket.gethostname())}, rank 1\) gives no sign of life since 20.*; last seen at step "
+    lost = rf"error: node 1 \({re.escape(socket.gethostname())}, rank 1\) has not reported since 20.*; last seen at step "
     assert re.match(lost, errors) and "Traceback" not in errors
     assert "Connection closed by peer" in details(errors)
 

@@ -48,8 +48,8 @@ class Checkpoint(NamedTuple):
         from safetensors.torch import load
 
         path = self.path / f"{name}.safetensors"
-        known = self.meta["files"].get(name)
-        if known is None:
+        entry = self.meta["files"].get(name)
+        if entry is None:
             raise BadInput(f"{self.path}: holds no parameter {name}; it is a checkpoint of another model")
         try:
             data = path.read_bytes()
@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
             raise BadInput(
                 f"{path}: cannot be read ({error.strerror}); does another run write into {self.path.parent}?"
             ) from None
-        if zlib.crc32(data) != known["crc32"]:
+        if zlib.crc32(data) != entry["crc32"]:
             raise BadInput(f"{path}: its bytes have changed since it was written; remove {self.path} to use the one before")
         stored = load(data)
         read = {part: stored[part] for part in parts or stored}
@@ -214,7 +214,7 @@ def _open(path: Path) -> Checkpoint | str:
         return f"{record} has other contents than were written"
     if path.name != f"step_{meta['step']}":
         return f"{record} is of step {meta['step']}"
-    for name, known in meta["files"].items():
+    for name, entry in meta["files"].items():
         file = path / f"{name}.safetensors"
         try:
             size = file.stat().st_size
@@ -222,8 +222,8 @@ def _open(path: Path) -> Checkpoint | str:
             return f"{file} is missing"
         except (OSError, ValueError):
             return f"{file} is not readable"
-        if size != known["bytes"]:
-            return f"{file} has {size} of {known['bytes']} bytes"
+        if size != entry["bytes"]:
+            return f"{file} has {size} of {entry['bytes']} bytes"
     return Checkpoint(path, meta)
 
 
@@ -237,10 +237,10 @@ def _is_meta(meta: dict[str, Any]) -> bool:
     return (
         is_count(meta.get("step"))
         and isinstance(files, dict)
-        and all(isinstance(known, dict) for known in files.values())
-        and all(is_count(known.get(key)) for known in files.values() for key in ("bytes", "crc32"))
-        and all(isinstance(known.get("shape"), list) for known in files.values())
-        and all(is_count(size) for known in files.values() for size in known["shape"])
+        and all(isinstance(entry, dict) for entry in files.values())
+        and all(is_count(entry.get(key)) for entry in files.values() for key in ("bytes", "crc32"))
+        and all(isinstance(entry.get("shape"), list) for entry in files.values())
+        and all(is_count(size) for entry in files.values() for size in entry["shape"])
         and not any(os.sep in name for name in files)
         and isinstance(layout, dict)
         and is_count(layout.get("world"))

@@ -106,14 +106,14 @@ def problems(folder: Path, name: str) -> list[str]:
     return lines
 
 
-def _difference(path: Path, known: dict[str, Any]) -> str | None:
+def _difference(path: Path, recorded: dict[str, Any]) -> str | None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return "is not a file"
-        if status.st_size != known.get("bytes"):
-            return f"has {status.st_size:,} bytes, {known.get('bytes'):,} were written"
-        return None if checksum(path) == known else "has other contents than were written (its checksum differs)"
+        if status.st_size != recorded.get("bytes"):
+            return f"has {status.st_size:,} bytes, {recorded.get('bytes'):,} were written"
+        return None if checksum(path) == recorded else "has other contents than were written (its checksum differs)"
     except (OSError, ValueError, TypeError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 

@@ -18,11 +18,11 @@ def expected(model: Any, task: Family) -> dict[str, tuple[int, ...]]:
     """The family's list for a resolved model, `task.parameter_shapes`; BadInput if `model.parameter_count()`, which the log,
     the model card and the memory estimate quote, differs from its sum."""
     shapes = task.parameter_shapes(model)
-    counted, listed = model.parameter_count(), sum(map(prod, shapes.values()))
-    if counted != listed:
+    count, total = model.parameter_count(), sum(map(prod, shapes.values()))
+    if count != total:
         raise BadInput(
-            f"Model.parameter_count of {task.__name__} counts {counted:,} parameters and task.parameter_shapes lists "
-            f"{listed:,}; correct the one that is wrong"
+            f"Model.parameter_count of {task.__name__} counts {count:,} parameters and task.parameter_shapes lists "
+            f"{total:,}; correct the one that is wrong"
         )
     return shapes
 

@@ -84,9 +84,9 @@ def begin(run: "Run") -> None:
             tokenizers.load(run.tokenizer).save(part)
             integrity.replace_folder(part, run.out / "tokenizer")
         recorded = read_object(run.out / "run.json") or {}
-        known = recorded.get("id")
+        identifier = recorded.get("id")
         # for life: the export and every run that begins from it name the run
-        run.record["id"] = known if isinstance(known, str) and known else uuid.uuid4().hex
+        run.record["id"] = identifier if isinstance(identifier, str) and identifier else uuid.uuid4().hex
         if recorded:
             run.record["init"] = recorded.get("init")  # where it began, whatever init.from holds since
         before = recorded.get("stacks")

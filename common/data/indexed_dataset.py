@@ -279,19 +279,19 @@ class IndexedDataset:
                 )
 
     def _read_checksums(self, bin_size: int) -> np.ndarray | None:
-        known = self.manifest.get("blocks")
-        if known is None:  # built by a version without block checksums
+        recorded = self.manifest.get("blocks")
+        if recorded is None:  # built by a version without block checksums
             return None
         path, remedy = self.prefix + ".crc32", "build or copy all files of the corpus again"
-        if known["bytes"] != BLOCK:
-            raise BadInput(f"{path}: has blocks of {known['bytes']} bytes; this version reads blocks of {BLOCK}; {remedy}")
+        if recorded["bytes"] != BLOCK:
+            raise BadInput(f"{path}: has blocks of {recorded['bytes']} bytes; this version reads blocks of {BLOCK}; {remedy}")
         if not os.path.isfile(path):
             raise BadInput(f"{path}: is missing although {self.prefix}.json names it; {remedy}")
         try:
             checksums = np.asarray(np.memmap(path, "<u4", "r"))
         except (OSError, ValueError) as error:  # ValueError: empty, or not a whole number of checksums
             raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from None
-        if len(checksums) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or crc32(checksums) != known["crc32"]:
+        if len(checksums) != -(-bin_size // BLOCK) + -(-len(self._index) // BLOCK) or crc32(checksums) != recorded["crc32"]:
             raise BadInput(f"{path} is not the file that {self.prefix}.json describes; {remedy}")
         return checksums
 

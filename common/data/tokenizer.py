@@ -238,8 +238,8 @@ class Tokenizer:
             return True
         if self.kind == "unigram":
             steps = (self._spec["normalizer"] or {}).get("normalizers", [])
-            known = steps[-2:] == _UNIGRAM_STEPS and [step["type"] for step in steps[:-2]] in ([], ["Precompiled"])
-            return known and self._spec["pre_tokenizer"] == _METASPACE
+            is_unigram = steps[-2:] == _UNIGRAM_STEPS and [step["type"] for step in steps[:-2]] in ([], ["Precompiled"])
+            return is_unigram and self._spec["pre_tokenizer"] == _METASPACE
         before = self._spec["pre_tokenizer"] or {}
         after = self._spec["post_processor"] or {"type": "ByteLevel"}
         return (
@@ -404,8 +404,8 @@ def _config(folder: Path) -> dict[str, Any]:
         text = value.get("content") if isinstance(value, dict) else value
         if key in ROLES and value is not None and not (isinstance(text, str) and text.isascii() | text.isprintable()):
             raise BadInput(f"{path}: {key} is {json.dumps(value)[:60]}; it must be a token; get the file again")
-    given = config.get("chat_template")
-    named = given if isinstance(given, list) else [{"name": "default", "template": given or ""}]
+    stored = config.get("chat_template")
+    named = stored if isinstance(stored, list) else [{"name": "default", "template": stored or ""}]
     if not all(isinstance(one, dict) and isinstance(one.get("template"), str) and "name" in one for one in named):
         raise BadInput(f"{path}: its chat_template must be a string or a list of names and templates; get the file again")
     return config

@@ -203,13 +203,13 @@ def decoded(path: Path) -> str:
 
 
 def _labels(name: str, texts: Sequence[str], where: Sequence[str]) -> np.ndarray:
-    known = TASKS[name].labels
-    if not known:
+    labels = TASKS[name].labels
+    if not labels:
         return np.array([_score(text, line) for text, line in zip(texts, where, strict=True)], np.float32)
-    number = {label: i for i, label in enumerate(known)}
+    number = {label: i for i, label in enumerate(labels)}
     wrong = next((i for i, text in enumerate(texts) if text not in number), None)
     if wrong is not None:
-        raise BadInput(f"{where[wrong]}: label {texts[wrong]!r} is outside the set of {name}: {', '.join(known)}")
+        raise BadInput(f"{where[wrong]}: label {texts[wrong]!r} is outside the set of {name}: {', '.join(labels)}")
     return np.array([number[text] for text in texts], np.int64)
 
 
@@ -226,7 +226,7 @@ def _score(text: str, where: str) -> float:
 def _from_hub(name: str, split: str) -> Examples:
     task = TASKS[name]
     splits = {"train": ("train",), "dev": task.dev, "test": tuple(s.replace("validation", "test") for s in task.dev)}[split]
-    parts = [hub.rows(name, HUB, name, s) for s in splits]
+    parts = [hub.load_split(name, HUB, name, s) for s in splits]
     texts = [[text for part in parts for text in part[column]] for column in task.hub_columns]
     labels = np.array([label for part in parts for label in part["label"]], np.int64 if task.labels else np.float32)
     content = hashlib.sha256(json.dumps([name, split, texts, labels.tolist()]).encode()).hexdigest()

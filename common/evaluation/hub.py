@@ -7,7 +7,7 @@ from common.errors import BadInput
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # {name of a split here: its name on the hub}
 
 
-def rows(name: str, repository: str, config: str | None, split: str) -> Any:
+def load_split(name: str, repository: str, config: str | None, split: str) -> Any:
     """A split, as a `datasets.Dataset`. BadInput, which names the task `name`, where it cannot be loaded."""
     import datasets
 

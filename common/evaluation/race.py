@@ -78,7 +78,7 @@ def _from_files(folder: Path, split: str) -> list[Item]:
 def _from_hub(split: str) -> list[Item]:
     items: list[Item] = []
     for level in LEVELS:
-        for row in hub.rows("race", HUB, level, hub.SPLITS[split]):
+        for row in hub.load_split("race", HUB, level, hub.SPLITS[split]):
             asked = {f"{key}s" if key != "options" else key: [row[key]] for key in ("question", "options", "answer")}
             items.append((f"{HUB} {row['example_id']}", level, {"article": row["article"], **asked}))
     return items

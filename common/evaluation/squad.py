@@ -134,7 +134,7 @@ def _text(value: Any) -> str:
 
 def _from_hub(name: str, split: str) -> tuple[list[Paragraph], str]:
     by_context: dict[str, list[tuple[str, str, list[tuple[str, int]]]]] = {}
-    for row in hub.rows(name, HUB[name], None, "train" if split == "train" else "validation"):
+    for row in hub.load_split(name, HUB[name], None, "train" if split == "train" else "validation"):
         answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
         by_context.setdefault(row["context"], []).append((row["id"], row["question"], answers))
     paragraphs = list(by_context.items())

@@ -56,7 +56,7 @@ def _from_files(folder: Path, split: str) -> tuple[list[list[str]], list[list[st
 
 
 def _from_hub(split: str) -> tuple[list[list[str]], list[list[str]]]:
-    rows = hub.rows("ner", HUB, None, hub.SPLITS[split])
+    rows = hub.load_split("ner", HUB, None, hub.SPLITS[split])
     names = rows.features["ner_tags"].feature.names
     return [list(row["tokens"]) for row in rows], [[names[i] for i in row["ner_tags"]] for row in rows]
 

@@ -200,7 +200,7 @@ def _strings(where: str, row: dict[str, Any], option: str, key: str) -> list[str
 def _from_hub(name: str, task: Task, split: str) -> Sides:
     if task.hub is None:
         raise BadInput(f"{name}: is read from files; give task.data=DIR (or --data) with their .jsonl")
-    rows = hub.rows(name, *task.hub, hub.SPLITS[split])
+    rows = hub.load_split(name, *task.hub, hub.SPLITS[split])
     pairs = rows["translation"] if "translation" in rows.column_names else rows  # WMT: {de: ..., en: ...} per row
     inputs, targets = [row[task.source] for row in pairs], [row[task.target] for row in pairs]
     return inputs, [[text] for text in targets], _hash(name, split, inputs, targets)

@@ -101,8 +101,8 @@ def model_in(folder: Path, task: PretrainingFamily, seed: int) -> tuple[Any, lis
     that is not such a model. seed: of the parameters that the folder lacks."""
     stored = read_config(folder, str(folder), "give a Hugging Face folder")
     if stored.get("model_type") not in task.HF_MODEL_TYPES:
-        known = " and ".join(task.HF_MODEL_TYPES)
-        raise BadInput(f"{folder}: is a {_short(stored.get('model_type'))} model; this family knows {known}")
+        types = " and ".join(task.HF_MODEL_TYPES)
+        raise BadInput(f"{folder}: is a {_short(stored.get('model_type'))} model; this family knows {types}")
     model = model_from_hf_config(stored, str(folder), task.model_from_hf_config)
     notes: list[str] = []
     problems = [f"{folder}: {problem}" for problem in model.problems()]
@@ -468,6 +468,6 @@ def _notes(available: dict[str, Tensor], task: Family, model: Any, seed: str) ->
 
 if __name__ == "__main__":  # differences() starts this, without torch
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed: an import of it then fails
-    given = json.load(sys.stdin)
-    module = importlib.import_module(given["task"])
-    print(json.dumps(resolved(module, module.ResolvedModel.model_validate(given["model"]), given["config"]), default=str))
+    request = json.load(sys.stdin)
+    module = importlib.import_module(request["task"])
+    print(json.dumps(resolved(module, module.ResolvedModel.model_validate(request["model"]), request["config"]), default=str))

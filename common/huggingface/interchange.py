@@ -77,10 +77,10 @@ def _same_model(model: Any, last: checkpoint.Checkpoint, path: Path) -> None:
     """BadInput unless a `model` section is the one in the checkpoint's state.json, which has a checksum: a key such as norm_eps
     shows in no shape."""
     recorded = last.hyperparameters
-    given = {f"model.{key}": config.written(value) for key, value in model.model_dump(by_alias=True).items()}
+    values = {f"model.{key}": config.written(value) for key, value in model.model_dump(by_alias=True).items()}
     wrong = [
         f"{path}: says {key}={value}, {last.path / 'state.json'} {key}={config.written(recorded[key])}; restore {path.name}"
-        for key, value in given.items()
+        for key, value in values.items()
         if key in recorded and config.written(recorded[key]) != value
     ]
     if wrong:
@@ -144,8 +144,8 @@ def main(task: PretrainingFamily) -> None:
     back = commands.add_parser("from-hf", help="a run's starting point from a Hugging Face folder, for any stack")
     back.add_argument("folder", type=Path, metavar="HF_DIR")
     back.add_argument("out", type=Path, metavar="OUT")
-    given = parser.parse_args()
-    if given.command == "to-hf":
-        to_hf(given.run, given.folder, task)
+    args = parser.parse_args()
+    if args.command == "to-hf":
+        to_hf(args.run, args.folder, task)
     else:
-        from_hf(given.folder, given.out, task)
+        from_hf(args.folder, args.out, task)

@@ -60,11 +60,11 @@ def load(of: Any, folder: str | Path, may_lack: tuple[str, ...] = (), **how: Any
     problems += [f"its weights hold {_few(too_many)}, for which the model of its config.json has no place"] if too_many else []
     for name, shape, wanted in info["mismatched_keys"]:
         problems.append(f"its {name} is {tuple(shape)}, by its config.json {tuple(wanted)}")
-    spoiled = [name for name, value in net.named_parameters() if value.is_floating_point() and not integrity.is_finite(value)]
-    problems += [f"its {_few(spoiled)} holds NaN or infinite values"] if spoiled else []
+    broken = [name for name, value in net.named_parameters() if value.is_floating_point() and not integrity.is_finite(value)]
+    problems += [f"its {_few(broken)} holds NaN or infinite values"] if broken else []
     if problems:
         raise BadInput([f"{folder}: {problem}; get the folder again" for problem in problems[:3]])
-    write_plainly(net)
+    reset_generation_config(net)
     return net.eval(), load_tokenizer(Path(folder))
 
 
@@ -89,9 +89,9 @@ def generation_config(folder: Path) -> dict[str, Any]:
     is not of its type is left out. {} without one."""
     values = read_object(folder / "generation_config.json") or {}
     ends = values.get("eos_token_id")
-    known = [i for i in (ends if isinstance(ends, list) else [ends]) if _is_id(i)]
+    valid = [i for i in (ends if isinstance(ends, list) else [ends]) if _is_id(i)]
     ids: dict[str, Any] = {key: i for key, i in values.items() if key.endswith("_token_id") and _is_id(i)}
-    ids |= {"eos_token_id": known} if known else {}
+    ids |= {"eos_token_id": valid} if valid else {}
     sampling = {key: values[key] for key, of in SAMPLING.items() if isinstance(values.get(key), of)}
     return ids | {key: value for key, value in sampling.items() if SAMPLING[key] is bool or value > 0}
 
@@ -111,9 +111,9 @@ def refuse_unknown(largest: int, net: Any, folder: str | Path) -> None:
         raise BadInput(f"{folder}: its tokenizer gives id {largest}, its model has {rows} embeddings; get the folder again")
 
 
-def write_plainly(net: Any) -> set[int]:
-    """Let `generate` of a model know of its generation_config.json the ids of tokens alone, not how to choose among them, which
-    each caller says. Returns the ids that end a text."""
+def reset_generation_config(net: Any) -> set[int]:
+    """Keep only the token ids of the model's generation config, so that `generate` samples as its caller says. Returns the ids
+    that end a text."""
     from transformers import GenerationConfig
 
     if not getattr(net, "generation_config", None):  # of a class that does not write

@@ -88,10 +88,10 @@ def parse(argv: Sequence[str], script: str) -> Command:
     return Command(words[0], words[1], words[2:], "--dry-run" in argv)
 
 
-def nodes(given: Mapping[str, str]) -> Nodes:
+def nodes(environ: Mapping[str, str]) -> Nodes:
     """Processes and nodes from the environment. BadInput names every variable with a wrong value."""
     problems: list[str] = []
-    env = _from_slurm(given, problems) | {name: value for name, value in given.items() if value.strip()}
+    env = _from_slurm(environ, problems) | {name: value for name, value in environ.items() if value.strip()}
 
     def number(name: str, default: int, least: int, most: int = 2**20) -> int:
         text = env.get(name, "").strip()
@@ -103,7 +103,7 @@ def nodes(given: Mapping[str, str]) -> Nodes:
             return default
         return int(text)
 
-    nproc = number("NPROC", 0, 1) or max(1, visible_gpus(given))
+    nproc = number("NPROC", 0, 1) or max(1, visible_gpus(environ))
     nnodes = number("NNODES", 1, 1)
     rank = number("NODE_RANK", 0, 0)
     port = number("MASTER_PORT", 0, 1, 65535) or None
@@ -233,7 +233,7 @@ def interface(address: str) -> str | None:
     return next(names, None)
 
 
-def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str, str]:
+def environment(on: Nodes, scratch: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the ranks. Variables that the user has set keep their values."""
     defaults = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // on.nproc))}
     defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a node that ends fills the screens of the others with torch's warnings
@@ -245,7 +245,7 @@ def environment(on: Nodes, scratch: Path, given: Mapping[str, str]) -> dict[str,
         if name:
             defaults |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # =: this name, not a prefix
     always = {heartbeat.SCRATCH: str(scratch), "TWINSTACK_EXIT_CODE": str(scratch / "exit_code"), "PET_LOG_DIR": str(scratch)}
-    return defaults | dict(given) | always
+    return defaults | dict(environ) | always
 
 
 def cores() -> int:
@@ -258,19 +258,19 @@ def cores() -> int:
 class Stop:
     """Passes signals that ask for a stop on to the ranks, past torchrun, which would kill them after 30 s."""
 
-    ever = 0  # the first signal that this process got, in whichever phase
+    first_signal = 0  # the first signal that this process got, in whichever phase
 
     def __init__(self, agent: subprocess.Popen[bytes]):
         self.agent = agent
-        self.asked = 0  # the first signal since then
+        self.signal = 0  # the first signal since then
         self.killed = False  # the ranks were killed, since there was nothing to save
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self)
 
     def __call__(self, number: int, _frame: object) -> None:
-        again, self.asked = bool(self.asked), self.asked or number
-        Stop.ever = Stop.ever or number
+        again, self.signal = bool(self.signal), self.signal or number
+        Stop.first_signal = Stop.first_signal or number
         if again:
             if number == signal.SIGINT:
                 print(f"still saving; to end at once without it: kill -9 {os.getpid()}", file=sys.stderr, flush=True)
@@ -332,7 +332,7 @@ def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang
             assert ended is not None
             reported, *lines = _read(scratch / "exit_code").splitlines() or ["0"]
             code = exit_code(ended, int(reported), stop)
-            if code not in (0, int(reported), 128 + stop.asked):  # else the ranks have printed the reason
+            if code not in (0, int(reported), 128 + stop.signal):  # else the ranks have printed the reason
                 failure = watch.failure(ended)
                 code = failure.code if failure else code
         for line in failure.lines if failure else ():
@@ -376,8 +376,8 @@ def _read(path: Path) -> str:
 def exit_code(agent: int, reported: int, stop: Stop) -> int:
     """The exit code of a launch. agent: torchrun's return code; reported: what the ranks have reported, 0 if nothing."""
     saved = reported in (EXIT_SIGTERM, EXIT_SIGINT) and agent in (0, reported)  # else a rank failed while it saved
-    if stop.asked and (stop.killed or saved):
-        return 128 + stop.asked
+    if stop.signal and (stop.killed or saved):
+        return 128 + stop.signal
     if reported and (saved or reported not in (EXIT_SIGTERM, EXIT_SIGINT)):
         return reported
     return agent if agent >= 0 else 128 - agent
@@ -425,9 +425,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
         while code == 0 and not run.is_last_phase:  # each phase continues from the checkpoint of the one before
             before, run = run, prepare(command.config, command.out, command.overrides, stack, task, on.world)
-            if Stop.ever:  # the signal came after the end of the phase before
+            if Stop.first_signal:  # the signal came after the end of the phase before
                 print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
-                return 128 + Stop.ever
+                return 128 + Stop.first_signal
             if run.cfg.train.steps == before.cfg.train.steps:
                 raise BadInput(f"{run.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
             code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)

@@ -89,7 +89,7 @@ def _remember(number: int, _frame: object) -> None:
     _signal = number
 
 
-def stop_asked() -> int:
+def stop_requested() -> int:
     """The signal that this process got, 0 for none. `reduce_step` shares it among the ranks."""
     return _signal
 
@@ -158,7 +158,7 @@ def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range)
     import torch
     import torch.distributed as dist
 
-    signals = [stop_asked() == signal.SIGTERM, stop_asked() == signal.SIGINT]
+    signals = [stop_requested() == signal.SIGTERM, stop_requested() == signal.SIGINT]
     both = torch.cat([shares.double(), torch.tensor(signals, dtype=torch.float64, device=ranks.device)])
     heartbeat.wait("sum of the loss")
     if ranks.world > 1:

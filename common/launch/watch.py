@@ -295,7 +295,7 @@ class Peers:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - (time.monotonic() - self.changed[node])))
         last = f"; last seen at {record}" if record else ""
         return (
-            f"node {node} ({report['host']}, {_ranks(range(begin, begin + count))}) gives no sign of life since {since}{last}"
+            f"node {node} ({report['host']}, {_ranks(range(begin, begin + count))}) has not reported since {since}{last}"
         )
 
     def leave(self) -> None:

@@ -113,8 +113,8 @@ class Selection:
         return max(self.values, key=lambda step: (self.sign * self.values[step], -step)) if self.values else None
 
     @property
-    def is_over(self) -> bool:
-        """Have there been `task.patience` evaluations since the best?"""
+    def should_stop(self) -> bool:
+        """Whether there have been `task.patience` evaluations since the best."""
         best = self.best
         return bool(self.patience and best is not None and sum(step > best for step in self.values) >= self.patience)
 
@@ -199,12 +199,12 @@ class Predictions:
         self.totals[2] += real.sum()
         self.totals[3:].view(-1, self.width)[indices, : predictions.shape[1]] = predictions[real].double()
 
-    def gather(self, reports: bool = True) -> tuple[float, int, np.ndarray]:
-        """Mean loss, number of examples, and predictions (N, width), on every rank. reports: does this rank's part count? Of
-        the ranks with the same examples one must report."""
+    def gather(self, is_loss_rank: bool = True) -> tuple[float, int, np.ndarray]:
+        """Mean loss, number of examples, and predictions (N, width), on every rank. is_loss_rank: whether this rank's part
+        counts. Of the ranks with the same examples, it must be true for exactly one."""
         import torch.distributed as dist
 
-        self.totals *= reports
+        self.totals *= is_loss_rank
         dist.all_reduce(self.totals)
         values = self.totals.cpu().numpy()
         predictions = values[3:].reshape(-1, self.width)
@@ -235,7 +235,7 @@ def write_results(run: Run, checkpoint: str, results: Results) -> None:
 
 def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
     """A function to call before each batch while `number` texts are generated in batches of `size`. On rank 0 it prints the
-    progress every 10 s. It returns True after a signal: then no more texts must be generated (end_if_asked)."""
+    progress every 10 s. It returns True after a signal: then no more texts must be generated (exit_if_signaled)."""
     begin = shown = time.monotonic()
 
     def report(done_batches: int) -> bool:
@@ -245,21 +245,21 @@ def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
         if ranks.rank == 0 and done_batches and now - shown >= 10:
             done, shown = done_batches * size, now
             print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
-        return bool(processes.stop_asked())
+        return bool(processes.stop_requested())
 
     return report
 
 
-def end_if_asked(ranks: Ranks, step: int) -> None:
+def exit_if_signaled(ranks: Ranks, step: int) -> None:
     """End the run, whose state is saved, if any rank has received a signal. Every rank calls this after its share of the
     texts."""
     import torch
     import torch.distributed as dist
 
-    asked = torch.tensor(processes.stop_asked(), device=ranks.device)
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    if asked:
-        raise processes.stopped(int(asked), step)
+    number = torch.tensor(processes.stop_requested(), device=ranks.device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    if number:
+        raise processes.stopped(int(number), step)
 
 
 def finish(run: Run, task: FinetuningFamily, ranks: Ranks) -> None:

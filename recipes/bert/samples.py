@@ -21,7 +21,7 @@ from common.paths import Blend
 from common.seeding import derive_seed
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # largest number of words in a masked piece
-RUN = 64  # without pairs, documents are concatenated in runs of about this many samples
+SAMPLES_PER_RUN = 64  # without pairs, documents are concatenated in runs of about this many samples
 
 
 class Special(NamedTuple):
@@ -127,9 +127,9 @@ class Samples(BlendedDataset):
         s = self.special
         first, end = (int(bound[j]) for bound in self._chunks[corpus.prefix])
         if self.pair == "none":
-            ids = np.concatenate([[s.cls], self._single(corpus, first, end, rng), [s.sep]])
+            ids = np.concatenate([[s.cls], self._full_sentences(corpus, first, end, rng), [s.sep]])
         else:
-            a, b, label = self._two(corpus, first, end, rng)
+            a, b, label = self._pair_segments(corpus, first, end, rng)
             ids = np.concatenate([[s.cls], a, [s.sep], b, [s.sep]])
             out["token_types"][row, len(a) + 2 : len(ids)] = 1
             out["pair_label"][row] = label
@@ -141,7 +141,7 @@ class Samples(BlendedDataset):
             return
         chosen = self.choose(ids, candidates, rng)
         out["mlm_mask"][row, chosen] = True
-        out["tokens"][row, chosen] = self._hide(ids[chosen], rng)
+        out["tokens"][row, chosen] = self._replace_masked(ids[chosen], rng)
 
     def _length(self, rng: np.random.Generator) -> int:
         """Target length of a sample: all tokens that fit, or for a share of samples any number from 2 (BERT, appendix A.2)."""
@@ -149,14 +149,14 @@ class Samples(BlendedDataset):
             return self.room
         return 2 + int(rng.random() * (self.room - 1))
 
-    def _single(self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
+    def _full_sentences(self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
         """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the target length."""
         inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
         starts = corpus.starts
         ids = corpus.read(starts[first], starts[end]).astype(np.int64)
         return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
 
-    def _two(
+    def _pair_segments(
         self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """Segment A, segment B, label. Sentences of the chunk are taken up to the target length and cut at a random one."""
@@ -185,7 +185,7 @@ class Samples(BlendedDataset):
         enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
         return corpus.read(starts[start], starts[min(enough, end)])
 
-    # ---- which tokens are hidden
+    # ---- which tokens are masked
 
     def choose(self, ids: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Choose which of `candidates` in `ids` to predict: a share masked_lm_prob of the words on average, at least one piece.
@@ -207,9 +207,8 @@ class Samples(BlendedDataset):
         wanted = self.masked_lm_prob * words / float(odds @ np.arange(1, longest + 1))
         pieces = max(1, int(wanted + rng.random()))
         lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
-        fit = max(
-            1, int(np.searchsorted(np.cumsum(lengths), words, "right"))
-        )  # a short sample may not have room for all pieces
+        # a short sample may not have room for all pieces
+        fit = max(1, int(np.searchsorted(np.cumsum(lengths), words, "right")))
         lengths = np.minimum(lengths[:fit], words)
         pieces, spare = len(lengths), words - int(lengths.sum())
         slots = np.sort(np.argsort(rng.random(spare + pieces))[:pieces])
@@ -219,7 +218,7 @@ class Samples(BlendedDataset):
         np.add.at(hidden, first + lengths, -1)
         return candidates[np.cumsum(hidden)[word] > 0]
 
-    def _hide(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _replace_masked(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Replace each token by [MASK] (80 %) or by an ordinary token (10 %), or keep it (10 %) (BERT, section 3.1)."""
         how = rng.random(len(ids))
         ordinary = self.special.ordinary
@@ -236,7 +235,7 @@ def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, n
     """
     starts, bounds = corpus.starts, corpus.bounds
     enough = np.diff(bounds) >= 2
-    return _walk(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
+    return _divide(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
 
 
 def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,12 +244,12 @@ def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.n
     sentences = np.arange(len(corpus.starts))
     starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # one token for each document that has ended
     at = starts[bounds]
-    runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], RUN * room)))]
+    runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], SAMPLES_PER_RUN * room)))]
     runs = np.unique(np.append(runs, bounds[-1]))
-    return _walk(starts, runs[:-1], runs[1:], room, least=1, within=True)
+    return _divide(starts, runs[:-1], runs[1:], room, least=1, within=True)
 
 
-def _walk(
+def _divide(
     starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int, within: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide each run of sentences [begin, end) into chunks of at least `least` sentences. A chunk takes sentences until it

@@ -337,9 +337,9 @@ def pair_sums(pairs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
     import torch
     import torch.nn.functional as F
 
-    label, counted = batch["pair_label"], batch["pair_mask"]
-    loss = (F.cross_entropy(pairs.float(), label, reduction="none") * counted).sum()
-    return torch.stack([loss, ((pairs.argmax(-1) == label) & counted).sum().to(loss)])
+    label, mask = batch["pair_label"], batch["pair_mask"]
+    loss = (F.cross_entropy(pairs.float(), label, reduction="none") * mask).sum()
+    return torch.stack([loss, ((pairs.argmax(-1) == label) & mask).sum().to(loss)])
 
 
 def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

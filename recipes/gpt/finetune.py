@@ -182,7 +182,7 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     d, split_name = cfg.data, "train" if shuffle else "valid"
     source = samples.read(cfg.task.name, cfg.task.data, find(cfg.task.data), d.train, d.valid, for_train=shuffle)
     tokenize = _conversations if cfg.task.name == "sft" else _texts
-    ids, counted, lengths, notes = tokenize(cfg, source, tokenizer, str(folder))
+    ids, is_target, lengths, notes = tokenize(cfg, source, tokenizer, str(folder))
 
     restart = d.pack and (cfg.task.name == "sft" if d.reset_attention is None else d.reset_attention)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -194,9 +194,9 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
         truncated = [int(min(length, d.seq_len + 1)) for length in lengths]
         pieces = [[(int(bounds[i]), int(bounds[i]) + truncated[i]) for i in group] for group in groups]
     content = (
-        f"conversations, {counted.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
+        f"conversations, {is_target.sum():,} answer tokens," if cfg.task.name == "sft" else f"documents, {len(ids):,} tokens,"
     )
-    is_unknown = counted & (ids == tokenizer.unk_id) if tokenizer.unk_id is not None else np.zeros(len(ids), bool)
+    is_unknown = is_target & (ids == tokenizer.unk_id) if tokenizer.unk_id is not None else np.zeros(len(ids), bool)
     unknown = len(np.unique(np.searchsorted(bounds, np.flatnonzero(is_unknown), side="right")))  # documents
     if unknown:
         notes = [*notes, f"{unknown:,} of {len(lengths):,} have targets that the vocabulary lacks (<unk>)"]
@@ -205,14 +205,14 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
         notes.append("the tokenizer has no chat template: the default of recipes/gpt/finetune_samples.py is used")
 
-    content_hash = samples.content_hash(ids, counted, np.array(lengths, np.int64))
+    content_hash = samples.content_hash(ids, is_target, np.array(lengths, np.int64))
     corpus = examples.Source(f"{cfg.task.name} {split_name}", content_hash, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
     # Megatron's pipeline stages expect samples of one length, and its sequence parallelism divides that length by tp
     pad_to_seq_len = d.pack or stack == "megatron" and (cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel)
     notes = [*(source.notes if shuffle else []), *notes]
     order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": notes}
-    return samples.Packed(corpus, ids, counted, pieces, d.seq_len, pad_id, restart, pad_to_seq_len, **order)
+    return samples.Packed(corpus, ids, is_target, pieces, d.seq_len, pad_id, restart, pad_to_seq_len, **order)
 
 
 Tokenized = tuple[np.ndarray, np.ndarray, list[int], list[str]]  # ids (N,), mask of targets (N,), document lengths, notes
@@ -242,9 +242,9 @@ def _conversations(cfg: Config, source: samples.Documents, tokenizer: Tokenizer,
     usable = [i for i, chat in enumerate(source.documents) if not template.contains_special_token(chat)]
     encoded = template.encode([source.documents[i] for i in usable], [source.locations[i] for i in usable])
     limit = cfg.data.seq_len + 1
-    chats = [(ids[:limit], counted[:limit]) for ids, counted in encoded if counted[:limit].any()]
-    truncated = sum(len(ids) > limit and bool(counted[:limit].any()) for ids, counted in encoded)
-    endless = sum(int(ids[counted][-1]) not in template.special_ids for ids, counted in encoded if counted.any())
+    chats = [(ids[:limit], is_target[:limit]) for ids, is_target in encoded if is_target[:limit].any()]
+    truncated = sum(len(ids) > limit and bool(is_target[:limit].any()) for ids, is_target in encoded)
+    endless = sum(int(ids[is_target][-1]) not in template.special_ids for ids, is_target in encoded if is_target.any())
     reasons = {
         f"conversations are longer than data.seq_len={cfg.data.seq_len} and are truncated": truncated,
         f"conversations are left out: no answer begins within data.seq_len={cfg.data.seq_len}": len(encoded) - len(chats),
@@ -256,7 +256,7 @@ def _conversations(cfg: Config, source: samples.Documents, tokenizer: Tokenizer,
     if not chats:
         raise BadInput([f"task.data={cfg.task.data}: no conversation is left to learn from", *notes])
     lengths = [len(ids) for ids, _ in chats]
-    return np.concatenate([ids for ids, _ in chats]), np.concatenate([counted for _, counted in chats]), lengths, notes
+    return np.concatenate([ids for ids, _ in chats]), np.concatenate([is_target for _, is_target in chats]), lengths, notes
 
 
 # ---- evaluation and export -------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def before_start(run: Run) -> None:
     generation = pretrained.generation_config(start) if same_tokenizer else {}
     ends = set(generation.get("eos_token_id", [])) | ({tokenizer.eod_id} if tokenizer.eod_id is not None else set())
     if isinstance(run.train, samples.Packed) and cfg.task.name == "sft":
-        last = run.train.counted & ~np.append(run.train.counted[1:], False)  # the last token of each answer
+        last = run.train.is_target & ~np.append(run.train.is_target[1:], False)  # the last token of each answer
         ends |= set(run.train.ids[last].tolist()) & samples.Template(tokenizer, str(folder)).special_ids
     if ends:
         write_json(folder / "generation_config.json", generation | {"eos_token_id": sorted(ends)})
@@ -366,7 +366,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # else it warns about sampling settings, which are not used here
     net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     net = net.to(ranks.device).eval()
-    stop_ids = pretrained.write_plainly(net)
+    stop_ids = pretrained.reset_generation_config(net)
     written = torch.zeros(len(selected), t.max_new_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: no token
     report = finetuning.progress(len(selected), 1, ranks)
     for number in range(ranks.rank, len(selected), ranks.world):
@@ -381,7 +381,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
         )[0, ids.shape[1] :]  # fmt: skip
         written[number, : len(output)] = output + 1
     dist.all_reduce(written)  # exact: the other ranks add zeros to a row
-    finetuning.end_if_asked(ranks, step)
+    finetuning.exit_if_signaled(ranks, step)
     if ranks.rank == 0:
         answers = [template.backend.decode([i - 1 for i in row if i]) for row in written.tolist()]
         lines = [

@@ -118,7 +118,7 @@ def _contents(data: str, folder: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Yield (location, content) of each document. The content is a text or a parsed JSON object."""
     if not folder.exists():
         dataset, _, configuration = data.partition(":")
-        rows = hub.rows(f"{data} {name}", dataset, configuration or None, name)
+        rows = hub.load_split(f"{data} {name}", dataset, configuration or None, name)
         yield from ((f"{data} {name}, row {number}", dict(row)) for number, row in enumerate(rows))
         return
     path = folder / name
@@ -269,11 +269,11 @@ class Template:
 
         None if the conversation has no answer.
         """
-        [(ids, counted)] = self.encode([chat], [location])
-        if not counted.any():
+        [(ids, is_target)] = self.encode([chat], [location])
+        if not is_target.any():
             return None
         eos = self.backend.token_to_id(self.variables.get("eos_token", ""))
-        return {i for i in (int(ids[counted][-1]), eos) if i is not None and i in self.special_ids}
+        return {i for i in (int(ids[is_target][-1]), eos) if i is not None and i in self.special_ids}
 
     def encode(self, chats: Sequence[Chat], locations: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each conversation, its ids (n,) int32 and a mask (n,) bool of the tokens with a character of an answer."""
@@ -284,11 +284,11 @@ class Template:
         tokenized = []
         for (_, bounds), encoding in zip(rendered, encodings, strict=True):
             begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-            counted = np.zeros(len(begin), bool)
+            is_target = np.zeros(len(begin), bool)
             for first, last in bounds:
-                counted |= (begin < last) & (end > first)
-            counted[:1] = False  # nothing predicts the first token
-            tokenized.append((np.array(encoding.ids, np.int32), counted))
+                is_target |= (begin < last) & (end > first)
+            is_target[:1] = False  # nothing predicts the first token
+            tokenized.append((np.array(encoding.ids, np.int32), is_target))
         return tokenized
 
 
@@ -319,17 +319,17 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 class Packed(examples.Examples):
     """Samples of seq_len tokens that hold concatenated documents, or windows of a text.
 
-    ids, counted: (N,) the tokens of all documents, and which of them are targets.
+    ids, is_target: (N,) the tokens of all documents, and which of them are targets.
     pieces: for each sample, the bounds of its documents in `ids`.
     restart: attention and positions restart at each document.
     pad_to_seq_len: pad every sample to seq_len. Otherwise a batch is padded to its longest sample.
     """
 
-    def __init__(self, source: examples.Source, ids: np.ndarray, counted: np.ndarray, pieces: list[list[tuple[int, int]]],
+    def __init__(self, source: examples.Source, ids: np.ndarray, is_target: np.ndarray, pieces: list[list[tuple[int, int]]],
                  seq_len: int, pad_id: int, restart: bool, pad_to_seq_len: bool, **order: Any):  # fmt: skip
         lengths = np.array([sum(end - begin for begin, end in piece) for piece in pieces])
         super().__init__(source, lengths, **order)
-        self.ids, self.counted, self.pieces = ids, counted, pieces
+        self.ids, self.is_target, self.pieces = ids, is_target, pieces
         self.seq_len, self.pad_id, self.restart, self.pad_to_seq_len = seq_len, pad_id, restart, pad_to_seq_len
 
     def collate(self, numbers: Any) -> batches.MicroBatch:
@@ -340,17 +340,17 @@ class Packed(examples.Examples):
         longest = -(-(int(lengths.max()) - 1) // PAD_MULTIPLE) * PAD_MULTIPLE
         width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, longest)
         shape = (len(samples), width + 1)
-        tokens, counted = np.full(shape, self.pad_id, np.int64), np.zeros(shape, bool)
+        tokens, is_target = np.full(shape, self.pad_id, np.int64), np.zeros(shape, bool)
         segment, position = np.zeros(shape, np.int32), np.zeros(shape, np.int64)
         for row, pieces in enumerate(samples):
             start = 0
             for number, (begin, end) in enumerate(pieces):
                 columns = slice(start, start + end - begin)
-                tokens[row, columns], counted[row, columns] = self.ids[begin:end], self.counted[begin:end]
+                tokens[row, columns], is_target[row, columns] = self.ids[begin:end], self.is_target[begin:end]
                 segment[row, columns], position[row, columns] = number, np.arange(end - begin)
                 start += end - begin
             segment[row, start:], position[row, start:] = len(pieces), np.arange(width + 1 - start)  # padding
-        batch = {"tokens": tokens, "loss_mask": counted[:, 1:], "lengths": np.minimum(lengths, width)}
+        batch = {"tokens": tokens, "loss_mask": is_target[:, 1:], "lengths": np.minimum(lengths, width)}
         return batch | {"segment": segment[:, :-1], "position": position[:, :-1]} if self.restart else batch
 
 

@@ -249,10 +249,10 @@ def after_export(run: Run, ranks: Ranks) -> None:
     transformers.utils.logging.set_verbosity_error()  # else it warns that T5 1.1 is not tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
-    pretrained.write_plainly(net)
+    pretrained.reset_generation_config(net)
     report = finetuning.progress(len(pairs.inputs), t.generation_batch_size, ranks)
     written = text.write(net, tokenizer, pairs.inputs, cfg.data.seq_len, search, ranks, report)
-    finetuning.end_if_asked(ranks, step)
+    finetuning.exit_if_signaled(ranks, step)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
         files = {f"{t.split}.txt": "\n".join(written) + "\n"} | text.files(t.name, written, pairs)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             predictions.add(micro_batch, *loss_of(micro_batch))
         engine.train()
-        return selection.judge(step, *predictions.gather(reports))
+        return selection.judge(step, *predictions.gather(is_loss_rank))
 
     def save(out: Path, step: int, keep: int) -> None:
         entries = zero.gather_state(engine, ranks, shapes)
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     # ---- loop
     engine.train()
     prefetched = batches.prefetch(run, step, dp_rank)
-    while step < cfg.train.steps and not selection.is_over:
+    while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        counts = [count * reports for count in task.counts(micro_batches)]
+        counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
             share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # before the last micro batch this only counts; it does not update
-        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * is_loss_rank, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
             save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
-        last = last or selection.is_over
+        last = last or selection.should_stop
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(run.out, step, cfg.train.keep)
         if stop and not last:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
         engine.eval()
         sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
         for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            sums += sums_of(micro_batch) * reports
-            counts += torch.tensor(task.counts([micro_batch])[:-1], device=ranks.device) * reports
+            sums += sums_of(micro_batch) * is_loss_rank
+            counts += torch.tensor(task.counts([micro_batch])[:-1], device=ranks.device) * is_loss_rank
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        counts = [count * reports for count in task.counts(micro_batches)]
+        counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(counts, device=ranks.device)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
             shares += sums.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # before the last micro batch this only counts; it does not update
-        values, stop = processes.reduce_step(shares.flatten() * reports, ranks, step, run.samples(step))
+        values, stop = processes.reduce_step(shares.flatten() * is_loss_rank, ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None

@@ -27,7 +27,7 @@ from .. import finetune as task
 from . import finetune_model as megatron_model
 from .parameter_map import parameter_map
 
-Seeded = tuple[int, batches.MicroBatch]  # dropout seed (0: no dropout), micro batch
+SeededBatch = tuple[int, batches.MicroBatch]  # dropout seed (0: no dropout), micro batch
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica reports the loss: the last stage's first tp rank
-    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[Seeded], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> None:
 
         return output, loss_of
 
-    def run_schedule(seeded: list[Seeded], forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    def run_schedule(seeded: list[SeededBatch], forward_only: bool) -> list[dict[str, torch.Tensor]]:
         """Loss and predictions of each micro batch; none on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
                 forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch * head.sequences, forward_only=forward_only,
             )  # fmt: skip
-        return outputs if reports else []
+        return outputs if is_loss_rank else []
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     # ---- loop
     model.train()
     prefetched = batches.prefetch(run, step, dp_rank)
-    while step < cfg.train.steps and not selection.is_over:
+    while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
             save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
-        last = last or selection.is_over
+        last = last or selection.should_stop
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(run.out, step, cfg.train.keep)
         if stop and not last:

@@ -141,8 +141,8 @@ def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mlm = torch.cat([mlm, mlm.new_zeros(1, mlm.size(1))])
         labels = labels.new_zeros(1)
     losses = tensor_parallel.vocab_parallel_cross_entropy(mlm.float()[:, None], labels[:, None])  # (N, 1)
-    counted = len(batch["labels"]) > 0
-    loss, right = losses.sum() * counted, (_highest(mlm.detach()) == labels).sum() * counted
+    has_targets = len(batch["labels"]) > 0
+    loss, right = losses.sum() * has_targets, (_highest(mlm.detach()) == labels).sum() * has_targets
     sums = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
     return sums if pairs is None else torch.cat([sums, task.pair_sums(pairs, batch)[:, None]], 1)
 

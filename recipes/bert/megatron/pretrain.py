@@ -27,7 +27,7 @@ from .. import task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
-Seeded = tuple[int, torch.Tensor, batches.MicroBatch]  # dropout seed (0: no dropout), weights of the parts of the loss
+SeededBatch = tuple[int, torch.Tensor, batches.MicroBatch]  # dropout seed (0: no dropout), weights of the parts of the loss
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica reports the loss: the last stage's first tp rank
-    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[Seeded], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], model: torch.nn.Module
     ) -> tuple[megatron_model.Output, Callable[[megatron_model.Output], mcore.StepLoss]]:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, weights, micro_batch = next(seeded)
@@ -74,14 +74,14 @@ def main(argv: list[str]) -> None:
 
         return output, loss_of
 
-    def run_schedule(seeded: list[Seeded], forward_only: bool) -> torch.Tensor:
+    def run_schedule(seeded: list[SeededBatch], forward_only: bool) -> torch.Tensor:
         """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
                 forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
             )  # fmt: skip
-        return sum((output["sums"].double() for output in outputs), zeros) if reports else zeros.clone()
+        return sum((output["sums"].double() for output in outputs), zeros) if is_loss_rank else zeros.clone()
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         equal_weights = torch.ones(len(zeros[0]), device=ranks.device)
         sums = run_schedule([(0, equal_weights, micro_batch) for micro_batch in micro_batches], forward_only=True)
-        counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * reports
+        counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * is_loss_rank
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())

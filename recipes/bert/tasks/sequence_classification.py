@@ -24,10 +24,10 @@ def loss_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Logits (B, L), labels (B,): cross entropy; logits (B, 1): the squared errors of a score."""
     import torch.nn.functional as F
 
-    labels, counted = batch["labels"], batch["loss_mask"]
+    labels, is_target = batch["labels"], batch["loss_mask"]
     if logits.shape[-1] == 1:
-        return ((logits.float()[:, 0] - labels) ** 2 * counted).sum()
-    return (F.cross_entropy(logits.float(), labels, reduction="none") * counted).sum()
+        return ((logits.float()[:, 0] - labels) ** 2 * is_target).sum()
+    return (F.cross_entropy(logits.float(), labels, reduction="none") * is_target).sum()
 
 
 def predictions(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

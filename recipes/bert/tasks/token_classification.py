@@ -84,12 +84,12 @@ class TaggedDataset(TaskDataset):
         """As `pad`, with labels (B, T) int64 and loss_mask (B, T) bool, which is true at the first pieces of words."""
         indices = self.indices(numbers)
         batch = self.pad([[self.ids[i]] for i in indices.tolist()]) | example_columns(indices)
-        labels, counted = np.zeros_like(batch["tokens"]), np.zeros(batch["tokens"].shape, bool)
+        labels, is_target = np.zeros_like(batch["tokens"]), np.zeros(batch["tokens"].shape, bool)
         for row, i in enumerate(indices.tolist()):
             seen = self.first_pieces[i] > 0
             positions = self.first_pieces[i][seen]
-            labels[row, positions], counted[row, positions] = self.labels[i][seen], True
-        return batch | {"labels": labels, "loss_mask": counted}
+            labels[row, positions], is_target[row, positions] = self.labels[i][seen], True
+        return batch | {"labels": labels, "loss_mask": is_target}
 
     def predicted_tags(self, predictions: np.ndarray) -> list[list[str]]:
         """The predicted tag of each word, or the default tag if the model does not see the word."""

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             totals[0] += loss_of(micro_batch)
             totals[1] += task.counts([micro_batch])[0]
-        totals *= reports
+        totals *= is_loss_rank
         dist.all_reduce(totals)
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         engine.train()
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        counts = [count * reports for count in task.counts(micro_batches)]
+        counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
             share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # before the last micro batch this only counts; it does not update
-        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * is_loss_rank, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()

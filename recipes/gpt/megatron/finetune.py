@@ -27,7 +27,7 @@ from .. import finetune as task
 from . import model as megatron_model
 from .parameter_map import parameter_map
 
-Seeded = tuple[int, batches.MicroBatch]  # dropout seed (0: no dropout), micro batch
+SeededBatch = tuple[int, batches.MicroBatch]  # dropout seed (0: no dropout), micro batch
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
     # one rank of each replica reports the loss: the last stage's first tp rank
-    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[Seeded], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 
         return output, loss_of
 
-    def run_schedule(seeded: list[Seeded], forward_only: bool) -> torch.Tensor:
+    def run_schedule(seeded: list[SeededBatch], forward_only: bool) -> torch.Tensor:
         """Summed loss of the micro batches; zero on ranks that do not report it."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
                 seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
             )  # fmt: skip
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        return sum((output["loss"].double() for output in outputs), zero) if reports else zero
+        return sum((output["loss"].double() for output in outputs), zero) if is_loss_rank else zero
 
     @torch.no_grad()
     def evaluate(step: int) -> bool:
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         model.eval()
         micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         loss = run_schedule([(0, micro_batch) for micro_batch in micro_batches], forward_only=True)
-        totals = torch.stack([loss, torch.full_like(loss, task.counts(micro_batches)[0] * reports)])
+        totals = torch.stack([loss, torch.full_like(loss, task.counts(micro_batches)[0] * is_loss_rank)])
         dist.all_reduce(totals)
         model.train()
         return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     # ---- loop
     model.train()
     prefetched = batches.prefetch(run, step, dp_rank)
-    while step < cfg.train.steps and not selection.is_over:
+    while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
             save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
-        last = last or selection.is_over
+        last = last or selection.should_stop
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(run.out, step, cfg.train.keep)
         if stop and not last:

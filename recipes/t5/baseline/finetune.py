@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     # ---- loop
     model.train()
     prefetched = batches.prefetch(run, step, ranks.rank)
-    while step < cfg.train.steps and not selection.is_over:
+    while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
             save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
-        last = last or selection.is_over
+        last = last or selection.should_stop
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(run.out, step, cfg.train.keep)
         if stop and not last:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
     dp_rank = ranks.rank // layout.tp
-    reports = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
 
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
             totals[0] += loss_of(micro_batch)
             totals[1] += task.counts([micro_batch])[0]
-        totals *= reports
+        totals *= is_loss_rank
         dist.all_reduce(totals)
         engine.train()
         return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     # ---- loop
     engine.train()
     prefetched = batches.prefetch(run, step, dp_rank)
-    while step < cfg.train.steps and not selection.is_over:
+    while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
         lr = optim.lr_at(step, cfg.optim)
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        counts = [count * reports for count in task.counts(micro_batches)]
+        counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, device=ranks.device)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
             share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
                 engine.step()  # before the last micro batch this only counts; it does not update
-        [loss], stop = processes.reduce_step(share[None] * reports, ranks, step, run.samples(step))
+        [loss], stop = processes.reduce_step(share[None] * is_loss_rank, ranks, step, run.samples(step))
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
         engine.step()
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         last = step == cfg.train.steps
         if (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)) and evaluate(step):
             save(finetuning.best_folder(run), step, finetuning.BEST_KEPT)
-        last = last or selection.is_over
+        last = last or selection.should_stop
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
             save(run.out, step, cfg.train.keep)
         if stop and not last:
