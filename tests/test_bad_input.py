@@ -1056,11 +1056,11 @@ def test_what_one_rank_alone_sees_is_told_once(place: Path) -> None:
         command = [sys.executable, "-c", script]
         launches.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
     for process, (kind, code, messages) in zip(launches, SEEN_BY_ONE, strict=True):
-        _, said = process.communicate()
-        assert process.returncode == code, (kind, said)
-        assert all(said.count(line) == 1 for line in messages), said
+        _, stderr = process.communicate()
+        assert process.returncode == code, (kind, stderr)
+        assert all(stderr.count(line) == 1 for line in messages), stderr
         if code == 2:
-            assert len(said.splitlines()) == len(messages), said
+            assert len(stderr.splitlines()) == len(messages), stderr
 
 
 FINETUNING = {"gpt": ("finetune_sft", "t5"), "bert": ("finetune_rte", "gpt2"), "t5": ("finetune_cnn_dm", "bert")}

@@ -311,7 +311,7 @@ def test_tags_stay_beside_their_words(scored, models: Models, name: str):
     file = out / "predictions" / ("test" if name == "ner test" else "") / "ner.txt"
     lines = [line.split(" ") for line in file.read_text(encoding="utf-8").split("\n") if line]
     assert [word for word, _, _ in lines] == [word for words in SENTENCES for word in words]
-    assert all(gold == said for _, gold, said in lines)
+    assert all(gold == prediction for _, gold, prediction in lines)
     assert "5 words lie beyond data.seq_len or have no piece: not trained on, predicted as O" in rows[0]["protocol"]
 
 
@@ -399,15 +399,15 @@ def test_scores_can_be_computed_from_the_files(scored, models: Models):
     """By the rules of evaluate-v2.0.py: f1 and exact match of predictions.json, the best of the other two files."""
     rows, out = scored["squad2"]
     scores = {metric: value for metric, (value, _) in values(rows).items()}
-    said, best, odds = (
+    predictions, best, odds = (
         json.loads((out / f"predictions/{file}.json").read_text()) for file in ("predictions", "best_answers", "null_odds")
     )
     questions = squad.read("squad2", models.root / "data/squad2", "dev").questions
-    expected = official("squad2", questions, said) | {
+    expected = official("squad2", questions, predictions) | {
         metric: value for metric, value in official("squad2", questions, best, odds).items() if metric.startswith("best")
     }
     assert {metric: scores[metric] for metric in expected} == pytest.approx(expected)
-    assert all(best.values()) and said == {key: "" if odds[key] > 0 else best[key] for key in best}
+    assert all(best.values()) and predictions == {key: "" if odds[key] > 0 else best[key] for key in best}
     for metric, other in (("best_f1", "f1"), ("best_exact", "exact_match")):
         threshold = scores[f"{metric}_threshold"]
         at = official("squad2", questions, {key: "" if odds[key] > threshold else best[key] for key in best})

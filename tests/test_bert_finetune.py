@@ -302,8 +302,8 @@ def test_lines_of_qqp_that_lack_columns_are_left_out(tmp_path: Path):
 
 def test_a_correlation_with_a_constant_is_none():
     one, other = np.array([1.0, 2.0, 3.0]), np.full(3, 2.0)
-    for said, labels in ((one, other), (other, one)):
-        assert glue.metrics("stsb", said, labels) == {"pearson": 0, "spearman": 0}
+    for predictions, labels in ((one, other), (other, one)):
+        assert glue.metrics("stsb", predictions, labels) == {"pearson": 0, "spearman": 0}
 
 
 REFUSED = [

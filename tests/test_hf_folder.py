@@ -56,16 +56,16 @@ def task_of(arch: str) -> ModuleType:
 
 def stored(arch: str, **changes: Any) -> dict[str, Any]:
     """The content of a config.json."""
-    said = {"model_type": "t5" if arch == "t5_v1_1" else arch, "architectures": [CLASSES[arch]], "vocab_size": 64}
-    return said | SIZES[arch] | changes
+    hf_config = {"model_type": "t5" if arch == "t5_v1_1" else arch, "architectures": [CLASSES[arch]], "vocab_size": 64}
+    return hf_config | SIZES[arch] | changes
 
 
-def network(said: dict[str, Any], std: float = 0.15) -> Any:
+def network(hf_config: dict[str, Any], std: float = 0.15) -> Any:
     """The model that transformers builds of a config.json, its weights drawn wide so that a wrong formula shows."""
     torch.manual_seed(0)
-    of = getattr(transformers, said["architectures"][0])
-    net = of(of.config_class(**{k: v for k, v in said.items() if k != "model_type"}))
-    untied = said["model_type"] == "t5" and said.get("tie_word_embeddings") is False
+    of = getattr(transformers, hf_config["architectures"][0])
+    net = of(of.config_class(**{k: v for k, v in hf_config.items() if k != "model_type"}))
+    untied = hf_config["model_type"] == "t5" and hf_config.get("tie_word_embeddings") is False
     if untied:
         net.lm_head.weight = torch.nn.Parameter(torch.empty_like(net.shared.weight))
     with torch.no_grad():
@@ -74,21 +74,21 @@ def network(said: dict[str, Any], std: float = 0.15) -> Any:
     return net
 
 
-def folder_of(path: Path, said: dict[str, Any], net: Any = None) -> Path:
+def folder_of(path: Path, hf_config: dict[str, Any], net: Any = None) -> Path:
     """A Hugging Face folder with this config.json and these weights."""
-    net = network(said) if net is None else net
+    net = network(hf_config) if net is None else net
     named = {name: p.detach().clone() for name, p in net.named_parameters()}  # a tied one once
     path.mkdir(parents=True, exist_ok=True)
     save_file(named, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(said))
+    (path / "config.json").write_text(json.dumps(hf_config))
     return path
 
 
 def change(path: Path, edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> Path:
     """edit(config, tensors) of a folder."""
-    said, named = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
-    edit(said, named)
-    (path / "config.json").write_text(json.dumps(said))
+    hf_config, named = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    edit(hf_config, named)
+    (path / "config.json").write_text(json.dumps(hf_config))
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, path / "model.safetensors")
     return path
 
@@ -115,8 +115,8 @@ def exported(folder: Path, out: Path, task: ModuleType) -> tuple[Path, str]:
     out.mkdir(parents=True, exist_ok=True)
     named = {name: source(name, shape).clone() for name, shape in task.parameter_shapes(model).items()}
     save_file(named, out / "model.safetensors", metadata={"format": "pt"})
-    said = task.hf_config(model).to_dict() | task.hf_config_overrides(model)
-    (out / "config.json").write_text(json.dumps(said | {"architectures": [task.hf_class_name(model)]}))
+    hf_config = task.hf_config(model).to_dict() | task.hf_config_overrides(model)
+    (out / "config.json").write_text(json.dumps(hf_config | {"architectures": [task.hf_class_name(model)]}))
     return out, task.hf_class_name(model)
 
 
@@ -133,11 +133,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def _codes(to: torch.dtype, scale: str, quantization: dict[str, Any]) -> Callable:
-    def edit(said: dict[str, Any], named: dict[str, torch.Tensor]) -> None:
+    def edit(hf_config: dict[str, Any], named: dict[str, torch.Tensor]) -> None:
         for name in [name for name in named if "_proj.weight" in name]:
             named[name + scale] = named[name].abs().amax(1)
             named[name] = (named[name] / named[name].abs().max() * 100).to(to)
-        said |= quantization
+        hf_config |= quantization
 
     return edit
 
@@ -172,16 +172,16 @@ OTHER_MODELS = {  # name: (arch, what its config.json says, edit, words of the r
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_another_model_is_refused_by_both_doors(name: str, tmp_path: Path) -> None:
-    arch, said, edit, words = OTHER_MODELS[name]
-    said = stored(arch, **said)
+    arch, hf_config, edit, words = OTHER_MODELS[name]
+    hf_config = stored(arch, **hf_config)
     sound = stored(arch)
-    folder = folder_of(tmp_path / "hf", said, network(sound))
+    folder = folder_of(tmp_path / "hf", hf_config, network(sound))
     if edit:
         change(folder, edit)
     refused = refusal(folder, task_of(arch))
     assert any(words in line for line in refused), refused
     if "give" not in words:
-        theta = {"rope_theta": said["rope_theta"]} if "rope_theta" in said else {}  # model.* says it
+        theta = {"rope_theta": hf_config["rope_theta"]} if "rope_theta" in hf_config else {}  # model.* says it
         model = task_of(arch).model_from_hf_config(sound | theta)
         problems, notes = [], []
         problems += hf_folder.check(folder, "init.from=hf", _config(model), task_of(arch), notes)
@@ -226,8 +226,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {  # what published folders s
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_folders_are_computed_as_transformers_does(name: str, tmp_path: Path) -> None:
-    arch, said = PUBLISHED[name]
-    folder = folder_of(tmp_path / "hf", stored(arch, **said))
+    arch, hf_config = PUBLISHED[name]
+    folder = folder_of(tmp_path / "hf", stored(arch, **hf_config))
     _same_logits(folder, tmp_path / "out", task_of(arch), CLASSES[arch])
 
 
@@ -285,10 +285,10 @@ def test_variations_are_computed_as_transformers_does_or_refused(arch: str, tmp_
     accepted = 0
     for number in range(60):
         changes = {name: another(rng, name, defaults[name]) for name in rng.sample(fields, rng.choice([1, 1, 2]))}
-        said, net = stored(arch, **changes), sound
+        hf_config, net = stored(arch, **changes), sound
         with contextlib.suppress(Exception):  # where transformers cannot build it, it must be refused
-            net = network(said) if 10**6 not in changes.values() else sound
-        folder = folder_of(tmp_path / str(number), said, net)
+            net = network(hf_config) if 10**6 not in changes.values() else sound
+        folder = folder_of(tmp_path / str(number), hf_config, net)
         try:
             out, of = exported(folder, tmp_path / f"{number}_out", task)
         except BadInput as refused:
@@ -418,7 +418,7 @@ FIT = {  # name: (arch, edit)
     "biases of Mesh TensorFlow": ("t5", _add(**{
         "decoder__block__0__layer__1__EncDecAttention__relative_attention_bias__weight": torch.ones(32, 4)})),
     "bf16": ("llama", lambda _, n: n.update({name: t.bfloat16() for name, t in n.items()})),
-    "1.1 as transformers 5 saves it": ("t5_v1_1", lambda said, _: said.update(
+    "1.1 as transformers 5 saves it": ("t5_v1_1", lambda hf_config, _: hf_config.update(
         tie_word_embeddings=True, scale_decoder_outputs=False)),
     "fp64": ("t5_v1_1", lambda _, n: n.update({name: t.double() for name, t in n.items()})),
 }  # fmt: skip
@@ -440,10 +440,10 @@ def test_what_begins_from_the_seed_and_what_is_not_used_is_noted_by_both_doors(t
     alone = shutil.copytree(whole, tmp_path / "alone")
     change(alone, _drop("cls.", "bert.pooler."))
     single = shutil.copytree(whole, tmp_path / "single")
-    change(single, lambda said, _: said.update(architectures=["BertForMaskedLM"]))  # as google-bert/bert-base-uncased
+    change(single, lambda hf_config, _: hf_config.update(architectures=["BertForMaskedLM"]))  # as google-bert/bert-base-uncased
     scored = shutil.copytree(whole, tmp_path / "scored")
     change(scored, _drop("cls."))
-    change(scored, lambda said, _: said.update(architectures=["BertForSequenceClassification"]))
+    change(scored, lambda hf_config, _: hf_config.update(architectures=["BertForSequenceClassification"]))
     change(scored, _add(classifier__weight=torch.ones(2, 32), classifier__bias=torch.ones(2)))
     missing = "holds no {}*; these parameters begin from {}"
     unused = "its {}* is not used: this model has no such head"
@@ -528,7 +528,7 @@ def _tokenizer(folder: Path) -> None:
 
 
 LOADED = {  # name: (edit, words of the refusal)
-    "as it is": (lambda said, named: None, None),
+    "as it is": (lambda hf_config, named: None, None),
     "q and k norms": (
         _qk_norms,
         "hold model.layers.0.self_attn.k_norm.weight and 3 more, for which the model of its config.json",
@@ -536,11 +536,11 @@ LOADED = {  # name: (edit, words of the refusal)
     "int8": (_codes(torch.int8, ".SCB", {}), "its model.layers.0.mlp.down_proj.weight is I8; weights must be F32, BF16, F16"),
     "quantized": (_codes(torch.int8, ".SCB", INT8), "holds quantized weights (quantization_config in its config.json"),
     "many layers": (
-        lambda said, _: said.update(num_hidden_layers=10**9),
+        lambda hf_config, _: hf_config.update(num_hidden_layers=10**9),
         "has num_hidden_layers=1000000000 in its config.json",
     ),
-    "many labels": (lambda said, _: said.update(num_labels=10**9), "has num_labels=1000000000 in its config.json"),
-    "many words": (lambda said, _: said.update(vocab_size=10**12), "values, its config.json says 64,000,000,015,520"),
+    "many labels": (lambda hf_config, _: hf_config.update(num_labels=10**9), "has num_labels=1000000000 in its config.json"),
+    "many words": (lambda hf_config, _: hf_config.update(vocab_size=10**12), "values, its config.json says 64,000,000,015,520"),
 }
 
 
@@ -587,11 +587,11 @@ def damage(rng: random.Random, folder: Path) -> str:
     elif how == "text":
         path.write_text(rng.choice(["[" * 100_000, '{"a":' * 100_000, "null", "{}", "[]", "\x00", '"x"', "{'a': 1}", "NaN"]))
     elif is_json:
-        said = json.loads(raw)
-        inner = said["weight_map"] if "weight_map" in said and rng.random() < 0.9 else said
+        hf_config = json.loads(raw)
+        inner = hf_config["weight_map"] if "weight_map" in hf_config and rng.random() < 0.9 else hf_config
         key = rng.choice([*inner, "num_labels", "id2label", "per_layer_config", "to_dict", "__class__", "self", "model_type"])
         inner[key] = rng.choice(ODD)
-        path.write_text(json.dumps(said))
+        path.write_text(json.dumps(hf_config))
         how = f"value {key}={str(inner[key])[:20]}"
     else:
         (size,) = struct.unpack("<Q", raw[:8])

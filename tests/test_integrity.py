@@ -167,9 +167,9 @@ def test_a_step_that_is_not_finite_is_named(value: float, part: str, tmp_path: P
 def test_finite_tensors(tensor: torch.Tensor) -> None:
     assert integrity.is_finite(tensor)
     for value in (float("nan"), float("inf"), float("-inf")) if tensor.numel() else ():
-        spoiled = tensor.clone()
-        spoiled.view(-1)[-1] = value
-        assert not integrity.is_finite(spoiled)
+        damaged = tensor.clone()
+        damaged.view(-1)[-1] = value
+        assert not integrity.is_finite(damaged)
 
 
 # ---- metrics.jsonl
@@ -447,8 +447,8 @@ def test_no_record_ends_in_a_traceback(number: int, tmp_path: Path) -> None:
             lines = text.splitlines() if name == "metrics.jsonl" else [text]
             place = rng.randrange(len(lines))
             listed = lines[place].startswith("[")
-            spoiled = damage(lines[place][1:-1] if listed else lines[place], rng)
-            lines[place] = (f"[{spoiled.decode('latin-1')}]" if listed else spoiled.decode("latin-1")).replace("\n", " ")
+            damaged = damage(lines[place][1:-1] if listed else lines[place], rng)
+            lines[place] = (f"[{damaged.decode('latin-1')}]" if listed else damaged.decode("latin-1")).replace("\n", " ")
             path.write_text("\n".join(lines) + "\n" * rng.randrange(2), encoding="latin-1")
             read_all(out)
         path.write_text(text)

@@ -505,10 +505,10 @@ def test_a_rank_of_another_node_is_named_on_both(
 ) -> None:
     processes = standin_on_two_nodes(two_nodes, tmp_path, HANG_SECONDS=2)
     stop(tmp_path, 1, number)
-    said = [p.communicate(timeout=120)[1] for p in processes]
-    assert [p.returncode for p in processes] == [code, code], said
-    assert all(re.match(message, each) and "Traceback" not in each for each in said), said
-    shown = details(said[0])
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    assert [p.returncode for p in processes] == [code, code], errors
+    assert all(re.match(message, each) and "Traceback" not in each for each in errors), errors
+    shown = details(errors[0])
     assert re.search(r"^ +0 +0 ", shown, re.M)  # a table of the ranks
 
 

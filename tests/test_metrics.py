@@ -22,7 +22,9 @@ def phrases(seed: int, count: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(count)]
 
 
-def official(name: str, questions: list[squad.Question], said: dict[str, str], odds: dict[str, float] | None = None) -> dict:
+def official(
+    name: str, questions: list[squad.Question], predictions: dict[str, str], odds: dict[str, float] | None = None
+) -> dict:
     """What evaluate-v1.1.py and evaluate-v2.0.py print for these predictions (and --na-prob-file), written here from their
     rules: the first counts every answer; the second drops those without words, and takes '' where none is left."""
 
@@ -40,14 +42,14 @@ def official(name: str, questions: list[squad.Question], said: dict[str, str], o
     for q in questions:
         golds = [tokens(answer) for answer in q.answers]
         golds = golds if name == "squad" else [gold for gold in golds if gold] or [[]]
-        predicted = tokens(said[q.id])
+        predicted = tokens(predictions[q.id])
         raw[q.id] = (max(f1_score(predicted, gold) for gold in golds), float(any(predicted == gold for gold in golds)))
     f1, exact = (100 * sum(column) / len(raw) for column in zip(*raw.values(), strict=True))
     scores = {"f1": f1, "exact_match": exact}
     for place, metric in enumerate(("f1", "exact") if odds else ()):
         ladder = [sum(not q.answers for q in questions)]  # how many are right, as one after the other is answered
         for q in sorted(questions, key=lambda q: odds[q.id]):
-            ladder.append(ladder[-1] + (raw[q.id][place] if q.answers else -bool(said[q.id])))
+            ladder.append(ladder[-1] + (raw[q.id][place] if q.answers else -bool(predictions[q.id])))
         scores[f"best_{metric}"] = 100 * max(ladder) / len(questions)
     return scores
 
@@ -59,12 +61,12 @@ def test_each_squad_is_scored_by_its_own_script(name: str):
     texts = ["A", "the", '"The A,"', "B\u2013", "cat", "the cat", "AHL", "\u2013 - .", ".", "cat mat", "a cat. Mat"]
     for _ in range(100):
         ask = [squad.Question(str(i), "", 0, draw.choices(texts, k=draw.randint(1, 3)), None) for i in range(10)]
-        said = {q.id: draw.choice([*texts, *[""] * (name == "squad2")]) for q in ask}
+        predictions = {q.id: draw.choice([*texts, *[""] * (name == "squad2")]) for q in ask}
         if name == "squad2":
             ask += [squad.Question(str(i), "", 0, [], None) for i in range(10, 14)]
-            said |= {str(i): draw.choice(["", "the", "cat"]) for i in range(10, 14)}
-        scores = squad.metrics(name, ask, said)
-        assert {key: scores[key] for key in ("f1", "exact_match")} == pytest.approx(official(name, ask, said))
+            predictions |= {str(i): draw.choice(["", "the", "cat"]) for i in range(10, 14)}
+        scores = squad.metrics(name, ask, predictions)
+        assert {key: scores[key] for key in ("f1", "exact_match")} == pytest.approx(official(name, ask, predictions))
     assert squad.scores("squad", "the", ["A"]) == (1, 0) and squad.scores("squad2", "the", ["A"]) == (1, 1)
     assert squad.scores("squad", "the", ["A", "AHL"]) == (1, 0) and squad.scores("squad2", "the", ["A", "AHL"]) == (0, 0)
 
@@ -74,24 +76,24 @@ def test_answers_of_new_wiki_that_are_articles(source: Path):
     parts = squad.read("squad", source / "squad", "train"), squad.read("squad", source / "squad", "dev")
     ask = [q for part in parts for q in part.questions if not all(map(squad.normalized, q.answers))]
     assert len(ask) == 2
-    said = {q.id: next(a for a in q.answers if not squad.normalized(a)) for q in ask}
-    assert squad.metrics("squad", ask, said) == official("squad", ask, said) == {"f1": 0, "exact_match": 100}
+    predictions = {q.id: next(a for a in q.answers if not squad.normalized(a)) for q in ask}
+    assert squad.metrics("squad", ask, predictions) == official("squad", ask, predictions) == {"f1": 0, "exact_match": 100}
 
 
 def test_squad_is_torchmetrics():
     """200 predictions, each against three answers."""
     from torchmetrics.functional.text import squad as reference
 
-    said, known = phrases(0, 200), [phrases(i, 3) for i in range(1, 201)]
-    known[::7] = [[*three[:2], said[i]] for i, three in zip(range(0, 200, 7), known[::7], strict=True)]  # some are right
+    predictions, known = phrases(0, 200), [phrases(i, 3) for i in range(1, 201)]
+    known[::7] = [[*three[:2], predictions[i]] for i, three in zip(range(0, 200, 7), known[::7], strict=True)]  # some are right
     known = [three for three in known if all(squad.normalized(a) for a in three)]  # its rule for others is 2.0's
-    said = said[: len(known)]
+    predictions = predictions[: len(known)]
     expected = reference(
-        [{"prediction_text": text, "id": str(i)} for i, text in enumerate(said)],
+        [{"prediction_text": text, "id": str(i)} for i, text in enumerate(predictions)],
         [{"answers": {"text": three, "answer_start": [0] * 3}, "id": str(i)} for i, three in enumerate(known)],
     )
     questions = [squad.Question(str(i), "", 0, three, None) for i, three in enumerate(known)]
-    scores = squad.metrics("squad", questions, {str(i): text for i, text in enumerate(said)})
+    scores = squad.metrics("squad", questions, {str(i): text for i, text in enumerate(predictions)})
     assert 0 < scores["exact_match"] < scores["f1"] < 100
     assert scores == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4)
 
@@ -125,8 +127,8 @@ def test_the_best_threshold_is_that_of_a_search():
 
 def test_entities_are_counted_whole():
     tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
-    said = [["B-PER", "I-PER", "O", "O"], ["B-LOC", "B-ORG"]]
-    assert tagging.metrics(said, tags) == pytest.approx({"f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3})
+    predictions = [["B-PER", "I-PER", "O", "O"], ["B-LOC", "B-ORG"]]
+    assert tagging.metrics(predictions, tags) == pytest.approx({"f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3})
     assert tagging.metrics([["B-PER", "O", "O", "B-LOC"], ["O", "B-ORG"]], tags)["recall"] == pytest.approx(2 / 3)
 
 
@@ -190,11 +192,11 @@ def test_answers_are_found_again(source: Path, tmp_path: Path):
     assert len({w.question for w in dev.windows}) == len(dev.questions) == 745
     assert not {q.id for q in dev.questions} & {q.id for q in train.questions}
     assert len(dev.windows) > len(dev.questions)
-    said = [(*w.label, 1.0, 0.0) for w in dev.windows]
+    predictions = [(*w.label, 1.0, 0.0) for w in dev.windows]
     for i, w in enumerate(dev.windows):
         if w.label == (0, 0):  # its answer is in another window: something of less score
-            said[i] = (len(dev.question_ids[w.question]) + 2, len(dev.question_ids[w.question]) + 2, -1.0, 0.0)
-    scores = dev.metrics(np.array(said))
+            predictions[i] = (len(dev.question_ids[w.question]) + 2, len(dev.question_ids[w.question]) + 2, -1.0, 0.0)
+    scores = dev.metrics(np.array(predictions))
     assert scores["exact_match"] == 100 and scores["f1"] == 100
 
 

@@ -37,15 +37,15 @@ pytestmark = pytest.mark.skipif(
     set(families.stacks("gpt")) != {"baseline", "deepspeed", "megatron"},
     reason="the changes are to a copy of recipes/gpt, whole",
 )
-House = Callable[[str], Path]
+MakeCheckout = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    """house(CHANGE): a checkout with recipes/mine, a copy of recipes/gpt with that change ('' for none)."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckout:
+    """checkout(CHANGE): a checkout with recipes/mine, a copy of recipes/gpt with that change ('' for none)."""
 
     def make(change: str) -> Path:
-        folder = tmp_path_factory.mktemp("house")
+        folder = tmp_path_factory.mktemp("checkout")
         for name in ("common", "data", "scripts", "recipes"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(folder / "recipes/gpt", folder / "recipes/mine")
@@ -60,19 +60,19 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return make
 
 
-def command(house: Path, *arguments: object, nproc: int = 0) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(house), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return warm.run(arguments, nproc, house, env)
+def command(checkout: Path, *arguments: object, nproc: int = 0) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return warm.run(arguments, nproc, checkout, env)
 
 
-def parity(house: Path, config: str, layouts: list[str], overrides: list[str]) -> tuple[list[dict], str]:
-    """The rows of scripts.parity for these layouts, and what it leaves out. Its runs stay in house/parity/0, 1, ..."""
-    folder = house / "parity"
+def parity(checkout: Path, config: str, layouts: list[str], overrides: list[str]) -> tuple[list[dict], str]:
+    """The rows of scripts.parity for these layouts, and what it leaves out. Its runs stay in checkout/parity/0, 1, ..."""
+    folder = checkout / "parity"
     folder.mkdir()
-    given = json.dumps([str(house / "recipes/mine/configs" / config), str(folder), layouts, overrides])
-    prepared = command(house, "prepare.py", given)
+    selected = json.dumps([str(checkout / "recipes/mine/configs" / config), str(folder), layouts, overrides])
+    prepared = command(checkout, "prepare.py", selected)
     assert prepared.returncode == 0, prepared.stderr
-    done = command(house, "-m", "scripts.parity", "--child", folder, nproc=2)
+    done = command(checkout, "-m", "scripts.parity", "--child", folder, nproc=2)
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     names = ("name", "verdict", "loss", "loss_step", "norm", "norm_step", "valid", "reason")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,8 +93,8 @@ LAYOUTS = ["baseline", "deepspeed:zero_stage=3", "megatron:tp=2,sequence_paralle
 
 
 @pytest.fixture(scope="module")
-def norms(house: House, settings: list[str]) -> tuple[Path, list[dict]]:
-    folder = house("architecture")
+def norms(checkout: MakeCheckout, settings: list[str]) -> tuple[Path, list[dict]]:
+    folder = checkout("architecture")
     return folder, parity(folder, "tiny_llama.yaml", LAYOUTS, settings)[0]
 
 
@@ -131,8 +131,10 @@ def test_a_changed_architecture_is_converted_both_ways_evaluated_and_sampled(nor
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_command_compares_every_layout_of_a_changed_architecture(house: House, settings: list[str], tmp_path: Path) -> None:
-    folder = house("architecture")
+def test_the_command_compares_every_layout_of_a_changed_architecture(
+    checkout: MakeCheckout, settings: list[str], tmp_path: Path
+) -> None:
+    folder = checkout("architecture")
     words = ["recipes/mine/configs/tiny_llama.yaml", *settings, "--json", tmp_path / "rows.json"]
     done = command(folder, "-m", "scripts.parity", *words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -144,8 +146,8 @@ def test_the_command_compares_every_layout_of_a_changed_architecture(house: Hous
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def test_another_optimizer(house: House, settings: list[str]) -> None:
-    folder = house("optimizer")
+def test_another_optimizer(checkout: MakeCheckout, settings: list[str]) -> None:
+    folder = checkout("optimizer")
     layouts = ["baseline", "deepspeed:zero_stage=0", "deepspeed:zero_stage=1", "megatron"]
     rows, left_out = parity(folder, "tiny.yaml", layouts, settings)
     assert verdicts(rows) == ["reference", "pass"], rows
@@ -178,8 +180,8 @@ def test_another_optimizer(house: House, settings: list[str]) -> None:
 # ---- schedule and data -----------------------------------------------------------------------------------------------
 
 
-def test_another_schedule(house: House, settings: list[str]) -> None:
-    folder = house("schedule")
+def test_another_schedule(checkout: MakeCheckout, settings: list[str]) -> None:
+    folder = checkout("schedule")
     words = ["recipes/mine/configs/tiny.yaml", "out", *settings]
     done = command(folder, "-m", "recipes.mine.baseline.pretrain", *words, nproc=1)
     assert done.returncode == 0, done.stderr
@@ -192,8 +194,8 @@ def test_another_schedule(house: House, settings: list[str]) -> None:
     assert "out has a run of recipes/mine; continue it with that recipe, or choose another OUT" in done.stderr
 
 
-def test_another_corpus(house: House) -> None:
-    folder = house("data")
+def test_another_corpus(checkout: MakeCheckout) -> None:
+    folder = checkout("data")
     (folder / "README.md").write_text("short\n", encoding="utf-8")
     done = command(folder, "-m", "data.own_text", "--help")
     assert done.returncode == 0 and "--min-characters" in done.stdout
@@ -218,9 +220,9 @@ def text_files(folder: Path) -> Iterator[Path]:
 # ---- what scripts.parity finds ---------------------------------------------------------------------------------------
 
 
-def test_a_stack_that_differs_fails_and_a_stack_that_breaks_is_named(house: House, settings: list[str]) -> None:
+def test_a_stack_that_differs_fails_and_a_stack_that_breaks_is_named(checkout: MakeCheckout, settings: list[str]) -> None:
     """Megatron's epsilon of the norms is wrong, and DeepSpeed's script raises an exception."""
-    folder = house("")
+    folder = checkout("")
     model = folder / "recipes/mine/megatron/model.py"
     model.write_text(model.read_text().replace('"layernorm_epsilon": m.norm_eps', '"layernorm_epsilon": 1e-2'))
     script = folder / "recipes/mine/deepspeed/pretrain.py"
@@ -254,12 +256,12 @@ def test_parity_refuses_bad_input(untouched: Path, words: list[str], message: st
 
 
 @pytest.fixture(scope="module")
-def untouched(house: House) -> Path:
-    return house("")
+def untouched(checkout: MakeCheckout) -> Path:
+    return checkout("")
 
 
-def test_a_copy_without_a_stack(house: House, settings: list[str]) -> None:
-    folder = house("")
+def test_a_copy_without_a_stack(checkout: MakeCheckout, settings: list[str]) -> None:
+    folder = checkout("")
     for name in ("baseline", "deepspeed"):
         shutil.rmtree(folder / "recipes/mine" / name)
     rows, _ = parity(folder, "tiny.yaml", ["megatron", "megatron:tp=2"], settings)

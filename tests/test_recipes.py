@@ -58,7 +58,7 @@ def test_validation_imports_no_torch():
     assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
-def copied_house(folder: Path) -> Path:
+def copied_checkout(folder: Path) -> Path:
     """A checkout with recipes/mine beside recipes/gpt, as the README says to make it."""
     for name in ("common", "recipes/gpt"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,7 +72,7 @@ def copied_house(folder: Path) -> Path:
 
 
 def test_a_copied_recipe_trains_without_an_edit(settings, tmp_path):
-    checkout = copied_house(tmp_path)
+    checkout = copied_checkout(tmp_path)
     config = checkout / "recipes/mine/configs/tiny.yaml"
     config.write_text(config.read_text().replace("layers: 4", "layers: 3"))
     command = ["bash", "recipes/mine/deepspeed/pretrain.sh", "recipes/mine/configs/tiny.yaml", "out/mine", *settings]

@@ -53,8 +53,8 @@ def folder(home: Path, **changes: object) -> None:
     words = {"num_layers": 2, "num_decoder_layers": 1, "d_model": 32, "num_heads": 2, "d_kv": 16, "d_ff": 64, "vocab_size": 768,
              "feed_forward_proj": "gated-gelu"}  # fmt: skip
     (home / "hf").mkdir()
-    said = {"model_type": "t5", **words, "tie_word_embeddings": False} | changes
-    (home / "hf/config.json").write_text(json.dumps(said))
+    hf_config = {"model_type": "t5", **words, "tie_word_embeddings": False} | changes
+    (home / "hf/config.json").write_text(json.dumps(hf_config))
     save_file({"other": np.zeros(1, np.float32)}, home / "hf/model.safetensors")
 
 

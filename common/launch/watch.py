@@ -294,9 +294,7 @@ class Peers:
         record = max((state.record for state in states if state.record), default=None, key=lambda record: record.time)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - (time.monotonic() - self.changed[node])))
         last = f"; last seen at {record}" if record else ""
-        return (
-            f"node {node} ({report['host']}, {_ranks(range(begin, begin + count))}) has not reported since {since}{last}"
-        )
+        return f"node {node} ({report['host']}, {_ranks(range(begin, begin + count))}) has not reported since {since}{last}"
 
     def leave(self) -> None:
         """The run has ended well on this node: remove its report."""
