@@ -1,4 +1,4 @@
-"""Bad input, row by row: exit code 2, one line a problem that names the key, file or value; nothing started or overwritten.
+"""Bad input, row by row: exit code 2, one line per problem that names the key, file or value; nothing started or overwritten.
 
 Most rows call the launcher in this process with the start of the ranks replaced; the last part starts ranks. What the
 modules of data/ refuse is in test_data.py, the environment's variables, ports and arguments in test_launch.py.
@@ -66,7 +66,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [n for n in os.environ if n.startswith("SLURM_")] + ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(run_record, "commit", lambda: "none")  # git: a tenth of a second a row
+    monkeypatch.setattr(run_record, "commit", lambda: "none")  # git: a tenth of a second per row
     (tmp_path / "tiny.yaml").write_text(TEXT)
     corpus(tmp_path / "corpus/train")
     corpus(tmp_path / "corpus/valid", seed=1)

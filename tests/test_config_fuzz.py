@@ -1,4 +1,4 @@
-"""Thousands of damaged configs, overrides and environments: each is taken or refused in one line a problem, and in no time.
+"""Thousands of damaged configs, overrides and environments: each is taken or refused in one line per problem, and in no time.
 
 Mutations of the configs of this repository go the way of `pretrain.sh CONFIG OUT a.b=c --dry-run` in this process.
 """

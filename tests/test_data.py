@@ -853,7 +853,7 @@ def test_the_command_line_refuses_in_one_line(jsonl, words, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_work_goes_on_later(jsonl, words, tmp_path):
     args = (tmp_path / "out", "--source", jsonl, "--tokenizer", words)
-    limit = 100_000  # bytes a file may have, as a stand-in for a full disk
+    limit = 100_000  # bytes that a file may have, as a stand-in for a full disk
 
     def small():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -44,7 +44,7 @@ def test_published_constants(source: Path):
 
 @pytest.mark.parametrize("name", ["wiki.test.tokens", "wiki.test.raw"])
 def test_the_hubs_rows_are_the_file(name: str, source: Path):
-    """Salesforce/wikitext: a row a line, '' where the line is blank."""
+    """Salesforce/wikitext: one row per line, '' where the line is blank."""
     text = (source / "wikitext2" / name).read_text(encoding="utf-8")
     rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
     assert "" in rows and language.of_hub(rows) == text
@@ -86,7 +86,7 @@ def test_last_word():
 
 @pytest.fixture(scope="module")
 def run(drive, settings, tmp_path_factory) -> Path:
-    """OUT of a Megatron run with tp 2, which nobody has converted; 32 tokens a sample."""
+    """OUT of a Megatron run with tp 2, which nobody has converted; 32 tokens per sample."""
     out = tmp_path_factory.mktemp("evaluated") / "tp2"
     drive([case("megatron", "tiny", out, [*settings, "train.steps=3", "megatron.tp=2"])], 2)
     return out

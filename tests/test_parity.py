@@ -51,7 +51,7 @@ ONLY_LLAMA: dict[str, tuple[str, list[str]]] = {
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
 REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2")
-# Documents of very different lengths, one a sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
+# Documents of very different lengths, one per sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
 UNEQUAL: dict[str, tuple[str, list[str]]] = {

@@ -75,6 +75,6 @@ def test_hidden_tokens_are_predicted_beyond_their_frequencies(source: Path, tmp_
     counts = np.bincount(hidden)
     shares = counts[counts > 0] / counts.sum()
     known = float(-(shares * np.log(shares)).sum()) * len(hidden) / len(targets)  # the sentinels follow from their positions
-    assert round(known, 2) == 4.44  # nats a target, as the config's head says
+    assert round(known, 2) == 4.44  # nats per target, as the config's head says
     for stack in STACKS:
         assert losses(GUTENBERG / stack, "valid_loss")[STEPS] < known - MARGIN

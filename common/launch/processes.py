@@ -150,7 +150,7 @@ def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, dev
 
 
 def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
-    """Sum the ranks' shares of the loss and its parts, and learn whether any was asked to stop: one all-reduce a step.
+    """Sum the ranks' shares of the loss and its parts, and learn whether any was asked to stop: one all-reduce per step.
 
     shares: (k,). Called after the backward passes and before the optimizer's update: a sum that is not finite ends the run
     there. Returns the k sums and the signal's number (0: go on).
