@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from common.config import Config as BaseConfig
     from common.data.batches import MicroBatch
     from common.launch.processes import Ranks
+    from common.planning.workload import Workload
     from common.preflight import Run
     from common.training.finetuning import Results
     from common.training.init import Source
@@ -120,6 +121,9 @@ class ResolvedModel(Model, Protocol):
 
     def layer_shapes(self, data: Any) -> dict[str, Any]:
         """What common/planning/memory.py's `estimate` takes of the layers: ffn, kv_hidden, gated, tied and so on."""
+
+    def workload(self, data: Any) -> "Workload":
+        """The layers and lengths from which common/planning/step_time.py predicts the time of a step."""
 
 
 class Family(Protocol):

@@ -1,6 +1,7 @@
 """What a config needs on each stack and layout, before anything is started: memory per GPU, tokens, FLOPs, days.
 
 python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
+python -m scripts.plan --validate    predicted step times beside published ones; writes docs/planner.md
 """
 
 import argparse
@@ -10,6 +11,7 @@ from common import config, families
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
+from common.paths import ROOT
 from common.planning import flops, memory
 from common.preflight import task_module
 from common.yaml_files import read_yaml
@@ -20,11 +22,16 @@ ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("config")
+    parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
     parser.add_argument("--gpu", help="GPU model, to estimate the days of training: A100, H100, 'H100 PCIe', ...")
+    parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md")
     args = parser.parse_intermixed_args()
+    if args.validate:
+        return validate()
+    if args.config is None:
+        raise BadInput("scripts.plan: give a config, such as recipes/gpt/configs/gpt3_1.3b.yaml, or --validate")
     if args.gpus < 1:
         raise BadInput(f"--gpus {args.gpus}: must be 1 or more")
     peak = flops.peak_tflops(args.gpu)
@@ -59,6 +66,15 @@ def main() -> None:
         which = f", phase {number} ({phase.data.seq_len} tokens per sample)" if len(views) > 1 else ""
         print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout")
         table(phase, args.gpus, families.stacks(families.of_config(args.config)))
+
+
+def validate() -> None:
+    """Print predicted step times beside published ones, and write them to docs/planner.md."""
+    from common.planning import validation
+
+    page = validation.page()
+    print(page)
+    (ROOT / "docs/planner.md").write_text(page, encoding="utf-8")
 
 
 def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:

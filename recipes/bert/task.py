@@ -22,6 +22,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.errors import BadInput
+from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
 from . import samples
@@ -141,6 +142,14 @@ class ResolvedModel(Model):
     def layer_shapes(self, data: config.Data) -> dict[str, Any]:
         """Shapes of the layers from which common/planning/memory.py estimates memory."""
         return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
+
+    def workload(self, data: config.Data) -> Workload:
+        """The shapes from which common/planning/step_time.py predicts the time of a step."""
+        block = Block(
+            count=self.layers, tokens=data.seq_len, hidden=self.hidden, heads=self.heads, inner=self.hidden,
+            kv_inner=self.hidden, ffn=self.ffn, gated=False, attention=(Attention(data.seq_len, data.seq_len, causal=False),),
+        )  # fmt: skip
+        return Workload((block,), self.vocab_size, MASK_SHARE * data.seq_len, head_matrices=self.hidden**2)
 
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""

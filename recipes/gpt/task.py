@@ -17,6 +17,7 @@ from pydantic import Field
 from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
+from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
 from .samples import Samples
@@ -149,6 +150,15 @@ class ResolvedModel(Model):
         """Shapes of the layers from which common/planning/memory.py estimates memory."""
         kv_hidden = self.hidden * self.kv_heads // self.heads
         return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
+
+    def workload(self, data: config.Data) -> Workload:
+        """The shapes from which common/planning/step_time.py predicts the time of a step."""
+        block = Block(
+            count=self.layers, tokens=data.seq_len, hidden=self.hidden, heads=self.heads, inner=self.hidden,
+            kv_inner=self.hidden * self.kv_heads // self.heads, ffn=self.ffn, gated=self.arch == "llama",
+            attention=(Attention(data.seq_len, data.seq_len, causal=True),),
+        )  # fmt: skip
+        return Workload((block,), self.vocab_size, data.seq_len, tied=self.tied)
 
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""

@@ -10,6 +10,7 @@ they need it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.errors import BadInput
+from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
 from . import samples
@@ -140,6 +142,17 @@ class ResolvedModel(Model):
         decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
         return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
                 "gated": self.gated, "tied": not self.gated, "predicted": data.target_len / data.seq_len}  # fmt: skip
+
+    def workload(self, data: Data) -> Workload:
+        """The shapes from which common/planning/step_time.py predicts the time of a step: encoder and decoder."""
+        t, s, inner = data.seq_len, data.target_len, self.heads * self.kv_channels
+        encoder = Block(
+            count=self.layers, tokens=t, hidden=self.hidden, heads=self.heads, inner=inner, kv_inner=inner, ffn=self.ffn,
+            gated=self.gated, attention=(Attention(t, t, causal=False),),
+        )  # fmt: skip
+        attention = (Attention(s, s, causal=True), Attention(s, t, causal=False))
+        decoder = replace(encoder, count=self.decoder_layers, tokens=s, attention=attention)
+        return Workload((encoder, decoder), self.vocab_size, s, tied=not self.gated)
 
     def _weights(self) -> tuple[int, int]:
         """Number of weights in the matrix products of an encoder layer and of a decoder layer."""

@@ -1,0 +1,142 @@
+"""The predictor of step times (common/planning/step_time.py) against published rows, and its parts against other formulas."""
+
+import statistics
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+from common import config, families
+from common.errors import BadInput
+from common.planning import hardware, step_time, validation
+from common.planning.hardware import Cluster
+from common.planning.step_time import MEGATRON_TE, Plan
+from common.planning.workload import Attention, Block, Workload, products_of
+from common.preflight import task_module
+from common.yaml_files import read_yaml
+
+# (median, worst) error of the throughput. Tables with fitted constants are tested on the half on which they were not fitted.
+BOUNDS = {
+    "ptdp-1": (0.02, 0.06),
+    "megatron-h100": (0.03, 0.12),
+    "ptdp-2-zero3": (0.08, 0.12),
+    "korthikanti-5": (0.06, 0.10),
+    "ptdp-2-ptd": (0.05, 0.05),
+    "gpt3-175b": (0.06, 0.06),
+}
+CONFIGS = [
+    path
+    for family in families.names()
+    for path in sorted((ROOT / "recipes" / family / "configs").glob("*.yaml"))
+    if "task" not in read_yaml(path)  # finetuning: its samples have no fixed length
+]
+GPT3 = Workload(
+    (Block(96, 2048, 12288, 96, 12288, 12288, 4 * 12288, False, (Attention(2048, 2048, causal=True),)),), 51200, 2048
+)
+
+
+def errors_of(name: str) -> list[float]:
+    rows = [row for row in validation.published() if row.table == name]
+    fitted = validation.TABLES[name].fitted
+    return [abs(error) for _, error in validation.held_out(rows, fitted)] if fitted else [abs(row.error()) for row in rows]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_published_rows(name):
+    errors, (median, worst) = errors_of(name), BOUNDS[name]
+    assert statistics.median(errors) <= median and max(errors) <= worst, errors
+
+
+def test_strong_scaling_is_within_2_points_of_mfu():
+    rows = [row for row in validation.published() if row.table == "megatron-h100-strong"]
+    assert [row.value for row in rows] == [47, 42]
+    assert all(abs(row.predicted() - row.value) <= 2 for row in rows), [row.predicted() for row in rows]
+
+
+def test_the_page_is_the_one_that_validate_writes():
+    assert (ROOT / "docs/planner.md").read_text(encoding="utf-8") == validation.page()
+
+
+def test_a_wrong_constant_is_seen():
+    """The bounds can fail: an A100 whose products reach 0.85 of its peak."""
+    rows = [row for row in validation.published() if row.table == "ptdp-1"]
+    assert statistics.median(abs(row.error({"gemm": 0.85})) for row in rows) > 0.04
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_flops_of_the_shapes_equal_those_of_the_family(path):
+    """Two formulas: the sum over a layer's products, and the task's closed form."""
+    values = read_yaml(path)
+    task = task_module(families.of_config(path), values)
+    cfg = config.load(path, [] if values["model"].get("vocab_size") else ["model.vocab_size=8192"], task.Config)
+    for phase in config.views(config.resolve(cfg, task.ResolvedConfig, None)):
+        work, per_token = phase.model.workload(phase.data), task.forward_backward_flops(phase.model, phase.data)
+        assert work.flops() / phase.data.sample_tokens == pytest.approx(per_token["full"], rel=1e-12)
+        causal = per_token.get("causal", per_token["full"])
+        assert work.flops(causal=True) / phase.data.sample_tokens == pytest.approx(causal, rel=1e-12)
+        matrices = phase.model.parameter_count() - work.parameters  # norms, biases and tables of positions are left out
+        assert 0 <= matrices < 0.03 * phase.model.parameter_count()
+
+
+def test_flops_equal_the_published_formulas():
+    """arXiv:2205.05198, appendix A, and PTD-P, equation 3, for GPT-3 175B."""
+    layers, h, s, v = 96, 12288, 2048, 51200
+    assert GPT3.flops() == pytest.approx(72 * s * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h)))
+    assert GPT3.flops(recomputed=True) == pytest.approx(96 * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h)))
+
+
+def test_tensor_parallel_ranks_share_the_products():
+    block = GPT3.blocks[0]
+    whole, part = (sum(m * n * k for m, n, k in products_of(block, t)) for t in (1, 8))
+    assert whole == 8 * part
+
+
+def test_the_bubble_is_that_of_the_schedule():
+    """(p - 1) / (m v + p - 1) of the time of stages that take equally long (arXiv:2104.04473, section 2.2)."""
+    no_head = replace(GPT3, vocab=1, logit_tokens=0.0001)
+    for pp, vpp, accumulate in ((4, 1, 8), (8, 2, 16), (8, 3, 64)):
+        plan = Plan(tp=8, pp=pp, vpp=vpp, accumulate=accumulate)
+        seconds = step_time.step_seconds(Cluster(hardware.gpu("H100")), MEGATRON_TE, no_head, plan)
+        rest = seconds.total - seconds.optimizer - seconds.data_parallel
+        assert seconds.bubble / rest == pytest.approx((pp - 1) / (accumulate * vpp + pp - 1), rel=1e-3)
+
+
+def test_more_of_anything_takes_longer():
+    cluster, plan = Cluster(hardware.gpu("H100")), Plan(dp=8, tp=8, pp=4, accumulate=8, shard="optimizer", gradient_bytes=4)
+
+    def seconds(plan: Plan, cluster: Cluster = cluster) -> float:
+        return step_time.step_seconds(cluster, MEGATRON_TE, GPT3, plan).total
+
+    base = seconds(plan)
+    assert seconds(replace(plan, recompute="full")) > 1.2 * base
+    assert 1.6 * base < seconds(replace(plan, accumulate=16)) < 2 * base
+    assert seconds(replace(plan, vpp=4)) < base
+    assert seconds(plan, Cluster(hardware.gpu("A100"))) > 2 * base
+    assert seconds(plan, replace(cluster, network=1e9)) > base
+    assert seconds(replace(plan, shard="gradients")) > base
+
+
+def test_the_error_of_the_nearest_rows():
+    h100, a100, v100 = (Cluster(hardware.gpu(name)) for name in ("H100", "A100-80GB", "V100"))
+    names, error = validation.nearest("megatron", h100, GPT3)
+    assert "177B" in names and 0.02 < error < 0.12
+    names, error = validation.nearest("deepspeed pipeline", a100, replace(GPT3, blocks=(replace(GPT3.blocks[0], count=200),)))
+    assert "530B" in names and error > 0.2
+    assert validation.nearest("megatron", v100, GPT3) is None
+    assert validation.nearest("zero 3", h100, GPT3) is None
+    encoder = replace(GPT3.blocks[0], attention=(Attention(2048, 2048, causal=False),))
+    assert validation.nearest("megatron", h100, replace(GPT3, blocks=(encoder,))) is None
+
+
+@pytest.mark.parametrize("name", ["H800", "RTX", "A100 40GB", ""])
+def test_a_gpu_that_is_not_in_the_table(name):
+    with pytest.raises(BadInput, match="must be one of"):
+        hardware.gpu(name)
+
+
+def test_names_of_gpus_and_networks():
+    assert hardware.gpu("nvidia H100-SXM5").name == "H100" and hardware.gpu("A100 80GB").memory == 80 * 2**30
+    assert hardware.network("8x400Gb", 8) == 50e9 and hardware.network("100Gb", 4) == pytest.approx(3.125e9)
+    for text in ("8x", "400GB", "0x400Gb", "8x0Gb", "fast"):
+        with pytest.raises(BadInput, match="--network"):
+            hardware.network(text, 8)
