@@ -9,7 +9,8 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -136,21 +137,34 @@ class IndexedDatasetWriter:
         for file in self._files():
             file.close()
 
+    def _saved(self, suffix: str, dtype: str) -> Iterator[np.ndarray]:
+        """The numbers in a file of this writer, in parts."""
+        with open(self.prefix + suffix, "rb") as file:
+            while part := file.read(2**20):
+                yield np.frombuffer(part, dtype)
+
+    def _counted(self) -> Iterator[np.ndarray]:
+        """Ends of documents of one sequence each, in parts."""
+        for first in range(1, self.documents + 1, 2**17):
+            yield np.arange(first, min(first + 2**17, self.documents + 1), dtype="<i8")
+
     def finish(self) -> None:
-        """Write the index and give both files their final names."""
+        """Write the index and give both files their final names. Memory does not grow with the corpus."""
         self.sync()
         self.close()
-        lengths = np.fromfile(self.prefix + ".lengths.part", dtype="<i4")
-        pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize  # bytes
-        bounds = np.arange(1, len(lengths) + 1, dtype="<i8")
-        if self._bounds is not None:
-            bounds = np.fromfile(self.prefix + ".bounds.part", dtype="<i8")
         with open(self.prefix + ".idx.part", "wb") as file:
             code = _CODE_OF_DTYPE[self.dtype.type]
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(bounds) + 1))
-            file.write(lengths.tobytes())
-            file.write(pointers.astype("<i8").tobytes())
-            file.write(bytes(8) + bounds.tobytes())
+            file.write(_HEADER.pack(_MAGIC, 1, code, self.sequences, self.documents + 1))
+            for lengths in self._saved(".lengths.part", "<i4"):
+                file.write(lengths)
+            end = 0  # of the sequences so far, in bytes
+            for lengths in self._saved(".lengths.part", "<i4"):
+                ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+                file.write((ends - lengths * np.int64(self.dtype.itemsize)).astype("<i8"))
+                end = int(ends[-1])
+            file.write(bytes(8))
+            for bounds in self._saved(".bounds.part", "<i8") if self._bounds is not None else self._counted():
+                file.write(bounds)
             file.flush()
             os.fsync(file.fileno())
         for suffix in (".json", ".crc32"):  # of an earlier corpus of this name
@@ -159,6 +173,11 @@ class IndexedDatasetWriter:
         os.replace(self.prefix + ".idx.part", self.prefix + ".idx")
         os.unlink(self.prefix + ".lengths.part")
         Path(self.prefix + ".bounds.part").unlink(missing_ok=True)
+
+
+def _integers(stored: np.ndarray) -> Sequence[int]:
+    """A view of stored bytes as 64-bit integers, which need not be aligned."""
+    return memoryview(stored).cast("q") if len(stored) else ()
 
 
 class IndexedDataset:
@@ -233,8 +252,11 @@ class IndexedDataset:
         first, second = _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
         self.lengths = self._index[_HEADER.size : first].view("<i4")
         self._pointers = self._index[first:second].view("<i8")  # byte at which each sequence begins
-        self.bounds = self._index[second : second + bounds * 8].view("<i8").astype(np.int64)  # aligned: it is searched
+        self.bounds = self._index[second : second + bounds * 8].view("<i8")
         self.documents = max(bounds - 1, 0)
+        # The same for access one by one, faster than in numpy, which copies a whole array that is not aligned to search it.
+        self._first_bytes = _integers(self._index[first:second])
+        self._first_sequences = _integers(self._index[second : second + bounds * 8])
 
     def _check_index(self, bin_size: int, chunk: int = 2**20) -> int:
         """Bytes of ids that the index describes. BadInput unless sequences are contiguous and documents are in order."""
@@ -257,16 +279,22 @@ class IndexedDataset:
             if end > bin_size:
                 break  # the comparison of sizes reports it; no sum overflows
         sequences, bounds = len(self.lengths), self.bounds
-        if not len(bounds) or bounds[0] or (np.diff(bounds) < 0).any():
+        if not len(bounds) or bounds[0] or any((sizes < 0).any() for _, sizes in self.document_sizes(chunk)):
             raise BadInput(f"{path}: its documents do not follow one another from sequence 0 on; {remedy}")
         if bounds[-1] != sequences:
             raise BadInput(f"{path}: {sequences:,} sequences, documents end at {bounds[-1]:,}; {remedy}")
-        if sequences <= self.documents and np.diff(bounds).max(initial=0) > 1:
-            raise BadInput(
-                f"{path}: {sequences:,} sequences for {self.documents:,} documents, and document "
-                f"{int(np.argmax(np.diff(bounds) > 1)):,} has several; {remedy}"
-            )
+        for first, sizes in self.document_sizes(chunk) if sequences <= self.documents else ():
+            if sizes.max() > 1:
+                raise BadInput(
+                    f"{path}: {sequences:,} sequences for {self.documents:,} documents, and document "
+                    f"{first + int(np.argmax(sizes > 1)):,} has several; {remedy}"
+                )
         return end
+
+    def document_sizes(self, chunk: int = 2**20) -> Iterator[tuple[int, np.ndarray]]:
+        """Number of sequences of each document, (chunk,) int64, in parts of `chunk` documents, each with its first document."""
+        for first in range(0, self.documents, chunk):
+            yield first, np.diff(self.bounds[first : first + chunk + 1])
 
     def _compare_counts(self) -> None:
         """BadInput unless the manifest has the counts of these files."""
@@ -334,9 +362,8 @@ class IndexedDataset:
         the block, or the document of an id outside the model's vocabulary. Safe to call from several threads.
         """
         if end > start:
-            first, last = int(start) // self._per_block, (int(end) - 1) // self._per_block
-            if not self._checked[first : last + 1].all():
-                for block in range(first, last + 1):
+            for block in range(int(start) // self._per_block, (int(end) - 1) // self._per_block + 1):
+                if not self._checked[block]:
                     self._check(block)
         return self.flat[start:end]
 
@@ -353,8 +380,7 @@ class IndexedDataset:
 
     def _refuse(self, position: int, vocab_size: int) -> NoReturn:
         """position: in `flat`, of an id outside the model's vocabulary."""
-        sequence = int(np.searchsorted(self.starts, position, "right")) - 1
-        document = int(np.searchsorted(self.bounds, sequence, "right")) - 1
+        document = self.document_of(self.first_from(position + 1, 0, self.sentences) - 1)
         remedy = "tokenize the corpus with the model's tokenizer, or set model.vocab_size above it"
         if self.flat[position] < 0:
             remedy = "the file is damaged, or of another type than its index says: build or copy it again"
@@ -363,15 +389,27 @@ class IndexedDataset:
             f"the model knows ids from 0 to {vocab_size - 1:,}; {remedy}"
         )
 
-    def _start(self, document: int) -> int:
-        sequence = int(self.bounds[document])
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self.lengths) else self.tokens
+    def start(self, sequence: int) -> int:
+        """Position in `flat` at which a sequence begins; `tokens` for the number after the last."""
+        return self._first_bytes[sequence] // self.dtype.itemsize if sequence < len(self._first_bytes) else self.tokens
+
+    def first_from(self, position: int, begin: int, end: int) -> int:
+        """The first of the sequences from `begin` to `end` - 1 that begins at `position` in `flat` or later; else `end`."""
+        return bisect_left(self._first_bytes, position * self.dtype.itemsize, begin, end)
+
+    def document_of(self, sequence: int) -> int:
+        """The document that a sequence belongs to."""
+        return bisect_right(self._first_sequences, sequence) - 1
+
+    def sequences_of(self, document: int) -> tuple[int, int]:
+        """The first sequence of a document, and the one after its last."""
+        return self._first_sequences[document], self._first_sequences[document + 1]
 
     def get(self, document: int, limit: int | None = None) -> np.ndarray:
         """Ids of a document, (tokens,), at most the first `limit`, checked as in `read`."""
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
-        start, end = self._start(document), self._start(document + 1)
+        start, end = map(self.start, self.sequences_of(document))
         return self.read(start, end if limit is None else min(end, start + limit))
 
     @property

@@ -102,7 +102,8 @@ def crc32(checksums: np.ndarray) -> int:
 def write_checksums(prefix: str) -> int:
     """Write PREFIX.crc32: the CRC-32 of each block of .bin, then of .idx, uint32. Returns the CRC-32 of that file."""
     part = f"{prefix}.crc32.part"
-    checksums = np.array([value for suffix in ("bin", "idx") for value in block_checksums(f"{prefix}.{suffix}")], "<u4")
+    values = (value for suffix in ("bin", "idx") for value in block_checksums(f"{prefix}.{suffix}"))
+    checksums = np.fromiter(values, "<u4")
     with open(part, "wb") as file:
         file.write(checksums.tobytes())
         file.flush()

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of the result depends on every bit of x, (...) uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """splitmix64's finalizer, in place: every bit of the result depends on every bit of x, (...) uint64."""
+    x ^= x >> _30
+    x *= _FIRST
+    x ^= x >> _27
+    x *= _SECOND
+    x ^= x >> _31
+    return x
 
 
 def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.ndarray:
@@ -27,19 +32,23 @@ def permute(i: np.ndarray | Sequence[int], n: int, key: np.ndarray | int) -> np.
     network again until it is below n (cycle walking). That gives a permutation of 0..n-1, in at most 2 turns on average.
     """
     x = np.array(i, dtype=np.uint64, ndmin=1)
-    keys = np.array(key, dtype=np.uint64, ndmin=1)[:, None]
-    keys = np.broadcast_to(_mix(keys + _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64)), (len(x), _ROUNDS))
+    keys = np.array(key, dtype=np.uint64, ndmin=1)
+    shared = bool((keys == keys[:1]).all())
+    rounds = _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
+    keys = _mix(keys[: 1 if shared else None] + rounds)  # (rounds, 1 or B)
     bits = max(1, (n - 1).bit_length())
     shift = np.uint64(bits // 2)
     low, high = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
     todo = np.arange(len(x))
     while len(todo):
-        left, right = x[todo] >> shift, x[todo] & low
+        y = x[todo]
+        left, right = y >> shift, y & low
+        round_keys = keys if shared else keys[:, todo]
         for r in range(0, _ROUNDS, 2):
-            left = left ^ (_mix(right + keys[todo, r]) & high)
-            right = right ^ (_mix(left + keys[todo, r + 1]) & low)
-        x[todo] = (left << shift) | right
-        todo = todo[x[todo] >= n]
+            left ^= _mix(right + round_keys[r]) & high
+            right ^= _mix(left + round_keys[r + 1]) & low
+        x[todo] = y = (left << shift) | right
+        todo = todo[y >= n]
     return x.astype(np.int64)
 
 

@@ -18,7 +18,7 @@ from common.data.indexed_dataset import IndexedDataset
 from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
 from common.paths import Blend
-from common.seeding import derive_seed
+from common.seeding import Streams
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # largest number of words in a masked piece
 SAMPLES_PER_RUN = 64  # without pairs, documents are concatenated in runs of about this many samples
@@ -86,7 +86,7 @@ class Samples(BlendedDataset):
         return len(first)
 
     def _pairs(self, corpus: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
-        single = int((np.diff(corpus.bounds) < 2).sum())
+        single = sum(int((sizes < 2).sum()) for _, sizes in corpus.document_sizes())
         why = f"a pair needs two sentences of one document (objective.pair={self.pair})"
         instead = "give longer documents, or objective.pair=none"
         if single == corpus.documents:
@@ -110,38 +110,33 @@ class Samples(BlendedDataset):
         pair_label (B,) int64: 1 for a segment of another document or a swapped pair; and pair_mask (B,) bool.
         """
         corpus, index = self.indices(numbers)
-        shape = (len(index), self.seq_len)
-        out: dict[str, np.ndarray] = {
-            "labels": np.full(shape, self.special.pad, np.int64), "mlm_mask": np.zeros(shape, bool),
-            "token_types": np.zeros(shape, np.int64), "lengths": np.empty(len(index), np.int64),
-        }  # fmt: skip
-        out["tokens"] = out["labels"].copy()
-        if self.pair != "none":
-            out |= {"pair_label": np.empty(len(index), np.int64), "pair_mask": np.ones(len(index), bool)}
+        rows, special, streams = len(index), self.special, Streams()
+        labels = np.full((rows, self.seq_len), special.pad, np.int64)
+        token_types, lengths = np.zeros_like(labels), np.empty(rows, np.int64)
+        changed = np.empty(rows, np.int64)
+        uniform = np.empty((rows, self._draws))  # for the masks
         for row, (number, c, j) in enumerate(zip(numbers, corpus.tolist(), index.tolist(), strict=True)):
-            rng = np.random.Generator(np.random.Philox(key=derive_seed("bert", self.seed, int(number))))
-            self._fill(out, row, self.corpora[c], j, rng)
-        return out
+            rng = streams("bert", self.seed, int(number))
+            segments, changed[row] = self._segments(self.corpora[c], j, rng)
+            end = 0
+            for kind, segment in enumerate(segments):  # [CLS] A [SEP] B [SEP]
+                begin = end + (kind == 0)
+                end = begin + len(segment) + 1
+                labels[row, begin : end - 1], labels[row, end - 1] = segment, special.sep
+                token_types[row, begin:end] = kind
+            lengths[row] = end
+            rng.random(out=uniform[row])
+        labels[:, 0] = special.cls
+        tokens, chosen = self.mask(labels, lengths, uniform)
+        out = {"labels": labels, "mlm_mask": chosen, "token_types": token_types, "lengths": lengths, "tokens": tokens}
+        return out if self.pair == "none" else out | {"pair_label": changed, "pair_mask": np.ones(rows, bool)}
 
-    def _fill(self, out: dict[str, np.ndarray], row: int, corpus: IndexedDataset, j: int, rng: np.random.Generator) -> None:
-        s = self.special
+    def _segments(self, corpus: IndexedDataset, j: int, rng: np.random.Generator) -> tuple[list[np.ndarray], bool]:
+        """The segments of chunk j, and whether the second is not the one that follows the first in the text."""
         first, end = (int(bound[j]) for bound in self._chunks[corpus.prefix])
         if self.pair == "none":
-            ids = np.concatenate([[s.cls], self._full_sentences(corpus, first, end, rng), [s.sep]])
-        else:
-            a, b, label = self._pair_segments(corpus, first, end, rng)
-            ids = np.concatenate([[s.cls], a, [s.sep], b, [s.sep]])
-            out["token_types"][row, len(a) + 2 : len(ids)] = 1
-            out["pair_label"][row] = label
-        out["lengths"][row] = len(ids)
-        out["labels"][row, : len(ids)] = ids
-        out["tokens"][row, : len(ids)] = ids
-        candidates = np.flatnonzero((ids != s.cls) & (ids != s.sep))
-        if not len(candidates):  # only special ids, which is possible in a corpus of another tool
-            return
-        chosen = self.choose(ids, candidates, rng)
-        out["mlm_mask"][row, chosen] = True
-        out["tokens"][row, chosen] = self._replace_masked(ids[chosen], rng)
+            return [self._full_sentences(corpus, first, end, rng)], False
+        return self._pair_segments(corpus, first, end, rng)
 
     def _length(self, rng: np.random.Generator) -> int:
         """Target length of a sample: all tokens that fit, or for a share of samples any number from 2 (BERT, appendix A.2)."""
@@ -151,79 +146,123 @@ class Samples(BlendedDataset):
 
     def _full_sentences(self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
         """The sentences of a chunk, with [SEP] between documents (RoBERTa's FULL-SENTENCES), cut to the target length."""
-        inner = corpus.bounds[np.searchsorted(corpus.bounds, first, "right") : np.searchsorted(corpus.bounds, end, "left")]
-        starts = corpus.starts
-        ids = corpus.read(starts[first], starts[end]).astype(np.int64)
-        return np.insert(ids, starts[inner] - starts[first], self.special.sep)[: self._length(rng)]
+        begin = corpus.start(first)
+        ids = corpus.read(begin, corpus.start(end))
+        inner = range(corpus.document_of(first) + 1, corpus.document_of(end - 1) + 1)  # documents that begin within the chunk
+        if inner:
+            starts = [corpus.start(corpus.sequences_of(document)[0]) for document in inner]
+            ids = np.insert(ids.astype(np.int64), np.array(starts) - begin, self.special.sep)
+        return ids[: self._length(rng)]
 
     def _pair_segments(
         self, corpus: IndexedDataset, first: int, end: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Segment A, segment B, label. Sentences of the chunk are taken up to the target length and cut at a random one."""
-        starts, target = corpus.starts, self._length(rng)
-        enough = first + 1 + int(np.searchsorted(starts[first + 1 : end + 1], starts[first] + target))
-        end = min(max(enough, first + 2), end)
+    ) -> tuple[list[np.ndarray], bool]:
+        """Segments A and B. Sentences of the chunk are taken up to the target length and cut at a random one."""
+        begin, target = corpus.start(first), self._length(rng)
+        end = min(max(corpus.first_from(begin + target, first + 1, end), first + 2), end)
         cut = first + 1 + int(rng.random() * (end - first - 1))
-        a, b = corpus.read(starts[first], starts[cut]), corpus.read(starts[cut], starts[end])
+        middle = corpus.start(cut)
+        a, b = corpus.read(begin, middle), corpus.read(middle, corpus.start(end))
         changed = rng.random() < 0.5
         if changed and self.pair == "sop":  # ALBERT, arXiv:1909.11942, section 3.1
             a, b = b, a
         elif changed:
             # as long as the true one, so that the lengths do not give the label away
             b = self._other_segment(corpus, first, max(1, min(target - len(a), len(b))), rng)
-        return *shorten(a, b, self.room, rng), int(changed)
+        return shorten(a, b, self.room, rng), changed
 
     def _other_segment(self, corpus: IndexedDataset, first: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
         """Whole sentences of another document from a random one on, at least `tokens` tokens; all of it if it is shorter."""
-        own = int(np.searchsorted(corpus.bounds, first, "right")) - 1
         other = int(rng.random() * (corpus.documents - 1))
-        other += other >= own
-        begin, end = int(corpus.bounds[other]), int(corpus.bounds[other + 1])
-        starts = corpus.starts
-        last = int(np.searchsorted(starts[begin:end], starts[end] - tokens, "right")) - 1  # after it, too few tokens are left
+        other += other >= corpus.document_of(first)
+        begin, end = corpus.sequences_of(other)
+        stop = corpus.start(end)
+        last = corpus.first_from(stop - tokens + 1, begin, end) - begin - 1  # after it, too few tokens are left
         start = begin + int(rng.random() * (max(last, 0) + 1))
-        enough = start + 1 + int(np.searchsorted(starts[start + 1 : end + 1], starts[start] + tokens))
-        return corpus.read(starts[start], starts[min(enough, end)])
+        position = corpus.start(start)
+        return corpus.read(position, corpus.start(min(corpus.first_from(position + tokens, start + 1, end), end)))
 
     # ---- which tokens are masked
 
-    def choose(self, ids: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Choose which of `candidates` in `ids` to predict: a share masked_lm_prob of the words on average, at least one piece.
+    def mask(self, labels: np.ndarray, lengths: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens with masks (B, T) int64, and which tokens to predict (B, T) bool. All samples are masked at once.
+
+        labels (B, T), lengths (B,): samples without masks. uniform (B, draws): random numbers of each sample, which takes as
+        many of them as it needs, in order.
+        """
+        candidates = (labels != self.special.cls) & (labels != self.special.sep)
+        candidates &= np.arange(self.seq_len) < lengths[:, None]
+        chosen, used = self.choose(labels, candidates, uniform)
+        rows, columns = np.nonzero(chosen)
+        counts = chosen.sum(1)
+        position = np.arange(len(rows)) + (used - np.cumsum(counts) + counts)[rows]  # in `uniform`, after what is used
+        tokens = labels.copy()
+        tokens[rows, columns] = self._replace_masked(
+            labels[rows, columns], uniform[rows, position], uniform[rows, position + counts[rows]]
+        )
+        return tokens, chosen
+
+    @property
+    def _draws(self) -> int:
+        """The most random numbers that the mask of a sample takes: a word takes one, a token that is masked two."""
+        pieces = 1 + int(self.masked_lm_prob * self.seq_len)
+        return 1 + pieces + 3 * self.seq_len
+
+    def choose(self, ids: np.ndarray, candidates: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Choose which `candidates` (B, T) bool of `ids` (B, T) to predict: a share masked_lm_prob of the words on average, at
+        least one piece. Returns them, (B, T) bool, and how many of the random numbers (B, draws) each sample has taken.
 
         A piece is one token, one whole word, or 1 to 3 whole words with probability proportional to 1/n (ALBERT, section
         4.1; SpanBERT finds longer pieces harder). First the lengths of the pieces are drawn. Then the pieces are placed among
         the words so that every arrangement is equally likely. Nothing is redrawn, so the lengths keep their distribution.
         """
-        begins = np.ones(len(candidates), bool)
+        begins = candidates.copy()
         if self.masking != "token":
-            follows = np.diff(candidates, prepend=-1) == 1  # no [SEP] between
-            begins = ~(self.special.continues[ids[candidates]] & follows)
-            begins[:1] = True
-        word = np.cumsum(begins) - 1  # of each index
-        words = int(word[-1]) + 1
+            begins[:, 1:] &= ~(self.special.continues[ids[:, 1:]] & candidates[:, :-1])  # no [SEP] between
+        word = np.cumsum(begins, 1) - 1  # of each candidate
+        words = word[:, -1] + 1
         longest = NGRAMS[self.masking]
         odds = 1 / np.arange(1, longest + 1)
         odds /= odds.sum()
         wanted = self.masked_lm_prob * words / float(odds @ np.arange(1, longest + 1))
-        pieces = max(1, int(wanted + rng.random()))
-        lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], rng.random(pieces), "right")
+        pieces = np.maximum(1, (wanted + uniform[:, 0]).astype(np.int64))
+        lengths = 1 + np.searchsorted(np.cumsum(odds)[:-1], uniform[:, 1 : 1 + pieces.max()], "right")
+        number = np.arange(lengths.shape[1])
         # a short sample may not have room for all pieces
-        fit = max(1, int(np.searchsorted(np.cumsum(lengths), words, "right")))
-        lengths = np.minimum(lengths[:fit], words)
-        pieces, spare = len(lengths), words - int(lengths.sum())
-        slots = np.sort(np.argsort(rng.random(spare + pieces))[:pieces])
-        first = slots + np.cumsum(lengths) - lengths - np.arange(pieces)  # word at which each piece begins
-        hidden = np.zeros(words + 1, np.int64)
-        np.add.at(hidden, first, 1)
-        np.add.at(hidden, first + lengths, -1)
-        return candidates[np.cumsum(hidden)[word] > 0]
+        fit = (number < pieces[:, None]) & (np.cumsum(lengths, 1) <= words[:, None])
+        fit[:, 0] = True
+        lengths = np.where(fit, np.minimum(lengths, words[:, None]), 0)
+        laid = fit.sum(1)
+        slots = laid + words - lengths.sum(1)  # of pieces and of the words between them
+        used = 1 + pieces + slots
+        taken = _smallest(uniform, 1 + pieces, slots, laid)  # slots of the pieces, in order
+        before = np.cumsum(lengths, 1) - lengths - number
+        rows, pieces = np.nonzero(fit)
+        first = np.nonzero(taken)[1] + before[rows, pieces]  # word at which each piece begins
+        hidden = np.zeros((len(ids), int(words.max()) + 1), np.int64)
+        hidden[rows, first] += 1
+        hidden[rows, first + lengths[rows, pieces]] -= 1
+        return candidates & (np.take_along_axis(np.cumsum(hidden, 1), word, 1) > 0), used
 
-    def _replace_masked(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Replace each token by [MASK] (80 %) or by an ordinary token (10 %), or keep it (10 %) (BERT, section 3.1)."""
-        how = rng.random(len(ids))
+    def _replace_masked(self, ids: np.ndarray, how: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Replace each token by [MASK] (80 %) or by an ordinary token (10 %), or keep it (10 %) (BERT, section 3.1).
+
+        how, which: a random number for each token.
+        """
         ordinary = self.special.ordinary
-        others = ordinary[(rng.random(len(ids)) * len(ordinary)).astype(np.int64)]
+        others = ordinary[(which * len(ordinary)).astype(np.int64)]
         return np.where(how < 0.8, self.special.mask, np.where(how < 0.9, others, ids))
+
+
+def _smallest(uniform: np.ndarray, begin: np.ndarray, number: np.ndarray, laid: np.ndarray) -> np.ndarray:
+    """In each row of `uniform` (B, draws), mark the `laid` smallest of the `number` values from `begin` on: (B, most) bool."""
+    column = np.arange(int(number.max()))
+    values = np.take_along_axis(uniform, begin[:, None] + column, 1)
+    values[column >= number[:, None]] = 2.0  # larger than any
+    order = np.argsort(values, 1)[:, : int(laid.max())]
+    marks = np.zeros(values.shape, bool)
+    np.put_along_axis(marks, order, np.arange(order.shape[1]) < laid[:, None], 1)
+    return marks
 
 
 def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,10 +308,10 @@ def _divide(
     return first[order], after[order]
 
 
-def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Shorten the longer of two segments, then both equally, until they fit. Each token is cut from the front or the back."""
     if len(a) + len(b) <= room:
-        return a, b
+        return [a, b]
     half = room // 2
     keep_a = room - len(b) if len(b) <= half else min(len(a), room - half)
     shortened = []
@@ -280,7 +319,7 @@ def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -
         excess = len(segment) - keep
         front = int((rng.random(excess) < 0.5).sum())
         shortened.append(segment[front : front + keep])
-    return shortened[0], shortened[1]
+    return shortened
 
 
 def open_dataset(cfg: Any, data: Blend, shuffle: bool, tokenizer: Tokenizer, name: str) -> Samples:

@@ -20,7 +20,7 @@ from common.data.blended_dataset import BlendedDataset
 from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput
 from common.paths import Blend
-from common.seeding import derive_seed
+from common.seeding import Streams
 
 
 def counts_of(raw: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class Samples(BlendedDataset):
 
     def count_samples(self, corpus: IndexedDataset) -> int:
         if corpus.has_sentence_bounds:
-            if (np.diff(corpus.bounds) != 2).any():
+            if any((sizes != 2).any() for _, sizes in corpus.document_sizes()):
                 raise BadInput(
                     f"{corpus.prefix}: has documents of several sequences, but not of two (input, target); build it without "
                     "--sentences, or as pairs (python -m data.pairs)"
@@ -112,45 +112,74 @@ class Samples(BlendedDataset):
         inputs (B, T) and targets (B, S) int64: padded. input_lengths (B,) int64. loss_mask (B, S) bool: whether target s
         counts. lengths (B,) int64: number of input and target tokens without padding.
         """
-        corpus, index = self.indices(numbers)
-        inputs = np.full((len(index), self.seq_len), self.pad, np.int64)
-        targets = np.full((len(index), self.target_len), self.pad, np.int64)
-        lengths = np.empty((len(index), 2), np.int64)
-        for row, (number, c, j) in enumerate(zip(numbers, corpus.tolist(), index.tolist(), strict=True)):
-            source, target = self._sample(self.corpora[c], j, int(number))
+        corpora, index = self.indices(numbers)
+        rows, streams = len(index), Streams()
+        inputs = np.full((rows, self.seq_len), self.pad, np.int64)
+        targets = np.full((rows, self.target_len), self.pad, np.int64)
+        lengths = np.empty((rows, 2), np.int64)
+        texts, uniform = np.empty((rows, self.raw), np.int64), np.empty((rows, self.raw))  # for span corruption
+        sizes = np.full(rows, -1)
+        for row, (number, c, j) in enumerate(zip(numbers, corpora.tolist(), index.tolist(), strict=True)):
+            corpus = self.corpora[c]
+            if corpus.has_sentence_bounds:
+                source, target = self._pair(corpus, j)
+            else:
+                ids = corpus.read(j * self.raw, (j + 1) * self.raw) if self.pack else corpus.get(j, self.raw)
+                rng = streams("t5", self.seed, int(number))
+                if self.kind == "span":
+                    sizes[row], texts[row, : len(ids)] = len(ids), ids
+                    rng.random(out=uniform[row])
+                    continue
+                source, target = self._prefix(ids, rng)
             inputs[row, : len(source)], targets[row, : len(target)] = source, target
             lengths[row] = len(source), len(target)
+        for size in np.unique(sizes[sizes >= 0]).tolist():  # texts of one length at once
+            same = np.flatnonzero(sizes == size)
+            sources, hidden = self._spans(texts[same, :size], uniform[same])
+            inputs[same, : sources.shape[1]], targets[same, : hidden.shape[1]] = sources, hidden
+            lengths[same] = sources.shape[1], hidden.shape[1]
         loss_mask = np.arange(self.target_len) < lengths[:, 1:]
         return {
             "inputs": inputs, "targets": targets, "loss_mask": loss_mask, "input_lengths": lengths[:, 0],
             "lengths": lengths.sum(1),
         }  # fmt: skip
 
-    def _sample(self, corpus: IndexedDataset, j: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        if corpus.has_sentence_bounds:
-            first, middle, end = corpus.starts[2 * j : 2 * j + 3]
-            source = corpus.read(first, min(middle, first + self.seq_len - 1))
-            target = corpus.read(middle, min(end, middle + self.target_len - 1))
-            return self._ended(source), self._ended(target)
-        ids = corpus.read(j * self.raw, (j + 1) * self.raw) if self.pack else corpus.get(j, self.raw)
-        rng = np.random.Generator(np.random.Philox(key=derive_seed("t5", self.seed, number)))
-        return self._spans(ids, rng) if self.kind == "span" else self._prefix(ids, rng)
+    def _pair(self, corpus: IndexedDataset, j: int) -> tuple[np.ndarray, np.ndarray]:
+        first, middle, end = (corpus.start(sequence) for sequence in range(2 * j, 2 * j + 3))
+        source = corpus.read(first, min(middle, first + self.seq_len - 1))
+        target = corpus.read(middle, min(end, middle + self.target_len - 1))
+        return self._ended(source), self._ended(target)
 
     def _ended(self, ids: np.ndarray) -> np.ndarray:
         return np.append(ids.astype(np.int64), self.eos)
 
-    def _spans(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        noise, spans = counts_of(len(ids), self.noise_density, self.mean_noise_span_length)
+    def _spans(self, texts: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of texts (B, n), each with its random numbers (B, at least n - 2)."""
+        rows, size = texts.shape
+        noise, spans = counts_of(size, self.noise_density, self.mean_noise_span_length)
         if not spans:
-            return self._ended(ids), np.empty(0, np.int64)
-        visible, hidden = pieces(len(ids) - noise, spans, rng), pieces(noise, spans, rng)
-        ends = np.cumsum(np.stack([visible, hidden], 1).reshape(-1))  # visible, hidden, visible, hidden, ...
-        hides = np.repeat(np.tile([False, True], spans), np.diff(ends, prepend=0))
-        ids, sentinels = ids.astype(np.int64), self.sentinels[:spans]
+            return np.append(texts, np.full((rows, 1), self.eos), 1), np.empty((rows, 0), np.int64)
+        shown = size - noise  # tokens of the text that stay in the input
+        visible = pieces(shown, spans, uniform[:, : shown - 1])
+        hidden = pieces(noise, spans, uniform[:, shown - 1 : size - 2])
+        alternating = np.stack([visible, hidden], 2).reshape(-1)
+        hides = np.repeat(np.tile([False, True], rows * spans), alternating).reshape(texts.shape)
         # in the input a sentinel replaces each hidden piece; in the target it precedes the piece
-        source = np.insert(ids[~hides], np.cumsum(visible), sentinels)
-        target = np.insert(ids[hides], np.cumsum(hidden) - hidden, sentinels)
-        return self._ended(source), self._ended(target)
+        source = self._with_sentinels(texts[~hides], np.cumsum(visible, 1))
+        target = self._with_sentinels(texts[hides], np.cumsum(hidden, 1) - hidden)
+        return source, target
+
+    def _with_sentinels(self, tokens: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """tokens (B x m,): m of each row. before (B, spans): how many of them precede each sentinel. (B, m + spans + 1)."""
+        rows, spans = before.shape
+        out = np.empty((rows, len(tokens) // rows + spans + 1), np.int64)
+        is_token = np.ones(out.shape, bool)
+        is_token[:, -1] = False
+        np.put_along_axis(is_token, before + np.arange(spans), False, 1)
+        out[is_token] = tokens
+        np.put_along_axis(out, before + np.arange(spans), self.sentinels[None, :spans], 1)
+        out[:, -1] = self.eos
+        return out
 
     def _prefix(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         if len(ids) < 2:
@@ -159,9 +188,12 @@ class Samples(BlendedDataset):
         return self._ended(ids[:cut]), self._ended(ids[cut:])
 
 
-def pieces(tokens: int, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths (number,) of a random division of `tokens` into pieces of at least one. Every division is equally likely."""
-    bounds = np.sort(np.argsort(rng.random(tokens - 1))[: number - 1]) + 1
+def pieces(tokens: int, number: int, uniform: np.ndarray) -> np.ndarray:
+    """Lengths (B, number) of random divisions of `tokens` into pieces of at least one, from random numbers (B, tokens - 1).
+
+    Every division is equally likely.
+    """
+    bounds = np.sort(np.argsort(uniform, 1)[:, : number - 1], 1) + 1
     return np.diff(bounds, prepend=0, append=tokens)
 
 
