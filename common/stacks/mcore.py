@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import optimizer as megatron_optimizer, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import transformer_block
+from megatron.core.transformer import attention, transformer_block
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
@@ -50,17 +50,46 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a loss function returns to Megatron's schedule: summed loss, number of targets, values that the schedule passes on
 StepLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
-# ---- groups and random states ----------------------------------------------------------------------------------------
+# ---- kernels, groups and random states -------------------------------------------------------------------------------
+
+
+def norm_of_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], _each: bool) -> Any:
+    """amp_C.multi_tensor_l2norm by torch: the norm (1,) of all tensors together, without a wait for the GPU."""
+    norms = torch._foreach_norm(lists[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+def scale_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], scale: float) -> None:
+    """amp_C.multi_tensor_scale by torch, for tensors that are scaled in place, as Megatron clips."""
+    torch._foreach_mul_(lists[0], scale)
+
+
+def use_torch() -> None:
+    """Replace what Megatron takes unasked from TransformerEngine or Apex where they can be imported, so that a run does not
+    depend on what is installed: AdamW, the norm of the gradients, clipping, the split into q, k and v.
+
+    Where neither can be imported, Megatron computes the norm one parameter at a time and waits for the GPU each time.
+    """
+    megatron_optimizer.Adam = torch.optim.AdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    attention.SplitAlongDim = None
+    clip_grads.multi_tensor_applier = lambda function, overflow, lists, *more: function(0, overflow, lists, *more)
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm_of_all, scale_all
+    clip_grads.multi_tensor_scale_tensor_impl = None  # TransformerEngine's: the norm stays on the GPU
 
 
 def start(ranks: Ranks, layout: Layout) -> None:
     """Tensor-, pipeline- and data-parallel groups for this layout."""
+    use_torch()
     if ranks.device.type == "cpu":
         cuda_stand_in.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    minutes = processes.timeout() // datetime.timedelta(minutes=1)  # its groups do not take that of the default one
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, distributed_timeout_minutes=minutes)
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp,
+        distributed_timeout_minutes=processes.timeout() // datetime.timedelta(minutes=1),  # its own default is half an hour
+        create_gloo_process_groups=False,  # only its own checkpoints use them: three per data-parallel group
+    )  # fmt: skip
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
@@ -100,7 +129,8 @@ class Norm(torch.nn.Module):
 
 
 class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no annotations
-    """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out."""
+    """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out, or by a bias
+    that holds the mask: it is -inf where a key is masked out. A model makes such a bias once for all its layers."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
@@ -114,15 +144,15 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has 
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None, **_: Any,
     ) -> torch.Tensor:  # fmt: skip
-        """query (T, B, heads, D), key and value (S, B, kv_heads, D), mask (B, 1, T, S), attention_bias (1, heads, T, S),
-        added to the scores -> (T, B, heads x D)"""
+        """query (T, B, heads, D), key and value (S, B, kv_heads, D), attention_mask (B, 1, T, S) or attention_bias
+        (B or 1, heads, T, S) -> (T, B, heads x D)"""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, heads, T, D)
-        causal = attention_mask is None and (attn_mask_type or self.mask_type) == AttnMaskType.causal
-        mask = None if attention_mask is None else ~attention_mask  # True: seen
+        mask = attention_bias
         if attention_bias is not None:
-            if causal:
-                mask, causal = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(), False
-            mask = attention_bias.to(q.dtype) if mask is None else attention_bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+            assert attention_mask is None, "attention_bias is added to the scores: it holds the mask"
+        elif attention_mask is not None:
+            mask = ~attention_mask  # True: seen
+        causal = mask is None and (attn_mask_type or self.mask_type) == AttnMaskType.causal
         p = self.dropout if self.training else 0.0
         # the heads are split over tp: each rank drops its own; with sequence parallelism the region is forked already
         fork = p > 0 and not self.config.sequence_parallel
@@ -201,6 +231,7 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
+        "batch_p2p_sync": False,  # else the host waits for the GPU after each exchange, as torch before 2.0 needed it
     } | shapes
     if system.recompute:
         values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -234,12 +265,11 @@ def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> 
                 bf16=cfg.train.dtype == "bf16", params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=cfg.megatron.distributed_optimizer,
             ),
-            [model],
+            [model], use_gloo_process_groups=False,
         )  # fmt: skip
     for one in each(optimizer):
-        if isinstance(one.optimizer, torch.optim.AdamW):  # neither TransformerEngine's nor Apex's
-            for group in one.optimizer.param_groups:
-                group["fused"] = True  # as common/training/optim.py has it
+        for group in one.param_groups:
+            group["fused"] = True  # as common/training/optim.py has it
     return optimizer
 
 

@@ -66,9 +66,11 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
     ) -> torch.Tensor:
         """inputs (B, T), decoder_inputs and labels (B, S), mask (B, 1, 1, T), True where an input is padding -> losses (B, S);
         without labels, logits (B, S, V / tp)."""
-        hidden, bias = self._biased(self.embedding(inputs, None), self.encoder_relative_pos_emb, inputs.size(1))
-        encoded = self._dropped(self.encoder(hidden_states=hidden, attention_mask=mask, attention_bias=bias))
-        hidden, bias = self._biased(self.embedding(decoder_inputs, None), self.decoder_relative_pos_emb, decoder_inputs.size(1))
+        hidden, bias = self._biased(self.embedding(inputs, None), self.encoder_relative_pos_emb, mask)
+        encoded = self._dropped(self.encoder(hidden_states=hidden, attention_mask=None, attention_bias=bias))
+        length = decoder_inputs.size(1)
+        future = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)[None, None]  # (1, 1, S, S)
+        hidden, bias = self._biased(self.embedding(decoder_inputs, None), self.decoder_relative_pos_emb, future)
         decoded = self.decoder(
             hidden_states=hidden, attention_mask=None, context=encoded, context_mask=mask, attention_bias=bias
         )
@@ -84,10 +86,13 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
-    def _biased(self, hidden: torch.Tensor, table: torch.nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (T, B, H), and the relative biases of this rank's heads (1, heads / tp, T, T)."""
+    def _biased(self, hidden: torch.Tensor, table: torch.nn.Module, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (T, B, H), and the relative biases of this rank's heads, -inf where the mask (B or 1, 1, 1 or T, T) is
+        True: (B or 1, heads / tp, T, T). They are masked here once, not in each layer: B of them take B x heads x T x T."""
+        length = mask.size(-1)
         bias = table(length, length).permute(0, 2, 3, 1)  # (1, T, T, heads)
         bias = tensor_parallel.scatter_to_tensor_model_parallel_region(bias).permute(0, 3, 1, 2)
+        bias = bias.masked_fill(mask, -torch.inf)
         if self.training and self.config.recompute_granularity:  # full, or megatron.extra's selective
             leaf = bias.detach().requires_grad_()
             return DetachedBias.apply(hidden, bias, leaf), leaf
