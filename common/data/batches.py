@@ -1,16 +1,18 @@
 """Which samples a rank reads: training by step (invariant 3), validation once through the dataset."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import BadInput
-from common.launch import heartbeat
+from common.launch import heartbeat, processes
 from common.layout import Layout
 
 if TYPE_CHECKING:
+    import torch
+
     from common.contract import Dataset
     from common.preflight import Run
 
@@ -70,6 +72,13 @@ def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout,
             real = (positions < samples).reshape(-1, *[1] * (batch[name].ndim - 1))
             batch[name] = batch[name] & real
         yield batch
+
+
+def to_device(arrays: Mapping[str, np.ndarray], device: "torch.device | str") -> "dict[str, torch.Tensor]":
+    """The arrays as tensors on `device`; the copies to a GPU run beside its kernels."""
+    import torch
+
+    return {name: processes.on_device(torch.from_numpy(array), device) for name, array in arrays.items()}
 
 
 def targets(micro_batches: Sequence[MicroBatch], mask: str = "loss_mask") -> int:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+# Of a collective: long enough for one rank to export 175 billion parameters while the others wait. The launcher detects hangs
+# (train.hang_seconds).
+TIMEOUT = datetime.timedelta(days=1)
+
 _signal = 0  # the signal that asked this process to save and stop
 
 
@@ -46,6 +50,10 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # Segments that grow in place leave no gaps between them: less memory is reserved. torch reads it at the first allocation
+    # (PyTorch documentation, "CUDA semantics", "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    if not any(f"PYTORCH_{name}ALLOC_CONF" in os.environ for name in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     logging.disable(logging.WARNING)
 
 
@@ -59,29 +67,41 @@ def start() -> Ranks:
         signal.signal(number, _remember)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device = _device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         heartbeat.wait("process group")
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout())
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
         else:
-            dist.init_process_group(
-                backend, timeout=timeout(), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-            )
+            store = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound, store=store, rank=0, world_size=1)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed reads these although the group exists
         heartbeat.beat("preparation")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def timeout() -> datetime.timedelta:
-    """The timeout of a collective: an hour, in which one rank may compile or export while the others wait. If the launcher
-    watches for progress (train.hang_seconds), it detects hangs itself, and the timeout is a day."""
-    watched = os.environ.get("TWINSTACK_HANG_SECONDS", "0") != "0"
-    return datetime.timedelta(days=1) if watched else datetime.timedelta(hours=1)
+def _device() -> "torch.device":
+    """The GPU of this rank, or the CPU. BadInput if torchrun started more ranks than this node shows GPUs.
+
+    It is LOCAL_RANK modulo the visible GPUs: a scheduler or a container may show each rank its own GPU alone. LOCAL_RANK is set
+    to the number of that GPU, because DeepSpeed, accelerate and torch take it from there.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    is_shared = local >= visible and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun shows all of its ranks the same GPUs
+    if is_shared and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") == "0":
+        raise BadInput(
+            f"NPROC={os.environ.get('LOCAL_WORLD_SIZE')} and this node shows {visible} GPU{'s' * (visible > 1)}: NCCL refuses "
+            f"two ranks on one GPU; type NPROC={visible}"
+        )
+    os.environ["LOCAL_RANK"] = str(local % visible)
+    return torch.device("cuda", local % visible)
 
 
 def _remember(number: int, _frame: object) -> None:
@@ -134,14 +154,21 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
         raise BadInput(f"train.dtype=bf16: {name} has no bf16 arithmetic; use train.dtype=fp32")
 
 
-def totals(numbers: Sequence[int], group: "dist.ProcessGroup | None" = None, device: "torch.device | str" = "cpu") -> list[int]:
+def on_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """A CPU tensor on `device`. A GPU copies it from pinned memory while the CPU continues; before a copy from pageable memory
+    the CPU waits for the GPU (CUDA Runtime API, "API synchronization behavior")."""
+    on_gpu = str(device).startswith("cuda")
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=True)
+
+
+def totals(numbers: Sequence[int], ranks: Ranks, group: "dist.ProcessGroup | None" = None) -> list[int]:
     """Sum numbers over the ranks of `group` (default: all)."""
     import torch
     import torch.distributed as dist
 
     if dist.get_world_size(group) == 1:
         return list(numbers)
-    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    values = on_device(torch.tensor(numbers, dtype=torch.int64), ranks.device)
     heartbeat.wait("sum of counts")
     dist.all_reduce(values, group=group)
     summed: list[int] = values.tolist()
@@ -158,8 +185,8 @@ def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range)
     import torch
     import torch.distributed as dist
 
-    signals = [stop_requested() == signal.SIGTERM, stop_requested() == signal.SIGINT]
-    both = torch.cat([shares.double(), torch.tensor(signals, dtype=torch.float64, device=ranks.device)])
+    signals = torch.tensor([stop_requested() == signal.SIGTERM, stop_requested() == signal.SIGINT], dtype=torch.float64)
+    both = torch.cat([shares.double(), on_device(signals, ranks.device)])
     heartbeat.wait("sum of the loss")
     if ranks.world > 1:
         dist.all_reduce(both)

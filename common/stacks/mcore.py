@@ -87,7 +87,7 @@ def start(ranks: Ranks, layout: Layout) -> None:
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp,
-        distributed_timeout_minutes=processes.timeout() // datetime.timedelta(minutes=1),  # its own default is half an hour
+        distributed_timeout_minutes=processes.TIMEOUT // datetime.timedelta(minutes=1),  # its own default is half an hour
         create_gloo_process_groups=False,  # only its own checkpoints use them: three per data-parallel group
     )  # fmt: skip
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)

@@ -364,11 +364,9 @@ def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
 
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of a TaskDataset as tensors, with attention_mask (B x C, T) bool in place of lengths."""
-    import torch
-
     arrays = {name: values for name, values in micro_batch.items() if name not in ("lengths", "indices", "example_mask")}
     arrays["attention_mask"] = np.arange(micro_batch["tokens"].shape[1]) < micro_batch["lengths"][:, None]
-    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in arrays.items()}
+    return batches.to_device(arrays, device)
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

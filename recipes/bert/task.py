@@ -314,14 +314,12 @@ def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of `dataset` -> tokens, token_types (B, T), attention_mask (B, T) bool, predicted (N,) indices of the
     masked positions in the flattened batch, labels (N,). With pairs also pair_label (B,) and pair_mask (B,) bool."""
-    import torch
-
     predicted = np.flatnonzero(micro_batch["mlm_mask"])
     names = ("tokens", "token_types", "pair_label", "pair_mask")
     arrays: batches.MicroBatch = {name: micro_batch[name] for name in names if name in micro_batch}
     arrays["attention_mask"] = np.arange(micro_batch["tokens"].shape[1]) < micro_batch["lengths"][:, None]
     arrays |= {"predicted": predicted, "labels": micro_batch["labels"].reshape(-1)[predicted]}
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    return batches.to_device(arrays, device)
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -288,17 +288,14 @@ def has_weight_decay(name: str) -> bool:
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of `dataset` -> inputs (B, T), targets (B, T), loss_mask (B, T). With data.reset_attention also
     position_ids (B, T) and attention_mask (B, 1, T, T), which is True where a query may see a key."""
-    import torch
-
-    def to_device(name: str) -> torch.Tensor:
-        return torch.from_numpy(micro_batch[name]).to(device, non_blocking=True)
-
-    tokens = to_device("tokens")
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": to_device("loss_mask")}
-    if "segment" in micro_batch:
-        segment = to_device("segment")
+    names = ("tokens", "loss_mask", "segment", "position")
+    on_device = batches.to_device({name: micro_batch[name] for name in names if name in micro_batch}, device)
+    tokens = on_device["tokens"]
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": on_device["loss_mask"]}
+    if "segment" in on_device:
+        segment = on_device["segment"]
         same_document = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
-        batch |= {"position_ids": to_device("position"), "attention_mask": same_document.tril()[:, None]}
+        batch |= {"position_ids": on_device["position"], "attention_mask": same_document.tril()[:, None]}
     return batch
 
 

@@ -305,14 +305,12 @@ def has_weight_decay(name: str) -> bool:
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of `dataset` -> inputs (B, T), targets (B, S), decoder_inputs (B, S), the padding id followed by the
     targets without the last one, attention_mask (B, T) bool, True for tokens, loss_mask (B, S)."""
-    import torch
-
     targets = micro_batch["targets"]
     start = np.zeros((len(targets), 1), np.int64)  # the decoder starts with the padding id, 0
     arrays = {name: micro_batch[name] for name in ("inputs", "targets", "loss_mask")}
     arrays["decoder_inputs"] = np.concatenate([start, targets[:, :-1]], 1)
     arrays["attention_mask"] = np.arange(micro_batch["inputs"].shape[1]) < micro_batch["input_lengths"][:, None]
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    return batches.to_device(arrays, device)
 
 
 def counts(micro_batches: Sequence[batches.MicroBatch]) -> list[int]:

@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
 
         micro_batches = next(prefetched)
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
-        *target_counts, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)
+        *target_counts, tokens = processes.totals(task.counts(micro_batches), ranks)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
         shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):

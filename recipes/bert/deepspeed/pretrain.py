@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         micro_batches = next(prefetched)
         counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
-        *target_counts, tokens = processes.totals(counts, device=ranks.device)
+        *target_counts, tokens = processes.totals(counts, ranks)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
         shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
 
         micro_batches = next(prefetched)
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
-        *target_counts, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)
+        *target_counts, tokens = processes.totals(task.counts(micro_batches), ranks, dp_group)
         targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
         # Megatron sums gradients over micro batches and ranks, and divides them by the masked tokens of the global batch. The

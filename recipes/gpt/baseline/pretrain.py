@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
             group["lr"] = lr
 
         micro_batches = next(prefetched)
-        targets, tokens = processes.totals(task.counts(micro_batches), device=ranks.device)  # in the global batch
+        targets, tokens = processes.totals(task.counts(micro_batches), ranks)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
         micro_batches = next(prefetched)
         counts = [count * is_loss_rank for count in task.counts(micro_batches)]
-        targets, tokens = processes.totals(counts, device=ranks.device)  # in the global batch
+        targets, tokens = processes.totals(counts, ranks)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
         mcore.set_lr(optimizer, lr, cfg.optim.weight_decay)
 
         micro_batches = next(prefetched)
-        targets, tokens = processes.totals(task.counts(micro_batches), dp_group, ranks.device)  # in the global batch
+        targets, tokens = processes.totals(task.counts(micro_batches), ranks, dp_group)  # in the global batch
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
         # Megatron sums gradients over micro batches and ranks, and divides by the targets of the global batch (invariant 5)
         seeded = list(zip(seeds, micro_batches, strict=True))
