@@ -57,7 +57,7 @@ def main() -> int:
 
 def _again_with_null_gpu(gigabytes: float | None) -> None:
     """Replace this process by one in front of whose CUDA the null GPU stands."""
-    environment = os.environ | {"LD_PRELOAD": str(build.library())}
+    environment = os.environ | {"LD_PRELOAD": build.preload()}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if gigabytes is not None:
         environment["NULL_GPU_MEMORY"] = str(int(gigabytes * 1e9))

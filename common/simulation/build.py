@@ -16,6 +16,14 @@ from common.errors import BadInput
 SOURCE = Path(__file__).with_name("null_gpu.cpp")
 CUDA_MAJORS = (12, 13)  # the layouts of NVIDIA's structs that null_gpu.cpp knows
 LIBRARY = "libcuda.so.1"  # also its soname: torch opens the driver under this name, and finds the library that is loaded
+# NVML, which the allocator asks about NVLink before its segments grow: every call succeeds, but there is no fabric (3: not
+# supported, nvml.h). Found under its soname too.
+NVML = "libnvidia-ml.so.1"
+NVML_CALLS = {
+    "nvmlInit_v2": 0, "nvmlSystemGetCudaDriverVersion_v2": 0, "nvmlDeviceGetHandleByPciBusId_v2": 0,
+    "nvmlDeviceGetNvLinkRemoteDeviceType": 0, "nvmlDeviceGetNvLinkRemotePciInfo_v2": 0,
+    "nvmlDeviceGetComputeRunningProcesses": 0, "nvmlDeviceGetGpuFabricInfoV": 3,
+}  # fmt: skip
 # What torch imports is looked up in these; the driver's functions are wanted by libcaffe2_nvrtc.so
 IMPORTERS = (
     "libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so",
@@ -29,8 +37,13 @@ class CannotSimulate(BadInput):
     """There is no null GPU on this machine; the line says why."""
 
 
-def library() -> Path:
-    """The library for LD_PRELOAD, built if it is not there yet. CannotSimulate where it cannot be built."""
+def preload() -> str:
+    """The value of LD_PRELOAD. The libraries are built if they are not there yet. CannotSimulate where they cannot be."""
+    folder = _folder()
+    return f"{folder / NVML}:{folder / LIBRARY}"
+
+
+def _folder() -> Path:
     torch, cuda = _torch()
     compiler, nm = shutil.which("g++"), shutil.which("nm")
     if compiler is None or nm is None:
@@ -47,7 +60,7 @@ def library() -> Path:
                     _build(folder, compiler, nm, cuda)
         except OSError as error:
             raise CannotSimulate(f"{cache}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written to") from None
-    return folder / LIBRARY
+    return folder
 
 
 def _torch() -> tuple[str, int]:
@@ -85,6 +98,9 @@ def _build(folder: Path, compiler: str, nm: str, cuda: int) -> None:
         (work / "stubs.cpp").write_text(text, encoding="utf-8")
         link = ["-shared", f"-Wl,-soname,{LIBRARY}", "-o", str(work / LIBRARY), "-ldl"]
         _run([compiler, *flags, str(work / "own.o"), str(work / "stubs.cpp"), *link])
+        calls = "".join(f'extern "C" int {name}() {{ return {code}; }}\n' for name, code in NVML_CALLS.items())
+        (work / "nvml.cpp").write_text(calls, encoding="utf-8")
+        _run([compiler, *flags, str(work / "nvml.cpp"), "-shared", f"-Wl,-soname,{NVML}", "-o", str(work / NVML)])
         shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
         work.rename(folder)
 
