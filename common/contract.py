@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from common.config import Config as BaseConfig
     from common.data.batches import MicroBatch
     from common.launch.processes import Ranks
+    from common.planning.memory import Traits
     from common.planning.workload import Workload
     from common.preflight import Run
     from common.training.finetuning import Results
@@ -119,11 +120,11 @@ class ResolvedModel(Model, Protocol):
     def parameter_count(self) -> int:
         """Parameters, each tied weight once."""
 
-    def layer_shapes(self, data: Any) -> dict[str, Any]:
-        """What common/planning/memory.py's `estimate` takes of the layers: ffn, kv_hidden, gated, tied and so on."""
+    def traits(self) -> "Traits":
+        """What takes memory in the layers."""
 
     def workload(self, data: Any) -> "Workload":
-        """The layers and lengths from which common/planning/step_time.py predicts the time of a step."""
+        """The layers and lengths from which common/planning estimates memory and predicts the time of a step."""
 
 
 class Family(Protocol):

@@ -52,7 +52,6 @@ ALONE = (
     "megatron.sequence_parallel=false", "megatron.distributed_optimizer=true", "optim.optimizer=adamw",
 )  # fmt: skip
 ACCUMULATE = 4  # micro batches per step
-FULL = 0.75  # share of the GPU's memory that the estimate may reach
 REHEARSED = (
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.vocab_size=8192", "data.seq_len=64",
 )  # fmt: skip
@@ -139,9 +138,9 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         ]  # fmt: skip
         cfg = configs.load(path, overrides, task.Config)
         cfg = configs.resolve(cfg, task.ResolvedConfig, None)
-        estimate = memory.estimate_for(cfg, cfg.model, stack, 1)["total"]
-        if estimate > FULL * room:
-            notes.append(f"micro batch {micro}: {estimate / 1e9:.0f} GB estimated, too much")
+        estimate = memory.estimate_for(cfg, cfg.model, stack, 1)
+        if estimate["required"] > room:
+            notes.append(f"micro batch {micro}: {estimate['required'] / 1e9:.0f} GB estimated, too much")
             continue
         allocated = torch.cuda.memory_allocated(device) if cuda else 0
         if cuda:
@@ -165,7 +164,7 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             "tflops": {kind: value * rate / 1e12 for kind, value in per_token.items()},
             "peak_bytes": torch.cuda.max_memory_allocated(device) - allocated if cuda else None,
             "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
-            "estimated_bytes": estimate, "notes": notes,
+            "estimated_bytes": estimate["total"], "notes": notes,
         }  # fmt: skip
     return {"ok": False, "config": name, "stack": stack, "notes": notes, "error": "no micro batch fits"}
 

@@ -13,10 +13,11 @@ from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
 from common.paths import ROOT
 from common.planning import flops, memory
+from common.planning.hardware import gpu
 from common.preflight import task_module
 from common.yaml_files import read_yaml
 
-SIZES = (40, 80, 141)  # GB of memory of an A100-40GB, of an A100-80GB or H100, and of an H200
+CARDS = {"40 GB": "A100-40GB", "80 GB": "H100", "141 GB": "H200"}
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
 
 
@@ -78,20 +79,22 @@ def validate() -> None:
 
 
 def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
-    """Print a row for each layout of these stacks: the memory per GPU that each part takes."""
-    columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in (*memory.PARTS, "total"))
-    print(columns + "".join(f"{f'{size} GB':>8}" for size in SIZES))
-    for name, stack, changed in layouts(cfg, stacks):
+    """Print a row for each layout of these stacks: what each part takes on a GPU at the peak, what it needs beside it, and on
+    which GPU all of it fits."""
+    parts = {part: part for part in memory.PARTS} | {"total": "peak"} | {part: part for part in (*memory.BESIDE, "required")}
+    columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in parts.values())
+    print(columns + "".join(f"{size:>8}" for size in CARDS))
+    for layout, stack, changed in layouts(cfg, stacks):
         try:
             shared = layout_for(changed, stack, gpus)
         except BadInput as error:
-            if name.startswith("*"):
-                print(f"{name:<44} cannot: {error.problems[0]}")
+            if layout.startswith("*"):
+                print(f"{layout:<44} cannot: {error.problems[0]}")
             continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
         estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
-        row = f"{name:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
-        row += "".join(f"{estimate[part] / 1e9:>12.2f}" for part in (*memory.PARTS, "total"))
-        print(row + "".join(f"{'fits' if estimate['total'] < size * 1e9 else '-':>8}" for size in SIZES))
+        row = f"{layout:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
+        row += "".join(f"{estimate[part] / 1e9:>12.2f}" for part in parts)
+        print(row + "".join(f"{'fits' if estimate['required'] <= gpu(name).memory else '-':>8}" for name in CARDS.values()))
 
 
 def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:

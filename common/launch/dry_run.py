@@ -30,5 +30,7 @@ def describe(run: Run, task: Family, command: Sequence[str]) -> str:
 
 
 def _gib(estimate: dict[str, int]) -> str:
-    parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items() if name != "total" and size)
-    return f"{estimate['total'] / 2**30:.2f} GiB estimated ({parts})"
+    """All that a GPU needs, by part, and what is in CPU memory."""
+    parts = (*memory.PARTS, *memory.BESIDE, "host")
+    text = "  ".join(f"{name} {estimate[name] / 2**30:.2f}" for name in parts if estimate[name])
+    return f"{estimate['required'] / 2**30:.2f} GiB estimated ({text})"

@@ -15,7 +15,7 @@ class Gpu:
     """One GPU. Bandwidths in bytes/s in one direction."""
 
     name: str
-    memory: int  # bytes that a process can allocate at most, of a datasheet
+    memory: int  # bytes that processes can allocate: what torch's out-of-memory messages call total capacity
     hbm: float  # bandwidth of the memory, of a datasheet
     nvlink: float  # to the other GPUs of the node, of a datasheet
     network: float  # to other nodes per GPU, in the usual server with one network card per GPU
@@ -34,7 +34,7 @@ class Gpu:
         return peak * 1e12
 
 
-GB, GIB = 10**9, 2**30
+GIB = 2**30
 # a, b, c: least squares over the 183 matrix products that MooreThreads/SimuMax measured on an A100
 # (configs/system/a100_pcie.json): median error 1.8 %, 95 % of the products within 17 %.
 A100_SIZES = (175.0, 174.0, 131.0)
@@ -42,19 +42,19 @@ A100_SIZES = (175.0, 174.0, 131.0)
 H100_ATTENTION = {"fa2": 368e12, "cudnn": 609e12, "fa3": 638e12}
 GPUS = [
     # V100 datasheet: 900 GB/s, NVLink 150 GB/s; DGX-2: one EDR card (100 Gb/s) per two GPUs. gemm: the A100's, not measured.
-    Gpu("V100", 32 * GIB, 900e9, 150e9, 6.25e9, 0.77, A100_SIZES, {}),
+    Gpu("V100", int(31.7 * GIB), 900e9, 150e9, 6.25e9, 0.77, A100_SIZES, {}),
     # A100 datasheets: 1,555 and 2,039 GB/s, NVLink 300 GB/s; Selene: 8 HDR cards (200 Gb/s) per node (arXiv:2104.04473,
     # section 5). gemm: fitted on the ten rows of PTD-P's table 1. fa2: FlashAttention-2 (arXiv:2307.08691), figure 5, head
     # size 128, 4,096 positions.
-    Gpu("A100-40GB", 40 * GIB, 1555e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
-    Gpu("A100", 80 * GIB, 2039e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
+    Gpu("A100-40GB", int(39.4 * GIB), 1555e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
+    Gpu("A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
     # H100 and H200 datasheets (SXM): 3,350 and 4,800 GB/s, NVLink 450 GB/s; Eos: 8 NDR cards (400 Gb/s) per node. gemm: fitted
     # on the nine rows of the H100 table in Megatron-LM's README.
-    Gpu("H100", 80 * GIB, 3350e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
-    Gpu("H200", 141 * GB, 4800e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
+    Gpu("H100", int(79.2 * GIB), 3350e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
+    Gpu("H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
     # HGX B200 datasheet: 8,000 GB/s, NVLink 900 GB/s. gemm and sizes: least squares over SimuMax's measured B200 products.
     # Attention: the H100's rates x the ratio of the peaks, not measured.
-    Gpu("B200", 180 * GB, 8000e9, 900e9, 50e9, 0.54, (137.0, 96.0, 207.0),
+    Gpu("B200", int(178.3 * GIB), 8000e9, 900e9, 50e9, 0.54, (137.0, 96.0, 207.0),
         {name: rate * 2250 / 989.4 for name, rate in H100_ATTENTION.items()}),
 ]  # fmt: skip
 

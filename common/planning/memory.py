@@ -1,119 +1,343 @@
-"""Estimate of the memory that one rank needs, computed from numbers alone and without torch, before a run starts.
+"""Estimate of the memory that one GPU needs, computed from numbers alone and without torch, before a run starts.
 
-Model states, bytes per parameter in bf16 (ZeRO, arXiv:1910.02054, section 3.1: 2 weight, 2 gradient, 12 master and Adam):
-    baseline, stage 0     16                    fp32 (4 + 4 + 8) under autocast; its bf16 copies count as activations
-    deepspeed stage 1     4 + 16/N              } DeepSpeed keeps an fp32 copy of a rank's share of the gradients, hence
-    deepspeed stage 2     2 + 18/N              } the 18 of its own estimators (deepspeed/runtime/zero/stage_1_and_2.py,
-    deepspeed stage 3     18/N + 4 x largest    } stage3.py: estimate_zero{2,3}_model_states_mem_needs)
+The peak of PyTorch's allocator is the largest of a few moments of a step: the end of the forward pass, the backward pass of the
+output weights, that of a layer, the optimizer's step. `estimate` adds up what is alive at each. Formulas, bytes in bf16:
+
+Model states per parameter (ZeRO, arXiv:1910.02054, section 3.1: 2 weight, 2 gradient, 12 master and Adam), on N
+data-parallel ranks:
+    baseline, stage 0     16                    fp32 (4 + 4 + 8) under autocast
+    deepspeed stage 1     4 + 12/N              } deepspeed/runtime/zero/stage_1_and_2.py, stage3.py: gradients in bf16,
+    deepspeed stage 2     2 + 14/N              } accumulated whole at stage 1, in a rank's share at stages 2 and 3
+    deepspeed stage 3     16/N                  } and the parameters that are gathered
     megatron              18                    } gradients are accumulated in fp32 (Megatron Core user guide,
     its dist. optimizer   6 + 12/N              } "Distributed Optimizer"); in fp32 16 and 8 + 8/N
-N is the number of data-parallel ranks; `largest` is the largest layer or embedding, which stage 3 gathers temporarily.
 
-Activations of one layer and one micro batch, bytes in bf16 (Korthikanti et al., arXiv:2205.05198, table 2), with
-s = seq_len, b = micro_batch, h = hidden, t = tp:
+Activations of one layer and one micro batch (Korthikanti et al., arXiv:2205.05198, table 2), with s = seq_len,
+b = micro_batch, h = hidden, t = tp:
     no parallelism         34sbh
     tp                     (10 + 24/t)sbh
     tp, sequence parallel  34sbh/t
-    recompute              2sbh, and one layer in full
-The table's term 5as/h, the attention matrix, is left out: scaled_dot_product_attention does not store it. The formulas are
-extended to other ffn widths, grouped queries, gated MLPs and fp32. With pp the first stage holds the activations of pp micro
-batches (section 4.2.3).
+    recompute              2sbh
+The table's term 5as/h, the attention matrix, is left out: scaled_dot_product_attention does not store it. `attention` and
+`mlp` extend these formulas to other widths, grouped queries, gated MLPs, RMSNorm, cross attention, relative biases, fp32, and
+to the copies that the `transformers` classes make.
 
-The estimate leaves out communication buckets, workspace, the CUDA context (about half a GiB) and fragmentation.
+docs/memory.md has the estimates beside the peaks that scripts/simulate.py finds; tests/test_memory.py compares them, and
+published values.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from common.config import Config
 from common.layout import layout_for
+from common.planning.workload import Block, Workload
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+# What is alive at the peak of the allocator, and what a GPU must have beside it
+PARTS = ("weights", "gradients", "optimizer", "buffers", "activations")
+BESIDE = ("unused", "context", "nccl")
 
 
-def estimate(
-    *,
-    stack: str,  # baseline, deepspeed or megatron
-    parameters: int,  # of the whole model; tied weights count once
-    layers: int,
-    hidden: int,
-    seq_len: int,
-    vocab: int,
-    micro_batch: int,
-    dtype: str = "bf16",  # or fp32
-    ffn: int | None = None,  # width of the MLP; default 4 x hidden
-    kv_hidden: int | None = None,  # width of all keys of a token; default hidden
-    gated: bool = False,  # SwiGLU
-    tied: bool = True,
-    predicted: float = 1.0,  # share of the positions for which logits are computed
-    dropout: bool = False,
-    dp: int = 1,
-    tp: int = 1,
-    pp: int = 1,
-    accumulate: int = 1,  # micro batches per step
-    zero_stage: int = 0,
-    offload: bool = False,
-    sequence_parallel: bool = False,
-    distributed_optimizer: bool = False,
-    recompute: bool = False,
-) -> dict[str, int]:
-    """Bytes on the rank that needs the most: weights, gradients, optimizer, activations, logits, total, host (CPU memory).
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """How the layers of a model are computed, where it takes memory."""
 
-    With pp, `activations` are those of the first stage and `logits` those of the last; `total` is that of the larger stage.
+    rms_norm: bool = False  # RMSNorm
+    rotary: bool = False  # rotary positions
+    fused_qkv: bool = False  # the transformers class has one product for queries, keys and values
+    biases: bool = False  # of linear layers
+    relative_biases: bool = False  # T5's, which are added to the scores
+    inner_dropout: bool = False  # T5 drops units of the MLP too
+    python_gelu: bool = False  # the transformers class computes GELU by several operators
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a stack trains the model."""
+
+    stack: str  # baseline, deepspeed or megatron
+    parameters: int  # of the whole model; tied weights count once
+    micro_batch: int
+    accumulate: int = 2  # micro batches per step
+    dtype: str = "bf16"  # or fp32
+    optimizer: str = "adamw"  # lamb or adafactor
+    dropout: bool = False
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
+    zero_stage: int = 0
+    offload: bool = False
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    recompute: bool = False
+    transformer_engine: bool = False
+
+    @property
+    def zero(self) -> int:
+        return self.zero_stage if self.stack == "deepspeed" else 0
+
+    @property
+    def autocast(self) -> bool:
+        """fp32 weights and residual stream, whose products are computed from bf16 copies: the baseline, DeepSpeed's stage 0."""
+        return self.dtype == "bf16" and self.stack != "megatron" and not self.zero
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of a product."""
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def residual(self) -> int:
+        """Bytes of an element of the residual stream, and of its gradient."""
+        return 4 if self.autocast else self.width
+
+    @property
+    def whole(self) -> int:
+        """Ranks that share what tensor parallelism alone leaves whole: norms, dropout, the residual stream."""
+        return self.tp if self.sequence_parallel else 1
+
+
+# ---- model states ----------------------------------------------------------------------------------------------------
+
+
+def states(run: Training, parameters: int) -> dict[str, int]:
+    """weights, gradients and optimizer on a rank that holds `parameters`, and host, the same in CPU memory."""
+    moments = {"adamw": 8, "lamb": 8, "adafactor": 0}[run.optimizer]  # Adafactor keeps means of rows and columns: 0.1 %
+    if run.zero:  # its masters are fp32 copies, in fp32 too
+        share = parameters // run.dp
+        whole_gradients = run.zero == 1 and run.accumulate > 1  # else each is reduced, and freed, as soon as it is there
+        return {
+            "weights": run.width * (share if run.zero == 3 else parameters),
+            "gradients": run.width * (parameters if whole_gradients else 0 if run.zero == 1 else share),
+            "optimizer": 0 if run.offload else 12 * share, "host": 16 * share if run.offload else 0,
+        }  # fmt: skip
+    if run.stack == "megatron":
+        master = 4 if run.dtype == "bf16" else 0
+        optimizer = (master + moments) * parameters // (run.dp if run.distributed_optimizer else 1)
+        return {"weights": run.width * parameters, "gradients": 4 * parameters, "optimizer": optimizer, "host": 0}
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": moments * parameters, "host": 0}
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def norm(traits: Traits, run: Training, values: int, readers: int) -> int:
+    """A norm's input and its output, `values` numbers each, which the products that read it keep. Under autocast each of these
+    `readers` has a bf16 copy of its own."""
+    inputs, outputs = run.residual, run.width * (readers if run.autocast else 1)
+    if traits.rms_norm and run.stack != "megatron":  # in transformers several operators
+        if run.residual == 2:
+            inputs = 6 if traits.relative_biases else 4  # in fp32 (LlamaRMSNorm, T5LayerNorm), and T5's in bf16 too
+        outputs += run.residual  # the quotient, before it is multiplied by the weight
+    return values * (inputs + outputs) // run.whole
+
+
+def attention(block: Block, traits: Traits, run: Training, queries: int, keys: int, cross: bool = False) -> int:
+    """An attention of `queries` to `keys` positions per sample, with its norm."""
+    tokens, sources = run.micro_batch * queries, run.micro_batch * keys
+    kept = 2 * block.inner * tokens + 2 * block.kv_inner * sources  # queries and output, keys and values
+    if traits.rotary and run.stack == "megatron":  # the values are a view of the product: all of it stays, and what is rotated
+        kept += block.inner * tokens + block.kv_inner * sources
+    if traits.relative_biases and run.stack != "megatron":
+        kept += masked_biases(block, run, queries, keys)
+    split = run.width * kept + 4 * block.heads * tokens  # and the logarithm of each softmax's sum
+    values = tokens * block.hidden
+    whole = norm(traits, run, values, 1 if traits.fused_qkv or cross else 3) + run.dropout * values // run.whole
+    if cross and run.autocast:
+        whole += 2 * run.width * sources * block.hidden  # copies of the encoder's output for keys and for values
+    return whole + split // run.tp
+
+
+def masked_biases(block: Block, run: Training, queries: int, keys: int) -> int:
+    """Numbers in relative biases with the mask, aligned: one tensor of transformers in each layer, of megatron for all."""
+    return run.micro_batch * block.heads * queries * -(-keys // 8) * 8
+
+
+def mlp(block: Block, traits: Traits, run: Training) -> int:
+    """An MLP with its norm."""
+    tokens = run.micro_batch * block.tokens
+    if block.gated:  # both halves of the first product, the activation, their product
+        width = (3 if run.transformer_engine else 5 if run.stack == "megatron" else 4) * run.width
+    else:  # the first product and the activation
+        width = 2 * run.width
+    if traits.python_gelu and run.stack != "megatron":
+        width += 4 * run.residual - run.width
+    if traits.inner_dropout and run.dropout:
+        width += 1 + run.width * block.gated
+    values = tokens * block.hidden
+    whole = norm(traits, run, values, 2 if block.gated else 1) + run.dropout * values // run.whole
+    return whole + tokens * block.ffn * width // run.tp
+
+
+def layer(block: Block, traits: Traits, run: Training) -> int:
+    """What a layer keeps of a micro batch from its forward to its backward pass."""
+    over_itself, *cross = block.attention
+    kept = attention(block, traits, run, over_itself.queries, over_itself.keys) + mlp(block, traits, run)
+    return kept + sum(attention(block, traits, run, one.queries, one.keys, cross=True) for one in cross)
+
+
+def layer_backward(block: Block, traits: Traits, run: Training) -> int:
+    """What the backward pass of a layer needs at its peak, the second product of its MLP, beside what was kept: gradients of
+    its output, its input and its weight. The layer's own input waits for the gradient that passes by."""
+    values = run.micro_batch * block.tokens * block.hidden
+    gradients = values * (run.residual + run.dropout * run.width) // run.whole
+    gathered = values * run.width if run.whole > 1 else 0
+    inner = run.micro_batch * block.tokens * block.ffn * run.width * (2 if block.gated else 1) // run.tp
+    weight = 0 if run.transformer_engine else block.hidden * block.ffn * run.width // run.tp  # else added to fp32 at once
+    product = gathered + inner + weight
+    rows = rows_sum_buffer(run.micro_batch * block.tokens, block.ffn // run.tp) if traits.biases else 0
+    return gradients + max(product, rows)
+
+
+def rows_sum_buffer(rows: int, columns: int) -> int:
+    """What torch needs to add up the rows of a matrix on an H100, as for a bias's gradient: a partial sum per thread
+    (aten/src/ATen/native/cuda/Reduce.cuh, setReduceConfig and global_memory_size: 132 x 16 blocks of 32 x 4 threads, each
+    for four columns)."""
+    blocks = max(min(-(-132 * 16 // -(-columns // 128)), -(-rows // 64)), -(-rows // 1024))
+    return 4 * columns * 32 * 4 * blocks
+
+
+def ends(work: Workload, traits: Traits, run: Training) -> int:
+    """What is kept outside the layers: the dropout of the embeddings, and the norm after the last layer."""
+    values = [run.micro_batch * block.tokens * block.hidden for block in work.blocks]
+    kept = sum(norm(traits, run, size, 1) + run.dropout * size // run.whole for size in values)
+    if traits.relative_biases and run.stack == "megatron":
+        encoder = work.blocks[0]
+        kept += run.width * masked_biases(encoder, run, encoder.tokens, encoder.tokens) // run.tp
+    return kept
+
+
+def logits(work: Workload, run: Training) -> int:
+    """Logits, over which common/training/loss.py writes their gradient."""
+    return int(run.micro_batch * work.logit_tokens) * work.vocab * run.width // run.tp
+
+
+def chunks_in_flight(run: Training, first: bool) -> int:
+    """Of how many chunks of layers the first or the last pipeline stage holds activations: 1F1B (arXiv:2205.05198, section
+    4.2.3) and its interleaved form (num_warmup_microbatches of megatron/core/pipeline_parallel/schedules.py, and the one that
+    runs)."""
+    if run.vpp == 1:
+        chunks = run.pp if first else 1
+    else:
+        chunks = (run.vpp - 1) * run.pp + 1 + (2 * (run.pp - 1) if first else 0)
+    return min(chunks, run.accumulate * run.vpp)
+
+
+def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> dict[str, int]:
+    """Activations, gradients of activations and weights, and autocast's copies at the moments that may be the peak.
+
+    `parameters`: those of this rank. With pp, "head" and "forward" are moments of the last stage, the layers' of the first.
     """
-    width = 2 if dtype == "bf16" else 4  # bytes of a weight, gradient or activation
-    embedding = vocab * hidden
-    body = parameters - embedding * (1 if tied else 2)
-    local = parameters // tp if pp == 1 else (body // pp + embedding) // tp  # parameters of the first stage
-    host = 0
+    tied_weights = work.vocab * work.hidden // run.tp
+    full = [layer(block, traits, run) for block in work.blocks]
+    entry = [run.residual * run.micro_batch * block.tokens * block.hidden // run.whole for block in work.blocks]
+    alive = [block.count * size for block, size in zip(work.blocks, entry if run.recompute else full, strict=True)]
+    chunks = run.pp * run.vpp
+    products = parameters - (0 if work.tied else tied_weights)  # the embedding is no product
+    copies, copies_of_one = (2 * products, 2 * work.blocks[0].parameters) if run.autocast else (0, 0)
+    forward = sum(alive) * chunks_in_flight(run, first=False) // chunks + ends(work, traits, run) + logits(work, run)
+    weight = 0 if run.transformer_engine else tied_weights * run.width
+    hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
+    found = {"forward": forward + copies}
+    found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
+    # the gradient of tied weights waits for that of the embedding
+    waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
+    for number, block in enumerate(work.blocks):
+        size = sum(alive[: number + 1]) * chunks_in_flight(run, first=True) // chunks
+        if run.recompute:
+            size += full[number] - entry[number]
+        size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting
+        found[f"layers {number}"] = size
+    return found
 
-    if stack == "megatron":
-        share = dp if distributed_optimizer else 1
-        weights, gradients = width * local, 4 * local
-        optimizer = (12 if dtype == "bf16" else 8) * local // share
-    elif stack == "deepspeed" and zero_stage:
-        layer = (body // layers) // tp
-        largest = max(layer, embedding // tp)
-        weights = width * local if zero_stage < 3 else width * (local // dp + largest)
-        gradients = {1: width * local, 2: width * local // dp, 3: width * largest}[zero_stage]
-        partition, optimizer = 4 * local // dp, 12 * local // dp
-        if offload:
-            host, optimizer = partition + optimizer, 0
-        else:
-            gradients += partition
-    else:  # fp32 weights, gradients and moments; bf16 runs under autocast. deepspeed's stage 0 does the same
-        weights, gradients, optimizer = 4 * local, 4 * local, 8 * local
 
-    tokens = seq_len * micro_batch
-    ffn, kv = ffn or 4 * hidden, kv_hidden or hidden
-    whole = tokens * hidden * (4 * width + (2 if dropout else 0))  # inputs of norms, qkv, MLP; dropout masks
-    split = tokens * width * (2 * hidden + 2 * kv + (4 if gated else 2) * ffn)  # q, k, v, output; MLP
-    layer_bytes = (whole // tp if sequence_parallel else whole) + split // tp
-    stored = tokens * hidden * width // (tp if sequence_parallel else 1) if recompute else layer_bytes
-    in_flight = min(pp, max(1, accumulate))  # micro batches whose activations the first stage holds
-    stage = layers // pp * stored
-    activations = in_flight * stage + (layer_bytes if recompute else 0)
-    autocast = stack == "baseline" or stack == "deepspeed" and not zero_stage
-    if autocast and dtype == "bf16":
-        activations += 2 * local  # autocast's copies of the weights live until the backward pass
-    # fp32 logits (arXiv:2205.05198, section 4.3: 4sbv/t), their gradient, and in a bf16 run the model's own.
-    logits = int(predicted * tokens) * vocab // tp * (8 if dtype == "fp32" else 10)
+# ---- beside them -----------------------------------------------------------------------------------------------------
 
-    last_stage = activations - (in_flight - 1) * stage + logits
-    total = weights + gradients + optimizer + (max(activations, last_stage) if pp > 1 else activations + logits)
-    return {
-        "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations,
-        "logits": logits, "total": total, "host": host,
-    }  # fmt: skip
+BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements: reduce_bucket_size in common/stacks/zero.py
+LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered (stage3_max_live_parameters of deepspeed/runtime/zero/config.py)
+
+
+def buffers(work: Workload, run: Training, parameters: int) -> int:
+    """What the stack allocates for communication, and the parameters that ZeRO 3 has gathered."""
+    if run.transformer_engine:  # empty gradients, one per shape, in place of those that are added to fp32 at once
+        block = work.blocks[0]
+        return run.width * block.parameters // run.tp
+    if not run.zero:
+        return 0
+    buckets = run.width * min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp)) * (2 if run.dp > 1 else 1)
+    if run.zero < 3:
+        return buckets
+    return buckets + run.width * max(min(LIVE, parameters), work.blocks[-1].parameters)
+
+
+def optimizer_moment(work: Workload, run: Training, parameters: int) -> int:
+    """Bytes in all while the optimizer steps, without activations."""
+    held = states(run, parameters)
+    start = held["weights"] + held["optimizer"]
+    if run.zero:
+        return start + 8 * parameters // run.dp  # the rank's share of the gradients, in fp32, and of the new weights
+    block = work.blocks[0]
+    largest = max(work.vocab * work.hidden, block.ffn * block.hidden)
+    more = {"adamw": 0, "lamb": 3 * 4 * parameters, "adafactor": 3 * 4 * largest}[run.optimizer]  # common/training/
+    return start + held["gradients"] + more
+
+
+def ddp_moment(run: Training, parameters: int) -> int:
+    """Bytes in all while torch's DDP moves the gradients to new buckets, in the order of the backward pass: in the second
+    step, before its forward pass (torch/csrc/distributed/c10d/reducer.cpp, rebuild_buckets)."""
+    held = states(run, parameters)
+    copies = 2 if run.stack == "baseline" and run.dp > 1 else 1
+    return held["weights"] + held["optimizer"] + copies * held["gradients"]
+
+
+# ---- in all ----------------------------------------------------------------------------------------------------------
+
+UNUSED = 0.03  # of the peak: what the allocator with expandable segments reserves beside it (docs/memory.md)
+CONTEXT = 2**29  # the CUDA context with the kernels that are loaded: about half a GiB (pytorch/pytorch issue 107667)
+NCCL = 2**29  # each communicator: 544 to 688 MB on A100 (NVIDIA/nccl issue 964)
+
+
+def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
+    """Bytes on the GPU that needs the most.
+
+    PARTS at the peak; `total`, the peak of the allocator; BESIDE, what a GPU must have besides; `required`, all of it; `host`,
+    CPU memory for offloaded states.
+    """
+    tables = work.vocab * work.hidden
+    body = run.parameters - tables * (1 if work.tied else 2)
+    parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
+    found = states(run, parameters) | {"buffers": buffers(work, run, parameters)}
+    found["activations"] = max(moments(work, traits, run, parameters).values())
+    peak = sum(found[part] for part in PARTS)
+    if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1:
+        # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
+        peak = max(peak, peak - found["optimizer"] + found["gradients"])
+    found["total"] = max(peak, optimizer_moment(work, run, parameters), ddp_moment(run, parameters))
+    found |= {"unused": int(UNUSED * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
+    found["required"] = found["total"] + sum(found[part] for part in BESIDE)
+    return found
+
+
+def communicators(run: Training) -> int:
+    """Groups of more than one rank, of which each has a communicator of NCCL: all ranks, and those of the stack."""
+    if run.dp * run.tp * run.pp == 1:
+        return 0
+    own = [run.dp, run.tp, run.pp] if run.stack == "megatron" else [run.dp] if run.stack == "deepspeed" else []
+    return 1 + sum(size > 1 for size in own)
 
 
 def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
     """`estimate` for a resolved model that `cfg` trains on `world` ranks. BadInput as in layout_for."""
-    shared, system = layout_for(cfg, stack, world), getattr(cfg, stack)
-    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute")
-    return estimate(
-        stack=stack, parameters=model.parameter_count(), hidden=model.hidden, seq_len=cfg.data.seq_len,
-        vocab=model.vocab_size, micro_batch=shared.micro_batch, dtype=cfg.train.dtype, dropout=model.dropout > 0,
-        **({"layers": model.layers} | model.layer_shapes(cfg.data)),
-        dp=shared.dp, tp=shared.tp, pp=shared.pp, accumulate=shared.accumulate,
+    return estimate(model.workload(cfg.data), model.traits(), training(cfg, model, stack, world))
+
+
+def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
+    layout, system = layout_for(cfg, stack, world), getattr(cfg, stack)
+    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute", "vpp", "transformer_engine")
+    return Training(
+        stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
+        dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
+        dp=layout.dp, tp=layout.tp, pp=layout.pp,
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

@@ -22,6 +22,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.errors import BadInput
+from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
@@ -139,9 +140,9 @@ class ResolvedModel(Model):
     vocab_size: Positive
     pair_head: bool
 
-    def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """Shapes of the layers from which common/planning/memory.py estimates memory."""
-        return {"ffn": self.ffn, "kv_hidden": self.hidden, "tied": True, "predicted": MASK_SHARE}
+    def traits(self) -> Traits:
+        """What takes memory in the layers (common/planning/memory.py)."""
+        return Traits(biases=True)
 
     def workload(self, data: config.Data) -> Workload:
         """The shapes from which common/planning/step_time.py predicts the time of a step."""

@@ -17,6 +17,7 @@ from pydantic import Field
 from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
+from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
@@ -146,10 +147,9 @@ class ResolvedModel(Model):
     vocab_size: Positive
     tied: bool
 
-    def layer_shapes(self, data: config.Data) -> dict[str, Any]:
-        """Shapes of the layers from which common/planning/memory.py estimates memory."""
-        kv_hidden = self.hidden * self.kv_heads // self.heads
-        return {"ffn": self.ffn, "kv_hidden": kv_hidden, "gated": self.arch == "llama", "tied": self.tied}
+    def traits(self) -> Traits:
+        """What takes memory in the layers (common/planning/memory.py)."""
+        return Traits(fused_qkv=True, biases=True) if self.arch == "gpt2" else Traits(rms_norm=True, rotary=True)
 
     def workload(self, data: config.Data) -> Workload:
         """The shapes from which common/planning/step_time.py predicts the time of a step."""

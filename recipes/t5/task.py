@@ -21,6 +21,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.errors import BadInput
+from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
 from common.training.loss import cross_entropy
 
@@ -137,11 +138,9 @@ class ResolvedModel(Model):
     ffn: Positive
     vocab_size: Positive
 
-    def layer_shapes(self, data: Data) -> dict[str, Any]:
-        """Shapes from which common/planning/memory.py estimates memory. A decoder layer holds S positions and attends twice."""
-        decoder = self.decoder_layers * data.target_len * 1.5 / data.seq_len
-        return {"layers": max(1, round(self.layers + decoder)), "ffn": self.ffn, "kv_hidden": self.heads * self.kv_channels,
-                "gated": self.gated, "tied": not self.gated, "predicted": data.target_len / data.seq_len}  # fmt: skip
+    def traits(self) -> Traits:
+        """What takes memory in the layers (common/planning/memory.py)."""
+        return Traits(rms_norm=True, relative_biases=True, inner_dropout=True, python_gelu=self.gated)
 
     def workload(self, data: Data) -> Workload:
         """The shapes from which common/planning/step_time.py predicts the time of a step: encoder and decoder."""
