@@ -88,6 +88,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
     renamed: ClassVar[dict[str, str]] = {}  # keys of earlier versions -> their names now
+    absent: ClassVar[dict[str, Any]] = {}  # keys that earlier versions lacked -> the value that is what they did
 
     @classmethod
     def resume_keys(cls) -> Set[str]:
@@ -387,7 +388,7 @@ def under_names_now(values: dict[str, Any], schema: type[Config]) -> dict[str, A
     values = {name_now(key, schema): value for key, value in values.items()}
     for section, kind in sections(schema).items():
         if isinstance(values.get(section), dict):
-            values[section] = {kind.renamed.get(key, key): value for key, value in values[section].items()}
+            values[section] = kind.absent | {kind.renamed.get(key, key): value for key, value in values[section].items()}
     phases = values.get("phases")
     if isinstance(phases, list):
         values["phases"] = [
@@ -554,6 +555,9 @@ def _phase_problems(cfg: Config) -> Iterator[str]:
         if "optim.begin_step" in changes and falls_to_min and "optim.decay_steps" not in changes:
             yield f"{where}: optim.begin_step begins a schedule; give its optim.decay_steps (counted from there)"
         yield from (f"{where}: {problem}" for problem in cfg.model.phase_problems(cfg.data, view.data))
+        if getattr(cfg.data, "length_window", 0):  # a window may reach over the end of a phase
+            for key in sorted({"train.global_batch", "data.seq_len", "data.target_len"} & changes.keys()):
+                yield f"{where}: {key} changes, and with it the order that data.length_window gives; give data.length_window=0"
 
 
 def _phase_keys(schema: type[Config]) -> list[str]:

@@ -11,6 +11,7 @@ from common import config, config_help, families
 from common.config import Config, Section, sections
 from common.errors import exit_cleanly
 from common.paths import ROOT
+from common.training import finetuning
 
 PAGE = ROOT / "docs/configs.md"
 HEAD = """\
@@ -38,6 +39,8 @@ def parts(names: list[str]) -> dict[str, str]:
     shared |= {name: kind for name, kind in sections(Config).items() if kind is not config.Data}
     parts_of_page = {"## All families": ""} | {f"### {name}": _table(name, kind, own=False) for name, kind in shared.items()}
     parts_of_page |= _loose()
+    every_task = {"data": finetuning.Data, "task": finetuning.Task}
+    parts_of_page |= {f"### {name}, finetuning": _table(name, kind, own=True) for name, kind in every_task.items()}
     for family in names:
         for module, what in (("task", "pretraining"), ("finetune", "finetuning")):
             if not (ROOT / "recipes" / family / f"{module}.py").is_file():

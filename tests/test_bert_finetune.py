@@ -32,7 +32,7 @@ TEXT = """\
 init: {from: FOLDER}
 task: {name: NAME, data: DATA}
 model: {dropout: 0.0}
-data: {seq_len: 48}
+data: {seq_len: 48, length_window: 0}
 optim: {lr: 5.0e-4, warmup_steps: 2, schedule: linear, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
 train: {steps: 20, global_batch: 8, eval_every: 5, save_every: 10}
 baseline: {micro_batch: 2}

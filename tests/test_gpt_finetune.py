@@ -40,7 +40,7 @@ SEQ = 96
 TEXT = """\
 init: {from: FOLDER}
 task: {name: NAME, data: DATA, answers: 4, max_new_tokens: 8}
-data: {seq_len: 96}
+data: {seq_len: 96, length_window: 0}
 optim: {lr: 5.0e-4, warmup_steps: 2, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
 train: {steps: 20, global_batch: 8, eval_every: 10, save_every: 10}
 baseline: {micro_batch: 2}

@@ -30,7 +30,7 @@ TEXT = """\
 init: {from: FOLDER}
 task: {name: NAME, data: DATA, split: SPLIT, beams: 3, generation_batch_size: 8}
 model: {dropout: 0.0}
-data: {seq_len: 40, target_len: 24}
+data: {seq_len: 40, target_len: 24, length_window: 0}
 optim: {lr: 2.0e-3, warmup_steps: 2, schedule: linear, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-5}
 train: {steps: 20, global_batch: 8, eval_every: 5, save_every: 10}
 baseline: {micro_batch: 2}

@@ -5,17 +5,18 @@ OUT/predictions/   its predictions, in the formats of the benchmarks
 OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from common import config
-from common.config import Positive, Section
+from common.config import Count, Positive, Section
 from common.contract import Dataset, FinetuningFamily
 from common.data import batches
 from common.errors import BadInput
@@ -44,9 +45,21 @@ class Task(Section):
     )
 
 
+class Data(config.Data):
+    """The keys of the section `data` that every family has."""
+
+    length_window: Count = Field(
+        default=50,
+        description="Steps whose samples are drawn together and sorted by length, so that the samples of a step have similar "
+        "lengths and little padding; the steps keep a random order. 0: every step has samples of any length.",
+    )
+    absent: ClassVar[dict[str, Any]] = {"length_window": 0}
+
+
 class Config(config.Config):
     """The config of a finetuning run."""
 
+    data: Data
     task: Task
 
 
@@ -55,6 +68,14 @@ def settings[C: Config](run: Run, schema: type[C]) -> C:
     if not isinstance(run.cfg, schema):
         raise TypeError(f"a config of type {schema.__name__} is needed, not {type(run.cfg).__name__}")
     return run.cfg
+
+
+def pad_multiple(cfg: Config, stack: str) -> int:
+    """Of what the length of a micro batch is a multiple: of 8 for tensor cores (NVIDIA, "Train With Mixed Precision"), of tp
+    where sequence parallelism divides the positions. Without data.length_window always of 8, as in earlier versions."""
+    multiple = 8 if cfg.train.dtype == "bf16" or not cfg.data.length_window else 1
+    divided = stack == "megatron" and cfg.megatron.sequence_parallel
+    return math.lcm(multiple, cfg.megatron.tp if divided else 1)
 
 
 def validation_set(run: Run) -> Dataset:

@@ -132,7 +132,7 @@ class ResolvedModel(task.ResolvedModel, Model):
         return super().parameter_count() - mlm_head + pooler + len(self.labels) * (h + 1)
 
 
-class Data(config.Data):
+class Data(finetuning.Data):
     """Splits of the task's dataset."""
 
     train: Literal["train"] = Field(default="train", description="Split that is trained on.")
@@ -199,7 +199,8 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
             tokenizer_dir=folder, tokenizer=tokenizer, special=special, seq_len=cfg.data.seq_len,
             pad_to_seq_len=stack == "megatron" and cfg.megatron.pp > 1, seed=cfg.train.seed, shuffle=shuffle,
             subset=t.train_examples if shuffle else None, stride=t.stride, question_len=t.question_len,
-            null_threshold=t.null_threshold,
+            null_threshold=t.null_threshold, length_window=cfg.data.length_window, global_batch=cfg.train.global_batch,
+            pad_multiple=finetuning.pad_multiple(cfg, stack),
         )
     )  # fmt: skip
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from common import config
 from common.config import Count, FilePath, Positive
 from common.data import examples
 from common.data.tokenizer import Tokenizer
@@ -92,7 +91,7 @@ class ResolvedModel(task.ResolvedModel, Model):
     """A model with all defaults filled in, as in the config.yaml of a run."""
 
 
-class Data(config.Data):
+class Data(finetuning.Data):
     """train and valid name files in task.data (with or without their endings), or splits of a dataset."""
 
     train: FilePath = Field(
@@ -211,7 +210,10 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     # Megatron's pipeline stages expect samples of one length, and its sequence parallelism divides that length by tp
     pad_to_seq_len = d.pack or stack == "megatron" and (cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel)
     notes = [*(source.notes if shuffle else []), *notes]
-    order = {"seed": cfg.train.seed, "shuffle": shuffle, "notes": notes}
+    order = {
+        "seed": cfg.train.seed, "shuffle": shuffle, "notes": notes, "pad_multiple": finetuning.pad_multiple(cfg, stack),
+        "length_window": 0 if d.pack else d.length_window, "global_batch": cfg.train.global_batch,  # packed samples are full
+    }  # fmt: skip
     return samples.Packed(corpus, ids, is_target, pieces, d.seq_len, pad_id, restart, pad_to_seq_len, **order)
 
 

@@ -28,7 +28,6 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 VALID_SHARE, VALID_SEED = 0.05, 1234  # share of train that becomes the validation set if there is none, and seed of the draw
 OTHER_NAMES = {"valid": ("validation", "dev")}  # names of a split that are also accepted
-PAD_MULTIPLE = 8  # an unpacked micro batch is padded to its longest sample, rounded up to a multiple of this
 
 # For a tokenizer without a chat template. Roles are plain words, since its vocabulary has no special tokens for them.
 # eos_token ends an answer.
@@ -337,8 +336,7 @@ class Packed(examples.Examples):
         (B, T)."""
         samples = [self.pieces[i] for i in self.indices(numbers).tolist()]
         lengths = np.array([sum(end - begin for begin, end in pieces) for pieces in samples])
-        longest = -(-(int(lengths.max()) - 1) // PAD_MULTIPLE) * PAD_MULTIPLE
-        width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, longest)
+        width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, self.rounded(int(lengths.max()) - 1))
         shape = (len(samples), width + 1)
         tokens, is_target = np.full(shape, self.pad_id, np.int64), np.zeros(shape, bool)
         segment, position = np.zeros(shape, np.int32), np.zeros(shape, np.int64)

@@ -6,7 +6,6 @@ A family module like task.py, from which it imports what does not change. The ta
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from common import config
 from common.config import FilePath, Positive, Share
 from common.data import examples
 from common.errors import BadInput
@@ -78,7 +76,7 @@ class ResolvedModel(task.ResolvedModel, Model):
     """A model with all defaults filled in, as in the config.yaml of a run."""
 
 
-class Data(config.Data):
+class Data(finetuning.Data):
     """Splits of the task's dataset, and maximum lengths."""
 
     train: Literal["train"] = Field(default="train", description="Split that is trained on.")
@@ -189,12 +187,11 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
         notes += [text.unknown_note(count, len(used), f"{what} of {split}")] if count else []
     largest = max(int(flat.max(initial=0)) for flat, _ in (sources, targets))
     source = examples.Source(f"{cfg.task.name} {split}", pairs.hash, folder, tokenizer, largest)
-    # also a multiple of tp, since sequence parallelism divides the positions among the tp ranks
-    divided = stack == "megatron" and cfg.megatron.sequence_parallel
-    multiple = math.lcm(finetune_samples.PAD_MULTIPLE, cfg.megatron.tp if divided else 1)
     return finetune_samples.Samples(
         source, (sources, targets), eos=tokenizer.eod_id, pad=tokenizer.pad_id or 0, seq_len=cfg.data.seq_len,
-        target_len=cfg.data.target_len, multiple=multiple, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
+        target_len=cfg.data.target_len, seed=cfg.train.seed, shuffle=shuffle, notes=notes,
+        length_window=cfg.data.length_window, global_batch=cfg.train.global_batch,
+        pad_multiple=finetuning.pad_multiple(cfg, stack),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from common.data import batches, examples
 from common.data.tokenizer import Tokenizer
 
-PAD_MULTIPLE = 8  # a micro batch is padded to its longest input and target, rounded up to a multiple of this
 CHUNK = 10_000  # texts per call of the tokenizer
 Ids = tuple[np.ndarray, np.ndarray]  # the concatenated ids of N texts, and where each text starts (N + 1,)
 
@@ -19,10 +18,10 @@ class Samples(examples.Examples):
     """Inputs and targets, each ending with the end-of-sequence token."""
 
     def __init__(self, source: examples.Source, ids: tuple[Ids, Ids], *, eos: int, pad: int, seq_len: int, target_len: int,
-                 multiple: int, **order: Any):  # fmt: skip
+                 **order: Any):  # fmt: skip
         super().__init__(source, np.diff(ids[0][1]) + np.diff(ids[1][1]), **order)
         (self.sources, self.targets), self.eos, self.pad = ids, eos, pad
-        self.seq_len, self.target_len, self.multiple = seq_len, target_len, multiple
+        self.seq_len, self.target_len = seq_len, target_len
 
     def collate(self, numbers: np.ndarray | range) -> batches.MicroBatch:
         """As samples.Samples.collate: inputs (B, T) and targets (B, S) int64, input_lengths (B,), loss_mask (B, S) bool,
@@ -40,7 +39,7 @@ class Samples(examples.Examples):
         """Ids (B, T) int64 of these texts, truncated to `limit` tokens with the end of sequence, and their lengths (B,)."""
         flat, starts = ids
         lengths = np.array([min(int(starts[i + 1] - starts[i]) + 1, limit) for i in indices])
-        width = min(limit, -(-int(lengths.max()) // self.multiple) * self.multiple)
+        width = min(limit, self.rounded(int(lengths.max())))
         padded = np.full((len(indices), width), self.pad, np.int64)
         for row, (i, length) in enumerate(zip(indices, lengths.tolist(), strict=True)):
             padded[row, : length - 1] = flat[starts[i] : starts[i] + length - 1]

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]
 
 MIN_SEQ_LEN = 8  # tokens of a sequence
-PAD_MULTIPLE = 8  # a micro batch is padded to its longest sequence, rounded up to a multiple of this
 SUBSET_SEED = 1234
 Texts = Sequence[list[int]]  # ids of the one or two texts of a sequence
 
@@ -59,6 +58,9 @@ class Split(NamedTuple):
     pad_to_seq_len: bool  # needed because pipeline stages pass hidden states of one length
     seed: int
     shuffle: bool
+    length_window: int  # steps whose samples are sorted by length
+    global_batch: int
+    pad_multiple: int
     subset: int | None = None  # number of examples to use, drawn with SUBSET_SEED; None: all
     stride: int = 128  # question answering: tokens by which the window moves over a context
     question_len: int = 64  # question answering: tokens of a question
@@ -74,7 +76,10 @@ class TaskDataset(examples.Examples):
         """lengths: (N,) tokens per example. largest: the largest token id."""
         name = f"{split.task} {split.name}"
         source = examples.Source(name, content_hash, split.tokenizer_dir, split.tokenizer, largest)
-        super().__init__(source, lengths, seed=split.seed, shuffle=split.shuffle, notes=notes)
+        super().__init__(
+            source, lengths, seed=split.seed, shuffle=split.shuffle, notes=notes, length_window=split.length_window,
+            global_batch=split.global_batch, pad_multiple=split.pad_multiple,
+        )  # fmt: skip
         self.special, self.seq_len, self.pad_to_seq_len = split.special, split.seq_len, split.pad_to_seq_len
 
     @classmethod
@@ -86,8 +91,7 @@ class TaskDataset(examples.Examples):
         """Ids of one or two texts per sequence -> tokens, token_types (B x C, T) int64, lengths (B x C,) int64: [CLS] first
         [SEP], or [CLS] first [SEP] second [SEP]. T is the longest length, rounded up, or with pad_to_seq_len it is seq_len."""
         lengths = np.array([sum(map(len, texts)) + len(texts) + 1 for texts in sequences])
-        rounded = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, rounded)
+        width = self.seq_len if self.pad_to_seq_len else min(self.seq_len, self.rounded(int(lengths.max())))
         tokens = np.full((len(sequences), width), self.special.pad, np.int64)
         types = np.zeros_like(tokens)
         for row, texts in enumerate(sequences):
