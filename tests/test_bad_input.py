@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Drive, case, launch_script, losses
+from conftest import LEFT_OUT, ROOT, Drive, case, launch_script, losses
 
-from common import preflight
+from common import families, preflight
 from common.checkpoints import checkpoint, run_record, state
 from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput, exit_cleanly
@@ -984,13 +984,14 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     before = unchanged()
     output = drive(cases, 1)
     for name, words in messages.items():
-        assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
+        if place / name not in LEFT_OUT:
+            assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
     assert unchanged() == before
 
 
-def pretrain(place: Path, out: Path, *overrides: str, stack: str = "baseline") -> tuple[int, list[str]]:
-    """One process by the launch script: exit code and stderr."""
-    script = ROOT / f"recipes/gpt/{stack}/pretrain.sh"
+def pretrain(place: Path, out: Path, *overrides: str) -> tuple[int, list[str]]:
+    """One process by the launch script of the first stack: exit code and stderr."""
+    script = ROOT / f"recipes/gpt/{families.stacks('gpt')[0]}/pretrain.sh"
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = ["bash", str(script), str(place / "tiny.yaml"), str(out), *overrides]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
@@ -1072,8 +1073,9 @@ def test_a_beginning_that_is_none_is_named(family: str, tmp_path: Path):
     config, other = FINETUNING[family]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": other}), encoding="utf-8")
     for start, message in (("nowhere", "no config.json there"), (tmp_path, f"is a {other!r} model; give one of")):
-        command = ["bash", f"recipes/{family}/baseline/finetune.sh", f"recipes/{family}/configs/{config}.yaml"]
-        command += [str(tmp_path / "out"), "--dry-run", f"init.from={start}"]
+        script = f"recipes/{family}/{families.stacks(family)[0]}/finetune.sh"
+        words = [f"recipes/{family}/configs/{config}.yaml", str(tmp_path / "out"), "--dry-run", f"init.from={start}"]
+        command = ["bash", script, *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and f"error: init.from={start}: {message}" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1

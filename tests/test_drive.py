@@ -19,10 +19,14 @@ def test_a_failed_run_fails_what_reads_it_alone(drive, settings, tmp_path: Path)
         case("baseline", "tiny", tmp_path / "third", steps),
     ]
     drive(cases, 2)
-    first, second, third = (losses(tmp_path / name) for name in ("first", "second", "third"))
-    assert sorted(first) == sorted(second) == sorted(third) == [1, 2]
-    assert abs(first[2]["loss"] - third[2]["loss"]) <= 1e-5
-    for name, message in (("broken", "'common.errors' has no attribute 'main'"), ("refused", "exit code 2: .*global_batch")):
-        with pytest.raises(pytest.fail.Exception, match=message):
-            finished(tmp_path / name)
-        del conftest.FAILED[tmp_path / name]
+    try:
+        first, second, third = (losses(tmp_path / name) for name in ("first", "second", "third"))
+        assert sorted(first) == sorted(second) == sorted(third) == [1, 2]
+        assert abs(first[2]["loss"] - third[2]["loss"]) <= 1e-5
+        messages = {"broken": "'common.errors' has no attribute 'main'", "refused": "exit code 2: .*global_batch"}
+        for name, message in messages.items():
+            with pytest.raises(pytest.fail.Exception, match=message):
+                finished(tmp_path / name)
+    finally:
+        for name in ("broken", "refused"):
+            conftest.FAILED.pop(tmp_path / name, None)

@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, case, losses
+from conftest import ROOT, case, finished, launch_script, losses
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
@@ -263,7 +263,7 @@ def test_follows_the_reference_loop(runs, reference, kind, layout):
 
 
 def valids(out: Path) -> dict[int, dict]:
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (finished(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line for line in lines if "valid_loss" in line}
 
 
@@ -295,7 +295,7 @@ def test_the_export_is_the_best_and_has_its_loss(runs, folders, data, kind, layo
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_export_writes_conversations_as_it_was_taught(runs, folders, arch):
-    words, chat = AutoTokenizer.from_pretrained(runs / f"sft_{arch}/baseline/hf"), chats(3, 5)[2]
+    words, chat = AutoTokenizer.from_pretrained(finished(runs / f"sft_{arch}/baseline") / "hf"), chats(3, 5)[2]
     template = CHATML if arch == "tiny_llama" else samples.DEFAULT_TEMPLATE
     expected = AutoTokenizer.from_pretrained(folders[arch]).apply_chat_template(chat, chat_template=template, return_dict=False)
     assert words.apply_chat_template(chat, return_dict=False) == expected
@@ -305,7 +305,7 @@ def test_the_export_writes_conversations_as_it_was_taught(runs, folders, arch):
 @pytest.mark.parametrize("which", ["sft_tiny_llama/baseline", "sft_tiny/zero1", "sft_tiny/pp2", "lora_tiny/zero1"])
 def test_the_best_checkpoint_answers(runs, data, which):
     """By transformers' own template and generate: the last answer of each of valid's first conversations with room for one."""
-    out, arch = runs / which, "tiny_llama" if "llama" in which else "tiny"
+    out, arch = finished(runs / which), "tiny_llama" if "llama" in which else "tiny"
     words, net = AutoTokenizer.from_pretrained(out / "hf"), AutoModelForCausalLM.from_pretrained(out / "hf").eval()
     expected = []
     for line in (data / "sft/valid.jsonl").read_text().splitlines()[:-1]:  # the last is of another form
@@ -326,7 +326,7 @@ def test_the_best_checkpoint_answers(runs, data, which):
 
 
 def test_generate_asks_as_it_was_taught(runs):
-    lines = (runs / "sft_tiny/pp2/predictions/valid.jsonl").read_text().splitlines()
+    lines = (finished(runs / "sft_tiny/pp2") / "predictions/valid.jsonl").read_text().splitlines()
     asked, said = next(m for m in (json.loads(line)["messages"] for line in lines) if len(m) == 2)
     words = [runs / "sft_tiny/pp2", "--prompt", asked["content"], "--chat", "--temperature", "0", "--tokens", "8"]
     done = warm.run(["-m", "scripts.generate", *words])
@@ -338,7 +338,7 @@ def test_generate_asks_as_it_was_taught(runs):
 
 def test_an_answer_ends_where_the_turn_does(runs, chatml):
     """<|im_end|> ends a turn and <|endoftext|> a text: the export names both and what the folder named, and readers stop."""
-    out = runs / "pilot"
+    out = finished(runs / "pilot")
     written = json.loads((out / "hf/generation_config.json").read_text())
     end = AutoTokenizer.from_pretrained(out / "hf").convert_tokens_to_ids("<|im_end|>")
     assert end == 513 and written == {"eos_token_id": [0, 5, end], "temperature": 0.6}
@@ -354,7 +354,7 @@ def test_an_answer_ends_where_the_turn_does(runs, chatml):
 
 @pytest.mark.parametrize(("kind", "layout"), [row for row in FOLLOW if row[0].startswith("lora")])
 def test_the_adapter_is_pefts_and_merged_it_is_the_export(runs, folders, kind, layout):
-    out, arch = runs / kind / layout, kind.partition("_")[2]
+    out, arch = finished(runs / kind / layout), kind.partition("_")[2]
     saved = load_file(out / "adapter/adapter_model.safetensors")
     checkpoints = sorted(p.name for p in (out / "best").iterdir())
     files = list((out / "best" / checkpoints[-1]).glob("*.safetensors"))
@@ -393,7 +393,7 @@ def test_a_run_that_gets_worse_ends_early_and_stays_ended(runs):
 
 def test_sigterm_saves_and_the_same_command_continues(configs, tmp_path):
     out = tmp_path / "out"
-    command = ["bash", str(ROOT / "recipes/gpt/megatron/finetune.sh"), str(configs["sft", "tiny"]), str(out)]
+    command = ["bash", str(launch_script("megatron", "finetune")), str(configs["sft", "tiny"]), str(out)]
     env = os.environ | {"NPROC": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "megatron.tp=2", "train.steps=1000000"], env=env)
     while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses(out)) > 2):
@@ -686,7 +686,8 @@ def test_a_hostile_template_is_one_line_in_bounded_time(name, folders, monkeypat
     template, message = HOSTILE[name]
     loaded = tokenizer.load(folders["tiny_llama"])
     loaded.config["chat_template"] = template
-    monkeypatch.setattr(limited_process, "SECONDS", 0.5)
+    if "5 s" in message:
+        monkeypatch.setattr(limited_process, "SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(BadInput, match=re.escape(message.replace("5 s", "0.5 s"))) as refused:
         samples.Template(loaded, "here").encode([CHAT], ["line 1"])
@@ -744,7 +745,7 @@ REFUSED = [
 @pytest.mark.parametrize("row", REFUSED, ids=[row[0][0] for row in REFUSED])
 def test_what_is_refused(row, configs, tmp_path):
     words, message = row
-    script = str(ROOT / "recipes/gpt/megatron/finetune.sh")
+    script = str(launch_script("megatron", "finetune"))
     command = ["bash", script, str(configs["sft", "tiny"]), str(tmp_path / "out"), *words]
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

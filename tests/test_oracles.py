@@ -254,13 +254,14 @@ def own_loop(path: Path, tokens: np.ndarray, folder: Path) -> Iterator[tuple[flo
 
 
 def test_a_loop_that_shares_nothing_with_the_recipe_gives_its_curve(corpus: Path, settings: list[str], tmp_path: Path) -> None:
-    """20 steps from a folder of transformers, against the baseline's training script."""
+    """20 steps from a folder of transformers, against the training script of the first stack, the baseline."""
     folder, out, path = tmp_path / "hf", tmp_path / "out", ROOT / "recipes/gpt/configs/tiny.yaml"
     torch.manual_seed(3)
     dropout: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     shape = GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=4, n_head=4, **dropout)
     GPT2LMHeadModel(shape).save_pretrained(folder)
-    done = warm.run(["-m", "recipes.gpt.baseline.pretrain", path, out, *settings, f"init.from={folder}"], nproc=2)
+    module = f"recipes.gpt.{families.stacks('gpt')[0]}.pretrain"
+    done = warm.run(["-m", module, path, out, *settings, f"init.from={folder}"], nproc=2)
     assert done.returncode == 0, done.stderr
     lines = losses(out)
     expected = list(own_loop(path, read_tokens(corpus / "train"), folder))

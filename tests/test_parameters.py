@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Drive
+from conftest import Drive, finished
 
 from common.checkpoints import parameters
 from common.errors import BadInput
@@ -99,6 +99,7 @@ REFUSED = {
 @pytest.mark.parametrize("run", REFUSED)
 def test_other_parameters_are_refused_before_the_first_step(outcomes: tuple[Path, str], run: str) -> None:
     folder, output = outcomes
+    finished(folder / run)
     assert re.search(rf"CASE {folder / run} code 2 [\d.]+ s {REFUSED[run]}", output), output[-6000:]
     assert not (folder / run).exists()
 
@@ -107,6 +108,7 @@ def test_other_parameters_are_refused_before_the_first_step(outcomes: tuple[Path
 def test_an_export_that_its_class_cannot_load_is_refused(outcomes: tuple[Path, str], run: str) -> None:
     """The class trains on these stacks, and its checkpoint has the norms; the export would be read as a plain Llama."""
     folder, output = outcomes
+    finished(folder / run)
     assert re.search(rf"CASE {folder / run} code 2 [\d.]+ s \S+step_2: {UNKNOWN}", output), output[-6000:]
     assert (folder / run / "step_2" / "model.layers.0.self_attn.q_norm.weight.safetensors").is_file()
     assert not (folder / run / "hf").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import ROOT, launch_script
 
-ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))
 OTHERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if p.name != "table.md")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *OTHERS, *FAMILIES]
@@ -62,6 +62,8 @@ def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
 def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_settings: list[str], tmp_path: Path) -> None:
     words, env = [of_gpt(word) for word in line.words], dict(line.env)
+    for family, stack in re.findall(r"recipes/(\w+)/(baseline|deepspeed|megatron)/", " ".join(words)):
+        launch_script(stack, family=family)
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
         assert (ROOT / words[script]).is_file()

@@ -1,5 +1,6 @@
 """Layout of the repository: scripts that read alike, recipes that copy without an edit, folders that shadow no package."""
 
+import ast
 import os
 import re
 import shutil
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch_script
+
+from common import families
 
 FAMILIES = sorted(p.parent.name for p in (ROOT / "recipes").glob("*/task.py"))
 STACKS = ("baseline", "deepspeed", "megatron")
@@ -43,6 +46,16 @@ def test_common_imports_no_recipe():
         assert not re.search(r"^\s*(from|import) recipes", path.read_text(encoding="utf-8"), re.M), path
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_of_a_recipe_names_no_family(family: str) -> None:
+    """A message of a copy would send its reader to the original. Docstrings may: they describe."""
+    for path in (ROOT / "recipes" / family).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_docstring = isinstance(node, ast.Expr)
+            texts = [] if is_docstring else [str(c.value) for c in ast.iter_child_nodes(node) if isinstance(c, ast.Constant)]
+            assert not any(re.search(r"recipes[/.](bert|gpt|t5)", text) for text in texts), path
+
+
 def test_recipe_folders_shadow_no_package(tmp_path):
     """From inside recipes/gpt, where folders are named deepspeed and megatron, the packages are still the installed ones."""
     code = "import deepspeed, megatron.core; print(deepspeed.__file__, megatron.core.__file__)"
@@ -64,14 +77,15 @@ def copied_checkout(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     copy = folder / "recipes/mine"
     shutil.copytree(folder / "recipes/gpt", copy)
-    shutil.rmtree(copy / "baseline")
-    shutil.rmtree(copy / "megatron")
+    for stack in set(families.stacks("gpt")) - {"deepspeed"}:
+        shutil.rmtree(copy / stack)
     if (ROOT / ".venv").exists():
         (folder / ".venv").symlink_to(ROOT / ".venv")
     return folder
 
 
 def test_a_copied_recipe_trains_without_an_edit(settings, tmp_path):
+    launch_script("deepspeed")
     checkout = copied_checkout(tmp_path)
     config = checkout / "recipes/mine/configs/tiny.yaml"
     config.write_text(config.read_text().replace("layers: 4", "layers: 3"))

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from test_check import CPU, command, run_folder
 
+from common.checkpoints import run_record
 from common.errors import BadInput
 from common.training.log import count
 from scripts import check
@@ -54,6 +56,29 @@ def test_a_table_follows_from_its_records(path: Path) -> None:
         assert valid == f"{[line['valid_loss'] for line in logged if 'valid_loss' in line][-1]:.5f}"
         assert speed == count(speeds[name]) and ratio == f"{speeds[name] / speeds[first]:.2f}"
         assert memory == f"{record['mem_bytes'] / 2**30:.2f} GiB"
+
+
+def test_the_commit_of_a_run_says_whether_its_code_was_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(run_record, "ROOT", tmp_path)
+    task, copy, result = (tmp_path / name for name in ("recipes/gpt/task.py", "recipes/mine/task.py", "out/run/hf/config.json"))
+    for path in (task, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    assert run_record.commit() == "unknown"
+    git("init")
+    git("add", "recipes")
+    git("commit", "-m", "a recipe")
+    assert re.fullmatch("[0-9a-f]{12}", run_record.commit()), "the untracked result is no code"
+    copy.parent.mkdir()
+    copy.write_text("1")
+    assert re.fullmatch(r"[0-9a-f]{12}\+changes", run_record.commit()), "a copied recipe is not in the commit"
+    copy.unlink()
+    task.write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{12}\+changes", run_record.commit())
 
 
 def test_the_documents_show_these_tables() -> None:

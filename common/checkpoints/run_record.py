@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from common.contract import Dataset, Family
     from common.preflight import Run
 
+CODE = ("common", "data", "recipes", "scripts")  # folders of the code that a run may execute
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
 LEFTOVERS = (
     *("step_*.tmp", "step_*.old.tmp", "hf.tmp", "hf.old.tmp", "adapter.tmp", "adapter.old.tmp"),
@@ -56,13 +57,15 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of this repository, with '+changes' if tracked files differ from it; 'unknown' without git."""
+    """The commit of this repository, with '+changes' if tracked files differ from it or code is untracked, as a copied recipe
+    is at first; 'unknown' without git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
     try:
-        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        untracked = ("ls-files", "--others", "--exclude-standard", "--directory", "--", *CODE)
+        changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") or git(*untracked) else ""
         return git("rev-parse", "--short=12", "HEAD") + changed or "unknown"
     except OSError:
         return "unknown"

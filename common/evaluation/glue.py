@@ -147,7 +147,7 @@ def _from_files(name: str, folder: Path, split: str) -> Examples:
         is_dev = np.isin(np.arange(len(rows)), chosen)
         rows = [row for row, dev in zip(rows, is_dev, strict=True) if dev == (split == "dev")]
         sizes = [len(rows)]
-        note = f"{folder} has no dev set: {DEV_DRAWN} examples of train are it, drawn by seed {DRAW_SEED}"
+        note = f"{folder} has no dev set: {DEV_DRAWN} examples of train, drawn with seed {DRAW_SEED}, replace it"
         content.append([split, DRAW_SEED, DEV_DRAWN])
     if not rows:
         raise BadInput(f"{files[0]}: has no examples")

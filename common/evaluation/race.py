@@ -38,14 +38,14 @@ def read(folder: Path | None, split: str) -> Questions:
     articles, article_of, questions, options, labels, high = [], [], [], [], [], []
     for where, level, item in items:
         try:
-            asked = list(zip(item["questions"], item["options"], item["answers"], strict=True))
+            triples = list(zip(item["questions"], item["options"], item["answers"], strict=True))
             articles.append(item["article"])
             texts = [item["article"], *item["questions"], *(text for choices in item["options"] for text in choices)]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("not all values are strings")
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{where}: is not an article with its questions, options and answers ({error})") from None
-        for question, choices, answer in asked:
+        for question, choices, answer in triples:
             if len(choices) != CHOICES or answer not in list("ABCD"):
                 raise BadInput(f"{where}: answer {answer!r} of {len(choices)} options; RACE has one of A B C D")
             article_of.append(len(articles) - 1)
@@ -79,8 +79,8 @@ def _from_hub(split: str) -> list[Item]:
     items: list[Item] = []
     for level in LEVELS:
         for row in hub.load_split("race", HUB, level, hub.SPLITS[split]):
-            asked = {f"{key}s" if key != "options" else key: [row[key]] for key in ("question", "options", "answer")}
-            items.append((f"{HUB} {row['example_id']}", level, {"article": row["article"], **asked}))
+            question = {f"{key}s" if key != "options" else key: [row[key]] for key in ("question", "options", "answer")}
+            items.append((f"{HUB} {row['example_id']}", level, {"article": row["article"], **question}))
     return items
 
 

@@ -66,8 +66,8 @@ def read(name: str, data: Path | None, split: str) -> Questions:
             notes.append(f"{path.name}: {count} of its {len(order):,} paragraphs are dev, drawn by seed {DRAW_SEED}")
     questions: list[Question] = []
     misplaced = unanswered = 0
-    for number, (context, asked) in enumerate(paragraphs):
-        for key, text, answers in asked:
+    for number, (context, items) in enumerate(paragraphs):
+        for key, text, answers in items:
             spans = [(answer, start, start + len(answer)) for answer, start in answers]
             valid = [(start, end) for answer, start, end in spans if answer and context[start:end] == answer]
             misplaced += len(answers) - len(valid)

@@ -202,7 +202,7 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     notes.append(f"{len(lengths):,} {content} in {len(pieces):,} samples of {d.seq_len}")
     notes = [f"{split_name}: {note}" for note in notes]
     if cfg.task.name == "sft" and shuffle and not tokenizer.config.get("chat_template"):
-        notes.append("the tokenizer has no chat template: the default of recipes/gpt/finetune_samples.py is used")
+        notes.append(f"the tokenizer has no chat template: the default of recipes/{FAMILY}/finetune_samples.py is used")
 
     content_hash = samples.content_hash(ids, is_target, np.array(lengths, np.int64))
     corpus = examples.Source(f"{cfg.task.name} {split_name}", content_hash, folder, tokenizer, int(ids.max()))
