@@ -5,11 +5,13 @@ universal form); ours go through the engine parameter by parameter: deepspeed/ut
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
@@ -22,10 +24,12 @@ from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import Entry
 from common.checkpoints.parameters import Shapes
 from common.config import Config
+from common.launch import processes
 from common.launch.processes import Ranks
 from common.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_reduce = stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy
 
 
 def start(ranks: Ranks) -> None:
@@ -33,16 +37,45 @@ def start(ranks: Ranks) -> None:
     gloo serves."""
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        _avoid_host_syncs()
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+    # the groups that it creates do not take the timeout of the default one
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=processes.timeout())
+
+
+def _avoid_host_syncs() -> None:
+    """Replace two functions of DeepSpeed 0.19.8 that make the host wait for the GPU without need (ZeRO 1 and 2)."""
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_invalid
+    stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy = _reduce_on_stream
+
+
+def _mask_invalid(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """As in deepspeed/runtime/utils.py, where `val` is copied to the device and back: two host syncs per parameter group."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+def _reduce_on_stream(optimizer: Any, bucket: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+    """Reduce gradients to the rank that owns them, without a torch.cuda.synchronize() before each reduction.
+
+    With overlap_comm, DeepSpeed synchronizes here so that it can free gradients that are not contiguous; all of ours are.
+    The caller, average_tensor, has ordered the streams already and made the reduction stream the current one.
+    """
+    overlap = optimizer.overlap_comm
+    for gradient in bucket if overlap else ():
+        gradient.record_stream(optimizer.reduction_stream)  # its memory is not reused before it has been read
+    optimizer.overlap_comm = False
+    _reduce(optimizer, bucket, *args, **kwargs)
+    optimizer.overlap_comm = overlap
 
 
 def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     """DeepSpeed's JSON configuration. `deepspeed.extra` is merged last."""
-    system = cfg.deepspeed
-    # the buffer in which gradients are reduced is allocated whole, whatever the model needs of it
-    zero: dict[str, Any] = {"stage": system.zero_stage, "reduce_bucket_size": min(500_000_000, cfg.model.parameter_count())}
+    system, on_gpu = cfg.deepspeed, torch.cuda.is_available()
+    zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(cfg.model.parameter_count() // layout.tp, layout.dp)
+    zero["overlap_comm"] = on_gpu and layout.dp > 1  # on a CPU there is no second stream; it allocates a second bucket
     if system.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     bf16 = cfg.train.dtype == "bf16"
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -51,13 +84,29 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload keeps torch's AdamW, the one that all stacks share
         # without ZeRO, DeepSpeed accumulates a bf16 model's gradients in bf16: there fp32 weights under autocast instead
-        "bf16": {"enabled": bf16 and system.zero_stage > 0},
+        # the recipe ends the run if the norm of the gradients is not finite: no second pass over them to find that out
+        "bf16": {"enabled": bf16 and system.zero_stage > 0, "check_grad_overflow": False},
         "torch_autocast": {"enabled": bf16 and system.zero_stage == 0, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
     if layout.tp > 1:
         values["tensor_parallel"] = {"autotp_size": layout.tp}
     return _merged(values, system.extra)
+
+
+def _reduction(parameters: int, dp: int) -> dict[str, Any]:
+    """How gradients are reduced over dp ranks.
+
+    reduce_bucket_size: elements that are reduced together, in a buffer that is allocated whole (two with overlap_comm). The
+        size is Megatron's (megatron/core/distributed/distributed_data_parallel.py): large enough for full bandwidth, small
+        enough that the reduction begins early in the backward pass. A larger gradient is reduced by itself, in place.
+    use_multi_rank_bucket_allreduce: at stages 1 and 2, all-reduce a bucket, or reduce each part of it to the rank that owns
+        it, which sends half as much. A reduction passes through the ranks one after the other, and fills that chain only if
+        a rank's share of the gradients is large: the bound is Megatron's million elements per rank, for each share.
+    """
+    per_rank = 1_000_000
+    bucket = min(parameters, max(40_000_000, per_rank * dp))
+    return {"reduce_bucket_size": bucket, "use_multi_rank_bucket_allreduce": parameters // dp < per_rank * dp}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
