@@ -989,13 +989,26 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
     assert unchanged() == before
 
 
-def pretrain(place: Path, out: Path, *overrides: str) -> tuple[int, list[str]]:
-    """One process by the launch script of the first stack: exit code and stderr."""
+def pretrain(place: Path, out: Path, *overrides: str, ranks: int = 1) -> tuple[int, list[str]]:
+    """One node by the launch script of the first stack: exit code and stderr."""
     script = ROOT / f"recipes/gpt/{families.stacks('gpt')[0]}/pretrain.sh"
-    env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"NPROC": str(ranks), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = ["bash", str(script), str(place / "tiny.yaml"), str(out), *overrides]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
     return done.returncode, done.stderr.splitlines()
+
+
+def test_a_file_that_one_rank_alone_reads_is_reported_once(place: Path) -> None:
+    """The ranks read parameters in turns, the largest first: this one is read by rank 1, while rank 0 waits for it."""
+    out = place / "out"
+    checkpoint_of(out)
+    path = out / "step_2/transformer.h.0.mlp.c_fc.weight.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    before = snapshot(out)
+    code, lines = pretrain(place, out, ranks=2)
+    assert code == 2, lines
+    assert len(lines) == 1 and re.search(r"h\.0\.mlp\.c_fc\.weight\.safetensors: its bytes have changed", lines[0]), lines
+    assert snapshot(out) == before
 
 
 def test_a_loss_that_explodes_exits_3_and_keeps_what_was_saved(place: Path) -> None:

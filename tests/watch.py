@@ -25,19 +25,20 @@ ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 
 def install() -> None:
     """Wrap the functions; the recipes call them through their modules."""
-    load_torch_state, load_zero, load_mcore = state.load_torch_state, zero.load_state, mcore.load_state
+    load, load_zero, load_mcore = state.load, zero.load_state, mcore.load_state
     gather_mcore = mcore.gather_state
 
-    def checked_torch(named: Named, optimizer: torch.optim.Optimizer, values: Values, step: int) -> None:
-        named = list(named)
-        load_torch_state(named, optimizer, values, step)
-        _compare(state.gather_torch_state(named, optimizer, ALONE), values, _all_equal(named, values))
+    def checked_load(net: torch.nn.Module, optimizer: torch.optim.Optimizer, shapes: Shapes, values: Values, step: int) -> None:
+        load(net, optimizer, shapes, values, step)
+        _compare_torch(net.named_parameters(), optimizer, values)
 
     def checked_zero(engine: Any, shapes: Shapes, values: Values, step: int) -> None:
         load_zero(engine, shapes, values, step)
+        shards = _shards_of(values, shapes)
         if engine.zero_optimization_stage():
-            shards = zero.shards_of(values, shapes)
             _compare(zero.gather_state(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
+        else:
+            _compare_torch(engine.module.named_parameters(), engine.optimizer, shards)
 
     def checked_mcore(
         model: Any, optimizer: Any, parameter_map: ParameterMap, shapes: Shapes, values: Values, step: int
@@ -54,8 +55,18 @@ def install() -> None:
         _replicated(model)
         return gather_mcore(model, optimizer, parameter_map)
 
-    state.load_torch_state, zero.load_state = checked_torch, checked_zero
+    state.load, zero.load_state = checked_load, checked_zero
     mcore.load_state, mcore.gather_state = checked_mcore, checked_gather
+
+
+def _shards_of(values: Values, shapes: Shapes) -> Values:
+    """`values` of this rank's AutoTP shards."""
+    return lambda name, shape: zero.shard_of(values(name, shapes[name]), shape, shapes[name])
+
+
+def _compare_torch(named: Named, optimizer: torch.optim.Optimizer, values: Values) -> None:
+    named = list(named)
+    _compare(state.gather_torch_state(named, optimizer, ALONE), values, _all_equal(named, values))
 
 
 def _all_equal(named: Named, values: Values) -> int:

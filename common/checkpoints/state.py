@@ -3,12 +3,13 @@
 DeepSpeed's counterpart is common/stacks/zero.py, Megatron's common/stacks/mcore.py. All use `Values` and `checkpoint.Entry`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from common import config
 from common.checkpoints import parameters
-from common.checkpoints.checkpoint import Checkpoint, Entry
+from common.checkpoints.checkpoint import PARTS, Checkpoint, Entry
 from common.checkpoints.parameters import Shapes
 from common.config import Config
 from common.contract import Family
@@ -20,9 +21,11 @@ from common.training import init
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
-Parts = Mapping[str, "torch.Tensor"]  # `weight`, and where the run has made steps its optimizer's, as `exp_avg`; fp32, CPU
-Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -> parts
+Parts = Mapping[str, "torch.Tensor"]  # `weight`, and where the run has made steps its optimizer's, as `exp_avg`; fp32
+PartShapes = Mapping[str, init.Shape]  # those of its parts
+Values = Callable[[str, init.Shape], Parts]  # (Hugging Face name, full shape) -> parts on the CPU
 Named = Iterable[tuple[str, "torch.nn.Parameter"]]
 
 
@@ -63,6 +66,46 @@ def stored(checkpoint: Checkpoint, shapes: Shapes) -> Values:
     return read
 
 
+def in_turns(
+    values: Values,
+    wanted: Sequence[tuple[str, PartShapes]],
+    device: "torch.device",
+    group: "dist.ProcessGroup | None" = None,
+) -> Iterator[Parts]:
+    """The parts of each parameter of `wanted` (name, shapes of the parts), each read or drawn by one rank of `group` (default:
+    all ranks) and sent to the others, which get them on `device`.
+
+    A collective: every rank of the group wants the same, in the same order. Of as many successive parameters as there are
+    ranks each rank reads one, all at the same time, so that parameters of similar size should follow each other.
+    """
+    import torch
+    import torch.distributed as dist
+
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    if world == 1:
+        yield from (values(name, shapes["weight"]) for name, shapes in wanted)
+        return
+    for begin in range(0, len(wanted), world):
+        window = wanted[begin : begin + world]
+        own = None
+        if rank < len(window):
+            name, shapes = window[rank]
+            parts = values(name, shapes["weight"])
+            own = torch.cat([parts[part].flatten() for part in shapes]).to(device)
+        for owner, (_, shapes) in enumerate(window):
+            sizes = [prod(shape) for shape in shapes.values()]
+            flat = torch.empty(sum(sizes), device=device) if own is None or owner != rank else own
+            heartbeat.wait("parameters of other ranks")
+            dist.broadcast(flat, group=group, group_src=owner)
+            heartbeat.beat("reading parameters")
+            yield {part: piece.view(*shapes[part]) for part, piece in zip(shapes, flat.split(sizes), strict=True)}
+
+
+def part_shapes(shape: init.Shape, with_moments: bool) -> PartShapes:
+    """What in_turns is to send of a parameter: its weight, and AdamW's moments."""
+    return dict.fromkeys(PARTS if with_moments else PARTS[:1], tuple(shape))
+
+
 def meta(run: Run, step: int) -> dict[str, Any]:
     """What state.json says beside its files."""
     return {
@@ -73,18 +116,42 @@ def meta(run: Run, step: int) -> dict[str, Any]:
 
 
 def load(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Shapes, values: Values, step: int) -> None:
-    """As load_torch_state, for a model that every rank holds whole. BadInput unless it holds the parameters of `shapes`."""
-    named = list(net.named_parameters())
+    """Set weights and optimizer state after `step` steps of a model that every rank holds whole; a collective. BadInput unless
+    it holds the parameters of `shapes`."""
+    named = largest_first(net.named_parameters(), shapes)
     parameters.prove({name: parameter.shape for name, parameter in named}, shapes, "the model on the baseline")
-    load_torch_state(named, optimizer, values, step)
+    wanted = [(name, stored_shapes(parameter, shapes[name], optimizer, step)) for name, parameter in named]
+    turns = in_turns(values, wanted, named[0][1].device)
+    load_torch_state(((parameter, parts) for (_, parameter), parts in zip(named, turns, strict=True)), optimizer, step)
 
 
-def load_torch_state(named: Named, optimizer: "torch.optim.Optimizer", values: Values, step: int) -> None:
-    """Set whole fp32 parameters and their AdamW state after `step` steps."""
+def largest_first(named: Named, shapes: Shapes) -> list[tuple[str, "torch.nn.Parameter"]]:
+    """In the order that in_turns wants; parameters that are not in `shapes` last."""
+    return sorted(named, key=lambda item: -prod(shapes.get(item[0], (0,))))
+
+
+def stored_shapes(
+    parameter: "torch.nn.Parameter", shape: init.Shape, optimizer: "torch.optim.Optimizer", step: int
+) -> PartShapes:
+    """The shapes of the parts that `values` has for a parameter of this full shape after `step` steps."""
     import torch
 
-    for name, parameter in named:
-        parts = values(name, parameter.shape)
+    from common.training import adafactor
+
+    trained = bool(step) and parameter.requires_grad
+    if trained and isinstance(optimizer, adafactor.Adafactor):
+        parts = {"weight": torch.empty(*shape, device="meta")}
+        return {part: tuple(tensor.shape) for part, tensor in (parts | adafactor.parts_of(parts["weight"])).items()}
+    return part_shapes(shape, trained)
+
+
+def load_torch_state(
+    filled: Iterable[tuple["torch.nn.Parameter", Parts]], optimizer: "torch.optim.Optimizer", step: int
+) -> None:
+    """Set whole fp32 parameters, each given with its parts, and their optimizer's state after `step` steps."""
+    import torch
+
+    for parameter, parts in filled:
         with torch.no_grad():
             parameter.copy_(parts["weight"])
         if step and parameter.requires_grad:

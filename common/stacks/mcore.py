@@ -327,14 +327,18 @@ def load_state(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
     values: state.Values, step: int,
 ) -> None:  # fmt: skip
-    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
+    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time; a collective.
 
     shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together have exactly these.
     """
     _prove(model, parameter_map, shapes)
-    for name, parameter in global_names(model):
+    named = sorted(global_names(model), key=lambda item: -item[1].numel())  # as state.in_turns wants it
+    wanted = [(hf, state.part_shapes(shapes[hf], bool(step))) for name, _ in named for hf in parameter_map(name).hf]
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)  # the ranks of this stage
+    turns = state.in_turns(values, wanted, named[0][1].device, group)
+    for name, parameter in named:
         conversion = parameter_map(name)
-        hf_values = [values(hf, shapes[hf]) for hf in conversion.hf]
+        hf_values = [next(turns) for _ in conversion.hf]
         parts = PARTS if step else PARTS[:1]
         local = {part: _local(conversion, parameter, [value[part] for value in hf_values]) for part in parts}
         with torch.no_grad():

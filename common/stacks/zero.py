@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
@@ -45,9 +45,16 @@ def start(ranks: Ranks) -> None:
 
 
 def _avoid_host_syncs() -> None:
-    """Replace two functions of DeepSpeed 0.19.8 that make the host wait for the GPU without need (ZeRO 1 and 2)."""
+    """Replace functions of DeepSpeed 0.19.8 that make the host wait for the GPU without need (deepspeed/runtime/zero)."""
+    stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = _skip_no_step
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_invalid
     stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy = _reduce_on_stream
+
+
+def _skip_no_step(norm: torch.Tensor) -> bool:
+    """Whether DeepSpeed is to skip a step because of its gradient norm: never. A norm that is not finite ends the run after the
+    step (processes.must_be_finite), which reads it anyway, and nothing is saved."""
+    return False
 
 
 def _mask_invalid(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
@@ -141,20 +148,19 @@ def grad_norm(engine: Any, shapes: Shapes) -> float:
 
 
 def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
-    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time.
+    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time; a collective.
 
     shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it. BadInput unless
     the engine's model holds just these.
     """
-    stage, named = engine.zero_optimization_stage(), list(engine.module.named_parameters())
+    stage, named = engine.zero_optimization_stage(), state.largest_first(engine.module.named_parameters(), shapes)
     local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
     whole = {name: _full_shape(shape, shapes.get(name, shape), engine.autotp_size()) for name, shape in local.items()}
     parameters.prove(whole, shapes, "the model on deepspeed")
-    values = shards_of(values, shapes)
-    if stage == 0:
-        state.load_torch_state(named, engine.optimizer, values, step)
-        return
     inner = engine.optimizer
+    if stage == 0:
+        state.load_torch_state(_filled(engine, named, shapes, values, step), inner, step)
+        return
     if step:
         for group in inner.optimizer.param_groups:
             for flat in group["params"]:
@@ -164,13 +170,25 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
                 inner.optimizer.state[flat] = state.adam_state(flat, step)
         else:
             _link(inner)
-    put = _put_stage3 if stage == 3 else _put_stage12
     for name, parameter in named:
-        if split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name]) is not None:
+        if split_dim(local[name], shapes[name]) is not None:
             # AutoTP slices embeddings (T5's relative biases) without saying so, and the gradient norm, and with it the
             # clipping, would miss the other ranks' part (deepspeed/runtime/utils.py, is_model_parallel_parameter)
-            parameter.tensor_model_parallel = True
-        put(parameter, values(name, getattr(parameter, "ds_shape", parameter.shape)), bool(step))
+            marked: Any = parameter
+            marked.tensor_model_parallel = True
+    put = _put_stage3 if stage == 3 else _put_stage12
+    for parameter, parts in _filled(engine, named, shapes, values, step):
+        put(parameter, parts, bool(step))
+
+
+def _filled(
+    engine: Any, named: list[tuple[str, torch.nn.Parameter]], shapes: Shapes, values: state.Values, step: int
+) -> Iterator[tuple[torch.nn.Parameter, state.Parts]]:
+    """Each parameter with this rank's shard of its parts."""
+    wanted = [(name, state.stored_shapes(parameter, shapes[name], engine.optimizer, step)) for name, parameter in named]
+    turns = state.in_turns(values, wanted, engine.device)
+    for (name, parameter), parts in zip(named, turns, strict=True):
+        yield parameter, shard_of(parts, getattr(parameter, "ds_shape", parameter.shape), shapes[name])
 
 
 def _full_shape(shape: Sequence[int], full: Sequence[int], tp: int) -> Sequence[int]:
@@ -215,24 +233,19 @@ def _put_stage3(parameter: Any, parts: state.Parts, moments: bool) -> None:
 def _piece(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
     """This rank's equal share of a flat parameter; the last one is padded with zeros."""
     size, rank = parameter.ds_tensor.numel(), parameter._z3_optimizer._get_param_partition_rank(parameter)
-    piece = torch.zeros(size)
+    piece = torch.zeros(size, device=whole.device)
     values = whole.flatten()[rank * size : (rank + 1) * size]
     piece[: values.numel()] = values
     return piece.to(parameter.ds_tensor.device)
 
 
-def shards_of(values: state.Values, shapes: Shapes) -> state.Values:
-    """`values` that answers for this rank's shard when it is asked for a shape smaller than the full one."""
-
-    def local(name: str, shape: Sequence[int]) -> state.Parts:
-        whole = values(name, shapes[name])
-        dim = split_dim(shape, shapes[name])
-        if dim is None:
-            return whole
-        tp, rank = groups.get_tensor_model_parallel_world_size(), groups.get_tensor_model_parallel_rank()
-        return {part: tensor.chunk(tp, dim)[rank].contiguous() for part, tensor in whole.items()}
-
-    return local
+def shard_of(parts: state.Parts, shape: Sequence[int], full: Sequence[int]) -> state.Parts:
+    """This rank's shard, of this shape, of a parameter's parts."""
+    dim = split_dim(shape, full)
+    if dim is None:
+        return parts
+    tp, rank = groups.get_tensor_model_parallel_world_size(), groups.get_tensor_model_parallel_rank()
+    return {part: tensor.chunk(tp, dim)[rank].contiguous() for part, tensor in parts.items()}
 
 
 def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
