@@ -95,6 +95,7 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         "bf16": {"enabled": bf16 and system.zero_stage > 0, "check_grad_overflow": False},
         "torch_autocast": {"enabled": bf16 and system.zero_stage == 0, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice in every micro batch (deepspeed/utils/timer.py)
     }
     if layout.tp > 1:
         values["tensor_parallel"] = {"autotp_size": layout.tp}

@@ -242,8 +242,11 @@ def _llama_config(model: ResolvedModel) -> LlamaConfig:
 
 def hf_model(model: ResolvedModel) -> PreTrainedModel:
     """The `transformers` model that the baseline and DeepSpeed train, of the class that loads an export."""
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, masking_utils
 
+    # looks for packed sequences in the positions of a batch without a mask, and waits for the GPU in every micro batch; here a
+    # packed batch has a mask (model_inputs)
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if model.arch != "gpt2":
         return LlamaForCausalLM(_llama_config(model))
     shapes = _gpt2_config(model)
