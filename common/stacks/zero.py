@@ -41,7 +41,7 @@ def start(ranks: Ranks) -> None:
         _avoid_host_syncs()
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     # the groups that it creates do not take the timeout of the default one
-    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=processes.timeout())
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=processes.TIMEOUT)
 
 
 def _avoid_host_syncs() -> None:
