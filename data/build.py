@@ -633,6 +633,8 @@ def _publish(out: Path, partial: Path) -> dict[str, Any]:
         if split not in manifest["splits"]:
             for suffix in FILES:  # of the corpus that is replaced
                 (out / (split + suffix)).unlink(missing_ok=True)
+    for table in out.glob("*.table"):  # common/data/tables.py
+        table.unlink()
     moves = [f"{split}{suffix}" for split in manifest["splits"] for suffix in FILES]
     for name in moves:
         if (partial / name).exists():  # else it was moved before an interruption

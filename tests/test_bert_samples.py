@@ -1,8 +1,10 @@
 """BERT's samples: their content, the statistics of the masking, and that only (seed, number) determines them."""
 
+import functools
 import hashlib
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from common import config, preflight
-from common.data import batches, tokenizer
+from common.data import batches, tables, tokenizer
 from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.layout import Layout
@@ -187,14 +189,64 @@ def test_short_samples(sentences):
 def test_chunks_hold_every_sentence_once(sentences):
     corpus = IndexedDataset(sentences / "train")
     for chunks, least in ((samples.pairs_of_sentences(corpus, 61), 2), (samples.whole_sentences(corpus, 62), 1)):
-        first, end = chunks
+        first, end = np.concatenate(list(chunks)).T
         assert (end - first >= least).all() and (first[1:] == end[:-1]).all()
         assert first[0] == 0 and end[-1] == corpus.sentences
         before_last = np.where(least == 2, corpus.starts[end - 2], corpus.starts[end]) - corpus.starts[first]
         assert (before_last[end - first > 3] <= 62).all()  # pairs: the sentence that reaches the room, a document's last one
     bounds = np.asarray(corpus.bounds)
-    first, end = samples.pairs_of_sentences(corpus, 61)
+    first, end = np.concatenate(list(samples.pairs_of_sentences(corpus, 61))).T
     assert (np.searchsorted(bounds, first, "right") == np.searchsorted(bounds, end - 1, "right")).all(), "one document each"
+
+
+def test_chunks_are_computed_once_and_kept(words, tmp_path, monkeypatch):
+    """Beside the corpus, by one of several processes; again if the file is damaged; in the cache if the folder is read-only."""
+    documents = [[np.arange(3 + (d * s) % 17) + 4 for s in range(d % 9)] for d in range(90)]
+    write(tmp_path / "data/kept", documents)
+    prefix = tmp_path / "data/kept"
+    plain = {pair: bert(prefix, words, pair).collate(range(50)) for pair in ("sop", "none")}
+    assert not list(tmp_path.rglob("*.table")), "a small corpus needs no file"
+    monkeypatch.setattr(tables, "LEAST_SEQUENCES", 0)
+    monkeypatch.setattr(samples, "PART_SENTENCES", 7)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    computed = []
+    for name in ("pairs_of_sentences", "whole_sentences"):
+        divide = getattr(samples, name)
+        counted = functools.wraps(divide)(lambda *of, divide=divide: (computed.append(divide.__name__), divide(*of))[1])
+        monkeypatch.setattr(samples, name, counted)
+
+    def same(pair):
+        batch = bert(prefix, words, pair).collate(range(50))
+        return all((batch[name] == values).all() for name, values in plain[pair].items())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, ["sop", "none"] * 4))
+    assert sorted(computed) == ["pairs_of_sentences", "whole_sentences"]
+    kept = sorted((tmp_path / "data").glob("*.table"))
+    assert len(kept) == 2 and not list((tmp_path / "data").glob("*.lock"))
+    content = kept[0].read_bytes()
+    for damaged in (content[:-16], content[:20] + b"?" + content[21:], b""):
+        kept[0].write_bytes(damaged)
+        assert same("sop") and kept[0].read_bytes() == content
+    bert(prefix, words, "sop", seq_len=40)
+    write(prefix, documents[:50])
+    bert(prefix, words, "sop")
+    assert len(list((tmp_path / "data").glob("*.table"))) == 4, "another length, another corpus"
+    monkeypatch.setattr(tables.tempfile, "TemporaryFile", refuse_writing_to(tmp_path / "data"))
+    bert(prefix, words, "sop", seq_len=41)
+    assert len(list((tmp_path / "cache/twinstack").glob("kept.pairs_of_sentences_*.table"))) == 1
+
+
+def refuse_writing_to(folder):
+    """TemporaryFile as in a folder that is read-only, also for root."""
+    writable = tempfile.TemporaryFile
+
+    def temporary_file(dir):
+        if dir == folder:
+            raise PermissionError(13, "read-only")
+        return writable(dir=dir)
+
+    return temporary_file
 
 
 def test_shorten_keeps_a_stretch_of_each():

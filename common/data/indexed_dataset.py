@@ -422,10 +422,17 @@ class IndexedDataset:
         """Whether each sentence is a sequence: the builder recorded so, or a document has several sequences."""
         return self.sentences > self.documents or "sentences" in self.manifest
 
-    @cached_property
+    def positions(self, sequences: np.ndarray) -> np.ndarray:
+        """`start` of each of these sequences, (n,) int64."""
+        starts = np.full(len(sequences), self.tokens, np.int64)
+        inside = sequences < self.sentences
+        starts[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        return starts
+
+    @property
     def starts(self) -> np.ndarray:
-        """Position in `flat` at which each sequence begins, followed by `tokens`: (sentences + 1,) int64."""
-        return np.append(self._pointers // self.dtype.itemsize, np.int64(self.tokens))
+        """Position in `flat` at which each sequence begins, followed by `tokens`: (sentences + 1,) int64, a copy."""
+        return self.positions(np.arange(self.sentences + 1))
 
     @property
     def eod_id(self) -> int | None:

@@ -8,11 +8,13 @@ each pass (dynamic masking: RoBERTa, arXiv:1907.11692, section 4.1).
 Letters in shapes: B samples, T `seq_len`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.data import tables
 from common.data.blended_dataset import BlendedDataset
 from common.data.indexed_dataset import IndexedDataset
 from common.data.tokenizer import Tokenizer
@@ -21,6 +23,7 @@ from common.paths import Blend
 from common.seeding import Streams
 
 NGRAMS = {"token": 1, "whole_word": 1, "ngram": 3}  # largest number of words in a masked piece
+PART_SENTENCES = 2**20  # divided into chunks at once
 SAMPLES_PER_RUN = 64  # without pairs, documents are concatenated in runs of about this many samples
 
 
@@ -66,8 +69,8 @@ class Samples(BlendedDataset):
         self.masking, self.masked_lm_prob, self.short_seq_prob = masking, masked_lm_prob, short_seq_prob
         self.room = seq_len - (2 if pair == "none" else 3)  # tokens besides [CLS] and [SEP]
         self.notes: list[str] = []
-        # prefix -> for each chunk, its first sentence and the one after its last
-        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        # prefix -> for each chunk, its first sentence and the one after its last: (chunks, 2)
+        self._chunks: dict[str, np.ndarray] = {}
         super().__init__(data, seed=seed, shuffle=shuffle)
 
     # ---- which sentences
@@ -81,11 +84,14 @@ class Samples(BlendedDataset):
             raise BadInput(f"{corpus.prefix}: has no documents; build it from text")
         if self.room < 2:
             raise BadInput(f"data.seq_len={self.seq_len}: leaves {self.room} tokens besides [CLS] and [SEP]; give more")
-        first, end = whole_sentences(corpus, self.room) if self.pair == "none" else self._pairs(corpus)
-        self._chunks[corpus.prefix] = first, end
-        return len(first)
+        if self.pair != "none":
+            self._check_pairs(corpus)
+        divide = whole_sentences if self.pair == "none" else pairs_of_sentences
+        chunks = tables.opened(corpus, divide.__name__, {"room": self.room}, lambda: divide(corpus, self.room))
+        self._chunks[corpus.prefix] = chunks
+        return len(chunks)
 
-    def _pairs(self, corpus: IndexedDataset) -> tuple[np.ndarray, np.ndarray]:
+    def _check_pairs(self, corpus: IndexedDataset) -> None:
         single = sum(int((sizes < 2).sum()) for _, sizes in corpus.document_sizes())
         why = f"a pair needs two sentences of one document (objective.pair={self.pair})"
         instead = "give longer documents, or objective.pair=none"
@@ -98,7 +104,6 @@ class Samples(BlendedDataset):
             )
         if single:
             self.notes.append(f"{corpus.prefix}: {single:,} documents of one sentence are left out; {why}")
-        return pairs_of_sentences(corpus, self.room)
 
     # ---- one sample
 
@@ -133,7 +138,7 @@ class Samples(BlendedDataset):
 
     def _segments(self, corpus: IndexedDataset, j: int, rng: np.random.Generator) -> tuple[list[np.ndarray], bool]:
         """The segments of chunk j, and whether the second is not the one that follows the first in the text."""
-        first, end = (int(bound[j]) for bound in self._chunks[corpus.prefix])
+        first, end = self._chunks[corpus.prefix][j].tolist()
         if self.pair == "none":
             return [self._full_sentences(corpus, first, end, rng)], False
         return self._pair_segments(corpus, first, end, rng)
@@ -265,47 +270,56 @@ def _smallest(uniform: np.ndarray, begin: np.ndarray, number: np.ndarray, laid: 
     return marks
 
 
-def pairs_of_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of at least two sentences within one document: first sentence and the one after the last, (chunks,) int64.
+def pairs_of_sentences(corpus: IndexedDataset, room: int) -> Iterator[np.ndarray]:
+    """Chunks of at least two sentences within one document: first sentence and the one after the last, (k, 2) int64 at a time.
 
     A chunk takes sentences until they reach `room` tokens; pairs are then shortened to that. A pair is shorter only at the end
     of its document or where a short length was drawn (BERT's create_pretraining_data.py). A single last sentence is added to
-    the chunk before it. All documents are processed at once, one chunk of each per iteration.
+    the chunk before it.
     """
-    starts, bounds = corpus.starts, corpus.bounds
-    enough = np.diff(bounds) >= 2
-    return _divide(starts, bounds[:-1][enough], bounds[1:][enough], room, least=2)
+    for bounds in _parts(corpus.bounds.astype(np.int64)):
+        first, begin, end = bounds[0], bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
+        enough = end - begin >= 2
+        starts = corpus.positions(np.arange(first, bounds[-1] + 1))
+        yield first + _divide(starts, begin[enough], end[enough], room, least=2)
 
 
-def whole_sentences(corpus: IndexedDataset, room: int) -> tuple[np.ndarray, np.ndarray]:
+def whole_sentences(corpus: IndexedDataset, room: int) -> Iterator[np.ndarray]:
     """Chunks of the sentences that fit into `room` tokens, across documents. A document boundary takes one token."""
-    bounds = corpus.bounds
-    sentences = np.arange(len(corpus.starts))
-    starts = corpus.starts + np.searchsorted(bounds[1:], sentences, "right")  # one token for each document that has ended
-    at = starts[bounds]
-    runs = bounds[np.unique(np.searchsorted(at, np.arange(0, at[-1], SAMPLES_PER_RUN * room)))]
-    runs = np.unique(np.append(runs, bounds[-1]))
-    return _divide(starts, runs[:-1], runs[1:], room, least=1, within=True)
+    documents = corpus.bounds.astype(np.int64)  # aligned, to be searched
+
+    def starts_of(sentences: np.ndarray) -> np.ndarray:  # with one token for each document that has ended
+        return corpus.positions(sentences) + np.searchsorted(documents[1:], sentences, "right")
+
+    at = starts_of(documents)
+    runs = documents[np.unique(np.searchsorted(at, np.arange(0, at[-1], SAMPLES_PER_RUN * room)))]
+    for bounds in _parts(np.unique(np.append(runs, documents[-1]))):
+        first, begin, end = bounds[0], bounds[:-1] - bounds[0], bounds[1:] - bounds[0]
+        starts = starts_of(np.arange(first, bounds[-1] + 1))
+        yield first + _divide(starts, begin, end, room, least=1, within=True)
 
 
-def _divide(
-    starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int, within: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Divide each run of sentences [begin, end) into chunks of at least `least` sentences. A chunk takes sentences until it
-    reaches `room` tokens, or with `within` as many as fit into them."""
-    firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+def _parts(bounds: np.ndarray) -> Iterator[np.ndarray]:
+    """`bounds` in parts of about PART_SENTENCES, which limits memory; the last bound of a part is the first of the next."""
+    cuts = np.searchsorted(bounds, np.arange(0, bounds[-1], PART_SENTENCES))
+    for first, last in pairwise(np.unique(np.append(cuts, len(bounds) - 1)).tolist()):
+        yield bounds[first : last + 1]
+
+
+def _divide(starts: np.ndarray, begin: np.ndarray, end: np.ndarray, room: int, least: int, within: bool = False) -> np.ndarray:
+    """Divide each run of sentences [begin, end) into chunks of at least `least` sentences: (chunks, 2), in order. A chunk takes
+    sentences until it reaches `room` tokens, or with `within` as many as fit into them. All runs are divided at once."""
+    chunks = [np.empty((0, 2), np.int64)]
     while len(begin):
         full = starts[begin] + room
         reached = np.searchsorted(starts, full, "right") - 1 if within else np.searchsorted(starts, full)
         after = np.minimum(np.maximum(reached, begin + least), end)
         after = np.where(end - after < least, end, after)
-        firsts.append(begin)
-        ends.append(after)
+        chunks.append(np.stack([begin, after], 1))
         more = after < end
         begin, end = after[more], end[more]
-    first, after = np.concatenate(firsts), np.concatenate(ends)
-    order = np.argsort(first, kind="stable")
-    return first[order], after[order]
+    table = np.concatenate(chunks)
+    return table[np.argsort(table[:, 0], kind="stable")]
 
 
 def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -> list[np.ndarray]:
