@@ -252,12 +252,12 @@ def after_imports(stack: str, world: int) -> None:
     """What belongs to one stack or to finetuning."""
     from common.training import finetuning
 
-    def gather(predictions: Any, reports: bool = True) -> Any:
+    def gather(predictions: Any, is_loss_rank: bool = True) -> Any:
         """The predictions of all ranks, with the number of examples that would have been counted."""
         import numpy as np
         import torch.distributed as dist
 
-        predictions.totals *= reports
+        predictions.totals *= is_loss_rank
         dist.all_reduce(predictions.totals)
         values = predictions.totals.cpu().numpy()[3:].reshape(-1, predictions.width)
         return 0.0, len(values), np.asarray(values)

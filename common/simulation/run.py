@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from common import config, families
 from common.errors import BadInput
-from common.launch import processes
+from common.launch import lock, processes
 from common.layout import layout_for
 from common.planning import flops, memory
 from common.preflight import task_module
@@ -158,7 +158,10 @@ class _Run:
             recipe = importlib.import_module(f"recipes.{self.family}.{case.stack}.{self.kind}")
             patches.after_imports(case.stack, case.world)
             self._watch(recipe)
-            recipe.main([case.config, str(self.out), *self.overrides])
+            try:
+                recipe.main([case.config, str(self.out), *self.overrides])
+            finally:
+                lock.release()
         except _Done:
             pass
         except BadInput:
@@ -191,6 +194,8 @@ class _Run:
                 super().step(*args, **kwargs)
 
         recipe.Log = Watch
+        if self.kind == "finetune":  # a text is written until the device says that it is at its end
+            self.task.after_export = lambda *_: None
         self._watch_functions()
 
     def _watch_functions(self) -> None:

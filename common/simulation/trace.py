@@ -130,7 +130,8 @@ def live_storages(device_type: str) -> dict[int, int]:
     found: dict[int, int] = {}
     for value in gc.get_objects():
         try:
-            if isinstance(value, torch.Tensor) and value.device.type == device_type and value.layout == torch.strided:
+            # type(): a proxy's __class__ may be computed
+            if issubclass(type(value), torch.Tensor) and value.device.type == device_type and value.layout == torch.strided:
                 storage = value.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
         except (ReferenceError, RuntimeError):  # a weak proxy whose object is gone; a tensor without storage

@@ -213,12 +213,13 @@ class Predictions:
         are left out."""
         import torch
 
-        real = torch.from_numpy(micro_batch["example_mask"]).to(self.totals.device)
-        indices = torch.from_numpy(micro_batch["indices"]).to(self.totals.device)[real]
+        real = np.flatnonzero(micro_batch["example_mask"])  # on the host: a mask on a GPU would have to be waited for
+        indices = torch.from_numpy(micro_batch["indices"][real]).to(self.totals.device)
         self.totals[0] += loss.double()
         self.totals[1] += batches.targets([micro_batch])
-        self.totals[2] += real.sum()
-        self.totals[3:].view(-1, self.width)[indices, : predictions.shape[1]] = predictions[real].double()
+        self.totals[2] += len(real)
+        rows = predictions[torch.from_numpy(real).to(predictions.device)].double()
+        self.totals[3:].view(-1, self.width)[indices, : predictions.shape[1]] = rows
 
     def gather(self, is_loss_rank: bool = True) -> tuple[float, int, np.ndarray]:
         """Mean loss, number of examples, and predictions (N, width), on every rank. is_loss_rank: whether this rank's part
