@@ -102,7 +102,6 @@ struct Count { long calls = 0; double amount = 0; };
 static std::mutex counting;
 static std::map<std::string, Count> counts;
 static std::atomic<bool> recording{false};
-static std::atomic<long> hidden{0};                   // regions that count as one kernel: see null_gpu_region
 static std::atomic<void (*)(const char*)> on_sync{nullptr};
 
 static void count(const std::string& what, double amount, bool always = false) {
@@ -302,15 +301,10 @@ API int cudaEventElapsedTime_v2(float* ms, void*, void*) { *ms = 1; return SUCCE
 
 static std::unordered_map<const void*, const char*> names;  // filled while libraries load, before any launch
 static int launched(const void* kernel) {
-  if (!hidden) {
-    auto found = names.find(kernel);
-    count(std::string("kernel\t") + (found == names.end() ? "unknown" : found->second), 0);
-  }
+  auto found = names.find(kernel);
+  count(std::string("kernel\t") + (found == names.end() ? "unknown" : found->second), 0);
   return SUCCESS;
 }
-
-// Between region(1) and region(0) kernels are not counted: a compiled region counts as one (patches.py)
-API void null_gpu_region(int begin) { hidden += begin ? 1 : -1; }
 
 API void** __cudaRegisterFatBinary(void*) { static void* handle[4]; return handle; }
 API void __cudaRegisterFatBinaryEnd(void**) {}

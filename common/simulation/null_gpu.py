@@ -45,11 +45,6 @@ def count(what: str, amount: float = 0.0) -> None:
     _library().null_gpu_count(what.encode(), ctypes.c_double(amount))
 
 
-def region(begin: bool) -> None:
-    """Until region(False) no kernel is counted."""
-    _library().null_gpu_region(int(begin))
-
-
 def next_group(size: int, rank: int) -> None:
     """What the other ranks would say of the next communicator that is split off: its size, and this rank's place in it."""
     _library().null_gpu_next_group(size, rank)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.simulation import null_gpu
+from common.simulation import null_gpu, regions
 
 PARTS_OF_OTHERS = ("weight", "exp_avg", "exp_avg_sq")
+_kept: list[Any] = []  # what is installed; torch.library takes an override back when its object is gone
 gloo_groups: list[int] = []  # sizes of the groups for CPU tensors that were asked for
 object_collectives: Counter[str] = Counter()  # all_gather_object and the like, which wait for all ranks
-compiled_regions: Counter[str] = Counter()  # torch.compile and torch.jit.script: function -> calls, each counted as one kernel
 
 
 def before_imports(rank: int, world: int) -> None:
@@ -26,6 +26,9 @@ def before_imports(rank: int, world: int) -> None:
         # threads that watch over collectives; there is nothing to wait for
         TORCH_NCCL_ENABLE_MONITORING="0", TORCH_NCCL_DUMP_ON_TIMEOUT="0", TORCH_NCCL_ASYNC_ERROR_HANDLING="0",
     )  # fmt: skip
+    if not _kept:
+        regions.install()
+        _kept.append(regions)
 
 
 def install(rank: int, world: int) -> None:
@@ -60,9 +63,6 @@ def _reads() -> None:
         setattr(torch.Tensor, name, _without_values(getattr(torch.Tensor, name)))
 
 
-_kept: list[Any] = []  # torch.library takes an override back when its object is gone
-
-
 def _without_values(function: Callable[..., Any]) -> Callable[..., Any]:
     """Tensor.cpu or .tolist, which gives zeros for what lies on the device."""
     import torch
@@ -93,7 +93,8 @@ def _questions() -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def counted_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        null_gpu.count("attention\t")
+        if not torch.compiler.is_compiling():
+            null_gpu.count("attention\t")
         return attend(*args, **kwargs)
 
     torch.nn.functional.scaled_dot_product_attention = counted_attention
@@ -266,7 +267,9 @@ def after_imports(stack: str, world: int) -> None:
     if stack == "deepspeed":
         from deepspeed.runtime.zero import utils
 
-        utils.get_lst_from_rank0 = lambda lst: lst  # ZeRO 3 compares lists with the first rank's, which is not there
+        # ZeRO 3 compares lists with those of the first rank, which is not there
+        utils.get_lst_from_rank0 = lambda lst: lst
+        utils.assert_lst_len_same_as_other_ranks = lambda _: None
     if stack == "megatron":
         from common.stacks import mcore
 

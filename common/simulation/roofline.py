@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.simulation import regions
+
 GEMM = {"bfloat16": 650e12, "float16": 650e12, "float32": 45e12}  # FLOP/s; peaks 989 and 67 (H100 white paper, table 2)
 FLASH_FORWARD, FLASH_BACKWARD = 400e12, 320e12  # FLOP/s of FlashAttention 2 (arXiv:2407.08608, figures 5 and 6)
 EFFICIENT = 0.5  # of flash: kernels written for Ampere
@@ -37,6 +39,18 @@ class Roofline(TorchDispatchMode):
         if (ins or outs) and not _moves_nothing(func, name, ins, outs):
             self.add(*_cost(func, name, args, ins, outs))
         return out
+
+    def __enter__(self) -> "Roofline":
+        regions.watchers.append(self._add_region)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        regions.watchers.remove(self._add_region)
+        super().__exit__(*reason)
+
+    def _add_region(self, name: str, moved: float) -> None:
+        self.add(f"compiled {name}", moved, 0.0, 1.0)
 
     def add(self, label: str, moved: float, flops: float, rate: float) -> None:
         self.seconds[label] += max(moved / BANDWIDTH, flops / rate, LAUNCH)

@@ -278,7 +278,7 @@ class _Run:
             **self.phases.found(), "estimate_bytes": self._estimate(),
             **(self.step_trace.found() if self.step_trace else trace.NOTHING),
             "gloo_groups": len(patches.gloo_groups), "object_collectives": dict(patches.object_collectives),
-            "compiled_regions": dict(patches.compiled_regions), "roofline": None,
+            "roofline": None,
         }  # fmt: skip
         if self.seconds and self.cfg is not None:
             found["roofline"] = self.seconds | self._mfu(self.seconds["seconds"])

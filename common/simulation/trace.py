@@ -18,7 +18,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "other")
 ROUNDED_TO = 512  # bytes: every block of torch's allocator (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 NOTHING: dict[str, Any] = {  # of a run that made no step
     "kernels": None, "host_syncs": None, "gemm_flops": {}, "attention": {}, "collectives": [], "memory_kinds": None,
-    "copies": [], "top_kernels": [], "sync_places": {}, "live_bytes": None, "faults": [],
+    "copies": [], "top_kernels": [], "sync_places": {}, "compiled_regions": {}, "live_bytes": None, "faults": [],
 }  # fmt: skip
 
 
@@ -264,6 +264,7 @@ def _counted(counts: Sequence[null_gpu.Count]) -> dict[str, Any]:
         "collectives": _collectives(by_kind["collective"]),
         "copies": [{"from_to": c.names[0], "calls": c.calls, "bytes": int(c.amount)} for c in by_kind["copy"]],
         "top_kernels": _named(kernels)[:40],
+        "compiled_regions": {count.names[0]: count.calls for count in by_kind["region"]},
         "faults": [count.names[0] for count in by_kind["fault"]],
     }
 
