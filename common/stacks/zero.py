@@ -47,7 +47,7 @@ def start(ranks: Ranks) -> None:
 def _avoid_host_syncs() -> None:
     """Replace functions of DeepSpeed 0.19.8 that make the host wait for the GPU without need (deepspeed/runtime/zero)."""
     stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = _skip_no_step
-    stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_invalid
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mask_invalid
     stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy = _reduce_on_stream
 
 
