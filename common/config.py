@@ -312,6 +312,11 @@ class Megatron(System):
     )
     distributed_optimizer: bool = Field(default=False, description="Divide the optimizer state among the data-parallel ranks.")
     recompute: bool = Field(default=False, description=RECOMPUTE)
+    fusions: bool | None = Field(
+        default=None,
+        description="Fuse bias, activation, dropout, sum and loss by torch.compile, and weight gradients with their sum. "
+        "Default: on a GPU.",
+    )
     transformer_engine: bool = Field(default=False, description="Use TransformerEngine's layers, where it is installed.")
     extra: dict[str, Any] = Field(
         default={},

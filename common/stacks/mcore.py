@@ -29,7 +29,7 @@ from megatron.core.transformer.attention import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,7 +43,7 @@ from common.errors import BadInput
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
 from common.layout import Layout
-from common.stacks import cuda_stand_in
+from common.stacks import cuda_stand_in, fusions
 from common.stacks.parameter_map import Conversion, ParameterMap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,6 +73,7 @@ def use_torch() -> None:
     megatron_optimizer.Adam = torch.optim.AdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
     attention.SplitAlongDim = None
+    fusions.install()
     clip_grads.multi_tensor_applier = lambda function, overflow, lists, *more: function(0, overflow, lists, *more)
     clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm_of_all, scale_all
     clip_grads.multi_tensor_scale_tensor_impl = None  # TransformerEngine's: the norm stays on the GPU
@@ -163,10 +164,10 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has 
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def layer_spec(mask: AttnMaskType, cross: bool = False, linear_fc2: type = RowParallelLinear) -> ModuleSpec:
+def layer_spec(mask: AttnMaskType, cross: bool = False, mlp: type[fusions.Mlp] = fusions.Mlp) -> ModuleSpec:
     """A pre-norm transformer layer of the modules above: needs neither TransformerEngine nor Apex.
 
-    cross: attends to an encoder too. linear_fc2: the MLP's second product.
+    cross: attends to an encoder too.
     """
     more: dict[str, Any] = {}
     if cross:
@@ -197,8 +198,8 @@ def layer_spec(mask: AttnMaskType, cross: bool = False, linear_fc2: type = RowPa
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=linear_fc2),
+                mlp.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             **more,
@@ -227,12 +228,11 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "use_cpu_initialization": True,
         "perform_initialization": False,  # load_state sets every value
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
         "persist_layer_norm": False,
         "batch_p2p_sync": False,  # else the host waits for the GPU after each exchange, as torch before 2.0 needed it
-    } | shapes
+    }
+    values |= fusions.settings(cfg) | shapes
     if system.recompute:
         values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**(values | system.extra))

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.config import Config
 from common.layout import Layout
-from common.stacks import mcore
+from common.stacks import fusions, mcore
 
 from .. import task
 
@@ -134,13 +134,13 @@ def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Output:
     return net(batch["tokens"], batch["token_types"], mask, batch["predicted"])
 
 
-def loss_sums(output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_sums(config: TransformerConfig, output: Output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """As task.loss_sums, from logits (N, V / tp) that are split over the tensor-parallel ranks -> (2, P), equal on each."""
     (mlm, pairs), labels = output, batch["labels"]
     if not len(labels):  # validation beyond the last sample
         mlm = torch.cat([mlm, mlm.new_zeros(1, mlm.size(1))])
         labels = labels.new_zeros(1)
-    losses = tensor_parallel.vocab_parallel_cross_entropy(mlm.float()[:, None], labels[:, None])  # (N, 1)
+    losses = fusions.cross_entropy(config, mlm, labels)  # (N,)
     has_targets = len(batch["labels"]) > 0
     loss, right = losses.sum() * has_targets, (_highest(mlm.detach()) == labels).sum() * has_targets
     sums = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
         def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
             """Output of the last stage -> weighted loss, number of masked tokens, and what the schedule collects."""
-            sums = megatron_model.loss_sums(output, batch)  # (2, P)
+            sums = megatron_model.loss_sums(net.config, output, batch)  # (2, P)
             # a copy, since the schedule divides in place
             return sums[0] @ weights, batch["labels"].new_tensor(len(batch["labels"])).int(), {"sums": sums.detach().clone()}
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.layout import Layout
-from common.stacks import mcore
+from common.stacks import fusions, mcore
 
 if TYPE_CHECKING:
     from .. import finetune, task
@@ -28,7 +28,7 @@ class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no annotations
         if padding and parallel_state.get_tensor_model_parallel_rank() == self.config.tensor_model_parallel_size - 1:
             logits = logits.clone()
             logits[..., -padding:] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        return fusions.cross_entropy(self.config, logits, labels.t().contiguous()).t().contiguous()
 
 
 def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> TransformerConfig:

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.T5.t5_model import T5Model
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.layout import Layout
-from common.stacks import mcore
+from common.stacks import fusions, mcore
 
 if TYPE_CHECKING:
     from .. import finetune, task
@@ -43,14 +42,13 @@ class DetachedBias(torch.autograd.Function):
         return grad, ctx.leaf.grad, None
 
 
-class DroppedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # megatron-core has no annotations
-    """The MLP's second linear layer, after T5's dropout (transformers: T5DenseActDense)."""
+class DroppedMlp(fusions.Mlp):
+    """An MLP with T5's dropout before the second linear layer (transformers: T5DenseActDense)."""
 
-    def forward(self, x: torch.Tensor) -> Any:
-        p = self.config.hidden_dropout if self.training else 0.0
+    def activated(self, x: torch.Tensor, bias: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
+        p = self.config.hidden_dropout if self.training else dropout
         with forked_random_state(self.config) if p and not self.config.sequence_parallel else nullcontext():
-            x = F.dropout(x, p, training=p > 0)
-        return super().forward(x)
+            return super().activated(x, bias, p)
 
 
 def forked_random_state(config: TransformerConfig) -> AbstractContextManager[None]:
@@ -84,7 +82,7 @@ class T5(T5Model):  # type: ignore[misc]  # megatron-core has no annotations
             logits[..., -padding:] = torch.finfo(logits.dtype).min
         if labels is None:
             return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return fusions.cross_entropy(self.config, logits, labels.t().contiguous()).t().contiguous()
 
     def _biased(self, hidden: torch.Tensor, table: torch.nn.Module, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (T, B, H), and the relative biases of this rank's heads, -inf where the mask (B or 1, 1, 1 or T, T) is
@@ -118,8 +116,8 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
     """Build this rank's shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     mcore.use_own_norms()
-    encoder = mcore.layer_spec(AttnMaskType.padding, linear_fc2=DroppedRowParallelLinear)
-    decoder = mcore.layer_spec(AttnMaskType.causal, cross=True, linear_fc2=DroppedRowParallelLinear)
+    encoder = mcore.layer_spec(AttnMaskType.padding, mlp=DroppedMlp)
+    decoder = mcore.layer_spec(AttnMaskType.causal, cross=True, mlp=DroppedMlp)
     net = T5(
         config=transformer_config(cfg, layout, m.decoder_layers),
         encoder_config=transformer_config(cfg, layout, m.layers),

@@ -1,0 +1,147 @@
+"""Megatron's pointwise work as few kernels: megatron.fusions. Checked with megatron-core 0.19.2.
+
+Between its matrix products, a step on a GPU waits for the memory: bias, activation, dropout, sums, the loss. torch.compile
+makes one kernel of each function here, which reads its inputs once. Megatron's own fusions lack some of our activations, keep
+the logits in fp32, and need Apex to add the gradients of weights in the product.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from common.config import Config
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """The fields of TransformerConfig that fuse. By default on a GPU: on a CPU torch.compile takes longer than a small run, and
+    published curves are of the plain functions."""
+    on = torch.cuda.is_available() if cfg.megatron.fusions is None else cfg.megatron.fusions
+    adds = torch.cuda.is_available() or cfg.train.dtype == "fp32"  # a CPU has no product of bf16 that adds to fp32
+    return {
+        "bias_dropout_fusion": on,  # of the output of attention and MLP; here also of the MLP's activation (Mlp)
+        "cross_entropy_loss_fusion": on,  # VocabularyLoss
+        "gradient_accumulation_fusion": on and adds,  # WeightGradient
+    }
+
+
+def _compiled(function: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
+    return _kernel(function) if config.bias_dropout_fusion else function
+
+
+@cache
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+# ---- MLP -------------------------------------------------------------------------------------------------------------
+
+
+def activate(
+    x: torch.Tensor, bias: torch.Tensor | None, function: Callable[[torch.Tensor], torch.Tensor], gated: bool, dropout: float
+) -> torch.Tensor:
+    """x (T, B, F or 2F) of the MLP's first linear layer -> (T, B, F)"""
+    if bias is not None:
+        x = x + bias
+    if gated:
+        gate, up = x.chunk(2, -1)
+        x = function(gate) * up
+    else:
+        x = function(x)
+    return F.dropout(x, dropout) if dropout else x
+
+
+class Mlp(MLP):  # type: ignore[misc]  # megatron-core has no annotations
+    """Megatron's MLP with what lies between its two products as one function."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        x, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(self.activated(x, bias))
+
+    def activated(self, x: torch.Tensor, bias: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
+        function = _compiled(activate, self.config)
+        return function(x, bias, self.config.activation_func, self.config.gated_linear_unit, dropout)
+
+
+# ---- gradients of the weights ----------------------------------------------------------------------------------------
+
+
+class WeightGradient:
+    """Stands for Apex's extension fused_weight_gradient_mlp_cuda, which Megatron calls: the product adds to the fp32 gradient,
+    where otherwise a bf16 gradient is written, read and added."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """x (N, I), grad (N, O), main_grad (O, I) fp32"""
+        if x.dtype == main_grad.dtype:
+            main_grad.addmm_(grad.t(), x)
+        else:
+            torch.ops.aten.addmm.dtype_out(main_grad, grad.t(), x, main_grad.dtype, out=main_grad)
+
+
+def install() -> None:
+    """Let Megatron find WeightGradient."""
+    layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = WeightGradient, True
+    layers.HAVE_TE = False  # its buffer for the gradients that are left empty
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(config: TransformerConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """logits (..., V / tp), targets (...) -> losses (...) in fp32, equal on each tensor-parallel rank."""
+    if not config.cross_entropy_loss_fusion:
+        plain: torch.Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+        return plain
+    group = parallel_state.get_tensor_model_parallel_group()
+    losses: torch.Tensor = VocabularyLoss.apply(logits, targets - group.rank() * logits.size(-1), group, config)
+    return losses
+
+
+def statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """logits (N, V / tp), targets (N,), below 0 or above V / tp where another rank has them -> (2, N): log of the sum of the
+    exponentials, and the target's logit, 0 on the other ranks."""
+    held = (targets >= 0) & (targets < logits.size(-1))
+    picked = logits.gather(-1, (targets * held)[:, None])[:, 0].float()
+    return torch.stack([logits.float().logsumexp(-1), picked * held])
+
+
+def gradient_(logits: torch.Tensor, targets: torch.Tensor, log_sums: torch.Tensor, grad: torch.Tensor) -> None:
+    """Write the gradient over the logits: softmax minus 1 at the target, times the gradient of the loss."""
+    ids = torch.arange(logits.size(-1), device=logits.device)
+    softmax = (logits.float() - log_sums[:, None]).exp()
+    logits.copy_((softmax - (ids == targets[:, None]).float()) * grad[:, None])
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """Cross entropy over a vocabulary that is split over ranks. It reads the logits once forward and once backward, where it
+    writes their gradient over them; Megatron's makes copies in fp32. Read the logits before the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, config: TransformerConfig
+    ) -> torch.Tensor:
+        rows, targets = logits.flatten(0, -2), targets.flatten()
+        log_sums, picked = _compiled(statistics, config)(rows, targets)
+        if group.size() > 1:
+            largest = log_sums.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            sums = torch.stack([(log_sums - largest).exp(), picked])
+            dist.all_reduce(sums, group=group)
+            log_sums, picked = largest + sums[0].log(), sums[1]
+        ctx.config = config
+        ctx.save_for_backward(logits, targets, log_sums)
+        return (log_sums - picked).view(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, targets, log_sums = ctx.saved_tensors
+        _compiled(gradient_, ctx.config)(logits.flatten(0, -2), targets, log_sums, grad.flatten())
+        return logits, None, None, None
