@@ -29,6 +29,10 @@ class Roofline(TorchDispatchMode):
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else torch.compile would do nothing while this mode is on
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
