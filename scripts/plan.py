@@ -17,6 +17,7 @@ from common.planning.hardware import gpu
 from common.preflight import task_module
 from common.yaml_files import read_yaml
 
+COLUMNS = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "total": "peak"}  # shorter names of parts
 CARDS = {"40 GB": "A100-40GB", "80 GB": "H100", "141 GB": "H200"}
 ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
 
@@ -81,20 +82,21 @@ def validate() -> None:
 def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
     """Print a row for each layout of these stacks: what each part takes on a GPU at the peak, what it needs beside it, and on
     which GPU all of it fits."""
-    parts = {part: part for part in memory.PARTS} | {"total": "peak"} | {part: part for part in (*memory.BESIDE, "required")}
-    columns = f"{'layout':<44} {'micro':>5} {'accum':>5}" + "".join(f"{name:>12}" for name in parts.values())
-    print(columns + "".join(f"{size:>8}" for size in CARDS))
+    parts = {part: COLUMNS.get(part, part) for part in (*memory.PARTS, "total", *memory.BESIDE, "required")}
+    width = {part: max(8, len(name) + 2) for part, name in parts.items()}
+    columns = f"{'layout':<40} micro accum" + "".join(f"{name:>{width[part]}}" for part, name in parts.items())
+    print(columns + "".join(f"{size:>7}" for size in CARDS))
     for layout, stack, changed in layouts(cfg, stacks):
         try:
             shared = layout_for(changed, stack, gpus)
         except BadInput as error:
             if layout.startswith("*"):
-                print(f"{layout:<44} cannot: {error.problems[0]}")
+                print(f"{layout:<40} cannot: {error.problems[0]}")
             continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
         estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
-        row = f"{layout:<44} {shared.micro_batch:>5} {shared.accumulate:>5}"
-        row += "".join(f"{estimate[part] / 1e9:>12.2f}" for part in parts)
-        print(row + "".join(f"{'fits' if estimate['required'] <= gpu(name).memory else '-':>8}" for name in CARDS.values()))
+        row = f"{layout:<40} {shared.micro_batch:>5} {shared.accumulate:>5}"
+        row += "".join(f"{estimate[part] / 1e9:>{width[part]}.2f}" for part in parts)
+        print(row + "".join(f"{'fits' if estimate['required'] <= gpu(name).memory else '-':>7}" for name in CARDS.values()))
 
 
 def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:
@@ -127,7 +129,7 @@ def name_of(cfg: Config, stack: str) -> str:
     for key, value in values.items():
         if value is True:
             words.append(SHORT.get(key, key))
-        elif key == "zero_stage" or (value is not False and value != 1):
+        elif key == "zero_stage" or value not in (None, False, 1):
             words.append(f"{SHORT.get(key, key)}={value}")
     return " ".join([stack, *words])
 
