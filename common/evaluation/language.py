@@ -28,7 +28,6 @@ import numpy as np
 from common.data.text_files import json_lines
 from common.errors import BadInput
 from common.launch.processes import Ranks
-from common.training.loss import cross_entropy
 
 WIKITEXT_WORDS = 245_566  # T_o: pieces between single spaces in the test file of WikiText-103, which is WikiText-2's too
 OVERLAP = 32  # tokens that Megatron's window moves by
@@ -160,6 +159,8 @@ def window_losses(
     """
     import torch
 
+    from common.training.loss import cross_entropy
+
     ids = padded([tokens[w.start : w.start + w.length] for w in windows])
     if bos is not None:
         ids[:, 0] = bos
@@ -167,7 +168,7 @@ def window_losses(
     targets = torch.from_numpy(padded([tokens[w.start + 1 : w.start + w.length + 1] for w in windows])).to(device)
     first = min(w.first for w in windows)
     with torch.no_grad():
-        logits = net(input_ids=inputs).logits[:, first:].float()  # (B, T - first, V)
+        logits = net(input_ids=inputs).logits[:, first:]  # (B, T - first, V)
     losses = cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten()).view(len(windows), -1)
     scored = [row[w.first - first : w.length - first].double() for row, w in zip(losses, windows, strict=True)]
     if bound is None:

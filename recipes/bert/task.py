@@ -24,7 +24,6 @@ from common.data import batches
 from common.errors import BadInput
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
-from common.training.loss import cross_entropy
 
 from . import samples
 
@@ -334,8 +333,10 @@ def loss_sums(mlm: torch.Tensor, pairs: torch.Tensor | None, batch: dict[str, to
     correct predictions."""
     import torch
 
+    from common.training.loss import cross_entropy
+
     labels = batch["labels"]
-    loss, right = cross_entropy(mlm.float(), labels).sum(), (mlm.argmax(-1) == labels).sum()
+    loss, right = cross_entropy(mlm, labels).sum(), (mlm.argmax(-1) == labels).sum()
     sums = torch.stack([loss, right.to(loss)])[:, None]  # (2, 1)
     return sums if pairs is None else torch.cat([sums, pair_sums(pairs, batch)[:, None]], 1)
 

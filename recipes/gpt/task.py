@@ -19,7 +19,6 @@ from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
-from common.training.loss import cross_entropy
 
 from .samples import Samples
 
@@ -321,7 +320,9 @@ def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tu
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     """Cross entropy in fp32, summed over the targets in loss_mask. logits (B, T, V) -> scalar."""
-    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x T,)
+    from common.training.loss import cross_entropy
+
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B x T,)
     return (losses * loss_mask.flatten()).sum()
 
 

@@ -23,7 +23,6 @@ from common.data import batches
 from common.errors import BadInput
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
-from common.training.loss import cross_entropy
 
 from . import samples
 
@@ -334,7 +333,9 @@ def export_loss_sums(net: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tu
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     """Cross entropy in fp32, summed over the targets in loss_mask. logits (B, S, V) -> scalar."""
-    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # (B x S,)
+    from common.training.loss import cross_entropy
+
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B x S,)
     return (losses * loss_mask.flatten()).sum()
 
 

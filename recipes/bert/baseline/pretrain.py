@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_weights
 
 from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
@@ -33,9 +33,11 @@ def main(argv: list[str]) -> None:
     processes.check_dtype(cfg.train.dtype, ranks.device)
 
     # ---- ranks
-    # One replica per process. bf16 means fp32 weights under autocast.
-    precision = "bf16" if cfg.train.dtype == "bf16" else "no"
-    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=precision)
+    # One replica per process. The gradients are views of DDP's buckets, which would else be a second copy of them.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+    # bf16 means fp32 weights under autocast. accelerate's own would convert the logits to fp32.
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16")
 
     # ---- model
     with init_empty_weights():
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> None:
     def sums_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
         """Summed losses and hits (correct predictions) of one micro batch, (2, P)."""
         batch = task.make_batch(micro_batch, ranks.device)
-        mlm, pairs = model(**task.model_inputs(batch))  # (N, V), (B, 2)
+        with autocast:
+            mlm, pairs = model(**task.model_inputs(batch))  # (N, V), (B, 2)
         return task.loss_sums(mlm, pairs, batch)
 
     @torch.no_grad()
@@ -113,7 +116,7 @@ def main(argv: list[str]) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=model is net)  # DDP's buckets stay
 
         log.step(step, loss, grad_norm, lr, tokens, **parts)
         last = step == cfg.train.steps
