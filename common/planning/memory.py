@@ -48,6 +48,7 @@ class Traits:
     biases: bool = False  # of linear layers
     relative_biases: bool = False  # T5's, which are added to the scores
     inner_dropout: bool = False  # T5 drops units of the MLP too
+    relu: bool = False
     python_gelu: bool = False  # the transformers class computes GELU by several operators
 
 
@@ -72,6 +73,7 @@ class Training:
     distributed_optimizer: bool = False
     recompute: bool = False
     transformer_engine: bool = False
+    fusions: bool = True  # megatron.fusions, the default on a GPU
 
     @property
     def zero(self) -> int:
@@ -81,6 +83,11 @@ class Training:
     def autocast(self) -> bool:
         """fp32 weights and residual stream, whose products are computed from bf16 copies: the baseline, DeepSpeed's stage 0."""
         return self.dtype == "bf16" and self.stack != "megatron" and not self.zero
+
+    @property
+    def fused(self) -> bool:
+        """Is what lies between two products compiled?"""
+        return self.stack == "megatron" and (self.fusions or self.transformer_engine)
 
     @property
     def width(self) -> int:
@@ -156,15 +163,15 @@ def masked_biases(block: Block, run: Training, queries: int, keys: int) -> int:
 
 def mlp(block: Block, traits: Traits, run: Training) -> int:
     """An MLP with its norm."""
-    tokens = run.micro_batch * block.tokens
-    if block.gated:  # both halves of the first product, the activation, their product
-        width = (3 if run.transformer_engine else 5 if run.stack == "megatron" else 4) * run.width
-    else:  # the first product and the activation
-        width = 2 * run.width
+    tokens, inner_dropout = run.micro_batch * block.tokens, traits.inner_dropout and run.dropout
+    if run.fused:  # what torch's partitioner keeps of the function between the two products: its input, or signs, its result
+        width = run.width * (3 if block.gated else 1 if traits.relu else 2) + traits.relu + inner_dropout
+    elif block.gated:  # both halves of the first product, the activation, their product
+        width = 4 * run.width + inner_dropout * (run.width + 1)
+    else:  # the first product and the activation; ReLU keeps its result alone
+        width = run.width * (1 if traits.relu else 2) + inner_dropout * (run.width + 1)
     if traits.python_gelu and run.stack != "megatron":
         width += 4 * run.residual - run.width
-    if traits.inner_dropout and run.dropout:
-        width += 1 + run.width * block.gated
     values = tokens * block.hidden
     whole = norm(traits, run, values, 2 if block.gated else 1) + run.dropout * values // run.whole
     return whole + tokens * block.ffn * width // run.tp
@@ -241,6 +248,8 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
+    if run.stack == "megatron" and not run.fused:
+        found["loss"] = forward + logits(work, run) * 4 // run.width  # its own cross entropy keeps the softmax in fp32
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):
@@ -255,6 +264,7 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
 # ---- beside them -----------------------------------------------------------------------------------------------------
 
 BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements: reduce_bucket_size in common/stacks/zero.py
+SUB_GROUP = 1_000_000_000  # numbers of a rank that ZeRO 3 steps at a time (sub_group_size)
 LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered (stage3_max_live_parameters of deepspeed/runtime/zero/config.py)
 
 
@@ -268,15 +278,20 @@ def buffers(work: Workload, run: Training, parameters: int) -> int:
     buckets = run.width * min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp)) * (2 if run.dp > 1 else 1)
     if run.zero < 3:
         return buckets
-    return buckets + run.width * max(min(LIVE, parameters), work.blocks[-1].parameters)
+    block = work.blocks[0]  # a layer, and the attention of the next, which is fetched beside its computation
+    layer_and_next = block.parameters + 2 * block.hidden * (block.inner + block.kv_inner)
+    return buckets + run.width * max(min(LIVE, parameters), layer_and_next)
 
 
 def optimizer_moment(work: Workload, run: Training, parameters: int) -> int:
     """Bytes in all while the optimizer steps, without activations."""
     held = states(run, parameters)
     start = held["weights"] + held["optimizer"]
-    if run.zero:
-        return start + 8 * parameters // run.dp  # the rank's share of the gradients, in fp32, and of the new weights
+    share = parameters // run.dp
+    if run.zero == 3:  # of SUB_GROUP numbers at a time, the gradients in fp32 and the new weights
+        return start + held["gradients"] + 6 * min(SUB_GROUP, share)
+    if run.zero:  # the rank's gradients in bf16 and in fp32, and the new weights
+        return start + 8 * share
     block = work.blocks[0]
     largest = max(work.vocab * work.hidden, block.ffn * block.hidden)
     more = {"adamw": 0, "lamb": 3 * 4 * parameters, "adafactor": 3 * 4 * largest}[run.optimizer]  # common/training/
@@ -323,7 +338,7 @@ def communicators(run: Training) -> int:
     """Groups of more than one rank, of which each has a communicator of NCCL: all ranks, and those of the stack."""
     if run.dp * run.tp * run.pp == 1:
         return 0
-    own = [run.dp, run.tp, run.pp] if run.stack == "megatron" else [run.dp] if run.stack == "deepspeed" else []
+    own = {"baseline": [], "deepspeed": [run.dp, run.tp], "megatron": [run.dp, run.tp, run.pp]}[run.stack]
     return 1 + sum(size > 1 for size in own)
 
 
@@ -335,9 +350,10 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, i
 def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     layout, system = layout_for(cfg, stack, world), getattr(cfg, stack)
     names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute", "vpp", "transformer_engine")
+    fusions = getattr(system, "fusions", None)  # the default is that of a GPU
     return Training(
         stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
-        dp=layout.dp, tp=layout.tp, pp=layout.pp,
+        dp=layout.dp, tp=layout.tp, pp=layout.pp, fusions=fusions is not False,
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

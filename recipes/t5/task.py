@@ -139,7 +139,7 @@ class ResolvedModel(Model):
 
     def traits(self) -> Traits:
         """What takes memory in the layers (common/planning/memory.py)."""
-        return Traits(rms_norm=True, relative_biases=True, inner_dropout=True, python_gelu=self.gated)
+        return Traits(rms_norm=True, relative_biases=True, inner_dropout=True, relu=not self.gated, python_gelu=self.gated)
 
     def workload(self, data: Data) -> Workload:
         """The shapes from which common/planning/step_time.py predicts the time of a step: encoder and decoder."""
