@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data import tokenizer as tokenizers, tokenizer_training
+from common.data import fast_bpe, tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import FILES, IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
 from common.json_files import write_json
@@ -452,13 +452,13 @@ def by_tail(shares: dict[str, float]) -> Splitter:
 
 
 def _encode_batch(
-    tokenizer: tokenizers.Tokenizer, pieces: list[str], last: list[bool], eod_id: int | None, sequences: bool
+    encoder: fast_bpe.Encoder, pieces: list[str], last: list[bool], eod_id: int | None, sequences: bool
 ) -> EncodedBatch:
     """Pieces of documents -> the arguments of IndexedDatasetWriter.append.
 
     last[k]: piece k ends its document. sequences: each piece is a sequence.
     """
-    ids, lengths = tokenizer.encode_flat(pieces)
+    ids, lengths = encoder.encode_flat(pieces)
     ends = np.cumsum(lengths)
     if sequences:
         return ids, ends, np.flatnonzero(last) + 1
@@ -477,6 +477,7 @@ class _Pipeline:
     ):  # fmt: skip
         """cut: splits a document into its sequences; None: a document is one sequence."""
         self.tokenizer, self.writers, self.cut = tokenizer, writers, cut
+        self.encoder = fast_bpe.Encoder(tokenizer)
         self.eod_id = tokenizer.eod_id if append_eod else None
         self.pool = ThreadPoolExecutor(2)
         self.running: deque[tuple[str, Future[EncodedBatch]]] = deque()
@@ -501,7 +502,7 @@ class _Pipeline:
         end = len(pieces) - keep
         self.waiting[split] = (pieces[end:], last[end:])
         self.chars[split] = sum(map(len, pieces[end:]))
-        future = self.pool.submit(_encode_batch, self.tokenizer, pieces[:end], last[:end], self.eod_id, self.cut is not None)
+        future = self.pool.submit(_encode_batch, self.encoder, pieces[:end], last[:end], self.eod_id, self.cut is not None)
         self.running.append((split, future))
         while len(self.running) > BATCHES_AHEAD:
             self._write_oldest()

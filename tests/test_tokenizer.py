@@ -11,12 +11,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from common.data import tokenizer as tokenizers, tokenizer_training
+from common.data import fast_bpe, tokenizer as tokenizers, tokenizer_training
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -610,3 +611,102 @@ def test_a_byte_order_mark_is_no_part_of_a_tokenizer(wordpiece, saved, tmp_path)
             (to / name).write_text(mark + text, encoding="utf-8")
         plain, marked = tokenizers.load(folder / "plain"), tokenizers.load(folder / "marked")
         assert (plain.hash, plain.config) == (marked.hash, marked.config)
+
+
+# ---- gigatoken -------------------------------------------------------------------------------------------------------
+
+
+class Library:
+    """Stands in for gigatoken and awkward, with the ids of tokenizers but for a text with `wrong` in it."""
+
+    def __init__(self, words, wrong=None):
+        self.Tokenizer, self.words, self.wrong, self.calls = self, words, wrong, 0
+
+    def from_json(self, text):
+        assert json.loads(text)["added_tokens"] == []
+        return self
+
+    def encode_batch(self, texts):
+        self.calls += 1
+        rows = self.words.encode_batch(texts)
+        return [[*ids[:-1], 0] if self.wrong and self.wrong in text else ids for text, ids in zip(texts, rows, strict=True)]
+
+    def flatten(self, rows):
+        return SimpleNamespace(to_numpy=lambda: np.array([i for row in rows for i in row], np.uint32))
+
+    def num(self, rows):
+        return SimpleNamespace(to_numpy=lambda: np.array([len(row) for row in rows]))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Pretends that gigatoken is installed: library(wrong) -> (encoder, the library)."""
+    words = tokenizer_training.train_bpe(iter(TEXTS), 400)
+
+    def install(wrong=None):
+        stand_in = Library(words, wrong)
+        monkeypatch.setattr(fast_bpe, "is_installed", lambda: True)
+        monkeypatch.setitem(sys.modules, "gigatoken", stand_in)
+        monkeypatch.setitem(sys.modules, "awkward", stand_in)
+        return fast_bpe.Encoder(words), stand_in
+
+    return install
+
+
+TEXTS = ["the cat sat on the mat, and didn't the dog see it?\n" * 9, "a wrong word, at last", "emoji \U0001f642 and café"]
+
+
+def test_gigatoken_encodes_where_its_ids_are_equal(library):
+    encoder, stand_in = library()
+    before = stand_in.calls
+    ids, lengths = encoder.encode_flat(TEXTS)
+    expected, expected_lengths = encoder.tokenizer.encode_flat(TEXTS)
+    assert encoder.name == "gigatoken" and stand_in.calls > before
+    assert ids.tolist() == expected.tolist() and lengths.tolist() == expected_lengths.tolist()
+    assert (ids.dtype, lengths.dtype) == (expected.dtype, expected_lengths.dtype)
+    before = stand_in.calls
+    assert encoder.encode_flat(["\U00030001"])[0].tolist() == encoder.tokenizer.encode("\U00030001")
+    assert stand_in.calls == before, "characters whose class is not certain are left to tokenizers"
+
+
+@pytest.mark.parametrize("wrong", ["endoftext", "wrong"])
+def test_gigatoken_is_left_out_if_its_ids_differ(library, capsys, wrong):
+    """For a text that is hard, and for one of the first batch."""
+    encoder, _ = library(wrong)
+    assert encoder.encode_flat(TEXTS)[0].tolist() == encoder.tokenizer.encode_flat(TEXTS)[0].tolist()
+    assert encoder.name == "tokenizers"
+    assert capsys.readouterr().out == "gigatoken is not used: its ids differ from those of tokenizers\n"
+
+
+def test_ids_that_differ_in_a_later_batch_end_the_build(library):
+    encoder, _ = library("wrong")
+    encoder.encode_flat(TEXTS[:1])
+    with pytest.raises(BadInput, match="gigatoken gives other ids than tokenizers.*pip uninstall gigatoken"):
+        encoder.encode_flat(TEXTS[1:2])
+
+
+def test_gigatoken_is_for_gpt2s_kind_of_bpe(library, tmp_path):
+    encoder, stand_in = library()
+    wordpiece = fast_bpe.Encoder(tokenizer_training.train_wordpiece(iter(TEXTS), 200))
+    assert wordpiece.name == "tokenizers" and wordpiece.encode_flat(["the cat"])[0].tolist()
+    assert encoder.name == "gigatoken"
+
+
+def test_the_real_gigatoken_agrees_on_every_character():
+    """Between letters, digits, signs and spaces; of the large blocks of letters every 101st."""
+    pytest.importorskip("gigatoken", reason="not installed: pip install -c constraints.txt gigatoken")
+    encoder = fast_bpe.Encoder(tokenizer_training.train_bpe(iter(TEXTS), 400))
+    assert encoder.name == "gigatoken"
+    codes = [c for c in range(0x80, 0x30000) if not 0xD800 <= c < 0xE000]
+    letters = [
+        range(0x3400, 0xA000),
+        range(0xAC00, 0xD7A0),
+        range(0xE000, 0xF900),
+        range(0x17000, 0x18D00),
+        range(0x20000, 0x30000),
+    ]
+    codes = [c for c in codes if c % 101 == 0 or not any(c in block for block in letters)]
+    texts = [f"a{chr(c)}1{chr(c)}!{chr(c)} {chr(c)}" for c in codes]
+    ids, lengths = encoder._encode(texts)
+    expected, expected_lengths = encoder.tokenizer.encode_flat(texts)
+    assert np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths)

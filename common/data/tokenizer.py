@@ -240,6 +240,11 @@ class Tokenizer:
             steps = (self._spec["normalizer"] or {}).get("normalizers", [])
             is_unigram = steps[-2:] == _UNIGRAM_STEPS and [step["type"] for step in steps[:-2]] in ([], ["Precompiled"])
             return is_unigram and self._spec["pre_tokenizer"] == _METASPACE
+        return self.is_gpt2_like
+
+    @cached_property
+    def is_gpt2_like(self) -> bool:
+        """Is it a byte-level BPE that splits texts by GPT-2's regex, without a normalizer?"""
         before = self._spec["pre_tokenizer"] or {}
         after = self._spec["post_processor"] or {"type": "ByteLevel"}
         return (
