@@ -45,15 +45,22 @@ class Kinks:
         return max((g.max().item() for g in behind if g.numel()), default=0.0) / norm
 
 
-def clear_of_kinks(steps: Callable[[list[str]], Iterable[Step]], overrides: list[str]) -> list[str]:
-    """The overrides with the first seed, from 1234 on, whose reference loop meets no ReLU at 0 that matters.
+def clear_of_kinks(
+    steps: Callable[[list[str]], Iterable[Step]], overrides: list[str], first: int = 1234
+) -> tuple[list[str], list[tuple[float, float]]]:
+    """The overrides with the first seed, from `first` on, whose reference loop meets no ReLU at 0 that matters; and (loss,
+    gradient norm) of each of its steps.
 
-    No stack has a say in it: the reference loop alone is asked, before any other run.
+    The reference loop alone decides, before any other run.
     """
-    for seed in range(1234, 1734):
-        seeded = [*overrides, f"train.seed={seed}"]
-        if all(stake < STAKE for _, _, stake in steps(seeded)):
-            return seeded
+    for seed in range(first, first + 500):
+        seeded, curve = [*overrides, f"train.seed={seed}"], []
+        for loss, norm, stake in steps(seeded):
+            curve.append((loss, norm))
+            if stake >= STAKE:
+                break
+        else:
+            return seeded, curve
     raise AssertionError("no seed of 500 keeps clear of the ReLUs' kinks")
 
 

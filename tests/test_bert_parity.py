@@ -101,7 +101,6 @@ def runs(drive, bert_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
     total = EACH * len(MOVES)
     for arch in ARCHS:
         moved = [*bert_settings, f"optim.decay_steps={total}", "train.keep=100"]
-        cases.append(run("baseline", arch, out / "stayed" / arch, [*moved, f"train.steps={total}"]))
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
             for number, (stack, overrides) in enumerate(MOVES, 1)
@@ -179,15 +178,18 @@ def test_two_halves_are_one_run_bit_for_bit(runs, name):
 
 
 def test_dropout_was_on(runs):
-    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "stayed" / "tiny_postln")[1]["loss"]
+    whole, without = (losses(runs[0] / name)[1]["loss"] for name in ("whole/baseline", "fp32/tiny_postln/baseline"))
+    assert whole != without
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_moves_between_stacks(runs, arch):
-    stayed, moved = losses(runs[0] / "stayed" / arch), losses(runs[0] / "moved" / arch)
-    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(MOVES)
-    assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
-    assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
+def test_one_run_moves_between_stacks(runs, bert_settings, arch):
+    """Through all stacks it follows the reference loop, which stays."""
+    total = EACH * len(MOVES)
+    more = [f"optim.decay_steps={total}", f"train.steps={total}"]
+    expected = plain_bert.losses(ROOT / f"recipes/bert/configs/{arch}.yaml", bert_settings + more)
+    loss, norm = farthest(runs[0] / "moved" / arch, expected)
+    assert len(expected) == total and loss <= LOSS and norm <= NORM
     states = sorted((runs[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
     assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in MOVES]
 

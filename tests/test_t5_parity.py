@@ -18,6 +18,7 @@ from tests import plain_t5
 
 ARCHS = ("tiny", "tiny_v1_1")
 Layouts = dict[str, tuple[str, list[str]]]
+Curve = list[tuple[float, float]]  # loss and gradient norm of each step
 TWO_RANKS: Layouts = {
     "baseline": ("baseline", []),
     "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),
@@ -79,16 +80,24 @@ def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def settings(t5_settings) -> dict[str, list[str]]:
-    """{config, variant, or config + " moved": overrides}, each with a seed that keeps clear of T5 1.0's ReLUs (plain_t5.py)."""
+def seeded(t5_settings) -> dict[str, tuple[list[str], Curve]]:
+    """{config, variant, or config + " moved": (overrides, curve of the reference loop)}, each with a seed that keeps clear of
+    T5 1.0's ReLUs (plain_t5.py)."""
 
-    def clear(arch: str, more: list[str]) -> list[str]:
+    def clear(arch: str, more: list[str], first: int = 1234) -> tuple[list[str], Curve]:
         steps = partial(plain_t5.steps, ROOT / f"recipes/t5/configs/{arch}.yaml")
-        return plain_t5.clear_of_kinks(steps, [*t5_settings, *more])
+        return plain_t5.clear_of_kinks(steps, [*t5_settings, *more], first)
 
-    seeded = {arch: clear(arch, []) for arch in ARCHS} | {kind: clear(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
+    same = {arch: clear(arch, []) for arch in ARCHS} | {kind: clear(arch, more) for kind, (arch, more, _) in VARIANTS.items()}
     moved = [f"train.steps={EACH * len(MOVES)}", f"optim.decay_steps={EACH * len(MOVES)}", "train.keep=100"]
-    return seeded | {f"{arch} moved": clear(arch, moved) for arch in ARCHS}
+    # of the text of Python 3.12.1, the 43 seeds before this one meet a ReLU at 0
+    firsts = {"tiny": 1277, "tiny_v1_1": 1234}
+    return same | {f"{arch} moved": clear(arch, moved, firsts[arch]) for arch in ARCHS}
+
+
+@pytest.fixture(scope="module")
+def settings(seeded) -> dict[str, list[str]]:
+    return {name: overrides for name, (overrides, _) in seeded.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,6 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
         cases += [run(stack, "tiny_v1_1", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
     for arch in ARCHS:
         moved = settings[f"{arch} moved"]
-        cases.append(run("baseline", arch, out / "stayed" / arch, moved))
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
             for number, (stack, overrides) in enumerate(MOVES, 1)
@@ -124,10 +132,8 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
 
 
 @pytest.fixture(scope="module")
-def reference(settings) -> dict[str, list[tuple[float, float]]]:
-    """{config or variant: [(loss, norm) of each step]} of the reference loop."""
-    archs = {arch: arch for arch in ARCHS} | {kind: arch for kind, (arch, _, _) in VARIANTS.items()}
-    return {kind: plain_t5.losses(ROOT / f"recipes/t5/configs/{a}.yaml", settings[kind]) for kind, a in archs.items()}
+def reference(seeded) -> dict[str, Curve]:
+    return {name: curve for name, (_, curve) in seeded.items()}
 
 
 def test_what_is_at_stake_at_a_relu_s_zero_is_seen(t5_settings):
@@ -187,15 +193,16 @@ def test_two_halves_are_one_run_bit_for_bit(runs, name):
 
 
 def test_dropout_was_on(runs):
-    assert losses(runs[0] / "whole" / "baseline")[1]["loss"] != losses(runs[0] / "stayed" / "tiny_v1_1")[1]["loss"]
+    whole, without = (losses(runs[0] / name)[1]["loss"] for name in ("whole/baseline", "fp32/tiny_v1_1/baseline"))
+    assert whole != without
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_one_run_moves_between_stacks(runs, arch):
-    stayed, moved = losses(runs[0] / "stayed" / arch), losses(runs[0] / "moved" / arch)
-    assert sorted(stayed) == sorted(moved) and len(stayed) == EACH * len(MOVES)
-    assert max(abs(stayed[s]["loss"] - moved[s]["loss"]) for s in stayed) <= LOSS
-    assert max(abs(stayed[s]["grad_norm"] / moved[s]["grad_norm"] - 1) for s in stayed) <= NORM
+def test_one_run_moves_between_stacks(runs, reference, arch):
+    """Through all stacks it follows the reference loop, which stays."""
+    expected = reference[f"{arch} moved"]
+    loss, norm = farthest(runs[0] / "moved" / arch, expected)
+    assert len(expected) == EACH * len(MOVES) and loss <= LOSS and norm <= NORM
     states = sorted((runs[0] / "moved" / arch).glob("step_*/state.json"), key=lambda p: int(p.parent.name[5:]))
     assert [json.loads(p.read_text())["stack"] for p in states] == [stack for stack, _ in MOVES]
 
