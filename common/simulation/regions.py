@@ -96,6 +96,7 @@ class _Region:
     def __call__(self, arguments: list[Any]) -> Any:
         values: dict[fx.Node, Any] = {}
         group: list[fx.Node] = []  # fused nodes, and views of them, that no kernel has computed yet
+        ended: list[fx.Node] = []  # run since the last kernel, which may still read what they have read
         given = iter(list(arguments))
         arguments.clear()
         for node in self.nodes:
@@ -108,12 +109,15 @@ class _Region:
                 continue
             if waits or node.op == "output":
                 self._launch(group, values)
-                group = []
+                self._free([*group, *ended], values)
+                group, ended = [], []
             if node.op == "output":
                 return fx.map_arg(node.args[0], lambda used: values[used])
             values[node] = self._run(node, values)
+            ended.append(node)
             if not group:
-                self._free(node, values)
+                self._free(ended, values)
+                ended = []
         raise AssertionError("a graph ends with its output")
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -123,12 +127,13 @@ class _Region:
         target: Any = node.target
         return target(*args, **kwargs)
 
-    def _free(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        for used in self.last_use[node]:
-            values.pop(used, None)
+    def _free(self, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
+        for node in nodes:
+            for used in self.last_use[node]:
+                values.pop(used, None)
 
     def _launch(self, group: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
-        """One kernel: allocate what is used outside of `group`, count it, and free what nothing uses after it."""
+        """One kernel: allocate what is used outside of `group`, and count it."""
         inside = set(group)
         escapes = [node for node in group if any(user not in inside for user in node.users)]
         written: dict[fx.Node, Any] = {}
@@ -138,7 +143,7 @@ class _Region:
                 views.append(node)
                 node = next(used for used in node.all_input_nodes if used in inside)
             if node not in written:
-                written[node] = fx.map_arg(_empty(node), lambda value: value)
+                written[node] = _empty(node)
         if group:
             reads = {used for node in group for used in node.all_input_nodes if used in values}
             tensors = [*written.values(), *(values[node] for node in reads)]
@@ -146,8 +151,6 @@ class _Region:
         values.update(written)
         for node in sorted(set(views), key=self.nodes.index):
             values[node] = self._run(node, values)
-        for node in group:
-            self._free(node, values)
 
     def _count(self, moved: float, is_kernel: bool) -> None:
         if is_kernel:

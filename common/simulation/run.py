@@ -5,11 +5,13 @@ imports the stacks once: `run_all` forks for each.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -342,6 +344,7 @@ def _forked(case: Case, path: Path) -> dict[str, Any]:
     sys.stderr.flush()
     child = os.fork()
     if not child:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: do not outlive a parent that is killed
         try:
             found = run(case)
         except BadInput as error:
