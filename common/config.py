@@ -195,6 +195,11 @@ class Train(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Type of the computation. Master weights and optimizer state are fp32."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU, use only kernels that add in a fixed order. They are slower, and a run repeats its bits, as it "
+        "does on a CPU.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="Of initial values, the order of samples, masks and dropout."
     )

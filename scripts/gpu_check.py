@@ -297,18 +297,9 @@ def run_part(part: Sequence[str], out: Path, rehearsal: bool, left: float) -> di
 
 
 def machine(rehearsal: bool) -> dict[str, Any]:
-    import torch
-
-    driver = None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
-    cuda = torch.cuda.is_available() and not rehearsal
     return {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__, "python": platform.python_version(),
-        "commit": run_record.commit(), "versions": {name: run_record.version(name) for name in run_record.PACKAGES},
+        "gpu": None if rehearsal else run_record.gpu(), "python": platform.python_version(),
+        "commit": run_record.commit(), "versions": run_record.versions(),
     }  # fmt: skip
 
 
@@ -322,8 +313,8 @@ def number(value: float | None, form: str = "{:.1e}", scale: float = 1.0) -> str
 def report(results: dict[str, Any]) -> str:
     """The Markdown of OUT/gpu_check.md."""
     m = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in (m["versions"] | {"torch": m["torch"]}).items() if version)
-    on = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}" if m["gpu"] else "a CPU"
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    on = "{name}, driver {driver}, CUDA {cuda}, NCCL {nccl}, cuDNN {cudnn}".format(**m["gpu"]) if m["gpu"] else "a CPU"
     text = ["# GPU check", "", f"{on}, python {m['python']}, {versions}, commit {m['commit']}"]
     if results["rehearsal"]:
         text += ["", "**Rehearsal on a CPU with tiny shapes: the figures mean nothing.**"]

@@ -128,6 +128,46 @@ def test_bf16_stays_near_fp32(runs, expected, name):
     assert result["ok"], result
 
 
+@pytest.fixture(scope="module")
+def repeated(gpu, tmp_path_factory) -> Path:
+    """Folder of runs of twenty steps in bf16 with dropout, each made twice: DETERMINISTIC/STACK/1 and 2."""
+    out = tmp_path_factory.mktemp("repeated")
+    write_corpus(out / "corpus" / "train", 50_000, VOCAB)
+    shared = [*TINY, f"data.train={out}/corpus/train", "model.dropout=0.1", "train.dtype=bf16", "train.steps=20"]
+    cases = []
+    for deterministic in ("true", "false"):
+        for name in BF16:
+            stack, overrides = DEVICE_LAYOUTS[name]
+            settings = [*shared, f"train.deterministic={deterministic}", *overrides]
+            cases += [case(stack, "tiny", out / deterministic / name / number, settings) for number in ("1", "2")]
+    path = out / "cases.json"
+    path.write_text(json.dumps(cases), encoding="utf-8")
+    done = subprocess.run([sys.executable, "tests/drive.py", str(path)], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return out
+
+
+def have_the_same_bits(first: Path, second: Path) -> bool:
+    """Whether two runs have equal losses and gradient norms in each step, and equal checkpoints after the last."""
+    steps = [[(line["loss"], line["grad_norm"]) for _, line in sorted(losses(out).items())] for out in (first, second)]
+    files = [json.loads((out / "step_20/state.json").read_text())["files"] for out in (first, second)]
+    assert len(steps[0]) == 20 and files[0]
+    return steps[0] == steps[1] and files[0] == files[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BF16)
+def test_a_deterministic_run_repeats_its_bits(repeated, name):
+    assert have_the_same_bits(repeated / "true" / name / "1", repeated / "true" / name / "2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BF16)
+def test_reports_whether_another_run_repeats_its_bits(repeated, name, record_property):
+    """Either may be: the order in which the backward kernels of attention add is not fixed."""
+    record_property("same_bits", have_the_same_bits(repeated / "false" / name / "1", repeated / "false" / name / "2"))
+
+
 def compared(steps: dict[int, dict[str, float]], expected: list[tuple[float, float]], dtype: str) -> dict[str, float | bool]:
     """A run's steps beside the reference loop's losses and gradient norms."""
     pairs = [(steps[number], *values) for number, values in enumerate(expected, 1)]

@@ -20,7 +20,7 @@ dist.new_group = counted
 from common.stacks import mcore
 mcore.start(ranks, Layout(world=2, dp=1, tp=2, pp=1, micro_batch=1, accumulate=1))
 assert len(made) > 10
-assert set(made) == {(processes.timeout(), None)}, set(made)
+assert set(made) == {(processes.TIMEOUT, None)}, set(made)
 """
 
 

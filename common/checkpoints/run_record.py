@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CODE = ("common", "data", "recipes", "scripts")  # folders of the code that a run may execute
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
+NO_LONGER_READ = ("hang_seconds", "save_every", "keep", "deterministic")  # by a finished run, of the section `train`
+FASTER = ("transformer-engine", "apex", "flash-attn")  # the stacks call their kernels where they are installed
 LEFTOVERS = (
     *("step_*.tmp", "step_*.old.tmp", "hf.tmp", "hf.old.tmp", "adapter.tmp", "adapter.old.tmp"),
     *("tokenizer.tmp", "tokenizer.old.tmp", "config.yaml.tmp", "run.json.part", "eval.json.part", "metrics.jsonl.part"),
@@ -37,7 +39,7 @@ def new(
     return {
         "config": Path(config_path).stem, "family": task.FAMILY, "stack": stack,
         "data": {"train": train.content_hash if train else None, "valid": valid.content_hash if valid else None},
-        "tokenizer": tokenizer_hash, "commit": commit(), "versions": {package: version(package) for package in PACKAGES},
+        "tokenizer": tokenizer_hash, "commit": commit(), "versions": versions(),
         "init": _start_of(cfg),
     }  # fmt: skip
 
@@ -46,6 +48,35 @@ def _start_of(cfg: Config) -> dict[str, Any] | None:
     """The run and step whose export init.from is: {"id", "step"}; None for any other beginning."""
     export = None if cfg.init.from_ == "scratch" else read_object(find(cfg.init.from_) / integrity.RECORD)
     return {"id": export["id"], "step": export.get("step")} if export and "id" in export else None
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each package that computes; None if it is not installed. Imports none of them."""
+    return {package: version(package) for package in (*PACKAGES, *FASTER)}
+
+
+def gpu() -> dict[str, Any] | None:
+    """The GPU of this process, its driver, and the libraries that torch was built with; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return {
+        "name": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.get_device_properties().total_memory,
+        "driver": _driver(), "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cudnn": torch.backends.cudnn.version(),
+    }  # fmt: skip
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, such as 580.95.05."""
+    module = Path("/sys/module/nvidia/version")
+    if module.is_file():
+        return module.read_text(encoding="utf-8").strip()
+    if not shutil.which("nvidia-smi"):  # WSL has it, and no such file
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None
 
 
 def version(package: str) -> str | None:
@@ -92,6 +123,7 @@ def begin(run: "Run") -> None:
         run.record["id"] = identifier if isinstance(identifier, str) and identifier else uuid.uuid4().hex
         if recorded:
             run.record["init"] = recorded.get("init")  # where it began, whatever init.from holds since
+        run.record["gpu"] = gpu()
         before = recorded.get("stacks")
         before = before if isinstance(before, list) else []
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
@@ -131,7 +163,7 @@ def _without_systems(cfg: Config) -> dict[str, Any]:
     """The values of a config without those that a finished run no longer looks at: layouts, and how often it saves."""
     values = cfg.dump()
     rest = {key: value for key, value in values.items() if key not in (*config.STACKS, "expect")}
-    return rest | {"train": {k: v for k, v in rest["train"].items() if k not in ("hang_seconds", "save_every", "keep")}}
+    return rest | {"train": {k: v for k, v in rest["train"].items() if k not in NO_LONGER_READ}}
 
 
 def record_finished(run: "Run") -> None:

@@ -18,12 +18,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.config import STACKS
 from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
-from common.launch import heartbeat, lock
+from common.launch import heartbeat, lock, processes
 from common.launch.watch import Failure, Watch
+
+if TYPE_CHECKING:
+    from common.preflight import Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
 DEFAULT_PORT = 29500
@@ -248,6 +251,18 @@ def environment(on: Nodes, scratch: Path, environ: Mapping[str, str]) -> dict[st
     return defaults | dict(environ) | always
 
 
+def variables_of(run: "Run") -> dict[str, str]:
+    """What CUDA and NCCL read when a process starts, before it reads the config of this run."""
+    variables = {}
+    if run.stack == "megatron" and run.layout.tp > 1:
+        # one queue: kernels begin in the order of their launch, the all-reduce of a layer's input gradient before the GEMM that
+        # it overlaps with (Megatron-LM, megatron/training/arguments.py); elsewhere it would only hold copies up
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if run.cfg.train.deterministic:
+        variables["NCCL_ALGO"] = processes.NCCL_ALGO
+    return variables
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -305,9 +320,12 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 
 
-def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0) -> int:
+def run_ranks(
+    arguments: Sequence[str], on: Nodes, out: Path | None = None, hang_seconds: int = 0, variables: Mapping[str, str] = {}
+) -> int:
     """Run torchrun with these arguments and return the exit code of the launch.
 
+    variables: of the ranks' environment, where the user has not set them.
     hang_seconds: seconds without progress after which everything is ended; 0: never. Details of a failure go to a file in OUT.
     """
     with lock.scratch_folder() as folder:
@@ -315,7 +333,7 @@ def run_ranks(arguments: Sequence[str], on: Nodes, out: Path | None = None, hang
         watch = Watch(scratch, on, out, hang_seconds)
         agent = subprocess.Popen(
             [sys.executable, "-m", "common.launch.agent", *arguments],
-            env=environment(on, scratch, os.environ) | {"TWINSTACK_HANG_SECONDS": str(hang_seconds)},
+            env=environment(on, scratch, {**variables, **os.environ}) | {"TWINSTACK_HANG_SECONDS": str(hang_seconds)},
             start_new_session=True,  # Ctrl-C is for the launcher alone
             preexec_fn=_end_with_launcher,
         )
@@ -422,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     with lock.locked(run.out) if on.node_rank == 0 else contextlib.nullcontext():
-        code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
+        code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run))
         while code == 0 and not run.is_last_phase:  # each phase continues from the checkpoint of the one before
             before, run = run, prepare(command.config, command.out, command.overrides, stack, task, on.world)
             if Stop.first_signal:  # the signal came after the end of the phase before
@@ -430,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 128 + Stop.first_signal
             if run.cfg.train.steps == before.cfg.train.steps:
                 raise BadInput(f"{run.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
-            code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds)
+            code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run))
         if code == 0 and on.node_rank == 0:
             record_finished(run)
     return code

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
 from common.launch import heartbeat, lock
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+    from common.config import Train
+
 # Of a collective: long enough for one rank to export 175 billion parameters while the others wait. The launcher detects hangs
 # (train.hang_seconds).
 TIMEOUT = datetime.timedelta(days=1)
+
+# NVLink SHARP adds in the switch, in no fixed order; Megatron-LM asks for the same (megatron/training/arguments.py)
+NCCL_ALGO = "^NVLS"
 
 _signal = 0  # the signal that asked this process to save and stop
 
@@ -152,6 +157,27 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
     if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise BadInput(f"train.dtype=bf16: {name} has no bf16 arithmetic; use train.dtype=fp32")
+
+
+def set_numerics(train: "Train", ranks: Ranks) -> None:
+    """Check train.dtype as check_dtype does, and let train.deterministic choose the kernels of a GPU. A CPU's always repeat
+    their bits. BadInput where NCCL may add in another order each time."""
+    import torch
+
+    check_dtype(train.dtype, ranks.device)
+    if ranks.device.type != "cuda":
+        return
+    if train.deterministic:
+        if ranks.world > 1 and "NCCL_ALGO" not in os.environ:
+            raise BadInput(f"train.deterministic=true: set NCCL_ALGO={NCCL_ALGO} in the environment of all {ranks.world} ranks")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documentation, "Results reproducibility"
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # TransformerEngine's attention
+    # The backward passes of flash and memory-efficient attention then add in a fixed order, and cuDNN's attention is not used
+    # (PyTorch documentation, "Reproducibility"). Operators that have no such kernel raise an error.
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cudnn.deterministic = train.deterministic
+    fills: Any = torch.utils.deterministic  # mypy does not know its attribute
+    fills.fill_uninitialized_memory = False  # else a kernel for each new tensor
 
 
 def on_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":

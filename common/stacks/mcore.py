@@ -226,6 +226,7 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "calculate_per_token_loss": True,  # invariant 5: gradients are summed, then divided by the targets of the global batch
         "finalize_model_grads_func": finalize_model_grads,
         "use_cpu_initialization": True,
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),  # processes.set_numerics
         "perform_initialization": False,  # load_state sets every value
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     # One replica per process. The gradients are views of DDP's buckets, which would else be a second copy of them.
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         micro_batches = next(prefetched)
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(task.counts(micro_batches), ranks)
-        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        targets = processes.on_device(torch.tensor(target_counts), ranks.device)  # (P,)
         shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)

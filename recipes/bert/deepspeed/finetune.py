@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
     head = cfg.model.task_head  # computes the loss and the predictions of the task
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     zero.start(ranks)

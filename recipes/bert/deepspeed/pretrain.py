@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     zero.start(ranks)
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(counts, ranks)
-        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        targets = processes.on_device(torch.tensor(target_counts), ranks.device)  # (P,)
         shares = zeros.clone()  # this rank's part of the losses and hit rates
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
     cfg, layout = run.cfg, run.layout
     head = cfg.model.task_head  # computes the loss and the predictions of the task
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     mcore.start(ranks, layout)

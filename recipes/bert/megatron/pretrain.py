@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
     cfg, layout = run.cfg, run.layout
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     mcore.start(ranks, layout)
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
         micro_batches = next(prefetched)
         # numbers of targets of each part of the loss, and number of tokens, in the global batch
         *target_counts, tokens = processes.totals(task.counts(micro_batches), ranks, dp_group)
-        targets = torch.tensor(target_counts, device=ranks.device)  # (P,)
+        targets = processes.on_device(torch.tensor(target_counts), ranks.device)  # (P,)
         seeds = [processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank) for micro in range(len(micro_batches))]
         # Megatron sums gradients over micro batches and ranks, and divides them by the masked tokens of the global batch. The
         # weights turn each part of the loss into a mean over its own targets (invariant 5)

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "deepspeed", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.deepspeed
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     zero.start(ranks)

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "baseline", task, ranks.world)
     cfg, layout, system = run.cfg, run.layout, run.cfg.baseline
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     # One replica per process. The gradients are views of DDP's buckets, which would else be a second copy of them.

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     ranks = processes.start()
     run = preflight.prepare(config_path, out, overrides, "megatron", task, ranks.world)
     cfg, layout = run.cfg, run.layout
-    processes.check_dtype(cfg.train.dtype, ranks.device)
+    processes.set_numerics(cfg.train, ranks)
 
     # ---- ranks
     mcore.start(ranks, layout)
