@@ -37,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files whose first test makes all their runs, the longest first
 LONGEST = [
-    f"test_{name}.py"
-    for name in ("t5_parity", "bert_parity", "parity", "gpt_finetune", "bert_finetune", "t5_finetune", "launch", "resume")
+    *("test_t5_parity.py", "test_bert_parity.py", "test_simulated_runs.py", "test_gpt_finetune.py", "test_parity.py"),
+    *("test_bert_finetune.py", "test_t5_finetune.py", "test_launch.py", "test_resume.py"),
 ]
 
 
