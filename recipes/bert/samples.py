@@ -247,7 +247,8 @@ class Samples(BlendedDataset):
         hidden = np.zeros((len(ids), int(words.max()) + 1), np.int64)
         hidden[rows, first] += 1
         hidden[rows, first + lengths[rows, pieces]] -= 1
-        return candidates & (np.take_along_axis(np.cumsum(hidden, 1), word, 1) > 0), used
+        is_hidden = np.cumsum(hidden, 1) > 0
+        return candidates & is_hidden[np.arange(len(ids))[:, None], word], used
 
     def _replace_masked(self, ids: np.ndarray, how: np.ndarray, which: np.ndarray) -> np.ndarray:
         """Replace each token by [MASK] (80 %) or by an ordinary token (10 %), or keep it (10 %) (BERT, section 3.1).
@@ -261,12 +262,12 @@ class Samples(BlendedDataset):
 
 def _smallest(uniform: np.ndarray, begin: np.ndarray, number: np.ndarray, laid: np.ndarray) -> np.ndarray:
     """In each row of `uniform` (B, draws), mark the `laid` smallest of the `number` values from `begin` on: (B, most) bool."""
-    column = np.arange(int(number.max()))
-    values = np.take_along_axis(uniform, begin[:, None] + column, 1)
+    column, row = np.arange(int(number.max())), np.arange(len(uniform))[:, None]
+    values = uniform[row, begin[:, None] + column]
     values[column >= number[:, None]] = 2.0  # larger than any
     order = np.argsort(values, 1)[:, : int(laid.max())]
     marks = np.zeros(values.shape, bool)
-    np.put_along_axis(marks, order, np.arange(order.shape[1]) < laid[:, None], 1)
+    marks[row, order] = np.arange(order.shape[1]) < laid[:, None]
     return marks
 
 
@@ -331,7 +332,7 @@ def shorten(a: np.ndarray, b: np.ndarray, room: int, rng: np.random.Generator) -
     shortened = []
     for segment, keep in ((a, keep_a), (b, room - keep_a)):
         excess = len(segment) - keep
-        front = int((rng.random(excess) < 0.5).sum())
+        front = int(np.count_nonzero(rng.random(excess) < 0.5))
         shortened.append(segment[front : front + keep])
     return shortened
 
