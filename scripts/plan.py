@@ -1,25 +1,30 @@
 """What a config needs on each stack and layout, before anything is started: memory per GPU, tokens, FLOPs, days.
 
-python -m scripts.plan CONFIG [--gpus N] [--gpu NAME] [a.b=c ...]
+python -m scripts.plan CONFIG [--gpus N] [a.b=c ...]    memory per GPU of the usual layouts of each stack
+python -m scripts.plan CONFIG --gpus N --gpu NAME [--own] [--json]    the fastest layouts that fit, with time and memory
 python -m scripts.plan --validate    predicted step times beside published ones; writes docs/planner.md
 """
 
 import argparse
+import json
+import math
+import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from common import config, families
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
 from common.paths import ROOT
-from common.planning import flops, memory
+from common.planning import hardware, memory, search
 from common.planning.hardware import gpu
 from common.preflight import task_module
 from common.yaml_files import read_yaml
 
 COLUMNS = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "total": "peak"}  # shorter names of parts
 CARDS = {"40 GB": "A100-40GB", "80 GB": "H100", "141 GB": "H200"}
-ASSUMED_MFU = 0.4  # what well-tuned dense models reach on A100 and H100 (arXiv:2205.05198; Megatron-LM's README)
 
 
 def main() -> None:
@@ -27,26 +32,48 @@ def main() -> None:
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
-    parser.add_argument("--gpu", help="GPU model, to estimate the days of training: A100, H100, 'H100 PCIe', ...")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"predict the time on this GPU: {', '.join(g.name for g in hardware.GPUS)}"
+    )
+    parser.add_argument("--network", metavar="CxRGb", help="network cards per node and their rate, such as 8x400Gb")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--stack", nargs="+", choices=config.STACKS, help="(default: all that the family has)")
+    parser.add_argument("--price", type=float, metavar="P", help="per GPU and hour, to print the cost of the run")
+    parser.add_argument("--own", action="store_true", help="predict the config's own layouts alone")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="layouts to print per stack (default: 3)")
+    parser.add_argument("--scale", metavar="N,N,...", help="the best layout of each stack on each of these numbers of GPUs")
+    parser.add_argument("--json", action="store_true", help="print all predictions as JSON, the best first")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the config with the best layouts there")
     parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md")
     args = parser.parse_intermixed_args()
     if args.validate:
         return validate()
     if args.config is None:
         raise BadInput("scripts.plan: give a config, such as recipes/gpt/configs/gpt3_1.3b.yaml, or --validate")
-    if args.gpus < 1:
-        raise BadInput(f"--gpus {args.gpus}: must be 1 or more")
-    peak = flops.peak_tflops(args.gpu)
-    if args.gpu and peak is None:
-        raise BadInput(f"--gpu {args.gpu}: its peak is unknown; common/planning/flops.py has the table (A100, H100, L4, ...)")
+    for name in ("gpus", "gpus_per_node", "top"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
+    wanting = [name for name in ("network", "price", "scale", "write") if getattr(args, name) is not None]
+    wanting += [name for name in ("own", "json") if getattr(args, name)]
+    if wanting and not args.gpu:
+        raise BadInput(f"--{wanting[0]}: needs --gpu NAME, the GPU whose time is predicted")
 
     task = task_module(families.of_config(args.config), read_yaml(args.config))
     cfg = config.load(args.config, args.overrides, task.Config)
     if cfg.model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
     cfg = config.resolve(cfg, task.ResolvedConfig, None)
-    model = cfg.model
+    if args.gpu:
+        predictions(cfg, args)
+    else:
+        memory_table(cfg, task, args.gpus)
 
+
+def memory_table(cfg: Config, task: Any, gpus: int) -> None:
+    """Print tokens and FLOPs of a run, and the memory of the usual layouts of each stack in each phase."""
+    model = cfg.model
     print(f"parameters     {model.parameter_count():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0
     for phase in config.views(cfg):
@@ -59,15 +86,97 @@ def main() -> None:
         product = f"{phase.train.global_batch} x {phase.data.sample_tokens} = {tokens:,}"
         print(f"tokens/step    {product}; in {steps:,} steps {tokens * steps:.4g}")
     print(f"in all         {in_all:.4g} tokens, {flops_in_all:.4g} FLOPs")
-    if peak:
-        seconds = flops_in_all / (ASSUMED_MFU * peak * 1e12 * args.gpus)
-        speed = f"{ASSUMED_MFU:.0%} of {peak:g} TFLOP/s"
-        print(f"time           {seconds / 86400:.3g} days if {args.gpus} x {args.gpu} reach {speed}")
     views = config.views(cfg)
     for number, phase in enumerate(views, 1):
         which = f", phase {number} ({phase.data.seq_len} tokens per sample)" if len(views) > 1 else ""
-        print(f"\nGB (10^9 bytes) on each of {args.gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout")
-        table(phase, args.gpus, families.stacks(families.of_config(args.config)))
+        print(f"\nGB (10^9 bytes) on each of {gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout")
+        table(phase, gpus, families.stacks(task.FAMILY))
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Print, or write, the fastest layouts that fit."""
+    card = hardware.gpu(args.gpu)
+    network = hardware.network(args.network, args.gpus_per_node) if args.network else None
+    cluster = hardware.Cluster(card, args.gpus_per_node, network)
+    stacks = args.stack or families.stacks(families.of_config(args.config))
+    if args.scale:
+        return scaling(cfg, cluster, stacks, args.scale)
+    if args.own:
+        found = [search.predict(cfg, stack, cluster, args.gpus) for stack in stacks]
+    else:
+        found = search.search(cfg, stacks, cluster, args.gpus)
+    tokens = float(cfg.train.steps * cfg.train.global_batch * cfg.data.sample_tokens)
+    if args.json:
+        print(json.dumps([one.as_json(tokens, args.price) for one in found], indent=1))
+        return
+    print(f"{args.gpus} x {card.name}, predicted by common/planning/step_time.py (docs/planner.md)")
+    for stack in stacks:
+        own = [one for one in found if one.stack == stack]
+        fitting = own if args.own else [one for one in own if one.fits][: args.top]
+        for one in fitting:
+            print("\n" + "\n".join(block(one, tokens, args.price, card.memory)))
+        if not fitting:
+            print(f"\n{stack}: no layout fits on {args.gpus} GPUs; {search.needs(cfg, stack, cluster, args.gpus)}")
+    if args.write:
+        write(args.config, args.write, found)
+
+
+def block(one: search.Prediction, tokens: float, price: float | None, room: int) -> list[str]:
+    """A prediction in lines of at most 80 characters."""
+    days = tokens / one.tokens_per_s / 86400
+    cost = "" if price is None else f", costs {days * 24 * one.shared.world * price:,.0f}"
+    causal = f" ({one.mfu_causal:.1%} causal)" if one.mfu_causal != one.mfu_full else ""
+    layout = " ".join(f"{key}={str(value).lower()}" for key, value in one.layout.items())
+    parts = {name: one.memory[name] for name in (*memory.PARTS, *memory.BESIDE)}
+    sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
+    shares = {name.replace("_", " "): value / one.seconds for name, value in one.time.items()}
+    times = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda i: -i[1]) if share >= 0.005)
+    near = f"up to {one.near[1]:.1%} on the nearest published rows" if one.near else "no published row is near"
+    lines = [
+        f"{one.stack}  {one.seconds:.3g} s per step, {one.tokens_per_s:,.0f} tokens/s, MFU {one.mfu_full:.1%}{causal}",
+        f"  layout  {layout}",
+        f"  memory  {one.memory['required'] / 1e9:.1f} of {room / 1e9:.1f} GB{'' if one.fits else ', does not fit'}: {sizes}",
+        f"  time    {times}",
+        f"  run     {days:.3g} days{cost}; error: {near}",
+    ]
+    return [line for text in lines for line in textwrap.wrap(text, 80, subsequent_indent=" " * 10)]
+
+
+def scaling(cfg: Config, cluster: hardware.Cluster, stacks: Sequence[str], numbers: str) -> None:
+    """Print the best layout of each stack on each number of GPUs: with the config's global batch (strong scaling), and with one
+    that grows with the number (weak scaling)."""
+    counts = sorted({int(word) for word in numbers.split(",") if word.strip().isdigit() and int(word) > 0})
+    if not counts or not all(word.strip().isdigit() for word in numbers.split(",")):
+        raise BadInput(f"--scale {numbers}: must be numbers of GPUs, such as 8,64,512")
+    for kind in ("strong", "weak"):
+        print(f"{kind} scaling" + (", global batch in proportion to the GPUs" if kind == "weak" else ""))
+        print(f"  {'GPUs':>6} {'stack':<10} {'batch':>7} {'s/step':>8} {'tokens/s':>12} {'MFU':>6}")
+        for gpus in counts:
+            batch = cfg.train.global_batch * (gpus // counts[0] if kind == "weak" else 1)
+            grown = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": batch})})
+            for stack in stacks:
+                best = next((one for one in search.search(grown, [stack], cluster, gpus) if one.fits), None)
+                row = f"{best.seconds:>8.3g} {best.tokens_per_s:>12,.0f} {best.mfu_full:>6.1%}" if best else "  no layout fits"
+                print(f"  {gpus:>6} {stack:<10} {batch:>7} {row}")
+
+
+def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None:
+    """Write a config whose sections of the stacks are the best layouts that fit."""
+    if target.exists():
+        raise BadInput(f"--write {target}: exists; give another name, or delete it")
+    best = {one.stack: one for one in reversed(found) if one.fits}
+    lines = Path(source).read_text(encoding="utf-8").splitlines()
+    for stack, one in best.items():
+        values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in one.layout.items())
+        lines = [f"{stack}: {{{values}}}" if line.startswith(f"{stack}:") else line for line in lines]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"\nwritten to {target}: {', '.join(best) or 'no stack fits, nothing changed'}")
+
+
+# ---- evidence and memory ---------------------------------------------------------------------------------------------
 
 
 def validate() -> None:

@@ -552,9 +552,9 @@ def test_check_wants_runs_or_all() -> None:
 
 
 def test_plan() -> None:
-    done = command("scripts.plan", "recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "64", "--gpu", "A100")
+    done = command("scripts.plan", "recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "64")
     assert done.returncode == 0, done.stderr
-    assert "1,315,819,520" in done.stdout and "1,048,576" in done.stdout and "312 TFLOP/s" in done.stdout
+    assert "1,315,819,520" in done.stdout and "1,048,576" in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.lstrip("* ").startswith(("baseline", "deepspeed", "megatron"))]
     assert sum(row.startswith("*") for row in rows) == len(families.stacks("gpt")) and len(rows) > 4
     assert max(len(line) for line in done.stdout.splitlines()) < 160
@@ -563,6 +563,12 @@ def test_plan() -> None:
 PLAN_BAD = [
     (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "Abacus"], "Abacus"),
     (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "0"], "--gpus 0"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--network", "fast"], "8x400Gb"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--price", "-1"], "--price -1"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--scale", "8,x"], "--scale 8,x"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--price", "2"], "--gpu NAME"),
+    (["recipes/gpt/configs/gpt3_13b.yaml", "--gpus", "4", "--gpu", "H100", "--own", "--stack", "megatron"], "megatron.tp=8"),
+    ([], "give a config"),
     (["recipes/gpt/configs/gpt3_1.4b.yaml"], "did you mean"),
     (["recipes/gpt/configs/tiny.yaml"], "model.vocab_size"),
     (["pyproject.toml"], "recipes/FAMILY/configs"),

@@ -1,6 +1,10 @@
 """The predictor of step times (common/planning/step_time.py) against published rows, and its parts against other formulas."""
 
+import json
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +12,7 @@ from conftest import ROOT
 
 from common import config, families
 from common.errors import BadInput
-from common.planning import hardware, step_time, validation
+from common.planning import hardware, search, step_time, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import MEGATRON_TE, Plan
 from common.planning.workload import Attention, Block, Workload, products_of
@@ -140,3 +144,68 @@ def test_names_of_gpus_and_networks():
     for text in ("8x", "400GB", "0x400Gb", "8x0Gb", "fast"):
         with pytest.raises(BadInput, match="--network"):
             hardware.network(text, 8)
+
+
+# ---- scripts.plan --------------------------------------------------------------------------------------------------------
+
+
+def resolved(path: str, *overrides: str) -> config.Config:
+    task = task_module(families.of_config(ROOT / path), read_yaml(ROOT / path))
+    return config.resolve(config.load(ROOT / path, list(overrides), task.Config), task.ResolvedConfig, None)
+
+
+def test_the_search_finds_what_fits():
+    cfg, cluster = resolved("recipes/gpt/configs/gpt3_13b.yaml"), Cluster(hardware.gpu("H100"))
+    found = search.search(cfg, ["baseline", "deepspeed", "megatron"], cluster, 64)
+    assert {one.stack for one in found} == {"baseline", "deepspeed", "megatron"} and len(found) > 200
+    fitting = [one for one in found if one.fits]
+    assert found[: len(fitting)] == fitting and not any(one.stack == "baseline" for one in fitting)  # 16 bytes x 13 billion
+    assert [one.seconds for one in fitting] == sorted(one.seconds for one in fitting)
+    assert all(one.memory["required"] <= cluster.gpu.memory for one in fitting)
+    for one in found:
+        assert one.shared.dp * one.shared.tp * one.shared.pp == 64
+        assert one.shared.dp * one.shared.micro_batch * one.shared.accumulate == cfg.train.global_batch
+        assert sum(one.time.values()) == pytest.approx(one.seconds) and 0 < one.mfu_causal < one.mfu_full < 0.7
+    again = search.predict(fitting[0].cfg, fitting[0].stack, cluster, 64)
+    assert again.seconds == fitting[0].seconds
+
+
+def test_10000_layouts_take_less_than_5_seconds():
+    cfg, cluster = resolved("recipes/gpt/configs/gpt3_1.3b.yaml"), Cluster(hardware.gpu("H100"))
+    start, count = time.process_time(), 0
+    for gpus in (8, 16, 32, 64):
+        count += len(search.search(cfg, ["deepspeed", "megatron"], cluster, gpus))
+    assert (time.process_time() - start) / count < 5 / 10_000
+
+
+def test_what_would_make_it_fit():
+    cluster = Cluster(hardware.gpu("H100"))
+    line = search.needs(resolved("recipes/gpt/configs/gpt3_175b.yaml"), "megatron", cluster, 8)
+    gpus = int(line.split(" fits on ")[1].split()[0])
+    assert 16 <= gpus <= 64, line
+    fitting = search.search(resolved("recipes/gpt/configs/gpt3_175b.yaml"), ["megatron"], cluster, gpus // 2)
+    assert not any(one.fits for one in fitting)
+
+
+def plan(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "scripts.plan", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command(tmp_path):
+    words = ["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "8", "--gpu", "H100"]
+    text = plan(*words, "--price", "2.5", "--top", "1", "--write", str(tmp_path / "mine.yaml"))
+    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    assert all(word in text for word in ("MFU", "memory", "days, costs", "no published row is near"))
+    values = json.loads(plan(*words, "--json", "--price", "2.5"))
+    best = next(one for one in values if one["stack"] == "megatron")
+    assert best["fits"] and best["cost"] == pytest.approx(best["days"] * 24 * 8 * 2.5)
+    keys = {"stack", "layout", "seconds_per_step", "tokens_per_s", "mfu_full", "mfu_causal", "memory", "time", "fits", "days"}
+    assert keys | {"cost", "error_of_nearest"} <= set(best) and "total" in best["memory"]
+    written = read_yaml(tmp_path / "mine.yaml")
+    assert written["megatron"] == best["layout"] and written["model"] == read_yaml(ROOT / words[0])["model"]
+    own = json.loads(plan(*words, "--json", "--own"))
+    assert [one["stack"] for one in own] == families.stacks("gpt")
+    scaling = plan(*words[:1], "--gpu", "H100", "--scale", "8,64", "--stack", "megatron")
+    assert len([line for line in scaling.splitlines() if "megatron" in line]) == 4

@@ -19,6 +19,8 @@ class Gpu:
     hbm: float  # bandwidth of the memory, of a datasheet
     nvlink: float  # to the other GPUs of the node, of a datasheet
     network: float  # to other nodes per GPU, in the usual server with one network card per GPU
+    pcie: float  # to the memory of the host
+    host_memory: float  # bandwidth of the host's memory per GPU, in the usual server with 8 GPUs and 2 CPUs
     gemm: float  # share of the peak that an unboundedly large matrix product reaches
     # a product (m, n, k) reaches gemm / ((1 + a/m)(1 + b/n)(1 + c/k)) of the peak
     gemm_sizes: tuple[float, float, float]
@@ -39,22 +41,26 @@ GIB = 2**30
 # (configs/system/a100_pcie.json): median error 1.8 %, 95 % of the products within 17 %.
 A100_SIZES = (175.0, 174.0, 131.0)
 # FlashAttention-3 (arXiv:2407.08608), figure 5: head size 128, 4,096 positions, no mask, forward, on an H100.
-H100_ATTENTION = {"fa2": 368e12, "cudnn": 609e12, "fa3": 638e12}
+# efficient, which takes masks and biases: half of fa2, not measured on an H100.
+H100_ATTENTION = {"fa2": 368e12, "cudnn": 609e12, "fa3": 638e12, "efficient": 184e12}
+# FlashAttention-2 (arXiv:2307.08691), figure 5: the same on an A100; efficient is the curve of xFormers.
+A100_ATTENTION = {"fa2": 205e12, "efficient": 100e12}
+# PCIe 3, 4 and 5 x16: 16, 32 and 64 GB/s in one direction. Memory of the hosts, 2 CPUs of 6 or 8 channels: DGX-2 (DDR4-2666),
+# DGX A100 (DDR4-3200), DGX H100 (DDR5-4800) and DGX B200 (DDR5-5600), per GPU.
 GPUS = [
     # V100 datasheet: 900 GB/s, NVLink 150 GB/s; DGX-2: one EDR card (100 Gb/s) per two GPUs. gemm: the A100's, not measured.
-    Gpu("V100", int(31.7 * GIB), 900e9, 150e9, 6.25e9, 0.77, A100_SIZES, {}),
+    Gpu("V100", int(31.7 * GIB), 900e9, 150e9, 6.25e9, 16e9, 32e9, 0.77, A100_SIZES, {}),
     # A100 datasheets: 1,555 and 2,039 GB/s, NVLink 300 GB/s; Selene: 8 HDR cards (200 Gb/s) per node (arXiv:2104.04473,
-    # section 5). gemm: fitted on the ten rows of PTD-P's table 1. fa2: FlashAttention-2 (arXiv:2307.08691), figure 5, head
-    # size 128, 4,096 positions.
-    Gpu("A100-40GB", int(39.4 * GIB), 1555e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
-    Gpu("A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 0.773, A100_SIZES, {"fa2": 205e12}),
+    # section 5). gemm: fitted on the ten rows of PTD-P's table 1.
+    Gpu("A100-40GB", int(39.4 * GIB), 1555e9, 300e9, 25e9, 32e9, 51e9, 0.773, A100_SIZES, A100_ATTENTION),
+    Gpu("A100", int(79.1 * GIB), 2039e9, 300e9, 25e9, 32e9, 51e9, 0.773, A100_SIZES, A100_ATTENTION),
     # H100 and H200 datasheets (SXM): 3,350 and 4,800 GB/s, NVLink 450 GB/s; Eos: 8 NDR cards (400 Gb/s) per node. gemm: fitted
     # on the nine rows of the H100 table in Megatron-LM's README.
-    Gpu("H100", int(79.2 * GIB), 3350e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
-    Gpu("H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 0.571, A100_SIZES, H100_ATTENTION),
+    Gpu("H100", int(79.2 * GIB), 3350e9, 450e9, 50e9, 64e9, 77e9, 0.571, A100_SIZES, H100_ATTENTION),
+    Gpu("H200", int(139.8 * GIB), 4800e9, 450e9, 50e9, 64e9, 77e9, 0.571, A100_SIZES, H100_ATTENTION),
     # HGX B200 datasheet: 8,000 GB/s, NVLink 900 GB/s. gemm and sizes: least squares over SimuMax's measured B200 products.
     # Attention: the H100's rates x the ratio of the peaks, not measured.
-    Gpu("B200", int(178.3 * GIB), 8000e9, 900e9, 50e9, 0.54, (137.0, 96.0, 207.0),
+    Gpu("B200", int(178.3 * GIB), 8000e9, 900e9, 50e9, 64e9, 90e9, 0.54, (137.0, 96.0, 207.0),
         {name: rate * 2250 / 989.4 for name, rate in H100_ATTENTION.items()}),
 ]  # fmt: skip
 

@@ -230,7 +230,10 @@ def rank_parameters(work: Workload, plan: Plan) -> float:
 
 
 def _optimizer(gpu: Gpu, work: Workload, plan: Plan) -> float:
-    return memory_bound(gpu, OPTIMIZER_BYTES * rank_parameters(work, plan) / (1 if plan.shard == "none" else plan.dp))
+    parameters = rank_parameters(work, plan) / (1 if plan.shard == "none" else plan.dp)
+    if plan.offload:  # gradients to the host and weights back, and the step at the speed of the host's memory
+        return 4 * parameters / (gpu.pcie * BUS_SHARE) + OPTIMIZER_BYTES * parameters / (gpu.host_memory * HBM_SHARE)
+    return memory_bound(gpu, OPTIMIZER_BYTES * parameters)
 
 
 def _data_parallel(
