@@ -70,7 +70,84 @@ class Mlp(MLP):  # type: ignore[misc]  # megatron-core has no annotations
         return function(x, bias, self.config.activation_func, self.config.gated_linear_unit, dropout)
 
 
-# ---- gradients of the weights ----------------------------------------------------------------------------------------
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+class NormAndResidual(torch.autograd.Function):
+    """x -> its norm, and x for the residual connection: one kernel computes the gradient of the norm and adds the other's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, config: TransformerConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        aten = torch.ops.aten
+        if bias is None:
+            normed, *kept = aten._fused_rms_norm(x, weight.shape, weight, eps)
+        else:
+            normed, *kept = aten.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.config = config
+        ctx.save_for_backward(x, weight, bias, *kept)
+        return normed, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, of_residual: torch.Tensor) -> Any:
+        function = _compiled(norm_backward, ctx.config)
+        return *function(grad, of_residual, list(ctx.needs_input_grad[:3]), *ctx.saved_tensors), None, None
+
+
+def norm_backward(
+    grad: torch.Tensor, of_residual: torch.Tensor, wanted: list[bool], x: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, *kept: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight and bias, as far as they are wanted. grad, of_residual, x (T, B, H); kept: of the forward pass"""
+    aten = torch.ops.aten
+    if bias is None:
+        grads = [*aten._fused_rms_norm_backward(grad, x, weight.shape, *kept, weight, wanted[:2]), None]
+    else:
+        grads = list(aten.native_layer_norm_backward(grad, x, weight.shape, *kept, weight, bias, wanted))
+    if wanted[0]:
+        grads[0] = grads[0] + of_residual
+    return tuple(grads)
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+class BiasedLinear(layers.ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no annotations
+    """Megatron's linear layer, where the product adds the bias."""
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **more: Any) -> Any:
+        if bias is None or not weight.requires_grad or not self.config.bias_dropout_fusion:
+            return super()._forward_impl(input, weight, bias=bias, **more)
+        names = "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "tp_group"
+        return BiasedProduct.apply(input, weight, bias, *(more[name] for name in names))
+
+
+class BiasedProduct(layers.LinearWithGradAccumulationAndAsyncCommunication):  # type: ignore[misc]
+    """Megatron's product with the bias in it, and Megatron's backward pass."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")  # type: ignore[untyped-decorator]  # as the backward pass has it
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor, accumulates: bool, reduces: bool,
+        sequence_parallel: bool, group: dist.ProcessGroup,
+    ) -> torch.Tensor:  # fmt: skip
+        """x (T, B, I) or with sequence parallelism (T / tp, B, I), weight (O / tp, I) -> (T, B, O / tp)"""
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad = weight.main_grad if accumulates else None
+        ctx.gradient_accumulation_fusion, ctx.allreduce_dgrad, ctx.sequence_parallel = accumulates, reduces, sequence_parallel
+        ctx.use_bias, ctx.tp_group, ctx.gtp_remat_size = True, group, 1
+        ctx.grad_output_buffer = ctx.wgrad_deferral_limit = None
+        if sequence_parallel:
+            shape = [len(x) * group.size(), *x.shape[1:]]
+            whole = parallel_state.get_global_memory_buffer().get_tensor(shape, x.dtype, "mpu")
+            dist.all_gather_into_tensor(whole, x, group=group)
+            x = whole
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return layers.LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, grad)[:7]
 
 
 class WeightGradient:

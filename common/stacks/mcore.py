@@ -129,6 +129,20 @@ class Norm(torch.nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
+class ResidualNorm(Norm):
+    """The norm before attention and MLP. With megatron.fusions it also returns its input, which TransformerLayer then takes for
+    the residual connection."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(config, hidden_size, eps)
+        self.config = config
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not self.config.bias_dropout_fusion:
+            return super().forward(x)
+        return fusions.NormAndResidual.apply(x, self.weight, self.bias, self.eps, self.config)
+
+
 class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no annotations
     """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out, or by a bias
     that holds the mask: it is -inf where a key is masked out. A model makes such a bias once for all its layers."""
@@ -172,7 +186,7 @@ def layer_spec(mask: AttnMaskType, cross: bool = False, mlp: type[fusions.Mlp] =
     more: dict[str, Any] = {}
     if cross:
         more = {
-            "pre_cross_attn_layernorm": Norm,
+            "pre_cross_attn_layernorm": ResidualNorm,
             "cross_attention": ModuleSpec(
                 module=CrossAttention,
                 params={"attn_mask_type": AttnMaskType.padding},
@@ -186,17 +200,17 @@ def layer_spec(mask: AttnMaskType, cross: bool = False, mlp: type[fusions.Mlp] =
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=ResidualNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=SdpaAttention, linear_proj=RowParallelLinear,
+                    linear_qkv=fusions.BiasedLinear, core_attention=SdpaAttention, linear_proj=RowParallelLinear,
                     q_layernorm=IdentityOp, k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=ResidualNorm,
             mlp=partial(
                 mlp.as_mlp_submodule,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),

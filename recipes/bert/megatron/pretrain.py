@@ -69,8 +69,9 @@ def main(argv: list[str]) -> None:
         def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
             """Output of the last stage -> weighted loss, number of masked tokens, and what the schedule collects."""
             sums = megatron_model.loss_sums(net.config, output, batch)  # (2, P)
+            masked = batch["labels"].new_full((), len(batch["labels"]), dtype=torch.int32)
             # a copy, since the schedule divides in place
-            return sums[0] @ weights, batch["labels"].new_tensor(len(batch["labels"])).int(), {"sums": sums.detach().clone()}
+            return sums[0] @ weights, masked, {"sums": sums.detach().clone()}
 
         return output, loss_of
 
