@@ -1,9 +1,13 @@
 """megatron.fusions: its loss and its weight gradients against torch's own, and whole runs against the plain functions."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import case, losses
 
 from common.stacks import fusions
@@ -79,3 +83,40 @@ def test_fused_runs_have_the_losses_of_plain_ones(drive, settings, bert_settings
         plain, fused = losses(tmp_path / name / "false"), losses(tmp_path / name / "true")
         assert len(plain) == len(fused) > 4
         assert max(abs(fused[step]["loss"] - plain[step]["loss"]) for step in plain) <= LOSS, name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_each_function_is_that_of_torch() -> None:
+    """Compiled by Triton, in bf16, against the same in double precision."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(cross_entropy_loss_fusion=True, bias_dropout_fusion=True)
+    x, grad = torch.randn(64, 4, 128, device="cuda").bfloat16(), torch.randn(64, 4, 128, device="cuda").bfloat16()
+    weight, bias = torch.randn(128, device="cuda").bfloat16(), torch.randn(128, device="cuda").bfloat16()
+    of_residual = torch.randn_like(grad)
+
+    def gradients(function: Callable[..., Any], *inputs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        outs = function(*leaves)
+        torch.autograd.backward(outs, [(grad, of_residual)[i].to(out.dtype) for i, out in enumerate(outs)])
+        return [leaf.grad for leaf in leaves]
+
+    found = gradients(lambda *given: fusions.NormAndResidual.apply(*given, 1e-5, config), x, weight, bias)
+    doubles = [tensor.double() for tensor in (x, weight, bias)]
+    expected = gradients(lambda x, w, b: (F.layer_norm(x, (128,), w, b), x * 1), *doubles)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+    main_grad = torch.randn(128, 128, device="cuda")
+    rows, columns = grad.flatten(0, 1), x.flatten(0, 1)
+    product = main_grad.double() + rows.double().t() @ columns.double()
+    fusions.WeightGradient.wgrad_gemm_accum_fp32(columns, rows, main_grad)  # the sum is in fp32: no rounding to bf16
+    torch.testing.assert_close(main_grad.double(), product, rtol=1e-4, atol=1e-3)
+
+    logits, targets = torch.randn(32, 1000, device="cuda").bfloat16() * 4, torch.randint(0, 1000, (32,), device="cuda")
+    whole = logits.double().requires_grad_()
+    losses = F.cross_entropy(whole, targets, reduction="none")
+    losses.sum().backward()
+    statistics = torch.compile(fusions.statistics)(logits, targets)
+    torch.testing.assert_close((statistics[0] - statistics[1]).double(), losses.detach(), rtol=1e-4, atol=1e-4)
+    torch.compile(fusions.gradient_)(logits, targets, statistics[0], torch.ones(32, device="cuda"))
+    torch.testing.assert_close(logits.double(), whole.grad, rtol=1e-2, atol=1e-3)
