@@ -190,7 +190,9 @@ def _groups(rank: int, world: int) -> None:
         if hasattr(device_mesh, name):
             setattr(device_mesh, name, replaced)
     torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=Answers(), rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
+    store = Answers()
+    _kept.append(store)  # C++ calls its methods as long as Python has it
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(hours=1))
 
 
 def _objects(world: int) -> None:
