@@ -115,7 +115,9 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("name", ["baseline", "zero1", "zero3"])
 def test_live_bytes_after_two_steps_are_those_of_a_cpu(found: dict[str, Any], on_cpu: dict[str, int], name: str) -> None:
     assert found[name]["fault"] is None
-    assert found[name]["live_bytes"] == on_cpu[name]
+    # accelerate makes one rank DDP on a CPU and not on a GPU; the gradients in DDP's buckets stay
+    of_ddp = 4 * PARAMETERS if name == "baseline" else 0
+    assert found[name]["live_bytes"] == on_cpu[name] - of_ddp
 
 
 # ---- against arithmetic ----------------------------------------------------------------------------------------------
