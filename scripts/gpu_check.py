@@ -1,10 +1,12 @@
 """Run the checks that need a GPU, for every family: parity of the stacks, speed, memory, and the tests marked gpu.
 
-    bash scripts/gpu_check.sh OUT [--family F ...] [--only corpus|parity|tests|speed ...] [--configs C ...] [--minutes M]
+    bash scripts/gpu_check.sh OUT [--family F ...] [--only corpus|parity|tests|speed|simulate ...] [--configs C ...]
+                              [--minutes M]
 
 It needs one GPU and no network. The corpus of a family is the first 2 MB of the corpus in its configs/quickstart.yaml. The
 parity check is that of scripts/parity.py for each configs/tiny*.yaml on one process, in fp32 and in bf16. Speed is measured
-for two sizes per family: those of --configs, or the configs nearest to 0.35 and to 1.3 billion parameters.
+for two sizes per family: those of --configs, or the configs nearest to 0.35 and to 1.3 billion parameters. scripts/simulate.py
+then repeats these runs without the GPU: the peaks of memory must agree, and its bound stands beside the measured MFU.
 
 Each part runs in a process of its own, with a time limit. A part that fails, or for which too little time is left, does not
 stop the others, but then the exit code is 1. Results go to OUT/gpu_check.json and OUT/gpu_check.md, the output of the parts to
@@ -33,7 +35,7 @@ from typing import Any
 
 from common import config as configs, families
 from common.checkpoints import run_record
-from common.errors import BadInput, exit_cleanly
+from common.errors import EXIT_BAD_INPUT, BadInput, exit_cleanly
 from common.launch import in_process, processes
 from common.paths import ROOT
 from common.planning import flops, memory
@@ -55,11 +57,12 @@ ACCUMULATE = 4  # micro batches per step
 REHEARSED = (
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.vocab_size=8192", "data.seq_len=64",
 )  # fmt: skip
+SAME_MEMORY = 0.03  # share by which the measured peak may differ from the simulated one
 WARMUP, STEPS = 3, 6  # of a speed run
 STEPS_OF_PARITY = 20
 
 # Seconds: the time that must be left for a part to start, and its time limit.
-BUDGET = {"corpus": (10, 120), "parity": (60, 200), "tests": (45, 130), "speed": (45, 90)}
+BUDGET = {"corpus": (10, 120), "parity": (60, 200), "tests": (45, 130), "speed": (45, 90), "simulate": (30, 150)}
 
 
 # ---- inside a part's own process -------------------------------------------------------------------------------------
@@ -132,10 +135,8 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
     room = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
     notes = []
     for micro in MICRO_BATCHES[-1:] if rehearsal else MICRO_BATCHES:
-        overrides = [
-            *fixed, f"data.train={folder / family / 'corpus/train'}", 
-            f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}",
-        ]  # fmt: skip
+        sizes = [*fixed, f"{stack}.micro_batch={micro}", f"train.global_batch={micro * ACCUMULATE}"]
+        overrides = [*sizes, f"data.train={folder / family / 'corpus/train'}"]
         cfg = configs.load(path, overrides, task.Config)
         cfg = configs.resolve(cfg, task.ResolvedConfig, None)
         estimate = memory.estimate_for(cfg, cfg.model, stack, 1)
@@ -164,9 +165,42 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
             "tflops": {kind: value * rate / 1e12 for kind, value in per_token.items()},
             "peak_bytes": torch.cuda.max_memory_allocated(device) - allocated if cuda else None,
             "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
-            "estimated_bytes": estimate["total"], "notes": notes,
+            "estimated_bytes": estimate["total"], "notes": notes, "overrides": sizes,
         }  # fmt: skip
     return {"ok": False, "config": name, "stack": stack, "notes": notes, "error": "no micro batch fits"}
+
+
+def simulate(family: str, folder: Path) -> dict[str, Any]:
+    """Repeat the family's speed runs on the GPU that does nothing: memory, which must agree, and a bound of the MFU."""
+    results = json.loads((folder.parent / "gpu_check.json").read_text(encoding="utf-8"))
+    runs = [p for p in results["parts"] if p["part"].startswith(f"speed {family} ") and "tokens_per_s" in p]
+    if not runs:
+        return {"ok": False, "error": f"no speed run of {family} to compare with"}
+    path = {run["config"]: str(configs_of(family) / f"{run['config']}.yaml") for run in runs}
+    cases = [{"config": path[run["config"]], "stack": run["stack"], "overrides": run["overrides"]} for run in runs]
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    command = [sys.executable, "-m", "scripts.simulate", "--cases", str(folder / "cases.json"), "--json"]
+    command += [str(folder / "simulated.json")]
+    gpu = results["machine"]["gpu"]
+    command += ["--memory", str(gpu["memory_bytes"] / 1e9)] if gpu else []
+    if subprocess.run(command, cwd=ROOT).returncode == EXIT_BAD_INPUT:
+        return {"ok": True, "summary": "cannot simulate here, for the reason in the log"}
+    simulated, problems = [], []
+    found_runs = json.loads((folder / "simulated.json").read_text(encoding="utf-8"))
+    for run, found in zip(runs, found_runs, strict=True):
+        name = f"{run['config']} {run['stack']}"
+        if found["fault"]:
+            problems.append(f"{name}: {found['fault']}")
+            continue
+        difference = run["peak_bytes"] / found["peak_bytes"] - 1 if run["peak_bytes"] else None
+        if difference is not None and abs(difference) > SAME_MEMORY:
+            problems.append(f"{name}: measured peak {difference:+.1%} of the simulated one")
+        bound = {kind: found["roofline"][f"mfu_{kind}"] for kind in ("full", "causal")} if found["roofline"] else {}
+        simulated.append(
+            {"config": run["config"], "stack": run["stack"], "peak_bytes": found["peak_bytes"], "mfu": bound,
+             "difference": difference}
+        )  # fmt: skip
+    return {"ok": not problems, "simulated": simulated} | ({"error": "; ".join(problems)} if problems else {})
 
 
 def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> tuple[list[float], list[int]]:
@@ -234,6 +268,8 @@ def child(part: Sequence[str], folder: Path, rehearsal: bool) -> dict[str, Any]:
             return parity_of(*words, folder)
         if kind == "speed":
             return speed(*words, folder, rehearsal)
+        if kind == "simulate":
+            return simulate(*words, folder)
         return tests(folder, rehearsal)
     except Exception as error:
         traceback.print_exc()
@@ -255,6 +291,7 @@ def parts(names: Sequence[str], sizes: Sequence[str] | None = None) -> list[tupl
             for name in sizes or speed_configs(family)
             for stack in families.stacks(family)
         ),
+        *(("simulate", family) for family in names),
     ]
 
 
@@ -337,18 +374,26 @@ def report(results: dict[str, Any]) -> str:
             f"| {row['config']} | {row['dtype']} | {row['name']} | {number(row['loss'])} | {number(row['norm'])} | {verdict} |"
         )
     speeds = [p for p in results["parts"] if "tokens_per_s" in p]
+    simulated = {(s["config"], s["stack"]): s for p in results["parts"] for s in p.get("simulated", [])}
     if speeds:
         text += ["", f"## Speed and memory: bf16, {ACCUMULATE} micro batches per step, no recomputation", ""]
+        text += [
+            f"Simulated: without the GPU; its peak must agree within {SAME_MEMORY:.0%}, its MFU bounds an H100.",
+            "",
+        ]
         columns = ["config", "stack", "parameters", "micro batch", "tokens/s", "TFLOP/s", "MFU", "MFU, causal half",
-                   "peak GB", "estimated GB"]  # fmt: skip
+                   "simulated bound", "peak GB", "simulated GB", "estimated GB"]  # fmt: skip
         text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for p in speeds:
-        mfus = " | ".join(number(p["mfu"].get(kind), "{:.1%}") for kind in ("full", "causal"))
-        gb = " | ".join(number(p[kind], "{:.1f}", 1e-9) for kind in ("peak_bytes", "estimated_bytes"))
-        text.append(
-            f"| {p['config']} | {p['stack']} | {p['parameters']:,} | {p['micro_batch']} | {p['tokens_per_s']:,.0f} | "
-            f"{p['tflops']['full']:.0f} | {mfus} | {gb} |"
-        )
+        beside = simulated.get((p["config"], p["stack"]), {"mfu": {}, "peak_bytes": None})
+        mfus = [number(p["mfu"].get(kind), "{:.1%}") for kind in ("full", "causal")]
+        sizes = (p["peak_bytes"], beside["peak_bytes"], p["estimated_bytes"])
+        cells = [
+            p["config"], p["stack"], f"{p['parameters']:,}", str(p["micro_batch"]), f"{p['tokens_per_s']:,.0f}",
+            f"{p['tflops']['full']:.0f}", *mfus, number(beside["mfu"].get("full"), "{:.1%}"),
+            *(number(size, "{:.1f}", 1e-9) for size in sizes),
+        ]  # fmt: skip
+        text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 
@@ -356,7 +401,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--cpu-rehearsal", action="store_true", help="run the parts on a CPU with tiny shapes")
-    p.add_argument("--minutes", type=float, default=8.7, help="time limit (default: 8.7, which is enough for one family)")
+    p.add_argument("--minutes", type=float, default=9.7, help="time limit (default: 9.7, which is enough for one family)")
     p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="run only these parts")
     p.add_argument("--family", nargs="+", choices=families.names(), default=families.names(), help="default: all families")
     p.add_argument("--configs", nargs="+", metavar="C", help="configs whose speed is measured (default: two per family)")

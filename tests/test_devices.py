@@ -77,6 +77,26 @@ def test_segments_grow_in_place_unless_the_user_says_otherwise(tmp_path):
     assert seen(PYTORCH_ALLOC_CONF="max_split_size_mb:64") == "max_split_size_mb:64"
 
 
+@pytest.mark.parametrize(("rank", "expected"), [("0", ["no input requires a gradient", "overflow"]), ("1", [])])
+def test_the_first_rank_prints_each_warning_about_the_run_once(rank, expected):
+    code = """if True:
+        import warnings
+        from common.launch import processes
+        processes.quiet()
+        warnings.warn("of an import")
+        processes._show_warnings()
+        for _ in range(2):
+            warnings.warn("no input requires a gradient")
+            warnings.warn("overflow", RuntimeWarning)
+            warnings.warn("goes in version 9", DeprecationWarning)
+            warnings.warn("full scope is deprecated. Use empty", UserWarning)
+    """
+    env = os.environ | {"RANK": rank}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+    assert [line.rpartition(": ")[2] for line in done.stderr.splitlines()] == expected
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+
+
 def test_determinism_is_of_gpus(monkeypatch):
     import torch
 

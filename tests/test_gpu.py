@@ -217,3 +217,22 @@ def test_a_part_without_time_is_left_out_loudly(tmp_path, capsys):
     part = gpu_check.run_part(("speed", "gpt", "megatron_355m", "megatron"), tmp_path, True, left=10)
     assert part["status"] == "skipped" and "10 s left" in part["error"]
     assert "SKIPPED speed gpt megatron_355m megatron" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("measured", "ok"), [(1.02e9, True), (1.05e9, False), (None, True)])
+def test_the_measured_peak_must_agree_with_the_simulated_one(tmp_path, monkeypatch, measured, ok):
+    """Within 3%; on a CPU nothing is measured."""
+    run = {"part": "speed gpt tiny baseline", "config": "tiny", "stack": "baseline", "tokens_per_s": 1.0, "overrides": [],
+           "peak_bytes": measured}  # fmt: skip
+    (tmp_path / "gpu_check.json").write_text(json.dumps({"machine": {"gpu": None}, "parts": [run]}))
+    (tmp_path / "work").mkdir()
+    found = {"fault": None, "peak_bytes": 1e9, "roofline": {"mfu_full": 0.5, "mfu_causal": 0.4}}
+
+    def simulated(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([found]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", simulated)
+    result = gpu_check.simulate("gpt", tmp_path / "work")
+    assert result["ok"] == ok and result["simulated"][0]["mfu"] == {"full": 0.5, "causal": 0.4}
+    assert ok or result["error"] == "tiny baseline: measured peak +5.0% of the simulated one"

@@ -29,6 +29,12 @@ TIMEOUT = datetime.timedelta(days=1)
 # NVLink SHARP adds in the switch, in no fixed order; Megatron-LM asks for the same (megatron/training/arguments.py)
 NCCL_ALGO = "^NVLS"
 
+# Beginnings of warnings that say nothing about a run: Megatron Core 0.19 warns of its own defaults and of what it does itself
+NOISE = (
+    "full scope is deprecated", "MimoModelConfig is experimental", "The .grad attribute of a Tensor that is not a leaf",
+    "OMP_NUM_THREADS/MKL_NUM_THREADS unset",  # accelerate, which sets it
+)  # fmt: skip
+
 _signal = 0  # the signal that asked this process to save and stop
 
 
@@ -75,6 +81,7 @@ def start() -> Ranks:
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _show_warnings()
     if not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         heartbeat.wait("process group")
@@ -86,6 +93,26 @@ def start() -> Ranks:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed reads these although the group exists
         heartbeat.beat("preparation")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _show_warnings() -> None:
+    """From now on the first rank prints each warning of a library once. Hidden are those of imports, those about future
+    versions, which are for developers, and NOISE."""
+    warnings.simplefilter("ignore")
+    if os.environ["RANK"] != "0":
+        return
+    for category in (UserWarning, RuntimeWarning):
+        warnings.simplefilter("once", category)
+    for beginning in NOISE:
+        warnings.filterwarnings("ignore", beginning)
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        package = filename.rpartition("site-packages/")[2].partition("/")[0] or Path(filename).name
+        print(f"warning: {package}: {' '.join(str(message).split())[:300]}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 def _device() -> "torch.device":
