@@ -278,6 +278,7 @@ class System(Section):
 
 MICRO_BATCH = "Samples per forward pass of a data-parallel rank; global_batch is a multiple of micro_batch x ranks."
 RECOMPUTE = "Recompute the activations of each layer in the backward pass: less memory, a third more time."
+COMPILE = "Compile each transformer layer by torch.compile, which fuses its pointwise operators."
 TP = "Tensor-parallel ranks, which share each layer's matrices."
 
 
@@ -286,6 +287,7 @@ class Baseline(System):
 
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
     recompute: bool = Field(default=False, description=RECOMPUTE)
+    compile: bool = Field(default=False, description=COMPILE)
 
 
 class DeepSpeed(System):
@@ -299,6 +301,7 @@ class DeepSpeed(System):
     tp: Positive = Field(default=1, description=TP)
     offload: bool = Field(default=False, description="Keep the optimizer state in CPU memory. Needs zero_stage 1, 2 or 3.")
     recompute: bool = Field(default=False, description=RECOMPUTE)
+    compile: bool = Field(default=False, description=COMPILE + " Needs tp=1 and zero_stage 0, 1 or 2.")
     extra: dict[str, Any] = Field(
         default={},
         description="Merged last into DeepSpeed's config: the keys of common/stacks/extra.py. Not for published results.",
@@ -522,6 +525,11 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
+    if cfg.deepspeed.compile and (cfg.deepspeed.zero_stage == 3 or cfg.deepspeed.tp > 1):
+        yield (
+            "deepspeed.compile=true needs deepspeed.tp=1 and deepspeed.zero_stage=0, 1 or 2: DeepSpeed gathers parameters and "
+            "sums activations inside a layer, by code that torch.compile does not trace"
+        )
     if cfg.expect:
         from common.evaluation import metrics
 

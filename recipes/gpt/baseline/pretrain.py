@@ -18,7 +18,7 @@ from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
-from common.training import init, optim
+from common.training import compiling, init, optim
 from common.training.log import Log
 
 from .. import task
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     init.allocate(net, torch.float32)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
+    if system.compile:
+        compiling.layers(net)
     model = accelerator.prepare(net)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 

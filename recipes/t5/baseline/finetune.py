@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_we
 from common import preflight
 from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
-from common.training import finetuning, init, lora, optim
+from common.training import compiling, finetuning, init, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     lora.add(net, cfg)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
+    if system.compile:
+        compiling.layers(net)
     model = accelerator.prepare(net)
     shapes = lora.expected(cfg, task)  # {Hugging Face name: full shape}
 

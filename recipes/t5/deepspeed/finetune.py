@@ -18,7 +18,7 @@ from common import preflight
 from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
 from common.stacks import zero
-from common.training import finetuning, lora, optim
+from common.training import compiling, finetuning, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
     # ---- model
     net = zero_model.build(cfg, ds_config, task)
     lora.add(net, cfg)
+    if system.compile:
+        compiling.layers(net)
     shapes = lora.expected(cfg, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer

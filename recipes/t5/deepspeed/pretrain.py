@@ -17,7 +17,7 @@ from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
 from common.stacks import zero
-from common.training import optim
+from common.training import compiling, optim
 from common.training.log import Log
 
 from .. import task
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
+    if system.compile:
+        compiling.layers(net)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer

@@ -1,0 +1,29 @@
+"""torch.compile of the transformers classes, layer by layer: baseline.compile, deepspeed.compile."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+GRAPHS = 64  # of one class of layers: T5 has four kinds of them, in training and evaluation, of fixed and of any length
+
+
+def layers(net: "torch.nn.Module") -> None:
+    """Compile each transformer layer of a transformers class, in place. The parameters keep their names.
+
+    Layers of one class share their graphs. fullgraph: an operator that cannot be compiled, or more graphs than GRAPHS, is an
+    error, where torch.compile would otherwise go on with the plain layer.
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = GRAPHS
+    for layer in net.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # what transformers recomputes: each transformer layer
+            for part in layer.children():
+                for inner in part.modules():
+                    # T5's attention would mark zeros as trained, which only reentrant recomputation needs
+                    if getattr(inner, "gradient_checkpointing", False):
+                        inner.gradient_checkpointing = False
+            layer.compile(fullgraph=True)
