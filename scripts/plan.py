@@ -2,7 +2,7 @@
 
 python -m scripts.plan CONFIG [--gpus N] [a.b=c ...]    memory per GPU of the usual layouts of each stack
 python -m scripts.plan CONFIG --gpus N --gpu NAME [--own] [--json]    the fastest layouts that fit, with time and memory
-python -m scripts.plan --validate    predicted step times beside published ones; writes docs/planner.md
+python -m scripts.plan --validate    predictions beside published and simulated values; writes docs/planner.md, docs/memory.md
 """
 
 import argparse
@@ -44,10 +44,11 @@ def main() -> None:
     parser.add_argument("--scale", metavar="N,N,...", help="the best layout of each stack on each of these numbers of GPUs")
     parser.add_argument("--json", action="store_true", help="print all predictions as JSON, the best first")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the config with the best layouts there")
-    parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md")
+    parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md and docs/memory.md")
+    parser.add_argument("--simulate", action="store_true", help="simulate the runs of docs/memory.md again, then --validate")
     args = parser.parse_intermixed_args()
-    if args.validate:
-        return validate()
+    if args.validate or args.simulate:
+        return validate(args.simulate)
     if args.config is None:
         raise BadInput("scripts.plan: give a config, such as recipes/gpt/configs/gpt3_1.3b.yaml, or --validate")
     for name in ("gpus", "gpus_per_node", "top"):
@@ -179,13 +180,15 @@ def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None
 # ---- evidence and memory ---------------------------------------------------------------------------------------------
 
 
-def validate() -> None:
-    """Print predicted step times beside published ones, and write them to docs/planner.md."""
-    from common.planning import validation
+def validate(simulate: bool) -> None:
+    """Print predictions beside published and simulated values, and write them to docs/. simulate: run the simulations again."""
+    from common.planning import simulated, validation
 
-    page = validation.page()
-    print(page)
-    (ROOT / "docs/planner.md").write_text(page, encoding="utf-8")
+    if simulate:
+        simulated.record()
+    for path, page in ((ROOT / "docs/planner.md", validation.page()), (simulated.PAGE, simulated.page())):
+        print(page)
+        path.write_text(page, encoding="utf-8")
 
 
 def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:

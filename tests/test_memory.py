@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from common.planning import memory
+from common.planning import memory, simulated
 from common.planning.memory import Training, Traits
 from common.planning.workload import Attention, Block, Workload
+from common.simulation import build
 
 GPT = Traits(fused_qkv=True, biases=True)
 LLAMA = Traits(rms_norm=True, rotary=True)
@@ -122,6 +123,31 @@ def test_peaks_that_were_measured(shapes, tp, pp, dp, published):
         dp=dp, sequence_parallel=tp > 1, distributed_optimizer=True, transformer_engine=True,
     )  # fmt: skip
     assert memory.estimate(work, LLAMA, run)["total"] / 2**30 == pytest.approx(published, rel=0.03)
+
+
+# ---- simulated runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", simulated.rows(), ids=simulated.label)
+def test_peaks_of_simulated_runs(case):
+    assert simulated.estimate_of(case)["total"] == pytest.approx(case["peak_bytes"], rel=0.03)
+
+
+def test_the_page_is_the_one_that_validate_writes():
+    assert simulated.PAGE.read_text(encoding="utf-8") == simulated.page()
+
+
+@pytest.mark.slow
+def test_the_recorded_peaks_are_those_of_this_version():
+    """If this fails because a stack allocates something else now: python -m scripts.plan --simulate, and see what the estimate
+    says."""
+    try:
+        build.preload()
+    except build.CannotSimulate as error:
+        pytest.skip(str(error))
+    recorded = simulated.recorded()["cases"]
+    for before, now in zip(recorded, simulated.simulate(recorded), strict=True):
+        assert now["peak_bytes"] == pytest.approx(before["peak_bytes"], rel=0.002), before
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------

@@ -216,8 +216,10 @@ def ends(work: Workload, traits: Traits, run: Training) -> int:
 
 
 def logits(work: Workload, run: Training) -> int:
-    """Logits, over which common/training/loss.py writes their gradient."""
-    return int(run.micro_batch * work.logit_tokens) * work.vocab * run.width // run.tp
+    """Logits, over which their gradient is written (common/training/loss.py, common/stacks/fusions.py). AutoTP gathers those of
+    all ranks (deepspeed/module_inject/layers.py, gather_output): its part, the whole, and the whole again as their gradient."""
+    whole = int(run.micro_batch * work.logit_tokens) * work.vocab * run.width
+    return whole // run.tp + (2 * whole if run.stack == "deepspeed" and run.tp > 1 else 0)
 
 
 def chunks_in_flight(run: Training, first: bool) -> int:
@@ -248,8 +250,8 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
-    if run.stack == "megatron" and not run.fused:
-        found["loss"] = forward + logits(work, run) * 4 // run.width  # its own cross entropy keeps the softmax in fp32
+    if run.stack == "megatron":  # compiled, the gradient is made before it is copied over the logits; else the softmax is fp32
+        found["loss"] = forward + logits(work, run) * (run.width if run.fusions else 4) // run.width
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):
@@ -257,6 +259,8 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
         if run.recompute:
             size += full[number] - entry[number]
         size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting
+        if traits.relative_biases and run.stack == "megatron":  # the gradient of the biases, to which each layer adds
+            size += run.width * masked_biases(block, run, block.tokens, block.tokens) // run.tp
         found[f"layers {number}"] = size
     return found
 
@@ -308,7 +312,9 @@ def ddp_moment(run: Training, parameters: int) -> int:
 
 # ---- in all ----------------------------------------------------------------------------------------------------------
 
-UNUSED = 0.03  # of the peak: what the allocator with expandable segments reserves beside it (docs/memory.md)
+# Of the peak: what the allocator with expandable segments reserves beside it (docs/memory.md). It returns what is unused before
+# it fails, so this is what a step takes undisturbed.
+UNUSED = {"baseline": 0.02, "deepspeed": 0.08, "megatron": 0.02}
 CONTEXT = 2**29  # the CUDA context with the kernels that are loaded: about half a GiB (pytorch/pytorch issue 107667)
 NCCL = 2**29  # each communicator: 544 to 688 MB on A100 (NVIDIA/nccl issue 964)
 
@@ -322,6 +328,8 @@ def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
     tables = work.vocab * work.hidden
     body = run.parameters - tables * (1 if work.tied else 2)
     parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
+    if run.stack == "deepspeed" and run.tp > 1:  # AutoTP leaves the embedding whole
+        parameters += tables - tables // run.tp
     found = states(run, parameters) | {"buffers": buffers(work, run, parameters)}
     found["activations"] = max(moments(work, traits, run, parameters).values())
     peak = sum(found[part] for part in PARTS)
@@ -329,7 +337,7 @@ def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
         # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
         peak = max(peak, peak - found["optimizer"] + found["gradients"])
     found["total"] = max(peak, optimizer_moment(work, run, parameters), ddp_moment(run, parameters))
-    found |= {"unused": int(UNUSED * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
+    found |= {"unused": int(UNUSED[run.stack] * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
     found["required"] = found["total"] + sum(found[part] for part in BESIDE)
     return found
 
