@@ -19,6 +19,7 @@ def layers(net: "torch.nn.Module") -> None:
 
     settings: Any = torch._dynamo.config
     settings.recompile_limit = GRAPHS
+    inner: Any
     for layer in net.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what transformers recomputes: each transformer layer
             for part in layer.children():
