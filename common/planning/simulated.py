@@ -28,6 +28,7 @@ recorded), in GB (10^9 bytes); torch {torch}. `python -m scripts.plan --simulate
 {count} rows. The estimate is within 3 % of the peak in {close}; the largest error is {worst:+.1%}, the median {median:.1%}.
 What the allocator reserves beside the peak is {unused:.1%} of it in the median and {unused_most:.1%} at most; the estimate
 adds {assumed}.
+With `compile: true` (baseline, DeepSpeed) layers keep less than is estimated here.
 
 | config | stack | GPUs | layout | peak | reserved | estimate | error |
 |---|---|---|---|---|---|---|---|
