@@ -125,6 +125,10 @@ class _Region:
             return getattr(self.graph, str(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
         target: Any = node.target
+        if "rng_state" in kwargs and getattr(target, "__name__", "") == "graphsafe_run_with_rng_state":
+            # dropout that is computed again in the backward pass: the operator without the state of its random numbers
+            target, *args = args
+            kwargs = {key: value for key, value in kwargs.items() if key != "rng_state"}
         return target(*args, **kwargs)
 
     def _free(self, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
