@@ -1,16 +1,20 @@
-"""Measure the speed of a recipe's step, compared with a minimal loop on its own stack and with plain PyTorch and transformers.
+"""Measure the speed of a recipe's step, compared with transformers.Trainer.
 
-    python -m scripts.bench_speed [--stacks S ...] [--steps N] [--threads N] [--out FILE]
+    python -m scripts.bench_speed [--families F ...] [--stacks S ...] [--steps N] [--threads N] [--out FILE]
 
-There is one process per stack, on the GPU if there is one. It runs the recipe's own pretrain.py. Before each step of the recipe
-the other loops make one step on the same samples, so that drift of the machine affects all loops equally. The result is the
-median over the rounds of (the other loop's time / the recipe's time in that round): 1.00 is equal, and below 1 the recipe is
-slower. The recipe's time includes all that it does between two steps: reading the samples, the update, the log line,
-metrics.jsonl and TensorBoard. The other loops get their batch as tensors and log nothing.
+There is one process per family and stack, on the GPU if there is one. It runs the recipe's own pretrain.py. Before each step of
+the recipe the other loops make one step on the same samples, from the same initial values, so that drift of the machine affects
+all loops equally. The result is the median over the rounds of (the other loop's time / the recipe's time in that round), with
+the quartiles: 1.00 is equal, and below 1 the recipe is slower. The recipe's time includes all that it does between two steps:
+reading the samples, the update, the log line, metrics.jsonl and TensorBoard. The Trainers get their samples from memory, and
+log every 500 steps.
 
-  minimal   a loop written by hand on the same stack, with the same AdamW kernel
-  bare      transformers' GPT2LMHeadModel and torch.optim.AdamW with their defaults
-  tuned     bare, with two choices of the recipes: AdamW(fused=True), and GELU in one kernel
+  trainer   transformers.Trainer with the class that loads the recipe's export; for DeepSpeed with the recipe's configuration
+  tuned     the same with the recipes' kernels: AdamW(fused=True), GELU as one kernel, SDPA, the head on the targets only
+  minimal   for GPT on Megatron: a loop written by hand over Megatron Core, with the recipe's AdamW kernel
+
+The corpus is the beginning of the family's quickstart corpus. --startup measures the seconds from the start of the process to
+the end of the first step instead, of the recipe and of the Trainer, in alternating processes.
 """
 
 import argparse
@@ -22,246 +26,115 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
+from common import config as configs, families
+from common.errors import BadInput, exit_cleanly
 from common.launch import processes
+from common.preflight import task_module
 
 if TYPE_CHECKING:
     import torch
 
+    from common.contract import PretrainingFamily
     from common.preflight import Run
+    from scripts.bench_loops import Arrays, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 STACKS = ("baseline", "deepspeed", "megatron")
-# The shape for which the goals hold: GPT-2 style, 6 x 384, 256 tokens, global batch 8 = one micro batch, fp32.
-SHAPE = {"layers": 6, "hidden": 384, "heads": 6, "seq_len": 256, "batch": 8, "vocab": 4096}
-GOALS = {
-    "baseline": {"minimal": 0.97},
-    "deepspeed": {"minimal": 0.97, "bare": 0.90},
-    "megatron": {"minimal": 0.97, "bare": 0.95},
-}
+GOALS = {"trainer": 1.10, "tuned": 1.0, "minimal": 0.97}
+# Vocabularies of the published models, except GPT's, where a vocabulary of 50,257 would take half of the step.
+VOCABULARIES = {"gpt": 4096, "bert": 30_522, "t5": 32_128}
+ARCHITECTURES = {"gpt": "gpt2", "bert": "bert", "t5": "t5_v1_1"}
 WARMUP = 3  # rounds
-
-Step = Callable[["torch.Tensor", "torch.Tensor"], float]  # inputs (B, T), targets (B, T) -> loss
-
-
-def write_corpus(prefix: Path, tokens: int, vocab: int, document: int = 1000) -> None:
-    """Write a synthetic corpus in which few ids are frequent and most are rare, so that a model can learn something."""
-    rng = np.random.default_rng(0)
-    writer = IndexedDatasetWriter(prefix, np.uint16 if vocab <= 2**16 else np.int32)
-    for _ in range(-(-tokens // document)):
-        writer.add((rng.random(document) ** 4 * vocab).astype(np.int64))
-    writer.finish()
-    write_manifest(prefix, {"tokenizer_size": vocab})
-
-
-def config(shape: dict[str, int], corpus: Path) -> dict[str, Any]:
-    """The recipe's config for this shape. It differs from tiny.yaml only in size."""
-    system = {"micro_batch": shape["batch"]}
-    return {
-        "model": {"arch": "gpt2", "vocab_size": shape["vocab"]} | {k: shape[k] for k in ("layers", "hidden", "heads")},
-        "data": {"train": str(corpus), "seq_len": shape["seq_len"]},
-        "optim": {"lr": 3e-4, "warmup_steps": 10, "weight_decay": 0.1, "betas": [0.9, 0.95], "grad_clip": 1.0},
-        "train": {"steps": 1_000_000, "global_batch": shape["batch"], "dtype": "fp32"},
-        "baseline": system,
-        "deepspeed": system | {"zero_stage": 1},
-        "megatron": system,
-    }  # fmt: skip
-
-
-# ---- the other loops -------------------------------------------------------------------------------------------------
-
-
-def adamw(net: "torch.nn.Module", run: "Run", fused: bool | None) -> "torch.optim.AdamW":
-    import torch
-
-    o = run.cfg.optim
-    matrices, others = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=fused)
-
-
-def cross_entropy(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """logits (B, T, V), targets (B, T) -> mean"""
-    import torch.nn.functional as F
-
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def bare(run: "Run", ranks: processes.Ranks, tuned: bool = False) -> Step:
-    import torch
-    from transformers import GPT2LMHeadModel
-
-    from recipes.gpt import task
-
-    net = task.hf_model(run.cfg.model) if tuned else GPT2LMHeadModel(task.hf_config(run.cfg.model))
-    net = net.to(ranks.device).train()
-    optimizer = adamw(net, run, fused=tuned or None)
-
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        loss = cross_entropy(net(input_ids=inputs).logits, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), run.cfg.optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def minimal_baseline(run: "Run", ranks: processes.Ranks) -> Step:
-    import torch
-    from accelerate import Accelerator
-
-    from recipes.gpt import task
-
-    accelerator = Accelerator(cpu=ranks.device.type == "cpu")
-    net = task.hf_model(run.cfg.model)
-    model, optimizer = accelerator.prepare(net.train(), adamw(net, run, fused=True))
-
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        loss = cross_entropy(model(input_ids=inputs).logits, targets)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), run.cfg.optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def minimal_deepspeed(run: "Run", ranks: processes.Ranks) -> Step:
-    import deepspeed
-    import torch
-
-    from recipes.gpt import task
-
-    net = task.hf_model(run.cfg.model)
-    ds_config = {
-        "train_micro_batch_size_per_gpu": run.layout.micro_batch, "gradient_clipping": run.cfg.optim.grad_clip,
-        "zero_optimization": {"stage": run.cfg.deepspeed.zero_stage}, "steps_per_print": 10**9,
-    }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=net, optimizer=adamw(net, run, fused=True), config=ds_config)
-    engine.train()
-
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        loss = cross_entropy(engine(input_ids=inputs).logits, targets)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return step
-
-
-def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
-    import torch
-    import torch.nn.functional as F
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from common.stacks import cuda_stand_in, mcore
-
-    m, o = run.cfg.model, run.cfg.optim
-    shape = TransformerConfig(
-        num_layers=m.layers, hidden_size=m.hidden, num_attention_heads=m.heads, hidden_dropout=0.0, attention_dropout=0.0,
-        activation_func=partial(F.gelu, approximate="tanh"), finalize_model_grads_func=finalize_model_grads,
-        use_cpu_initialization=True, masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False, persist_layer_norm=False,
-    )  # fmt: skip
-    mcore.use_own_norms()
-    net = GPTModel(
-        config=shape, transformer_layer_spec=mcore.layer_spec(AttnMaskType.causal), vocab_size=m.vocab_size,
-        max_sequence_length=m.positions, share_embeddings_and_output_weights=True,
-    )  # fmt: skip
-    with cuda_stand_in.active(ranks):
-        model = DistributedDataParallel(shape, DistributedDataParallelConfig(), net.to(ranks.device))
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam", lr=o.lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0], adam_beta2=o.betas[1],
-                adam_eps=o.eps, clip_grad=o.grad_clip,
-            ),
-            [model],
-        )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["fused"] = True  # the same kernel as the recipe's
-    schedule = get_forward_backward_func()
-    positions = torch.arange(run.cfg.data.seq_len, device=ranks.device).expand(run.layout.micro_batch, -1)  # (B, T)
-
-    def forward(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-        inputs, targets = next(batches)
-
-        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            mean = losses.mean()
-            return mean, {"loss": mean.detach().clone()}
-
-        return model(inputs, positions, None, labels=targets), loss_of
-
-    model.train()
-
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        with cuda_stand_in.active(ranks):
-            outputs = schedule(
-                forward_step_func=forward, data_iterator=iter([(inputs, targets)]), model=[model], num_microbatches=1,
-                seq_length=run.cfg.data.seq_len, micro_batch_size=run.layout.micro_batch, forward_only=False,
-            )  # fmt: skip
-            optimizer.step()
-        return outputs[0]["loss"].item()
-
-    return step
-
-
-MINIMAL = {"baseline": minimal_baseline, "deepspeed": minimal_deepspeed, "megatron": minimal_megatron}
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
+CORPUS_MB = 2
 
 
 class Enough(Exception):
     """All rounds are done."""
 
 
+def make_corpus(family: str, prefix: Path) -> None:
+    """Make the beginning of the family's corpus by the command in its quickstart.yaml."""
+    path = ROOT / "recipes" / family / "configs" / "quickstart.yaml"
+    cfg = configs.load(path, [], task_module(family, {}).Config)
+    if cfg.quickstart is None:
+        raise BadInput(f"{path}: has no quickstart.corpus, the command that makes the family's corpus")
+    module, _, *options = cfg.quickstart.corpus_words
+    command = [sys.executable, "-m", module, str(prefix), *options, "--max-mb", str(CORPUS_MB)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def overrides_of(family: str, args: argparse.Namespace, corpus: Path) -> list[str]:
+    """What a run differs in from the family's tiny.yaml: the shape, one micro batch per step, and no end."""
+    hidden, layers = args.hidden, args.layers
+    values = [
+        f"model.layers={layers}", f"model.hidden={hidden}", f"model.heads={args.heads}", f"data.seq_len={args.seq_len}",
+        f"data.train={corpus / 'train'}", "data.valid=null", "train.steps=1000000", f"train.global_batch={args.batch}",
+        f"model.vocab_size={args.vocab or VOCABULARIES.get(family, 32_000)}", "train.save_every=0", "optim.lr=3e-4",
+        "optim.warmup_steps=10", *(f"{stack}.micro_batch={args.batch}" for stack in STACKS),
+    ]  # fmt: skip
+    if family in ARCHITECTURES:
+        values.append(f"model.arch={ARCHITECTURES[family]}")
+    if family == "t5":
+        values += [
+            f"model.decoder_layers={layers}", f"model.kv_channels={hidden // args.heads}", f"model.ffn={hidden * 8 // 3}",
+            f"data.target_len={max(16, args.seq_len // 4)}",
+        ]  # fmt: skip
+    return values
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+
+
 class Rounds:
     """The seconds and losses of every step, by the name of the loop."""
 
-    def __init__(self, stack: str, rounds: int):
-        self.stack, self.rounds = stack, rounds
+    def __init__(self, family: str, stack: str, rounds: int):
+        self.task: PretrainingFamily = task_module(family, {})
+        self.family, self.stack, self.rounds = family, stack, rounds
         self.seconds: dict[str, list[float]] = {}
         self.losses: dict[str, list[float]] = {}
+        self.arrays: list[Arrays] = []
         self.others: dict[str, Step] | None = None
         self.step_start = 0.0
 
     def before_step(self, run: "Run", device: "torch.device") -> None:
         """End the recipe's last step, let each other loop make one step, and begin the recipe's next step."""
-        import torch
-
         if self.others is None:
-            ranks = processes.Ranks(0, 1, device)
-            minimal = MINIMAL[self.stack](run, ranks)
-            self.others = {"minimal": minimal, "bare": bare(run, ranks), "tuned": bare(run, ranks, tuned=True)}
+            self.others = self._other_loops(run, device)
         else:
             self._add("recipe", self._clock(device) - self.step_start, None)
         done = len(self.seconds.get("recipe", []))
         if done == self.rounds:
             raise Enough
-        tokens = torch.from_numpy(run.train.collate(run.samples(done + 1))["tokens"]).to(device)  # (B, T + 1)
         order = list(self.others) if done % 2 else list(self.others)[::-1]
         for name in order:
             start = self._clock(device)
-            loss = self.others[name](tokens[:, :-1], tokens[:, 1:])
+            loss = self.others[name](self.arrays[done])
             self._add(name, self._clock(device) - start, loss)
         self.step_start = self._clock(device)
+
+    def _other_loops(self, run: "Run", device: "torch.device") -> "dict[str, Step]":
+        from scripts import bench_loops
+
+        if run.train is None:
+            raise AssertionError("a run that started has a dataset")
+        self.arrays = [run.train.collate(run.samples(step)) for step in range(1, self.rounds + 1)]
+        ds_config = None
+        if self.stack == "deepspeed":
+            from common.stacks import zero
+
+            ds_config = zero.ds_config(run.cfg, run.layout)
+        loops = {
+            name: bench_loops.trainer(run, self.task, ds_config, self.arrays, tuned=name == "tuned")
+            for name in ("trainer", "tuned")
+        }
+        if (self.family, self.stack) == ("gpt", "megatron"):
+            loops["minimal"] = bench_loops.minimal_megatron(run, processes.Ranks(0, 1, device))
+        return loops
 
     def _add(self, name: str, seconds: float, loss: float | None) -> None:
         self.seconds.setdefault(name, []).append(seconds)
@@ -276,15 +149,15 @@ class Rounds:
         return time.perf_counter()
 
 
-def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) -> dict[str, Any]:
+def measure(family: str, stack: str, config: Path, overrides: Sequence[str], steps: int, threads: int | None) -> dict[str, Any]:
     """Run one recipe with the other loops in between. A process can call this only once."""
     processes.quiet()
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    recipe = importlib.import_module(f"recipes.gpt.{stack}.pretrain")
-    rounds = Rounds(stack, WARMUP + steps)
+    recipe = importlib.import_module(f"recipes.{family}.{stack}.pretrain")
+    rounds = Rounds(family, stack, WARMUP + steps)
 
     class Interleaved(recipe.Log):
         def begin_step(self) -> None:
@@ -296,26 +169,68 @@ def measure(stack: str, shape: dict[str, int], steps: int, threads: int | None) 
             rounds.losses.setdefault("recipe", []).append(loss)
 
     recipe.Log = Interleaved
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        samples = (WARMUP + steps) * shape["batch"] + 1
-        write_corpus(folder / "corpus", samples * shape["seq_len"] + 1, shape["vocab"])
-        (folder / "config.yaml").write_text(json.dumps(config(shape, folder / "corpus")), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            recipe.main([str(folder / "config.yaml"), str(folder / "out")])
+            recipe.main([str(config), folder, *overrides])
         except Enough:
             pass
-        lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = {name: values[WARMUP:] for name, values in rounds.seconds.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    others = {name: values for name, values in seconds.items() if name != "recipe"}
     return {
-        "stack": stack, "device": device, "torch": torch.__version__, "steps": steps, "shape": shape,
-        "ratio": {k: ratio(v, seconds["recipe"]) for k, v in seconds.items() if k != "recipe"},
-        "ms": {k: statistics.median(v) * 1e3 for k, v in seconds.items()},
+        "family": family, "stack": stack, "device": device, "torch": torch.__version__, "steps": steps,
+        "overrides": list(overrides),
+        "ratio": {name: ratio(values, seconds["recipe"]) for name, values in others.items()},
+        "spread": {name: spread(values, seconds["recipe"]) for name, values in others.items()},
+        "ms": {name: statistics.median(values) * 1e3 for name, values in seconds.items()},
         "seconds": seconds,
-        "metrics_ms": statistics.median(line["ms"] for line in lines[WARMUP:]),
-        "loss": {k: [v[0], v[-1]] for k, v in rounds.losses.items()},
+        "loss": {name: [values[0], values[-1]] for name, values in rounds.losses.items()},
     }  # fmt: skip
+
+
+def first_step(family: str, stack: str, config: Path, overrides: Sequence[str], loop: str) -> float:
+    """Start the recipe or the Trainer; returns the time at which its first step ends, in seconds since the epoch.
+
+    The Trainer gets the samples of one step from memory and transformers' own initial values, and checks nothing.
+    """
+    if loop == "recipe":
+        processes.quiet()
+        recipe = importlib.import_module(f"recipes.{family}.{stack}.pretrain")
+
+        class First(recipe.Log):
+            def step(self, *values: Any, **parts: float) -> None:
+                raise Enough
+
+        recipe.Log = First
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                recipe.main([str(config), folder, *overrides])
+            except Enough:
+                return time.time()
+        raise AssertionError("the recipe ended before its first step")
+    import torch
+    import transformers
+
+    from scripts.bench_loops import trainer_fields
+
+    task = task_module(family, {})
+    cfg = configs.resolve(configs.load(config, overrides, task.Config), task.ResolvedConfig, None)
+    net = getattr(transformers, task.hf_class_name(cfg.model))(task.hf_config(cfg.model))
+    fields = trainer_fields(task.dataset(cfg, cfg.data.train, True).collate(range(cfg.train.global_batch)))
+    samples = [{name: torch.as_tensor(rows[i]) for name, rows in fields.items()} for i in range(cfg.train.global_batch)]
+    more: dict[str, Any] = {}
+    if stack == "deepspeed":
+        from common.layout import layout_for
+        from common.stacks import zero
+
+        more["deepspeed"] = zero.ds_config(cfg, layout_for(cfg, stack, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=len(samples), max_steps=1, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", report_to="none", disable_tqdm=True, **more,
+        )  # fmt: skip
+        transformers.Trainer(net, arguments, train_dataset=samples).train()
+    return time.time()
 
 
 def ratio(other: Sequence[float], recipe: Sequence[float]) -> float:
@@ -323,60 +238,106 @@ def ratio(other: Sequence[float], recipe: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(other, recipe, strict=True))
 
 
+def spread(other: Sequence[float], recipe: Sequence[float]) -> list[float]:
+    """The quartiles of the ratios of the rounds, [first, third]."""
+    ratios = [a / b for a, b in zip(other, recipe, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [low, high]
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
 def missed(result: dict[str, Any]) -> list[str]:
     """The goals that a result does not reach, one line each."""
-    stack, ratios = result["stack"], result["ratio"]
-    goals = GOALS[stack].items()
-    return [f"{stack}: {ratios[name]:.3f} of {name}, goal {goal}" for name, goal in goals if ratios[name] < goal]
+    name, ratios = f"{result['family']} on {result['stack']}", result["ratio"]
+    return [f"{name}: {ratios[key]:.3f} of {key}, goal {goal}" for key, goal in GOALS.items() if ratios.get(key, goal) < goal]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    lines = ["| recipe | device | of minimal | of bare | of tuned | ms/step |", "|---|---|---|---|---|---|"]
+    lines = ["| recipe | of trainer | of tuned | of minimal | ms/step |", "|---|---|---|---|---|"]
     for r in results:
-        ratios = " | ".join(f"{r['ratio'][name]:.3f}" for name in ("minimal", "bare", "tuned"))
-        lines.append(f"| {r['stack']} | {r['device']} | {ratios} | {r['ms']['recipe']:.1f} |")
+        cells = [
+            f"{r['ratio'][name]:.3f} ({r['spread'][name][0]:.2f}-{r['spread'][name][1]:.2f})" if name in r["ratio"] else ""
+            for name in GOALS
+        ]
+        lines.append(f"| {r['family']} {r['stack']} | {' | '.join(cells)} | {r['ms']['recipe']:.0f} |")
     return "\n".join(lines)
 
 
-def main() -> int:
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--families", nargs="+", choices=families.names(), default=families.names(), metavar="F")
     p.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     p.add_argument("--steps", type=int, default=20, help=f"measured rounds, after {WARMUP} rounds of warmup")
     p.add_argument("--threads", type=int, help="threads of torch on a CPU (default: all cores)")
     p.add_argument("--out", type=Path, help="also write the results to this file, as JSON")
-    for name, value in SHAPE.items():
+    p.add_argument("--corpora", type=Path, help="keep the corpora in this folder (default: a temporary one)")
+    for name, value in {"layers": 6, "hidden": 384, "heads": 6, "seq_len": 256, "batch": 8}.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # measure one stack in this process
+    p.add_argument("--vocab", type=int, help=f"ids (default: {VOCABULARIES})")
+    p.add_argument("--startup", action="store_true", help="measure the seconds to the end of the first step")
+    # measure one family and stack in this process; with --startup only this loop
+    p.add_argument("--child", choices=("recipe", "trainer"), help=argparse.SUPPRESS)
     args = p.parse_args()
+    if args.steps < 2:
+        raise BadInput(f"--steps {args.steps}: must be 2 or more")
     if args.child:
-        result = measure(args.stacks[0], {name: getattr(args, name) for name in SHAPE}, args.steps, args.threads)
+        family, stack = args.families[0], args.stacks[0]
+        config = ROOT / "recipes" / family / "configs" / "tiny.yaml"
+        overrides = overrides_of(family, args, args.corpora / family)
+        if args.startup:
+            result: Any = first_step(family, stack, config, overrides, args.child)
+        else:
+            result = measure(family, stack, config, overrides, args.steps, args.threads)
         args.out.write_text(json.dumps(result), encoding="utf-8")
         sys.stdout.flush()
-        os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
+        os._exit(0)  # worker threads of the stacks and of the Trainers outlive a normal exit
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = sys.argv[1:]
-        for stack in args.stacks:
-            result_file = Path(folder) / f"{stack}.json"
-            command = [
-                sys.executable,
-                "-m",
-                "scripts.bench_speed",
-                *arguments,
-                "--stacks",
-                stack,
-                "--out",
-                str(result_file),
-                "--child",
-            ]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            results.append(json.loads(result_file.read_text(encoding="utf-8")))
-            print(f"{stack}: {json.dumps(results[-1]['ratio'])}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        corpora = args.corpora or Path(temporary)
+        for family in args.families:
+            if not (corpora / family).is_dir():
+                make_corpus(family, corpora / family)
+            for stack in [stack for stack in families.stacks(family) if stack in args.stacks]:
+                results.append(
+                    startup(family, stack, args, corpora) if args.startup else child(family, stack, corpora, "recipe")
+                )
+                shown = {name: round(value, 3) for name, value in results[-1]["ratio"].items()}
+                print(f"{family} {stack}: {json.dumps(shown)}", file=sys.stderr, flush=True)
     print(table(results))
+    if not args.startup:
+        print(*[line for result in results for line in missed(result)], sep="\n")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+
+
+def child(family: str, stack: str, corpora: Path, loop: str) -> Any:
+    """What a process of its own measures of one family and stack."""
+    with tempfile.TemporaryDirectory() as folder:
+        result_file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "scripts.bench_speed", *sys.argv[1:], "--families", family, "--stacks", stack]
+        command += ["--corpora", str(corpora), "--out", str(result_file), "--child", loop]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise BadInput(f"{family} on {stack}: the measurement ended with exit code {done.returncode}; its output is above")
+        return json.loads(result_file.read_text(encoding="utf-8"))
+
+
+def startup(family: str, stack: str, args: argparse.Namespace, corpora: Path) -> dict[str, Any]:
+    """Seconds from the start of a process to the end of its first step, of --steps processes of each loop in turn."""
+    seconds: dict[str, list[float]] = {"recipe": [], "trainer": []}
+    for _ in range(args.steps):
+        for loop, values in seconds.items():
+            start = time.time()
+            values.append(child(family, stack, corpora, loop) - start)
+    trainer, recipe = seconds["trainer"], seconds["recipe"]
+    return {
+        "family": family, "stack": stack, "steps": args.steps, "seconds": seconds,
+        "ratio": {"trainer": ratio(trainer, recipe)}, "spread": {"trainer": spread(trainer, recipe)},
+        "ms": {name: statistics.median(values) * 1e3 for name, values in seconds.items()},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_cleanly(main)

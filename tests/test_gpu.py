@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, case, losses
 
 from common import families
+from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from scripts import gpu_check
-from scripts.bench_speed import write_corpus
 
 LAYOUTS = ("baseline", "zero1", "zero3", "megatron", "megatron_distributed_optimizer")
 MOVES = ("baseline", "zero1", "megatron", "zero3", "megatron_distributed_optimizer", "baseline")
@@ -33,6 +34,16 @@ BF16_LOSS = 1e-2  # bf16 against the fp32 reference loop; tests/test_parity.py m
 VOCAB = 512
 TINY = (f"model.vocab_size={VOCAB}", "data.valid=null")
 EACH = 3  # steps on each stack
+
+
+def write_corpus(prefix: Path, tokens: int, vocab: int, document: int = 1000) -> None:
+    """Write a synthetic corpus in which few ids are frequent and most are rare, so that a model can learn something."""
+    rng = np.random.default_rng(0)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
+    for _ in range(-(-tokens // document)):
+        writer.add((rng.random(document) ** 4 * vocab).astype(np.int64))
+    writer.finish()
+    write_manifest(prefix, {"tokenizer_size": vocab})
 
 
 @pytest.fixture(scope="session")

@@ -17,28 +17,41 @@ def bench(out, *arguments: str) -> list[dict]:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("stack", bench_speed.STACKS)
-def test_bench_speed_runs(stack, tmp_path):
-    small = "--steps 3 --layers 2 --hidden 32 --heads 2 --seq-len 32 --batch 2 --vocab 256".split()
-    (result,) = bench(tmp_path / "out.json", "--stacks", stack, *small)
-    assert result["stack"] == stack and set(result["ratio"]) == {"minimal", "bare", "tuned"}
+SMALL = "--steps 3 --layers 2 --hidden 32 --heads 2 --seq-len 32 --batch 2 --vocab 8192".split()
+
+
+@pytest.mark.parametrize(("family", "stack"), [("gpt", "megatron"), ("bert", "deepspeed"), ("t5", "baseline")])
+def test_the_loops_train_the_same_model_on_the_same_samples(family, stack, tmp_path):
+    (result,) = bench(tmp_path / "out.json", "--families", family, "--stacks", stack, *SMALL)
+    assert (result["family"], result["stack"]) == (family, stack)
+    assert set(result["ratio"]) == {"trainer", "tuned"} | ({"minimal"} if (family, stack) == ("gpt", "megatron") else set())
     assert all(0 < value < float("inf") for value in result["ratio"].values())  # steps of 3 ms: how large is chance
     first = {name: values[0] for name, values in result["loss"].items()}
-    assert max(first.values()) - min(first.values()) < 0.1, first  # all began near ln(256) on the same samples
+    # GPT's class shifts the labels itself, so that Trainer's loss has one target less per sample
+    assert first["tuned"] == pytest.approx(first["recipe"], abs=0.02 if family == "gpt" else 1e-5), first
+    if family != "t5":  # transformers 5 ties the embeddings of every T5
+        assert first["trainer"] == pytest.approx(first["recipe"], abs=0.02 if family == "gpt" else 1e-5), first
     assert bench_speed.table([result]).count("\n") == 2
+
+
+def test_startup(tmp_path):
+    (result,) = bench(tmp_path / "out.json", "--families", "gpt", "--stacks", "baseline", "--startup", *SMALL, "--steps", "2")
+    assert all(seconds > 0.5 for values in result["seconds"].values() for seconds in values)
+    assert set(result["ratio"]) == {"trainer"}
 
 
 def test_ratio_is_the_median_over_the_rounds():
     assert bench_speed.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 1.0]) == 2.0
-    goals = bench_speed.GOALS["megatron"]
-    below = {"stack": "megatron", "ratio": {name: value - 0.01 for name, value in goals.items()}}
-    assert len(bench_speed.missed(below)) == len(goals)
-    assert not bench_speed.missed({"stack": "megatron", "ratio": goals})
+    assert bench_speed.spread([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5) == [2.0, 4.0]
+    reached = {"family": "gpt", "stack": "megatron", "ratio": bench_speed.GOALS}
+    below = reached | {"ratio": {name: value - 0.01 for name, value in bench_speed.GOALS.items()}}
+    assert len(bench_speed.missed(below)) == len(bench_speed.GOALS)
+    assert not bench_speed.missed(reached)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stack", bench_speed.STACKS)
-def test_the_goals_are_reached(stack, tmp_path):
-    (result,) = bench(tmp_path / "out.json", "--stacks", stack)
-    assert not bench_speed.missed(result), bench_speed.table([result])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("family", bench_speed.VOCABULARIES)
+def test_the_goals_are_reached(family, tmp_path):
+    results = bench(tmp_path / "out.json", "--families", family, "--threads", "1")
+    assert not [line for result in results for line in bench_speed.missed(result)], bench_speed.table(results)
