@@ -1,8 +1,10 @@
 """What scripts/bench_speed.py compares the recipes with: transformers.Trainer, and a minimal loop over Megatron Core."""
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,18 +96,46 @@ def trainer(
         for fields in map(trainer_fields, arrays)
         for i in range(len(fields["input_ids"]))
     ]
-    cuda = torch.cuda.is_available()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(run.out / "trainer"), per_device_train_batch_size=run.layout.micro_batch, use_cpu=not cuda,
-        gradient_accumulation_steps=run.layout.accumulate, max_steps=len(arrays), learning_rate=cfg.optim.lr,
-        warmup_steps=cfg.optim.warmup_steps, weight_decay=cfg.optim.weight_decay, adam_beta1=cfg.optim.betas[0],
-        adam_beta2=cfg.optim.betas[1], adam_epsilon=cfg.optim.eps, max_grad_norm=cfg.optim.grad_clip,
-        bf16=cfg.train.dtype == "bf16", deepspeed=ds_config, **({"optim": "adamw_torch_fused"} if tuned else {}),
-        save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda,
+    loop = RecordingTrainer(
+        net, arguments(run, len(arrays), deepspeed=ds_config, **({"optim": "adamw_torch_fused"} if tuned else {})),
+        train_dataset=samples, loss_of=task_loss if tuned else None,
     )  # fmt: skip
-    stepping, loss_of = StepByStep(), task_loss if tuned else None
-    loop = RecordingTrainer(net, arguments, train_dataset=samples, callbacks=[stepping], loss_of=loss_of)
-    threads, failures = torch.get_num_threads(), []
+    return step_by_step(loop)
+
+
+def finetuning_trainer(run: "Run", steps: int) -> Step:
+    """transformers.Trainer that finetunes BERT on MRPC with batches of samples of similar length."""
+    cfg = run.cfg
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(cfg.init.from_, num_labels=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.init.from_)
+    lines = (Path(cfg.task.data) / "msr_paraphrase_train.txt").read_text(encoding="utf-8-sig").splitlines()[1:]
+    samples = []
+    for label, _, _, first, second in (line.split("\t") for line in lines):
+        ids = tokenizer(first, second, truncation=True, max_length=cfg.data.seq_len)
+        samples.append({**ids, "labels": int(label)})
+    more = {"train_sampling_strategy": "group_by_length"}
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    return step_by_step(transformers.Trainer(net, arguments(run, steps, **more), train_dataset=samples, data_collator=collate))
+
+
+def arguments(run: "Run", steps: int, **more: Any) -> transformers.TrainingArguments:
+    """The recipe's settings as those of a Trainer; everything else is as it comes."""
+    optim, cuda = run.cfg.optim, torch.cuda.is_available()
+    return transformers.TrainingArguments(
+        output_dir=str(run.out / "trainer"), per_device_train_batch_size=run.layout.micro_batch, use_cpu=not cuda,
+        gradient_accumulation_steps=run.layout.accumulate, max_steps=steps, learning_rate=optim.lr,
+        warmup_steps=optim.warmup_steps, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1], adam_epsilon=optim.eps, max_grad_norm=optim.grad_clip, bf16=run.cfg.train.dtype == "bf16",
+        save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda,
+        **more,
+    )  # fmt: skip
+
+
+def step_by_step(loop: transformers.Trainer) -> Step:
+    """A Trainer, in a thread of its own, that makes one step per call. The loss is nan unless it is a RecordingTrainer."""
+    stepping, failures = StepByStep(), []
+    loop.add_callback(stepping)
+    threads = torch.get_num_threads()
 
     def train() -> None:
         torch.set_num_threads(threads)  # per thread
@@ -125,7 +155,7 @@ def trainer(
         stepping.done.acquire()
         if failures:
             raise failures[0]
-        return loop.last_loss.item()
+        return float(loop.last_loss) if isinstance(loop, RecordingTrainer) else math.nan
 
     return step
 

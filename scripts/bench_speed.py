@@ -13,8 +13,9 @@ log every 500 steps.
   tuned     the same with the recipes' kernels: AdamW(fused=True), GELU as one kernel, SDPA, the head on the targets only
   minimal   for GPT on Megatron: a loop written by hand over Megatron Core, with the recipe's AdamW kernel
 
-The corpus is the beginning of the family's quickstart corpus. --startup measures the seconds from the start of the process to
-the end of the first step instead, of the recipe and of the Trainer, in alternating processes.
+The corpus is the beginning of the family's quickstart corpus. --finetune DIR compares finetuning on MRPC instead, BERT's recipe
+with a Trainer that groups samples by length, over one epoch; DIR holds glue/MRPC and tokenizers/bert. --startup measures the
+seconds from the start of the process to the end of the first step, of recipe and Trainer, in alternating processes.
 """
 
 import argparse
@@ -38,7 +39,6 @@ from common.preflight import task_module
 if TYPE_CHECKING:
     import torch
 
-    from common.contract import PretrainingFamily
     from common.preflight import Run
     from scripts.bench_loops import Arrays, Step
 
@@ -92,9 +92,8 @@ def overrides_of(family: str, args: argparse.Namespace, corpus: Path) -> list[st
 class Rounds:
     """The seconds and losses of every step, by the name of the loop."""
 
-    def __init__(self, family: str, stack: str, rounds: int):
-        self.task: PretrainingFamily = task_module(family, {})
-        self.family, self.stack, self.rounds = family, stack, rounds
+    def __init__(self, family: str, stack: str, rounds: int, finetuning: bool = False):
+        self.family, self.stack, self.rounds, self.finetuning = family, stack, rounds, finetuning
         self.seconds: dict[str, list[float]] = {}
         self.losses: dict[str, list[float]] = {}
         self.arrays: list[Arrays] = []
@@ -113,15 +112,18 @@ class Rounds:
         order = list(self.others) if done % 2 else list(self.others)[::-1]
         for name in order:
             start = self._clock(device)
-            loss = self.others[name](self.arrays[done])
+            loss = self.others[name](self.arrays[done] if self.arrays else {})
             self._add(name, self._clock(device) - start, loss)
         self.step_start = self._clock(device)
 
     def _other_loops(self, run: "Run", device: "torch.device") -> "dict[str, Step]":
         from scripts import bench_loops
 
+        if self.finetuning:
+            return {"trainer": bench_loops.finetuning_trainer(run, self.rounds)}
         if run.train is None:
             raise AssertionError("a run that started has a dataset")
+        task = task_module(self.family, {})
         self.arrays = [run.train.collate(run.samples(step)) for step in range(1, self.rounds + 1)]
         ds_config = None
         if self.stack == "deepspeed":
@@ -129,8 +131,7 @@ class Rounds:
 
             ds_config = zero.ds_config(run.cfg, run.layout)
         loops = {
-            name: bench_loops.trainer(run, self.task, ds_config, self.arrays, tuned=name == "tuned")
-            for name in ("trainer", "tuned")
+            name: bench_loops.trainer(run, task, ds_config, self.arrays, tuned=name == "tuned") for name in ("trainer", "tuned")
         }
         if (self.family, self.stack) == ("gpt", "megatron"):
             loops["minimal"] = bench_loops.minimal_megatron(run, processes.Ranks(0, 1, device))
@@ -149,15 +150,17 @@ class Rounds:
         return time.perf_counter()
 
 
-def measure(family: str, stack: str, config: Path, overrides: Sequence[str], steps: int, threads: int | None) -> dict[str, Any]:
-    """Run one recipe with the other loops in between. A process can call this only once."""
+def measure(
+    family: str, stack: str, config: Path, overrides: Sequence[str], steps: int, threads: int | None, kind: str = "pretrain"
+) -> dict[str, Any]:
+    """Run one recipe with the other loops in between. A process can call this only once. kind: or "finetune"."""
     processes.quiet()
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    recipe = importlib.import_module(f"recipes.{family}.{stack}.pretrain")
-    rounds = Rounds(family, stack, WARMUP + steps)
+    recipe = importlib.import_module(f"recipes.{family}.{stack}.{kind}")
+    rounds = Rounds(family, stack, WARMUP + steps, finetuning=kind == "finetune")
 
     class Interleaved(recipe.Log):
         def begin_step(self) -> None:
@@ -180,12 +183,50 @@ def measure(family: str, stack: str, config: Path, overrides: Sequence[str], ste
     return {
         "family": family, "stack": stack, "device": device, "torch": torch.__version__, "steps": steps,
         "overrides": list(overrides),
-        "ratio": {name: ratio(values, seconds["recipe"]) for name, values in others.items()},
-        "spread": {name: spread(values, seconds["recipe"]) for name, values in others.items()},
+        **_ratios(others, seconds["recipe"], kind),
         "ms": {name: statistics.median(values) * 1e3 for name, values in seconds.items()},
         "seconds": seconds,
         "loss": {name: [values[0], values[-1]] for name, values in rounds.losses.items()},
     }  # fmt: skip
+
+
+def _ratios(others: dict[str, list[float]], recipe: list[float], kind: str) -> dict[str, dict[str, Any]]:
+    """{"ratio": {loop: ...}, "spread": {loop: [low, high]}}. In finetuning the batches of two loops differ from step to step:
+    there the ratio is that of the sums, and the spread that of four parts of the epoch."""
+    if kind == "pretrain":
+        return {
+            "ratio": {name: ratio(values, recipe) for name, values in others.items()},
+            "spread": {name: spread(values, recipe) for name, values in others.items()},
+        }
+    size = max(1, len(recipe) // 4)
+    parts = {
+        name: [sum(values[i : i + size]) / sum(recipe[i : i + size]) for i in range(0, size * 4, size)]
+        for name, values in others.items()
+    }
+    return {
+        "ratio": {name: sum(values) / sum(recipe) for name, values in others.items()},
+        "spread": {name: [min(values), max(values)] for name, values in parts.items()},
+    }
+
+
+def finetuning_of(source: Path, folder: Path, args: argparse.Namespace) -> tuple[Path, list[str], int]:
+    """(config, overrides, steps) of one epoch of MRPC, from an untrained BERT of the shape that `args` gives."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from common.data import tokenizer
+
+    tokens = tokenizer.load(source / "tokenizers/bert")
+    shape = BertConfig(
+        vocab_size=tokens.size, num_hidden_layers=args.layers, hidden_size=args.hidden, num_attention_heads=args.heads,
+        intermediate_size=4 * args.hidden,
+    )  # fmt: skip
+    BertForMaskedLM(shape).save_pretrained(folder)
+    tokens.save(folder)
+    overrides = [
+        f"init.from={folder}", f"task.data={source / 'glue/MRPC'}", "train.steps=1000000", "train.eval_every=0",
+        "train.save_every=0", "baseline.micro_batch=32", "deepspeed.micro_batch=32", "megatron.micro_batch=32",
+    ]  # fmt: skip
+    return ROOT / "recipes/bert/configs/finetune_mrpc.yaml", overrides, 101 - WARMUP  # 3,260 samples, since 408 are dev
 
 
 def first_step(family: str, stack: str, config: Path, overrides: Sequence[str], loop: str) -> float:
@@ -276,6 +317,7 @@ def main() -> None:
     for name, value in {"layers": 6, "hidden": 384, "heads": 6, "seq_len": 256, "batch": 8}.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     p.add_argument("--vocab", type=int, help=f"ids (default: {VOCABULARIES})")
+    p.add_argument("--finetune", type=Path, metavar="DIR", help="measure finetuning on MRPC")
     p.add_argument("--startup", action="store_true", help="measure the seconds to the end of the first step")
     # measure one family and stack in this process; with --startup only this loop
     p.add_argument("--child", choices=("recipe", "trainer"), help=argparse.SUPPRESS)
@@ -286,8 +328,13 @@ def main() -> None:
         family, stack = args.families[0], args.stacks[0]
         config = ROOT / "recipes" / family / "configs" / "tiny.yaml"
         overrides = overrides_of(family, args, args.corpora / family)
-        if args.startup:
-            result: Any = first_step(family, stack, config, overrides, args.child)
+        result: Any
+        if args.finetune:
+            with tempfile.TemporaryDirectory() as folder:
+                config, overrides, steps = finetuning_of(args.finetune.resolve(), Path(folder), args)
+                result = measure(family, stack, config, overrides, steps, args.threads, "finetune")
+        elif args.startup:
+            result = first_step(family, stack, config, overrides, args.child)
         else:
             result = measure(family, stack, config, overrides, args.steps, args.threads)
         args.out.write_text(json.dumps(result), encoding="utf-8")
@@ -296,8 +343,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         corpora = args.corpora or Path(temporary)
-        for family in args.families:
-            if not (corpora / family).is_dir():
+        for family in ["bert"] if args.finetune else args.families:
+            if not args.finetune and not (corpora / family).is_dir():
                 make_corpus(family, corpora / family)
             for stack in [stack for stack in families.stacks(family) if stack in args.stacks]:
                 results.append(
@@ -306,7 +353,7 @@ def main() -> None:
                 shown = {name: round(value, 3) for name, value in results[-1]["ratio"].items()}
                 print(f"{family} {stack}: {json.dumps(shown)}", file=sys.stderr, flush=True)
     print(table(results))
-    if not args.startup:
+    if not args.startup and not args.finetune:
         print(*[line for result in results for line in missed(result)], sep="\n")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
