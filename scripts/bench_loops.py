@@ -42,8 +42,9 @@ def trainer_fields(arrays: Arrays) -> dict[str, np.ndarray]:
             "input_ids": arrays["inputs"], "attention_mask": mask.astype(np.int64),
             "labels": np.where(arrays["loss_mask"], arrays["targets"], -100),
         }  # fmt: skip
-    tokens = arrays["tokens"]  # (B, T + 1): the class shifts the labels by one position itself
-    return {"input_ids": tokens[:, :-1], "labels": tokens[:, :-1]}
+    inputs = arrays["tokens"][:, :-1]  # the class shifts the labels by one position itself; the first is no target
+    labels = np.where(np.arange(inputs.shape[1]) > 0, inputs, -100)
+    return {"input_ids": inputs, "labels": labels}
 
 
 class StepByStep(TrainerCallback):
@@ -220,7 +221,7 @@ def minimal_megatron(run: "Run", ranks: processes.Ranks) -> Step:
                 optimizer="adam", lr=o.lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0], adam_beta2=o.betas[1],
                 adam_eps=o.eps, clip_grad=o.grad_clip,
             ),
-            [model],
+            [model], use_gloo_process_groups=False,
         )  # fmt: skip
     for group in optimizer.param_groups:
         group["fused"] = True  # the same kernel as the recipe's
