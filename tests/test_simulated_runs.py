@@ -1,0 +1,195 @@
+"""Every family, stack and layout on the null GPU (common/simulation): pretraining and finetuning make two steps on a CUDA
+device, save and resume. The collectives and host syncs of a step are those of tests/simulated.json, so that a lost overlap, a new sync
+or a doubled transfer is a difference.
+
+`python -m tests.test_simulated_runs` writes tests/simulated.json again, after a change that is meant to change it.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import config, families
+from common.data import tokenizer
+from common.preflight import task_module
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).with_name("simulated.json")
+WORLD, STEPS = 4, 2
+LAYOUTS = {
+    "baseline": ("baseline", []),
+    "baseline_recompute": ("baseline", ["baseline.recompute=true"]),
+    "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
+    "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
+    "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
+    "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true"]),
+    "zero3_recompute": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.recompute=true"]),
+    "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2"]),
+    "megatron": ("megatron", []),
+    "distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
+    "tp2": ("megatron", ["megatron.tp=2"]),
+    "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true"]),
+    "pp2": ("megatron", ["megatron.pp=2"]),
+    "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
+}
+FINETUNED = ("baseline", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
+# Refused before a run starts: AutoTP does not split GPT-2, Megatron Core's T5 has no pipeline.
+REFUSED = {("gpt", "zero1_tp2"), ("t5", "pp2"), ("t5", "tp2_pp2")}
+MODEL = {"gpt": ["model.vocab_size=512"], "bert": ["model.vocab_size=640"], "t5": ["model.vocab_size=768"]}
+TEXT = """\
+init: {from: FOLDER}
+task: {name: NAME, data: DATA}
+data: {seq_len: 48}
+optim: {lr: 5.0e-4, warmup_steps: 2, weight_decay: 0.01, betas: [0.9, 0.999], eps: 1.0e-6}
+train: {steps: 20, global_batch: 16}
+baseline: {micro_batch: 2}
+deepspeed: {micro_batch: 2, zero_stage: 1}
+megatron: {micro_batch: 2}
+"""
+pytestmark = pytest.mark.timeout(900)
+Found = dict[str, Any]
+
+
+def keys(family: str) -> list[str]:
+    """The cases of a family, such as 'gpt pretrain pp2 rank 3': of a pipeline both the first and the last stage."""
+    found = []
+    for kind, layouts in (("pretrain", LAYOUTS), ("finetune", FINETUNED)):
+        for layout in layouts:
+            if (family, layout) not in REFUSED and LAYOUTS[layout][0] in families.stacks(family):
+                ranks = (0, WORLD - 1) if "pp2" in layout else (0,)
+                found += [f"{family} {kind} {layout} rank {rank}" for rank in ranks]
+    return found
+
+
+def case(key: str, folder: Path, steps: int) -> Found:
+    """The fields of common/simulation/run.py's Case. folder: of the family's finetuning config and of the runs' OUT."""
+    family, kind, layout, _, rank = key.split()
+    stack, overrides = LAYOUTS[layout]
+    path = (
+        ROOT / f"recipes/{family}/configs/tiny.yaml"
+        if kind == "pretrain"
+        else folder / f"recipes/{family}/configs/finetune.yaml"
+    )
+    model = ["train.global_batch=16", *MODEL[family]] if kind == "pretrain" else []
+    return {
+        "config": str(path), "stack": stack, "world": WORLD, "rank": int(rank), "steps": steps, "fill": True, "save": True,
+        "out": str(folder / key.replace(" ", "_")), "overrides": ["train.dtype=bf16", *model, *overrides], "roofline": False,
+    }  # fmt: skip
+
+
+def write_finetuning(family: str, corpus: Path, folder: Path) -> None:
+    """An untrained model with the corpus's tokenizer, a dataset of a few examples, and the config that names both."""
+    task = task_module(family, {})
+    more = ["objective.pair=none", "model.pair_head=false"] if family == "bert" else ["model.positions=64"] * (family == "gpt")
+    cfg = config.load(ROOT / f"recipes/{family}/configs/tiny.yaml", [*MODEL[family], *more], task.Config)
+    task.hf_model(cfg.model.resolve(cfg, None)).save_pretrained(folder / "hf" / family)
+    tokenizer.load(corpus / "tokenizer").save(folder / "hf" / family)
+    data = folder / "data" / family
+    data.mkdir(parents=True)
+    texts = [("the value of a list " * (1 + i % 5), "is returned " * (1 + i % 3)) for i in range(48)]
+    for split in ("train", "dev", "valid"):
+        if family == "bert":
+            lines = ["index\tsentence1\tsentence2\tlabel"]
+            lines += [f"{i}\t{a}\t{b}\t{('not_entailment', 'entailment')[i % 2]}" for i, (a, b) in enumerate(texts)]
+            (data / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            fields = ("prompt", "response") if family == "gpt" else ("input", "target")
+            lines = [json.dumps(dict(zip(fields, pair, strict=True))) for pair in texts]
+            (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    name = {"gpt": "sft", "bert": "rte", "t5": "pairs"}[family]
+    text = TEXT.replace("FOLDER", str(folder / "hf" / family)).replace("NAME", name).replace("DATA", str(data))
+    path = folder / f"recipes/{family}/configs/finetune.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace("seq_len: 48", "seq_len: 48, target_len: 16") if family == "t5" else text, encoding="utf-8")
+
+
+def simulate(cases: Sequence[Found], folder: Path) -> list[Found]:
+    """The results of scripts.simulate, all in one process that imports the stacks once. Skips where there is no null GPU."""
+    cases_file, result = folder / "cases.json", folder / "result.json"
+    cases_file.write_text(json.dumps(list(cases)), encoding="utf-8")
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "scripts.simulate", "--cases", str(cases_file), "--json", str(result)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 2 and "null GPU" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert result.is_file(), done.stderr[-4000:]
+    simulated: list[Found] = json.loads(result.read_text(encoding="utf-8"))
+    return simulated
+
+
+def of_family(family: str, corpus: Path, folder: Path) -> dict[str, tuple[Found, Found]]:
+    """{case: (its first two steps, the two steps after it has resumed)}"""
+    write_finetuning(family, corpus, folder)
+    names = keys(family)
+    both = simulate([case(key, folder, STEPS) for key in names] + [case(key, folder, STEPS) for key in names], folder)
+    return {key: (both[i], both[i + len(names)]) for i, key in enumerate(names)}
+
+
+def counted(found: Found) -> Found:
+    """What GOLDEN holds of a step: '{op} {dtype} of {ranks}': [calls, bytes], and the number of host syncs."""
+    collectives = {f"{c['op']} {c['dtype']} of {c['group_size']}": [c["calls"], c["bytes"]] for c in found["collectives"]}
+    return {"collectives": collectives, "host_syncs": found["host_syncs"]}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, corpus, sentences, spans) -> dict[str, tuple[Found, Found]]:
+    found: dict[str, tuple[Found, Found]] = {}
+    for family, prefix in (("gpt", corpus), ("bert", sentences), ("t5", spans)):
+        found |= of_family(family, prefix, tmp_path_factory.mktemp(family))
+    return found
+
+
+KEYS = [key for family in ("gpt", "bert", "t5") for key in keys(family)]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_runs_saves_and_resumes_on_the_device(results, key):
+    first, resumed = results[key]
+    assert first["fault"] is None, first.get("traceback")
+    assert resumed["fault"] is None, resumed.get("traceback")
+    assert (first["step"], resumed["step"]) == (STEPS, 2 * STEPS)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_collectives_and_host_syncs_of_a_step(results, key):
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert counted(results[key][0]) == golden[key], "a change that is meant: python -m tests.test_simulated_runs"
+    assert counted(results[key][1]) == golden[key], "after resuming"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_bf16_run_has_no_product_in_fp32(results, key):
+    products = results[key][0]["gemm_flops"]
+    assert products["bfloat16"] > 0 and not products.get("float32"), products
+
+
+def main() -> None:
+    from common.paths import ROOT as root
+
+    makers = {
+        "gpt": ["--vocab-size", "512"],
+        "bert": ["--sentences", "--tokenizer-type", "wordpiece", "--vocab-size", "600"],
+        "t5": ["--tokenizer-type", "sentencepiece", "--vocab-size", "700"],
+    }
+    golden = {}
+    for family, words in makers.items():
+        with tempfile.TemporaryDirectory() as name:
+            corpus = Path(name) / "corpus"
+            command = [sys.executable, "-m", "data.python_docs", str(corpus), "--max-mb", "1", *words]
+            subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+            for key, (first, _) in of_family(family, corpus, Path(name)).items():
+                print(f"{key}: {first['fault'] or 'ok'}", flush=True)
+                golden[key] = None if first["fault"] else counted(first)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in golden.items()]
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
