@@ -1,6 +1,6 @@
 """Every family, stack and layout on the null GPU (common/simulation): pretraining and finetuning make two steps on a CUDA
-device, save and resume. The collectives and host syncs of a step are those of tests/simulated.json, so that a lost overlap, a new sync
-or a doubled transfer is a difference.
+device, save and resume. The collectives and host syncs of a step are those of tests/simulated.json, so that a lost overlap, a
+new sync or a doubled transfer is a difference.
 
 `python -m tests.test_simulated_runs` writes tests/simulated.json again, after a change that is meant to change it.
 """
@@ -105,9 +105,13 @@ def write_finetuning(family: str, corpus: Path, folder: Path) -> None:
             (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     name = {"gpt": "sft", "bert": "rte", "t5": "pairs"}[family]
     text = TEXT.replace("FOLDER", str(folder / "hf" / family)).replace("NAME", name).replace("DATA", str(data))
+    if family == "gpt":
+        text = text.replace("name: sft", "name: sft, answers: 2, max_new_tokens: 4")
+    if family == "t5":
+        text = text.replace("name: pairs", "name: pairs, split: dev").replace("seq_len: 48", "seq_len: 48, target_len: 8")
     path = folder / f"recipes/{family}/configs/finetune.yaml"
     path.parent.mkdir(parents=True)
-    path.write_text(text.replace("seq_len: 48", "seq_len: 48, target_len: 16") if family == "t5" else text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def simulate(cases: Sequence[Found], folder: Path) -> list[Found]:
