@@ -163,20 +163,21 @@ def test_runs_saves_and_resumes_on_the_device(results, key):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_collectives_and_host_syncs_of_a_step(results, key):
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert counted(results[key][0]) == golden[key], "a change that is meant: python -m tests.test_simulated_runs"
-    assert counted(results[key][1]) == golden[key], "after resuming"
+    first, resumed = (counted(step) for step in results[key])
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[key]
+    assert first == golden, "if the change is meant: python -m tests.test_simulated_runs"
+    if "finetune" in key:  # the lengths of its samples, and so the bytes, change from step to step
+        first, resumed = ({op: calls for op, (calls, _) in step["collectives"].items()} for step in (first, resumed))
+    assert resumed == first
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_bf16_run_has_no_product_in_fp32(results, key):
     products = results[key][0]["gemm_flops"]
-    assert products["bfloat16"] > 0 and not products.get("float32"), products
+    assert set(products) == {"bf16"} and products["bf16"] > 0
 
 
 def main() -> None:
-    from common.paths import ROOT as root
-
     makers = {
         "gpt": ["--vocab-size", "512"],
         "bert": ["--sentences", "--tokenizer-type", "wordpiece", "--vocab-size", "600"],
@@ -187,7 +188,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             corpus = Path(name) / "corpus"
             command = [sys.executable, "-m", "data.python_docs", str(corpus), "--max-mb", "1", *words]
-            subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             for key, (first, _) in of_family(family, corpus, Path(name)).items():
                 print(f"{key}: {first['fault'] or 'ok'}", flush=True)
                 golden[key] = None if first["fault"] else counted(first)
