@@ -127,7 +127,7 @@ class _Region:
         target: Any = node.target
         if "rng_state" in kwargs and getattr(target, "__name__", "") == "graphsafe_run_with_rng_state":
             # dropout that is computed again in the backward pass: the operator without the state of its random numbers
-            target, *args = args
+            target, args = args[0], args[1:]
             kwargs = {key: value for key, value in kwargs.items() if key != "rng_state"}
         return target(*args, **kwargs)
 
