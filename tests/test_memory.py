@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from common.planning import memory, simulated
+from common import config, families
+from common.errors import BadInput
+from common.planning import hardware, memory, simulated
 from common.planning.memory import Training, Traits
 from common.planning.workload import Attention, Block, Workload
+from common.preflight import task_module
 from common.simulation import build
+from common.yaml_files import read_yaml
 
 GPT = Traits(fused_qkv=True, biases=True)
 LLAMA = Traits(rms_norm=True, rotary=True)
@@ -178,3 +182,40 @@ def test_the_parts_add_up():
     assert found["required"] == found["total"] + sum(found[part] for part in memory.BESIDE)
     assert found["nccl"] == 3 * memory.NCCL  # all ranks; those of dp; those of tp
     assert memory.estimate(GPT_1_3B, GPT, training("baseline"))["nccl"] == 0
+
+
+# ---- the layouts of the published configs ----------------------------------------------------------------------------
+
+FITTING = ("gpt3_1.3b", "gpt3_2.7b", "gpt3_6.7b", "gpt3_13b", "gpt3_175b", "llama_1b", "megatron_2.5b", "megatron_8.3b")
+LARGE = [f"recipes/gpt/configs/{name}.yaml" for name in FITTING]
+LARGE += [f"recipes/bert/configs/{name}.yaml" for name in ("megatron_1.3b", "megatron_3.9b")]
+LARGE += [f"recipes/t5/configs/{name}.yaml" for name in ("t5_3b", "t5_11b", "t5_v1_1_xl", "t5_v1_1_xxl")]
+
+
+@pytest.mark.parametrize("path", LARGE)
+def test_a_large_config_recomputes_and_splits_only_where_it_must(path: str):
+    """On 8 GPUs of 80 GB (64 for 175B), with the config's optimizer, or AdamW on a stack that refuses it."""
+    task = task_module(families.of_config(path), read_yaml(path))
+    configs = [
+        config.resolve(config.load(path, overrides, task.Config), task.ResolvedConfig, None)
+        for overrides in ([], ["optim.optimizer=adamw"])
+    ]
+    gpus = 64 if "175b" in path else 8
+
+    def fits(cfg: config.Config, stack: str, **changed: Any) -> bool:
+        system = getattr(cfg, stack).model_copy(update=changed)
+        needed = memory.estimate_for(cfg.model_copy(update={stack: system}), cfg.model, stack, gpus)["required"]
+        return needed <= hardware.gpu("A100").memory
+
+    for stack in families.stacks(families.of_config(path)):
+        try:
+            cfg, can = configs[0], fits(configs[0], stack)
+        except BadInput:  # Adafactor
+            cfg, can = configs[1], fits(configs[1], stack)
+        assert stack == "baseline" or can
+        system = getattr(cfg, stack)
+        if system.recompute:
+            assert not fits(cfg, stack, recompute=False)
+        if stack == "megatron" and system.tp > 1:
+            half = system.tp // 2
+            assert not fits(cfg, stack, tp=half, sequence_parallel=system.sequence_parallel and half > 1)
