@@ -166,7 +166,8 @@ def test_collectives_and_host_syncs_of_a_step(results, key):
     first, resumed = (counted(step) for step in results[key])
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[key]
     assert first == golden, "if the change is meant: python -m tests.test_simulated_runs"
-    if "finetune" in key:  # the lengths of its samples, and so the bytes, change from step to step
+    if "finetune" in key or key.startswith("bert"):
+        # the lengths of the samples, or the number of masked positions, and so the bytes, change from step to step
         first, resumed = ({op: calls for op, (calls, _) in step["collectives"].items()} for step in (first, resumed))
     assert resumed == first
 

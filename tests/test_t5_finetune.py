@@ -240,7 +240,7 @@ def main(argv):
         os.kill(os.getpid(), signal.SIGTERM)
     assert tell(1) == (ranks.rank == 1)
     try:
-        finetuning.end_if_asked(ranks, 7)
+        finetuning.exit_if_signaled(ranks, 7)
     except processes.Stopped as stopped:
         print(f"{ranks.rank}: {stopped.code}: {stopped}", file=open(f"{argv[0]}/{ranks.rank}", "w"))
 
