@@ -119,7 +119,7 @@ def _questions() -> None:
 def _groups(rank: int, world: int) -> None:
     """The process group: NCCL's own code, over a store in which every key of another rank is there. Groups of gloo, which
     would connect to the other ranks, become torch's fake ones. What NCCL would learn of a new group from the other ranks is
-    told to the null GPU."""
+    passed to the null GPU."""
     import datetime
 
     import torch

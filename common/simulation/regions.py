@@ -20,7 +20,7 @@ VIEWS = (
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
     "as_strided", "alias", "detach", "split", "split_with_sizes", "unbind", "getitem",
 )  # fmt: skip
-watchers: list[Callable[[str, float], None]] = []  # told the name and the bytes of every kernel: the roofline
+watchers: list[Callable[[str, float], None]] = []  # called with the name and the bytes of every kernel: the roofline
 
 
 def install() -> None:
