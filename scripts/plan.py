@@ -58,6 +58,10 @@ def main() -> None:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
     wanting = [name for name in ("network", "price", "scale", "write") if getattr(args, name) is not None]
     wanting += [name for name in ("own", "json") if getattr(args, name)]
+    given = [name for name in ("scale", "json", "write") if getattr(args, name)]
+    if len(given) > 1 or args.scale and args.own:
+        both = " and ".join(f"--{name}" for name in [*given, *(["own"] if args.own else [])])
+        raise BadInput(f"{both}: exclude each other; give one of them per command")
     if wanting and not args.gpu:
         raise BadInput(f"--{wanting[0]}: needs --gpu NAME, the GPU whose time is predicted")
 
@@ -170,6 +174,11 @@ def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None
         raise BadInput(f"--write {target}: exists; give another name, or delete it")
     best = {one.stack: one for one in reversed(found) if one.fits}
     lines = Path(source).read_text(encoding="utf-8").splitlines()
+    for stack in best:
+        if not any(line.startswith(f"{stack}: {{") for line in lines):
+            raise BadInput(
+                f"--write: {source} has no section `{stack}: {{...}}` in one line to replace; use --json, and edit it"
+            )
     for stack, one in best.items():
         values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in one.layout.items())
         lines = [f"{stack}: {{{values}}}" if line.startswith(f"{stack}:") else line for line in lines]

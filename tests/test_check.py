@@ -568,6 +568,8 @@ PLAN_BAD = [
     (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--scale", "8,x"], "--scale 8,x"),
     (["recipes/gpt/configs/gpt3_1.3b.yaml", "--price", "2"], "--gpu NAME"),
     (["recipes/gpt/configs/gpt3_13b.yaml", "--gpus", "2", "--gpu", "H100", "--own", "--stack", "megatron"], "megatron.tp=4"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--json", "--write", "x.yaml"], "exclude each other"),
+    (["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpu", "H100", "--own", "--scale", "8"], "exclude each other"),
     ([], "give a config"),
     (["recipes/gpt/configs/gpt3_1.4b.yaml"], "did you mean"),
     (["recipes/gpt/configs/tiny.yaml"], "model.vocab_size"),

@@ -94,12 +94,12 @@ def page() -> str:
 def simulate(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cases with what their runs need now. RuntimeError if a run fails."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "cases.json", Path(folder) / "found.json"
+        cases_file, result_file = Path(folder) / "cases.json", Path(folder) / "found.json"
         named = [{name: case[name] for name in NAMED} | {"steps": recorded()["steps"], "roofline": False} for case in cases]
-        asked.write_text(json.dumps(named), encoding="utf-8")
-        command = [sys.executable, "-m", "scripts.simulate", "--cases", str(asked), "--json", str(answered)]
+        cases_file.write_text(json.dumps(named), encoding="utf-8")
+        command = [sys.executable, "-m", "scripts.simulate", "--cases", str(cases_file), "--json", str(result_file)]
         subprocess.run([*command, "--memory", str(MEMORY_GB)], cwd=ROOT, check=False)
-        found = json.loads(answered.read_text(encoding="utf-8"))
+        found = json.loads(result_file.read_text(encoding="utf-8"))
     for case, one in zip(named, found, strict=True):
         if one["fault"]:
             raise RuntimeError(f"{case}: {one['fault']}")

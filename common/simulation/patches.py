@@ -131,21 +131,21 @@ def _groups(rank: int, world: int) -> None:
     class Answers(dist.Store):  # type: ignore[name-defined, misc]  # exported only where torch has distributed
         def __init__(self) -> None:
             super().__init__()
-            self.kept: dict[str, bytes] = {}
+            self.values: dict[str, bytes] = {}
 
         def set(self, key: str, value: Any) -> None:
-            self.kept[key] = value if isinstance(value, bytes) else str(value).encode()
+            self.values[key] = value if isinstance(value, bytes) else str(value).encode()
 
         def get(self, key: str) -> bytes:
-            return self.kept.get(key, b"\7" * 128)  # as long as NCCL's id of a communicator
+            return self.values.get(key, b"\7" * 128)  # as long as NCCL's id of a communicator
 
         def add(self, key: str, amount: int) -> int:
-            self.kept[key] = str(int(self.kept.get(key, b"0")) + amount).encode()
-            return int(self.kept[key])
+            self.values[key] = str(int(self.values.get(key, b"0")) + amount).encode()
+            return int(self.values[key])
 
         def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
             self.set(key, desired)
-            return self.kept[key]
+            return self.values[key]
 
         def wait(self, *_: Any) -> None:
             pass
@@ -157,17 +157,17 @@ def _groups(rank: int, world: int) -> None:
             return self
 
         def num_keys(self) -> int:
-            return len(self.kept)
+            return len(self.values)
 
         def delete_key(self, key: str) -> bool:
-            return self.kept.pop(key, None) is not None
+            return self.values.pop(key, None) is not None
 
         def set_timeout(self, _: Any) -> None:
             pass
 
     new_group, split_group = c10d.new_group, c10d.split_group
 
-    def tell(members: Sequence[int]) -> None:
+    def announce_group(members: Sequence[int]) -> None:
         null_gpu.next_group(*((len(members), members.index(rank)) if rank in members else (0, 0)))
 
     def new(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -175,13 +175,13 @@ def _groups(rank: int, world: int) -> None:
         if backend == "gloo":
             gloo_groups.append(len(members))
             backend = "fake"
-        tell(members)
+        announce_group(members)
         return new_group(ranks, timeout, backend, *args, **kwargs)
 
     def split(parent_pg: Any = None, split_ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         of_parent = dist.get_process_group_ranks(parent_pg or dist.group.WORLD)
         groups = [[of_parent[i] for i in group] for group in split_ranks or []]
-        tell(next((group for group in groups if rank in group), []))
+        announce_group(next((group for group in groups if rank in group), []))
         return split_group(parent_pg, split_ranks, *args, **kwargs)
 
     dist.new_group = c10d.new_group = new
