@@ -12,25 +12,32 @@ class Layout(Section):
 
     world: int
     dp: int  # data-parallel replicas
-    tp: int
-    pp: int
+    tp: int  # ranks that share each layer's matrices
+    pp: int  # pipeline stages
+    cp: int = 1  # ranks that share each sequence, by context parallelism
+    sp: int = 1  # ranks that share each sequence, by DeepSpeed's Ulysses
     micro_batch: int  # samples
     accumulate: int  # micro batches per step and replica
+
+
+MODEL_PARALLEL = ("tp", "pp", "cp", "sp")  # keys of a stack that divide one replica of the model among ranks
 
 
 def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     """The layout of `stack` on `world` ranks; BadInput if the batch or the ranks do not divide. Torch-free."""
     system = getattr(cfg, stack)
-    tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+    splits = {key: getattr(system, key, 1) for key in MODEL_PARALLEL}
+    replica = math.prod(splits.values())  # ranks that share one micro batch
+    product = " x ".join(f"{stack}.{key}={ranks}" for key, ranks in splits.items() if ranks > 1)
     problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
-    if tp * pp > world:
+    if replica > world:
+        lower = " or ".join(key for key, ranks in splits.items() if ranks > 1)
         problems.append(
-            f"{stack}.tp={tp} x {stack}.pp={pp} needs {tp * pp} processes and there are {world}; "
-            f"set NPROC={tp * pp} (or more nodes), or lower tp or pp"
+            f"{product} needs {replica} processes and there are {world}; set NPROC={replica} (or more nodes), or lower {lower}"
         )
-    elif world % (tp * pp):
-        problems.append(f"{world} processes are not a multiple of {stack}.tp={tp} x {stack}.pp={pp}")
-    dp = max(1, world // (tp * pp))
+    elif world % replica:
+        problems.append(f"{world} processes are not a multiple of {product}")
+    dp = max(1, world // replica)
     batch, micro = cfg.train.global_batch, system.micro_batch
     if batch % (micro * dp):
         problems.append(
@@ -39,7 +46,7 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
         )
     if problems:
         raise BadInput(problems)
-    return Layout(world=world, dp=dp, tp=tp, pp=pp, micro_batch=micro, accumulate=batch // (micro * dp))
+    return Layout(world=world, dp=dp, **splits, micro_batch=micro, accumulate=batch // (micro * dp))
 
 
 # Optimizers that read a whole parameter: a layout that splits parameters cannot update them exactly.

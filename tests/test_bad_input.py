@@ -355,7 +355,7 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
     ("deepspeed", 1, "deepspeed.compile=true deepspeed.zero_stage=3", "deepspeed.compile=true needs deepspeed.tp=1"),
     ("megatron", 1, "megatron.tp=2", "megatron.tp=2 x megatron.pp=1 needs 2 processes and there are 1; set NPROC=2"),
     ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
-    ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2 x megatron.pp=1"),
+    ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
     ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
     ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: it scales each parameter's update by the norms"),

@@ -244,7 +244,7 @@ def test_a_stack_that_differs_fails_and_a_stack_that_breaks_is_named(checkout: M
             "--layouts jax: no stack 'jax'; the recipe has baseline, deepspeed",
         ),
         (["recipes/mine/configs/tiny.yaml", "--layouts", "megatron:tp"], "'tp' must be key=value"),
-        (["recipes/mine/configs/tiny.yaml", "--layouts", "megatron:tp=4"], "megatron.tp=4 x megatron.pp=1 needs 4 processes"),
+        (["recipes/mine/configs/tiny.yaml", "--layouts", "megatron:tp=4"], "megatron.tp=4 needs 4 processes"),
         (["recipes/mine/configs/tiny.yaml", "--steps", "0"], "--steps 0: must be 1 or more"),
         (["recipes/mine/configs/tiny.yaml"], "no corpus at corpora/python/train"),
         (["other.yaml"], "other.yaml: lies in no recipe"),
