@@ -353,7 +353,7 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
     ("megatron", 2, "megatron.tp=2 model.ffn=255", "megatron.tp=2 does not divide model.ffn=255"),
     ("deepspeed", 1, "deepspeed.offload=true deepspeed.zero_stage=0", "deepspeed.offload=true needs deepspeed.zero_stage=1"),
     ("deepspeed", 1, "deepspeed.compile=true deepspeed.zero_stage=3", "deepspeed.compile=true needs deepspeed.tp=1"),
-    ("megatron", 1, "megatron.tp=2", "megatron.tp=2 x megatron.pp=1 needs 2 processes and there are 1; set NPROC=2"),
+    ("megatron", 1, "megatron.tp=2", "megatron.tp=2 needs 2 processes and there are 1; set NPROC=2"),
     ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
