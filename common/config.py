@@ -14,7 +14,16 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from common.errors import BadInput, shortened
 from common.stacks import extra
@@ -279,6 +288,11 @@ class System(Section):
 MICRO_BATCH = "Samples per forward pass of a data-parallel rank; global_batch is a multiple of micro_batch x ranks."
 RECOMPUTE = "Recompute the activations of each layer in the backward pass: less memory, a third more time."
 COMPILE = "Compile each transformer layer by torch.compile, which fuses its pointwise operators."
+# Earlier versions had false and true
+Recompute = Annotated[
+    Literal["none", "selective", "full"],
+    BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
+]
 TP = "Tensor-parallel ranks, which share each layer's matrices."
 
 
@@ -319,7 +333,12 @@ class Megatron(System):
         description="Divide what tensor parallelism leaves whole (norms, dropout) along the sequence. Needs tp above 1.",
     )
     distributed_optimizer: bool = Field(default=False, description="Divide the optimizer state among the data-parallel ranks.")
-    recompute: bool = Field(default=False, description=RECOMPUTE)
+    recompute: Recompute = Field(
+        default="none",
+        description="What of a layer is recomputed in the backward pass: none, full (all of it: less memory, a third more "
+        "time) or selective (the attention alone; it saves memory where a kernel keeps scores or a mask for each layer: with "
+        "masks or biases, and on a CPU; flash attention keeps neither). false and true are read as none and full.",
+    )
     fusions: bool | None = Field(
         default=None,
         description="Fuse bias, activation, dropout, sum and loss by torch.compile, and weight gradients with their sum. "

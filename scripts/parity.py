@@ -84,7 +84,7 @@ class Row(NamedTuple):
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
     """The layouts that are compared by default, for this number of processes."""
     zero = {"tp": 1, "offload": False, "recompute": False}
-    plain = {"tp": 1, "pp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": False}
+    plain = {"tp": 1, "pp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": "none"}
     usual: dict[str, list[dict[str, Any]]] = {
         "baseline": [{"recompute": False}, {"recompute": True}],
         "deepspeed": [zero | {"zero_stage": stage} for stage in range(4)],
@@ -94,7 +94,7 @@ def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
         usual["deepspeed"].append(zero | {"zero_stage": 1, "tp": 2})
         usual["megatron"] += [
             plain | {"tp": 2},
-            plain | {"tp": 2, "sequence_parallel": True, "recompute": True},
+            plain | {"tp": 2, "sequence_parallel": True, "recompute": "full"},
             plain | {"pp": 2},
         ]
     if nproc % 4 == 0:

@@ -145,7 +145,7 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
     ("megatron.pp=2 megatron.extra.batch_p2p_sync=0", ["megatron.extra.batch_p2p_sync: must be true or false, is 0"]),
     (
         "megatron.recompute=true megatron.extra.recompute_granularity=selective",
-        ["megatron.extra.recompute_granularity: selective needs megatron.recompute=false"],
+        ["megatron.extra.recompute_granularity=selective with megatron.recompute=full: give one of them"],
     ),
     ("megatron.extra.recompute_granularity=full", ["full has no default for how many layers; give recompute_method and"]),
     (

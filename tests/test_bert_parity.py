@@ -32,6 +32,7 @@ TWO_RANKS: Layouts = {
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=8", "megatron.recompute=true"],
     ),
+    "dp2_selective": ("megatron", ["megatron.recompute=selective", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
 }

@@ -36,6 +36,7 @@ TWO_RANKS: Layouts = {
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=8", "megatron.recompute=true"],
     ),
+    "dp2_selective": ("megatron", ["megatron.recompute=selective", "megatron.micro_batch=4"]),
 }
 AUTOTP: Layouts = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),

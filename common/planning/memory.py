@@ -17,7 +17,7 @@ b = micro_batch, h = hidden, t = tp:
     no parallelism         34sbh
     tp                     (10 + 24/t)sbh
     tp, sequence parallel  34sbh/t
-    recompute              2sbh
+    recompute              2sbh (megatron.recompute=selective saves the attention's logarithms alone)
 The table's term 5as/h, the attention matrix, is left out: scaled_dot_product_attention does not store it. `attention` and
 `mlp` extend these formulas to other widths, grouped queries, gated MLPs, RMSNorm, cross attention, relative biases, fp32, and
 to the copies that the `transformers` classes make.
@@ -32,6 +32,7 @@ from typing import Any
 from common.config import Config
 from common.layout import layout_for
 from common.planning.workload import Block, Workload
+from common.stacks import extra
 
 # What is alive at the peak of the allocator, and what a GPU must have beside it
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations")
@@ -71,7 +72,8 @@ class Training:
     offload: bool = False
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
-    recompute: bool = False
+    recompute: bool = False  # of whole layers
+    recompute_attention: bool = False  # of the attention alone
     transformer_engine: bool = False
     fusions: bool = True  # megatron.fusions, the default on a GPU
 
@@ -148,7 +150,9 @@ def attention(block: Block, traits: Traits, run: Training, queries: int, keys: i
         kept += block.inner * tokens + block.kv_inner * sources
     if traits.relative_biases and run.stack != "megatron":
         kept += masked_biases(block, run, queries, keys)
-    split = run.width * kept + 4 * block.heads * tokens  # and the logarithm of each softmax's sum
+    split = run.width * kept + (
+        0 if run.recompute_attention else 4 * block.heads * tokens
+    )  # the logarithm of each softmax's sum
     values = tokens * block.hidden
     whole = norm(traits, run, values, 1 if traits.fused_qkv or cross else 3) + run.dropout * values // run.whole
     if cross and run.autocast:
@@ -357,11 +361,13 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, i
 
 def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     layout, system = layout_for(cfg, stack, world), getattr(cfg, stack)
-    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "recompute", "vpp", "transformer_engine")
+    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "vpp", "transformer_engine")
     fusions = getattr(system, "fusions", None)  # the default is that of a GPU
+    recompute = extra.granularity(system) if stack == "megatron" else "full" if system.recompute else "none"
     return Training(
         stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
-        dp=layout.dp, tp=layout.tp, pp=layout.pp, fusions=fusions is not False,
+        dp=layout.dp, tp=layout.tp, pp=layout.pp, fusions=fusions is not False, recompute=recompute == "full",
+        recompute_attention=recompute == "selective",
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

@@ -12,6 +12,7 @@ from common.planning import memory, step_time, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import Plan, Software
 from common.planning.workload import Workload
+from common.stacks.extra import granularity
 
 HOST = 1.0e-3  # seconds of the CPU per layer and forward pass in eager PyTorch (docs/planner.md)
 DDP_HIDDEN = 0.8  # share of the gradients' traffic that the backward pass hides: torch's DDP in PTD-P's table 1
@@ -77,9 +78,12 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
         plan = {"shard": shards[system.zero_stage], "gradient_bytes": width, "offload": system.offload}
     else:  # fp32 weights under autocast
         plan = {"gradient_bytes": 4, "torch_ddp": True}
+    recompute = "full" if system.recompute else "none"
+    if stack == "megatron":  # its selective repeats the attention whatever the kernel keeps
+        recompute = {"selective": "attention"}.get(granularity(system), granularity(system))
     return Plan(
         dp=shared.dp, tp=shared.tp, pp=shared.pp, vpp=getattr(system, "vpp", 1), micro_batch=shared.micro_batch,
-        accumulate=shared.accumulate, recompute="full" if system.recompute else "none", **plan,
+        accumulate=shared.accumulate, recompute=recompute, **plan,
     )  # fmt: skip
 
 
@@ -116,6 +120,7 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     if stack == "deepspeed":
         keys |= {"zero_stage": (1, 2, 3), "offload": (False, True), "tp": powers_of_2(min(gpus, gpus_per_node))}
     if stack == "megatron":
+        keys["recompute"] = ("none", "full")
         divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]
         keys |= {"tp": powers_of_2(min(gpus, gpus_per_node)), "pp": divisors, "distributed_optimizer": (True,)}
     for values in product(*keys.values()):

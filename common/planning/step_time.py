@@ -46,7 +46,7 @@ class Plan:
     micro_batch: int = 1  # samples
     accumulate: int = 1  # micro batches per step and replica
     sequence_parallel: bool = False
-    recompute: str = "none"  # "none", "selective" (attention only) or "full"
+    recompute: str = "none"  # "none", "selective" (the scores, if the kernel keeps them), "attention" (all of it) or "full"
     shard: str = "none"  # none, optimizer (ZeRO 1, distributed optimizer), gradients (ZeRO 2), parameters (ZeRO 3, FSDP2)
     gradient_bytes: int = 2  # per parameter, as they are reduced
     torch_ddp: bool = False  # gradients are reduced by torch's DDP
@@ -206,6 +206,8 @@ def step_seconds(cluster: Cluster, software: Software, work: Workload, plan: Pla
         forward, backward = layer(cluster, software, block, plan)
         if plan.recompute == "full" or plan.shard == "parameters" and plan.recompute != "none":
             backward = backward + forward
+        elif plan.recompute == "attention":
+            backward = backward + Seconds(attention=forward.attention)
         elif plan.recompute == "selective" and software.attention == "unfused":
             scores = sum(a.queries * a.keys for a in block.attention) * plan.micro_batch * block.heads / plan.tp
             backward = backward + Seconds(attention=memory_bound(cluster.gpu, 13 * scores))

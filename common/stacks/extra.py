@@ -41,8 +41,8 @@ def _whole(where: str, when: When, step: int = 1) -> Key:
 
 
 def granularity(system: Any) -> Any:
-    """Which part of a layer Megatron recomputes: 'full', 'selective' or None."""
-    return system.extra.get("recompute_granularity", "full" if system.recompute else None)
+    """Which part of a layer Megatron recomputes: 'full', 'selective' or 'none'."""
+    return system.extra.get("recompute_granularity", system.recompute)
 
 
 FULL = When("with full recompute", lambda system: granularity(system) == "full")
@@ -125,8 +125,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _recompute_problems(system: Any) -> Iterator[str]:
     """Combinations that TransformerConfig refuses, on every rank and with a traceback."""
     given = system.extra.get("recompute_granularity")
-    if given == "selective" and system.recompute:
-        yield "megatron.extra.recompute_granularity: selective needs megatron.recompute=false"
-    if given == "full" and not system.recompute and not {"recompute_method", "recompute_num_layers"} <= system.extra.keys():
-        also = "give recompute_method and recompute_num_layers too, or megatron.recompute=true"
+    if given and system.recompute not in ("none", given):
+        yield f"megatron.extra.recompute_granularity={given} with megatron.recompute={system.recompute}: give one of them"
+    if (
+        given == "full"
+        and system.recompute == "none"
+        and not {"recompute_method", "recompute_num_layers"} <= system.extra.keys()
+    ):
+        also = "give recompute_method and recompute_num_layers too, or megatron.recompute=full"
         yield f"megatron.extra.recompute_granularity: full has no default for how many layers; {also}"

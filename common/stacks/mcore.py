@@ -248,7 +248,9 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "batch_p2p_sync": False,  # else the host waits for the GPU after each exchange, as torch before 2.0 needed it
     }
     values |= fusions.settings(cfg) | shapes
-    if system.recompute:
+    if system.recompute == "selective":
+        values["recompute_granularity"] = "selective"  # of recompute_modules the default: core_attn
+    elif system.recompute == "full":
         values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**(values | system.extra))
 
