@@ -168,8 +168,7 @@ def cases_of(
     shared = shared_overrides(path, overrides, steps)
     cases: list[Case] = []
     refused: list[str] = []
-    for layout in sorted(layouts, key=lambda layout: layout.stack == "deepspeed" and layout.values.get("tp", "1") != "1"):
-        # DeepSpeed keeps its tensor-parallel groups for the life of the process, so these layouts come last
+    for layout in layouts:
         try:
             cases.append(case_of(path, shared, layout, script, nproc, out / str(len(cases))))
         except BadInput as error:

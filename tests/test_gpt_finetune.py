@@ -54,6 +54,7 @@ LAYOUTS = {
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "dp2": ("megatron", ["megatron.distributed_optimizer=true", "megatron.micro_batch=1"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.recompute=true"]),
@@ -157,6 +158,7 @@ def chatml(folders, tmp_path_factory) -> Path:
     return folder
 
 
+LLAMA_LAYOUTS = [name for name in LAYOUTS if name != "zero3_tp2"]
 LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
 LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3")
 
@@ -170,8 +172,8 @@ def runs(drive, configs, chatml, tmp_path_factory) -> Path:
     def many(kind: str, path: Path, names: Sequence[str], more: Sequence[str] = ()) -> list[dict]:
         return [one(LAYOUTS[name][0], path, out / kind / name, [*LAYOUTS[name][1], *more]) for name in names]
 
-    cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LAYOUTS)
-    cases += many("sft_tiny", sft, ("baseline", "zero1", "pp2"))
+    cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LLAMA_LAYOUTS)
+    cases += many("sft_tiny", sft, ("baseline", "zero1", "zero3_tp2", "pp2"))
     cases += many("lm_tiny", configs["lm", "tiny"], ("baseline", "zero1", "tp2_sp"))
     cases += many("unpacked_tiny", sft, ("zero3", "tp2_sp"), ["data.pack=false", "train.steps=10"])
     cases += many("lora_tiny", sft, LORA_LAYOUTS, LORA)
@@ -242,7 +244,7 @@ def plain_peft(net: torch.nn.Module, arch: str) -> torch.nn.Module:
 
 FOLLOW = [
     *[("sft_tiny_llama", name) for name in LAYOUTS],
-    *[("sft_tiny", name) for name in ("baseline", "zero1", "pp2")],
+    *[("sft_tiny", name) for name in ("baseline", "zero1", "zero3_tp2", "pp2")],
     *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
     *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp")],
     *[("lora_tiny", name) for name in LORA_LAYOUTS],

@@ -38,9 +38,8 @@ def test_gpt_and_t5_differ_only_in_their_name(name):
     assert "".join(script("gpt", name)) == "".join(script("t5", name))
 
 
-@pytest.mark.parametrize("family", ("t5", "bert"))
-def test_deepspeed_builds_every_family_alike(family):
-    assert "".join(script("gpt", "deepspeed/model.py")) == "".join(script(family, "deepspeed/model.py"))
+def test_deepspeed_builds_bert_and_t5_alike():
+    assert "".join(script("bert", "deepspeed/model.py")) == "".join(script("t5", "deepspeed/model.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -40,8 +40,8 @@ LAYOUTS = {
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
 }
 FINETUNED = ("baseline", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
-# Refused before a run starts: AutoTP does not split GPT-2, Megatron Core's T5 has no pipeline.
-REFUSED = {("gpt", "zero1_tp2"), ("t5", "pp2"), ("t5", "tp2_pp2")}
+# Refused before a run starts: Megatron Core's T5 has no pipeline.
+REFUSED = {("t5", "pp2"), ("t5", "tp2_pp2")}
 MODEL = {"gpt": ["model.vocab_size=512"], "bert": ["model.vocab_size=640"], "t5": ["model.vocab_size=768"]}
 TEXT = """\
 init: {from: FOLDER}

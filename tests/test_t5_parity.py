@@ -128,7 +128,6 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
             for number, (stack, overrides) in enumerate(MOVES, 1)
         ]
-    # DeepSpeed keeps AutoTP's groups for the life of a process: these come last
     return out, drive(cases + autotp, 2)
 
 

@@ -1,10 +1,12 @@
-"""DeepSpeed's configuration, and what replaces two of its functions on a GPU."""
+"""DeepSpeed's configuration, what replaces two of its functions on a GPU, and what tensor parallelism divides."""
 
 import pytest
 import torch
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from deepspeed.utils import groups
 
-from common.stacks import zero
+from common.stacks import attention, zero
+from recipes.gpt.deepspeed import gpt2_tp
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,29 @@ def test_a_norm_is_masked_as_deepspeed_masks_it(value: float) -> None:
     zero._mask_invalid(ours)
     mask_nan_or_inf_with_val_inplace(theirs)
     assert ours.equal(theirs)
+
+
+def test_gpt2_gives_each_rank_its_share_of_queries_keys_and_values() -> None:
+    tp, hidden = 2, 8
+    whole = torch.randn(hidden, 3 * hidden)  # Conv1D: (in, out), outputs of queries, keys, values
+    rows = gpt2_tp.from_conv1d(whole, 3, tp)
+    for rank, share in enumerate(rows.chunk(tp)):
+        heads = slice(rank * hidden // tp, (rank + 1) * hidden // tp)
+        assert share.equal(torch.cat([part[:, heads].t() for part in whole.split(hidden, dim=1)]))
+    [back] = gpt2_tp.to_conv1d(rows, 3, tp)
+    assert back.equal(whole) and back.is_contiguous()
+    [bias] = gpt2_tp.to_conv1d(gpt2_tp.from_conv1d(whole[0], 3, tp), 3, tp)
+    assert bias.equal(whole[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_ranks_drop_different_scores_and_go_on_with_equal_generators(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    module, states, outputs = torch.nn.Module(), [], []
+    query, key, value = torch.randn(3, 2, 4, 16, 8)  # (B, N, T, D) each
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(groups, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        torch.manual_seed(7)
+        outputs.append(attention.tensor_parallel(module, query, key, value, None, dropout=dropout)[0])
+        states.append(torch.random.get_rng_state())
+    assert outputs[1].equal(outputs[2]) and outputs[0].equal(outputs[1]) == (dropout == 0)
+    assert states[0].equal(states[1])

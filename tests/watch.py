@@ -2,7 +2,8 @@
 
 READBACK: right after the start or a resume, before the next step, masters and moments read back by name are bit-equal to
 what was given (init, Hugging Face folder, checkpoint), and the model's weights are those masters in the model's dtype.
-REPLICATED: before a save, the parameters that tensor parallelism does not split are bit-equal on its ranks.
+REPLICATED: before a save, the parameters that tensor parallelism does not split are bit-equal on its ranks (not at ZeRO stage
+3, where they are one copy, in parts).
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from megatron.core import parallel_state
 
 from common.checkpoints import checkpoint, state
@@ -26,7 +28,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 def install() -> None:
     """Wrap the functions; the recipes call them through their modules."""
     load, load_zero, load_mcore = state.load, zero.load_state, mcore.load_state
-    gather_mcore = mcore.gather_state
+    gather_mcore, gather_zero = mcore.gather_state, zero.gather_state
 
     def checked_load(net: torch.nn.Module, optimizer: torch.optim.Optimizer, shapes: Shapes, values: Values, step: int) -> None:
         load(net, optimizer, shapes, values, step)
@@ -34,9 +36,9 @@ def install() -> None:
 
     def checked_zero(engine: Any, shapes: Shapes, values: Values, step: int) -> None:
         load_zero(engine, shapes, values, step)
-        shards = _shards_of(values, shapes)
+        shards = _shards_of(engine, values, shapes)
         if engine.zero_optimization_stage():
-            _compare(zero.gather_state(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
+            _compare(gather_zero(engine, ALONE, shapes), values, _zero_weights_equal(engine, shards))
         else:
             _compare_torch(engine.module.named_parameters(), engine.optimizer, shards)
 
@@ -52,16 +54,25 @@ def install() -> None:
         _compare(gather_mcore(model, optimizer, parameter_map), values, wrong)
 
     def checked_gather(model: Any, optimizer: Any, parameter_map: ParameterMap) -> Iterator[Entry]:
-        _replicated(model)
+        split = {name for name, parameter in mcore.global_names(model) if getattr(parameter, "tensor_model_parallel", False)}
+        _replicated(mcore.global_names(model), split, parallel_state.get_tensor_model_parallel_group())
         return gather_mcore(model, optimizer, parameter_map)
 
-    state.load, zero.load_state = checked_load, checked_zero
+    def checked_gather_zero(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
+        if engine.autotp_size() > 1 and engine.zero_optimization_stage() < 3:
+            full, named = zero.shapes_here(engine, shapes), list(engine.module.named_parameters())
+            split = {name for name, parameter in named if tuple(parameter.shape) != tuple(full[name])}
+            _replicated(named, split, groups.get_tensor_model_parallel_group())
+        return gather_zero(engine, ranks, shapes)
+
+    state.load, zero.load_state, zero.gather_state = checked_load, checked_zero, checked_gather_zero
     mcore.load_state, mcore.gather_state = checked_mcore, checked_gather
 
 
-def _shards_of(values: Values, shapes: Shapes) -> Values:
-    """`values` of this rank's AutoTP shards."""
-    return lambda name, shape: zero.shard_of(values(name, shapes[name]), shape, shapes[name])
+def _shards_of(engine: Any, values: Values, shapes: Shapes) -> Values:
+    """`values` of this rank's AutoTP shards, as the engine's model stores them."""
+    full, whole = zero.shapes_here(engine, shapes), zero.values_here(engine, shapes, values)
+    return lambda name, shape: zero.shard_of(whole(name, full[name]), shape, full[name])
 
 
 def _compare_torch(named: Named, optimizer: torch.optim.Optimizer, values: Values) -> None:
@@ -95,11 +106,10 @@ def _compare(entries: Iterable[Entry], values: Values, wrong: int) -> None:
     _report("READBACK", seen, wrong)
 
 
-def _replicated(model: torch.nn.Module) -> None:
-    group = parallel_state.get_tensor_model_parallel_group()
+def _replicated(named: Named, split: set[str], group: dist.ProcessGroup) -> None:
     seen = wrong = 0
-    for _, parameter in mcore.global_names(model):
-        if getattr(parameter, "tensor_model_parallel", False):
+    for name, parameter in named:
+        if name in split:
             continue
         copies = [torch.empty_like(parameter) for _ in range(group.size())]
         dist.all_gather(copies, parameter.detach().contiguous(), group=group)

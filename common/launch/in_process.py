@@ -47,13 +47,28 @@ def _groups() -> set["ProcessGroup"]:
 
 
 def _destroy_groups_since(before: set["ProcessGroup"]) -> None:
-    """Megatron makes some twenty groups per layout, each with threads of its own, which would slow the next layouts down."""
-    if "megatron.core" not in sys.modules or not before:
+    """Megatron makes some twenty groups per layout, each with threads of its own, which would slow the next layouts down.
+    DeepSpeed would take the groups of its first layout for those of the next ones."""
+    if not before or not _forget_groups():
         return
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        for group in _groups() - before:
-            dist.destroy_process_group(group)
+    for group in _groups() - before:
+        dist.destroy_process_group(group)
+
+
+def _forget_groups() -> bool:
+    """Let the stacks forget their groups. Whether one had any."""
+    had_some = False
+    if "megatron.core" in sys.modules:
+        from megatron.core import parallel_state
+
+        had_some = parallel_state.model_parallel_is_initialized()
+        if had_some:
+            parallel_state.destroy_model_parallel()
+    if "deepspeed" in sys.modules:
+        from deepspeed.utils import groups
+
+        had_some = had_some or groups._WORLD_GROUP is not None or groups._TENSOR_MODEL_PARALLEL_GROUP is not None
+        groups._release_process_group_references()
+    return had_some

@@ -219,11 +219,15 @@ def ends(work: Workload, traits: Traits, run: Training) -> int:
     return kept
 
 
-def logits(work: Workload, run: Training) -> int:
+def logits(work: Workload, traits: Traits, run: Training) -> int:
     """Logits, over which their gradient is written (common/training/loss.py, common/stacks/fusions.py). AutoTP gathers those of
-    all ranks (deepspeed/module_inject/layers.py, gather_output): its part, the whole, and the whole again as their gradient."""
+    all ranks (deepspeed/module_inject/layers.py, gather_output): its part, the whole, and the whole again as their gradient. It
+    leaves GPT's output whole if it is tied to the embedding (common/stacks/zero.py)."""
     whole = int(run.micro_batch * work.logit_tokens) * work.vocab * run.width
-    return whole // run.tp + (2 * whole if run.stack == "deepspeed" and run.tp > 1 else 0)
+    if run.stack == "deepspeed" and run.tp > 1:
+        is_split = not (work.tied and (traits.fused_qkv or traits.rotary))
+        return whole // run.tp + 2 * whole if is_split else whole
+    return whole // run.tp
 
 
 def chunks_in_flight(run: Training, first: bool) -> int:
@@ -249,13 +253,13 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     chunks = run.pp * run.vpp
     products = parameters - (0 if work.tied else tied_weights)  # the embedding is no product
     copies, copies_of_one = (2 * products, 2 * work.blocks[0].parameters) if run.autocast else (0, 0)
-    forward = sum(alive) * chunks_in_flight(run, first=False) // chunks + ends(work, traits, run) + logits(work, run)
+    forward = sum(alive) * chunks_in_flight(run, first=False) // chunks + ends(work, traits, run) + logits(work, traits, run)
     weight = 0 if run.transformer_engine else tied_weights * run.width
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
     if run.stack == "megatron":  # compiled, the gradient is made before it is copied over the logits; else the softmax is fp32
-        found["loss"] = forward + logits(work, run) * (run.width if run.fusions else 4) // run.width
+        found["loss"] = forward + logits(work, traits, run) * (run.width if run.fusions else 4) // run.width
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):

@@ -27,6 +27,7 @@ from common.config import Config
 from common.launch import processes
 from common.launch.processes import Ranks
 from common.layout import Layout
+from common.stacks.parameter_map import Conversion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _reduce = stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy
@@ -98,7 +99,8 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice in every micro batch (deepspeed/utils/timer.py)
     }
     if layout.tp > 1:
-        values["tensor_parallel"] = {"autotp_size": layout.tp}
+        # by default AutoTP splits an output that is tied to the embedding over the vocabulary, with a loss of its own
+        values["tensor_parallel"] = {"autotp_size": layout.tp, "vocab_parallel_lm_head": False}
     return _merged(values, system.extra)
 
 
@@ -138,6 +140,7 @@ def grad_norm(engine: Any, shapes: Shapes) -> float:
     """Global gradient norm before clipping. Call it before engine.step() at stage 0, where the engine records none, and after
     it at the other stages."""
     if engine.zero_optimization_stage() == 0:
+        shapes = shapes_here(engine, shapes)
         grads = {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
         split = [g for n, g in grads.items() if tuple(g.shape) != tuple(shapes[n])]
         whole = [g for n, g in grads.items() if tuple(g.shape) == tuple(shapes[n])]
@@ -154,6 +157,7 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
     shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it. BadInput unless
     the engine's model holds just these.
     """
+    shapes, values = shapes_here(engine, shapes), values_here(engine, shapes, values)
     stage, named = engine.zero_optimization_stage(), state.largest_first(engine.module.named_parameters(), shapes)
     local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
     whole = {name: _full_shape(shape, shapes.get(name, shape), engine.autotp_size()) for name, shape in local.items()}
@@ -180,6 +184,35 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
     put = _put_stage3 if stage == 3 else _put_stage12
     for parameter, parts in _filled(engine, named, shapes, values, step):
         put(parameter, parts, bool(step))
+
+
+def _conversions(engine: Any) -> dict[str, Conversion]:
+    """Those of parameters that a recipe stores otherwise than the `transformers` class: `conversions` of the model that it
+    builds."""
+    found: dict[str, Conversion] = getattr(engine.module, "conversions", {})
+    return found
+
+
+def shapes_here(engine: Any, shapes: Shapes) -> Shapes:
+    """The full shapes that parameters of these Hugging Face shapes have in the engine's model."""
+    converted = {
+        name: tuple(conversion.from_hf(torch.empty(*shapes[name], device="meta")).shape)
+        for name, conversion in _conversions(engine).items()
+    }
+    return {**shapes, **converted}
+
+
+def values_here(engine: Any, shapes: Shapes, values: state.Values) -> state.Values:
+    """`values`, of parameters of these Hugging Face shapes, as the engine's model stores them."""
+    conversions = _conversions(engine)
+
+    def value(name: str, shape: Sequence[int]) -> state.Parts:
+        if name not in conversions:
+            return values(name, tuple(shape))
+        parts = values(name, tuple(shapes[name]))
+        return {part: conversions[name].from_hf(tensor).contiguous() for part, tensor in parts.items()}
+
+    return value
 
 
 def _filled(
@@ -257,6 +290,7 @@ def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
 def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     """Every trained parameter's master and moments, gathered one at a time; the ranks take turns to write."""
     stage, inner = engine.zero_optimization_stage(), engine.optimizer
+    shapes, conversions = shapes_here(engine, shapes), _conversions(engine)
     if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # every rank has whole parameters, whatever the state holds
         yield from state.gather_torch_state(engine.module.named_parameters(), inner, ranks)
         return
@@ -274,6 +308,8 @@ def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
         dim = split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name])
         if dim is not None:
             parts = [None if part is None else _gather(part, dim) for part in parts]
+        if name in conversions:
+            parts = [None if part is None else conversions[name].to_hf(part)[0] for part in parts]
         writes = number % ranks.world == ranks.rank  # the ranks take turns
         yield name, state.parts_of(*parts) if writes else None
 

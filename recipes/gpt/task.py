@@ -97,13 +97,6 @@ class Model(Section):
     def layout_problems(self, cfg: Config, stack: str) -> Iterator[str]:
         """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
-        if stack == "deepspeed" and system.tp > 1 and self.arch == "gpt2":
-            yield (
-                f"deepspeed.tp={system.tp}: DeepSpeed's AutoTP does not split GPT-2's fused Conv1D (`AutoTP not supported for "
-                "model`); use deepspeed.tp=1, model.arch=llama, or megatron.tp"
-            )
-        if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
-            yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
             yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)

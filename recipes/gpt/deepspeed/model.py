@@ -1,4 +1,4 @@
-"""GPT on DeepSpeed: the `transformers` class, sharded as it is built at ZeRO stage 3."""
+"""GPT on DeepSpeed: the `transformers` class, sharded as it is built at ZeRO stage 3, and GPT-2 as AutoTP can split it."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from common.stacks import zero
 from common.training import init
 
 from .. import task
+from . import gpt2_tp
 
 
 def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreTrainedModel:
@@ -19,13 +20,20 @@ def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreT
 
     At stage 3, each parameter is split as soon as it is created.
     """
+
+    def whole_or_empty() -> PreTrainedModel:
+        net = family.hf_model(cfg.model)
+        if cfg.deepspeed.tp > 1 and cfg.model.arch == "gpt2":
+            gpt2_tp.prepare(net, ds_config, cfg.deepspeed.tp)
+        return net
+
     if cfg.deepspeed.zero_stage == 3:
         # Init ignores its `dtype` argument where fp16 is not supported (0.19.8, partition_parameters.py); ds_config sets it
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
-            net = family.hf_model(cfg.model)
+            net = whole_or_empty()
     else:
         with init_empty_weights():
-            net = family.hf_model(cfg.model)
+            net = whole_or_empty()
         init.allocate(net, zero.weights_dtype(cfg))
     if cfg.deepspeed.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
