@@ -1,5 +1,7 @@
 """Cross entropy over a large vocabulary: exact, and without tensors of the logits' size in fp32."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,10 +52,35 @@ def test_equals_fp64(n: int, dtype: torch.dtype, leaf: bool):
     assert torch.allclose(given.grad.double(), exact.grad, rtol=rounding, atol=1e-10)
 
 
-def test_large_logits_do_not_overflow():
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("leaf", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_fused_as_on_a_gpu_equals_fp64(dtype: torch.dtype, leaf: bool, compiled: bool):
+    """compiled: by Inductor's kernels for a CPU, which add up a vocabulary one after the other in each vector lane."""
+    logits, targets, weights = sample(67, dtype)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (expected * weights).sum().backward()
+
+    given = logits.clone().requires_grad_()
+    losses = loss.FusedVocabulary.apply(given if leaf else given * 1, targets, None, compiled)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses.double(), expected, rtol=1e-6 if compiled else 2e-7, atol=0)
+    (losses * weights).sum().backward()
+    assert given.grad.dtype == dtype and torch.equal(given.detach(), logits)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5 if compiled else 1e-6
+    assert torch.allclose(given.grad.double(), exact.grad, rtol=rounding, atol=1e-10)
+
+
+def fused(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return loss.FusedVocabulary.apply(logits, targets, None, False)
+
+
+@pytest.mark.parametrize("function", (loss.cross_entropy, fused))
+def test_large_logits_do_not_overflow(function: Callable[..., torch.Tensor]):
     logits = torch.full((2, V), -1e4)
     logits[0, 7] = 1e4
-    losses = loss.cross_entropy(logits, torch.tensor([7, 7]))
+    losses = function(logits, torch.tensor([7, 7]))
     assert losses[0] == 0 and losses[1] == torch.tensor(float(V)).log()
 
 

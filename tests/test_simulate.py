@@ -235,6 +235,16 @@ y = bias_dropout_add(x, bias, residual)
 print("SAVED", torch.cuda.memory_allocated() - before)
 y.backward(y.detach())
 print("REGIONS", [count.calls for count in null_gpu.counts() if count.kind == "region"], x.grad.shape == x.shape)
+
+@torch.compile
+def double_(x):
+    x.copy_(x.float().exp() * 2)
+
+before = torch.cuda.memory_allocated()
+torch.cuda.reset_peak_memory_stats()
+null_gpu.clear()
+double_(x.detach())
+print("IN PLACE", torch.cuda.max_memory_allocated() - before, [c.amount for c in null_gpu.counts() if c.kind == "region"])
 """
 
 
@@ -244,3 +254,4 @@ def test_a_compiled_region_is_one_kernel_and_keeps_what_inductor_keeps(preload: 
     )
     output_and_mask = 64 * 1024 * (2 + 1)  # neither the sum nor what dropout leaves of it
     assert f"SAVED {output_and_mask}\nREGIONS [2] True" in done.stdout, done.stderr
+    assert f"IN PLACE 0 [{2.0 * 64 * 1024 * 2}]" in done.stdout  # it reads its input once and writes it once

@@ -258,8 +258,8 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
-    if run.stack == "megatron":  # compiled, the gradient is made before it is copied over the logits; else the softmax is fp32
-        found["loss"] = forward + logits(work, traits, run) * (run.width if run.fusions else 4) // run.width
+    if run.stack == "megatron" and not run.fusions:  # the softmax is in fp32
+        found["loss"] = forward + logits(work, traits, run) * 4 // run.width
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):

@@ -2,7 +2,8 @@
 Inductor, but what Triton would fuse is one kernel here, which reads its inputs and writes its outputs.
 
 Matrix products, attention and collectives inside a region run as they are. Between two of them, all pointwise operators and
-reductions count as one kernel. What the forward pass saves is decided by torch's own partitioner, as for Inductor.
+reductions count as one kernel. What the forward pass saves is decided by torch's own partitioner, as for Inductor. A result
+that a function writes over one of its inputs takes no other memory (torch/_inductor/ir.py, MutationLayout.realize_into).
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import fx
 
 from common.simulation import null_gpu
 
-EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "copy_", "_local_scalar_dense")  # kernels of libraries, and effects
+EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_local_scalar_dense")  # kernels of libraries, and effects
 VIEWS = (
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
     "as_strided", "alias", "detach", "split", "split_with_sizes", "unbind", "getitem",
@@ -63,7 +64,7 @@ def _backend(name: str) -> Callable[..., Any]:
 
     backend: Callable[..., Any] = aot_autograd(
         fw_compiler=compiler, bw_compiler=compiler, decompositions=select_decomp_table,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
     )  # fmt: skip
     return backend
 
@@ -77,7 +78,14 @@ def _kind(node: fx.Node) -> str:
     if name in VIEWS:
         return "view"
     is_extern = namespace not in ("aten", "prims") or name in EXTERN or "attention" in name
+    is_extern |= name == "copy_" and node.args[0].op != "placeholder"  # type: ignore[union-attr]
     return "extern" if is_extern else "fused"
+
+
+def _written_input(node: fx.Node) -> fx.Node | None:
+    """The input that a fused copy_ writes its result over."""
+    is_copy = getattr(node.target, "__name__", "").startswith("copy_")
+    return node.args[0] if is_copy and isinstance(node.args[0], fx.Node) else None
 
 
 class _Region:
@@ -139,6 +147,7 @@ class _Region:
     def _launch(self, group: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
         """One kernel: allocate what is used outside of `group`, and count it."""
         inside = set(group)
+        over = {node: values[used] for node in group for used in [_written_input(node)] if used}
         escapes = [node for node in group if any(user not in inside for user in node.users)]
         written: dict[fx.Node, Any] = {}
         views: list[fx.Node] = []
@@ -146,10 +155,12 @@ class _Region:
             while self.kinds[node] == "view" and any(used in inside for used in node.all_input_nodes):
                 views.append(node)
                 node = next(used for used in node.all_input_nodes if used in inside)
-            if node not in written:
+            if node not in written and node not in over:
                 written[node] = _empty(node)
+        written |= over
         if group:
-            reads = {used for node in group for used in node.all_input_nodes if used in values}
+            inputs = {used for node in group for used in (node.all_input_nodes[1:] if node in over else node.all_input_nodes)}
+            reads = [used for used in inputs if used in values]
             tensors = [*written.values(), *(values[node] for node in reads)]
             self._count(sum(_bytes(value) for value in tensors), is_kernel=any(self.kinds[n] == "fused" for n in group))
         values.update(written)

@@ -41,7 +41,8 @@ class Roofline(TorchDispatchMode):
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_cuda]
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_cuda]
         if (ins or outs) and not _moves_nothing(func, name, ins, outs):
-            self.add(*_cost(func, name, args, ins, outs))
+            scaled = (kwargs or {}).get("grad_scale") is not None
+            self.add(*_cost(func, name, args, ins, outs, scaled))
         return out
 
     def __enter__(self) -> "Roofline":
@@ -83,14 +84,16 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _cost(
-    func: Any, name: str, args: Any, ins: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+    func: Any, name: str, args: Any, ins: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scales_gradient: bool
 ) -> tuple[str, float, float, float]:
-    """label, bytes, FLOPs, FLOP/s"""
+    """label, bytes, FLOPs, FLOP/s. scales_gradient: of Adam, which then writes the gradient too (fused_adam_utils.cuh)"""
     moved: float = sum(map(_size, ins))
     if not func._schema.is_mutable:
         moved += sum(map(_size, outs))
-    elif name.startswith(("_fused_adam", "_foreach")):  # of Adam all is read but the step, all but the gradient is written
-        moved *= 7 / 4 if name.startswith("_fused_adam") else 2
+    elif name.startswith("_fused_adam"):  # reads weight, gradient and moments; writes all, or all but the gradient
+        moved *= 2 if scales_gradient else 7 / 4
+    elif name.startswith("_foreach"):
+        moved *= 2
     elif name in ("zero_", "fill_", "normal_", "copy_", "uniform_", "bernoulli_"):
         pass  # what it writes is the first of `ins`
     elif name.endswith("_") and ins:  # reads and writes it

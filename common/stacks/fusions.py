@@ -6,7 +6,6 @@ the logits in fp32, and need Apex to add the gradients of weights in the product
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.config import Config
+from common.training import compiling, loss
 
 
 def settings(cfg: Config) -> dict[str, Any]:
@@ -27,18 +27,13 @@ def settings(cfg: Config) -> dict[str, Any]:
     adds = torch.cuda.is_available() or cfg.train.dtype == "fp32"  # a CPU has no product of bf16 that adds to fp32
     return {
         "bias_dropout_fusion": on,  # of the output of attention and MLP; here also of the MLP's activation (Mlp)
-        "cross_entropy_loss_fusion": on,  # VocabularyLoss
+        "cross_entropy_loss_fusion": on,  # common/training/loss.py, FusedVocabulary
         "gradient_accumulation_fusion": on and adds,  # WeightGradient
     }
 
 
 def _compiled(function: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
-    return _kernel(function) if config.bias_dropout_fusion else function
-
-
-@cache
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return compiling.kernel(function) if config.bias_dropout_fusion else function
 
 
 # ---- MLP -------------------------------------------------------------------------------------------------------------
@@ -178,47 +173,6 @@ def cross_entropy(config: TransformerConfig, logits: torch.Tensor, targets: torc
         plain: torch.Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
         return plain
     group = parallel_state.get_tensor_model_parallel_group()
-    losses: torch.Tensor = VocabularyLoss.apply(logits, targets - group.rank() * logits.size(-1), group, config)
+    shifted = targets - group.rank() * logits.size(-1)
+    losses: torch.Tensor = loss.FusedVocabulary.apply(logits, shifted, group, config.bias_dropout_fusion)
     return losses
-
-
-def statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """logits (N, V / tp), targets (N,), below 0 or above V / tp where another rank has them -> (2, N): log of the sum of the
-    exponentials, and the target's logit, 0 on the other ranks."""
-    held = (targets >= 0) & (targets < logits.size(-1))
-    picked = logits.gather(-1, (targets * held)[:, None])[:, 0].float()
-    return torch.stack([logits.float().logsumexp(-1), picked * held])
-
-
-def gradient_(logits: torch.Tensor, targets: torch.Tensor, log_sums: torch.Tensor, grad: torch.Tensor) -> None:
-    """Write the gradient over the logits: softmax minus 1 at the target, times the gradient of the loss."""
-    ids = torch.arange(logits.size(-1), device=logits.device)
-    softmax = (logits.float() - log_sums[:, None]).exp()
-    logits.copy_((softmax - (ids == targets[:, None]).float()) * grad[:, None])
-
-
-class VocabularyLoss(torch.autograd.Function):
-    """Cross entropy over a vocabulary that is split over ranks. It reads the logits once forward and once backward, where it
-    writes their gradient over them; Megatron's makes copies in fp32. Read the logits before the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup, config: TransformerConfig
-    ) -> torch.Tensor:
-        rows, targets = logits.flatten(0, -2), targets.flatten()
-        log_sums, picked = _compiled(statistics, config)(rows, targets)
-        if group.size() > 1:
-            largest = log_sums.clone()
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([(log_sums - largest).exp(), picked])
-            dist.all_reduce(sums, group=group)
-            log_sums, picked = largest + sums[0].log(), sums[1]
-        ctx.config = config
-        ctx.save_for_backward(logits, targets, log_sums)
-        return (log_sums - picked).view(logits.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, targets, log_sums = ctx.saved_tensors
-        _compiled(gradient_, ctx.config)(logits.flatten(0, -2), targets, log_sums, grad.flatten())
-        return logits, None, None, None

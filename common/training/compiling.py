@@ -1,11 +1,32 @@
-"""torch.compile of the transformers classes, layer by layer: baseline.compile, deepspeed.compile."""
+"""torch.compile of single functions, and of the transformers classes, layer by layer: baseline.compile, deepspeed.compile."""
 
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 GRAPHS = 64  # of one class of layers: T5 has four kinds of them, in training and evaluation, of fixed and of any length
+
+
+@cache
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled at its first call."""
+    import torch
+
+    compiled: Callable[..., Any] = torch.compile(function)
+    return compiled
+
+
+@cache
+def has_triton() -> bool:
+    """Can torch.compile make kernels for the GPU here? Triton needs a C compiler for their launchers."""
+    from torch.utils._triton import has_triton as is_installed
+
+    return bool(is_installed()) and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def layers(net: "torch.nn.Module") -> None:
