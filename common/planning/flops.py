@@ -1,6 +1,7 @@
 """Peak FLOP/s of a GPU, and model FLOP utilization (MFU). The FLOPs per token come from task.py. Imports no torch."""
 
 import re
+from functools import cache
 
 # TFLOP/s (10^12 FLOPs per second) of dense bf16 matrix products with fp32 accumulation, as NVIDIA publishes them. Where a
 # datasheet gives only the figure "with sparsity", the table has half of it. GPUs before Ampere have no bf16, so the table has
@@ -30,6 +31,7 @@ PEAK_TFLOPS: list[tuple[str, float]] = [
 ]
 
 
+@cache
 def peak_tflops(gpu_name: str | None) -> float | None:
     """TFLOP/s of one GPU (see PEAK_TFLOPS); None for a CPU, for a GPU that is not in the table, and for a MIG slice."""
     if not gpu_name or "MIG" in gpu_name:

@@ -193,14 +193,21 @@ def nearest(kind: str, cluster: Cluster, work: Workload) -> tuple[str, float] | 
     """
     if len(work.blocks) > 1 or not all(a.causal for a in work.blocks[0].attention):
         return None
+    size = work.parameters
     near = [
-        row
-        for row in published()
-        if TABLES[row.table].kind == kind
-        and row.cluster.gpu.name == cluster.gpu.name
-        and max(work.parameters / row.work.parameters, row.work.parameters / work.parameters) <= NEAR
+        (name, error)
+        for of_kind, gpu, parameters, name, error in _as_shipped()
+        if of_kind == kind and gpu == cluster.gpu.name and max(size / parameters, parameters / size) <= NEAR
     ]
     if not near:
         return None
-    names = ", ".join(dict.fromkeys(f"{row.model} of {row.table}" for row in near))
-    return names, max(abs(row.error()) for row in near)
+    return ", ".join(dict.fromkeys(name for name, _ in near)), max(error for _, error in near)
+
+
+@cache
+def _as_shipped() -> tuple[tuple[str, str, int, str, float], ...]:
+    """(kind, GPU, parameters, name, size of the error) of each published row."""
+    return tuple(
+        (TABLES[row.table].kind, row.cluster.gpu.name, row.work.parameters, f"{row.model} of {row.table}", abs(row.error()))
+        for row in published()
+    )
