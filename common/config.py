@@ -328,6 +328,11 @@ class Megatron(System):
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
     tp: Positive = Field(default=1, description=TP)
     pp: Positive = Field(default=1, description="Pipeline stages, each with its share of the layers.")
+    cp: Positive = Field(
+        default=1,
+        description="Context-parallel ranks, which share each sequence. seq_len is a multiple of 2 x cp, and of cp x tp with "
+        "sequence_parallel.",
+    )
     sequence_parallel: bool = Field(
         default=False,
         description="Divide what tensor parallelism leaves whole (norms, dropout) along the sequence. Needs tp above 1.",

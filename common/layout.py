@@ -49,6 +49,31 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     return Layout(world=world, dp=dp, **splits, micro_batch=micro, accumulate=batch // (micro * dp))
 
 
+def sequence_multiple(cfg: Config, stack: str) -> int:
+    """Of what the length of a sequence must be a multiple: megatron.cp cuts it into 2 x cp chunks, of which each rank has two,
+    and megatron.sequence_parallel cuts what a rank has into tp."""
+    system = getattr(cfg, stack)
+    cp, tp = getattr(system, "cp", 1), getattr(system, "tp", 1) if getattr(system, "sequence_parallel", False) else 1
+    return int(cp * math.lcm(2 if cp > 1 else 1, tp))
+
+
+def sequence_problems(cfg: Config, stack: str) -> Iterator[str]:
+    """A data.seq_len that the ranks cannot share."""
+    multiple, length = sequence_multiple(cfg, stack), cfg.data.seq_len
+    if length % multiple == 0:
+        return
+    system = getattr(cfg, stack)
+    if getattr(system, "cp", 1) == 1:
+        yield f"{stack}.sequence_parallel=true: {stack}.tp={system.tp} does not divide data.seq_len={length}"
+        return
+    below, above = length // multiple * multiple, -(-length // multiple) * multiple
+    tp = f" and {stack}.tp={system.tp} with sequence_parallel" if system.sequence_parallel and system.tp > 1 else ""
+    yield (
+        f"{stack}.cp={system.cp}{tp} needs a multiple of {multiple} and data.seq_len={length}; give "
+        f"{f'{below} or ' if below else ''}{above}"
+    )
+
+
 # Optimizers that read a whole parameter: a layout that splits parameters cannot update them exactly.
 WHOLE = {
     "lamb": "scales each parameter's update by the norms of the whole parameter",

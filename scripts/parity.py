@@ -38,7 +38,7 @@ from common import config, families
 from common.errors import BadInput, exit_cleanly
 from common.launch import in_process, processes
 from common.launch.launcher import visible_gpus
-from common.layout import layout_for
+from common.layout import MODEL_PARALLEL, layout_for
 from common.paths import ROOT
 from common.preflight import prepare, task_module
 from common.yaml_files import read_yaml
@@ -132,7 +132,7 @@ def case_of(path: str, shared: Sequence[str], layout: Layout, script: str, nproc
     overrides = [*shared, *(f"{stack}.{key}={value}" for key, value in values.items())]
     cfg = config.load(path, overrides, schema)
     system = getattr(cfg, stack)
-    replicas = nproc // (getattr(system, "tp", 1) * getattr(system, "pp", 1)) or 1
+    replicas = nproc // math.prod(getattr(system, key, 1) for key in MODEL_PARALLEL) or 1
     share, rest = divmod(cfg.train.global_batch, replicas)
     if "micro_batch" not in values and not rest:
         micro = next(size for size in range(min(system.micro_batch, share), 0, -1) if share % size == 0)

@@ -358,6 +358,14 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
     ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
+    ("megatron", 2, "megatron.cp=2 data.seq_len=30", "megatron.cp=2 needs a multiple of 4 and data.seq_len=30; give 28 or 32"),
+    ("megatron", 1, "megatron.cp=2", "megatron.cp=2 needs 2 processes and there are 1; set NPROC=2"),
+    (
+        "megatron", 6,
+        "megatron.cp=2 megatron.tp=3 megatron.sequence_parallel=true train.global_batch=6 model.heads=3 model.hidden=48 "
+        "model.ffn=192",
+        "megatron.cp=2 and megatron.tp=3 with sequence_parallel needs a multiple of 12 and data.seq_len=32; give 24 or 36",
+    ),
     ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: it scales each parameter's update by the norms"),
     ("deepspeed", 1, "optim.optimizer=lamb", "lamb with deepspeed.zero_stage=1: it scales each parameter's update by the"),
     (

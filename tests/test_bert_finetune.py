@@ -47,11 +47,13 @@ LAYOUTS = {
     "dp2": ("megatron", ["megatron.distributed_optimizer=true"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2"]),
+    "cp2": ("megatron", ["megatron.cp=2"]),
 }
 ARCH_OF = {"rte": "tiny_postln", "stsb": "tiny", "cola": "tiny", "squad": "tiny_postln", "race": "tiny", "ner": "tiny"}
 OTHERS = ("baseline", "zero3", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two
 PAIRS = [("rte", layout) for layout in LAYOUTS] + [("stsb", layout) for layout in OTHERS]
 ALONE = [("cola", "baseline"), ("cola", "tp2_sp"), *((name, layout) for name in ("squad", "race", "ner") for layout in OTHERS)]
+ALONE += [("squad", "cp2")]
 pytestmark = pytest.mark.timeout(900)
 
 

@@ -35,6 +35,7 @@ TWO_RANKS: Layouts = {
     "dp2_selective": ("megatron", ["megatron.recompute=selective", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
+    "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=1"]),
 }
 AUTOTP: Layouts = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
@@ -52,7 +53,9 @@ FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 # The objective's other choices, and LAMB
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "sentences": ("tiny", ["objective.pair=none", "objective.masking=whole_word"], FEW),
-    "sentences_postln": ("tiny_postln", ["objective.pair=none", "objective.masking=token"], ("baseline", "zero3", "tp2_sp")),
+    "sentences_postln": (
+        "tiny_postln", ["objective.pair=none", "objective.masking=token"], ("baseline", "zero3", "tp2_sp", "cp2"),
+    ),
     "order": ("tiny", ["objective.pair=sop", "objective.masking=ngram", "objective.short_seq_prob=0.5"], FEW),
     "lamb": ("tiny_postln", ["optim.optimizer=lamb", "optim.lr=3e-2"], ("baseline", "baseline_micro1", "zero0")),
     "lamb_bounded": (
@@ -62,9 +65,9 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         ("baseline", "zero0"),
     ),
 }  # fmt: skip
-BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
+BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "cp2", "dp2_distributed_optimizer")
 RESUMED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer")
-SLOW_RESUMED = ("zero0", "zero2", "tp2")  # tests/test_resume.py has them in the fast suite: what saves and loads is shared
+SLOW_RESUMED = ("zero0", "zero2", "tp2", "cp2")  # test_resume.py has them in the fast suite: what saves and loads is shared
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP)] + [("tiny_postln", name) for name in REPEATED]
 SLOW_FP32_ROWS = [("tiny_postln", name) for name in (*TWO_RANKS, *AUTOTP) if name not in REPEATED]
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]

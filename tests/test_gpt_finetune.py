@@ -58,6 +58,7 @@ LAYOUTS = {
     "dp2": ("megatron", ["megatron.distributed_optimizer=true", "megatron.micro_batch=1"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.recompute=true"]),
+    "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
 }
 # ChatML, as SmolLM2 has it: an answer ends with <|im_end|>, and a line break after it is no part of it
 CHATML = (
@@ -175,7 +176,7 @@ def runs(drive, configs, chatml, tmp_path_factory) -> Path:
     cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LLAMA_LAYOUTS)
     cases += many("sft_tiny", sft, ("baseline", "zero1", "zero3_tp2", "pp2"))
     cases += many("lm_tiny", configs["lm", "tiny"], ("baseline", "zero1", "tp2_sp"))
-    cases += many("unpacked_tiny", sft, ("zero3", "tp2_sp"), ["data.pack=false", "train.steps=10"])
+    cases += many("unpacked_tiny", sft, ("zero3", "tp2_sp", "cp2"), ["data.pack=false", "train.steps=10"])
     cases += many("lora_tiny", sft, LORA_LAYOUTS, LORA)
     cases += many("lora_tiny_llama", configs["sft", "tiny_llama"], ("baseline", "zero3"), LORA)
     dropped = ["model.dropout=0.1", "optim.decay_steps=8"]
@@ -246,7 +247,7 @@ FOLLOW = [
     *[("sft_tiny_llama", name) for name in LAYOUTS],
     *[("sft_tiny", name) for name in ("baseline", "zero1", "zero3_tp2", "pp2")],
     *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
-    *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp")],
+    *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp", "cp2")],
     *[("lora_tiny", name) for name in LORA_LAYOUTS],
     *[("lora_tiny_llama", name) for name in ("baseline", "zero3")],
 ]

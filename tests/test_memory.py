@@ -137,6 +137,35 @@ def test_peaks_of_simulated_runs(case):
     assert simulated.estimate_of(case)["total"] == pytest.approx(case["peak_bytes"], rel=0.03)
 
 
+# (config, GPUs, overrides, those without a section of megatron; peak of scripts.simulate in bytes; torch 2.15)
+CONTEXT_PARALLEL = [
+    ("gpt/gpt3_1.3b", 4, "cp=2 micro_batch=2 train.global_batch=8", 16_717_122_048),
+    ("gpt/gpt3_1.3b", 4, "cp=2 micro_batch=2 recompute=full train.global_batch=8", 12_518_461_952),
+    ("gpt/gpt3_1.3b", 4, "cp=2 micro_batch=2 recompute=selective train.global_batch=8", 15_707_294_208),
+    ("gpt/gpt3_1.3b", 8, "cp=4 tp=2 sequence_parallel=true micro_batch=8 train.global_batch=16", 11_629_950_976),
+    ("gpt/llama_1b", 4, "cp=2 micro_batch=8 recompute=none train.global_batch=16", 22_679_406_592),
+    ("gpt/llama_1b", 8, "cp=4 tp=2 sequence_parallel=true micro_batch=8 recompute=none train.global_batch=16", 8_257_495_552),
+    ("bert/megatron_1.3b", 4, "cp=2 micro_batch=32 recompute=none train.global_batch=64", 28_940_739_584),
+    (
+        "bert/megatron_1.3b",
+        8,
+        "cp=2 tp=2 sequence_parallel=true micro_batch=32 recompute=none train.global_batch=64",
+        14_663_607_296,
+    ),
+    ("gpt/llama_1b", 8, "cp=2 pp=2 micro_batch=4 recompute=none train.global_batch=32", 10_930_296_832),
+    ("gpt/gpt3_1.3b", 8, "cp=8 micro_batch=1 recompute=none data.seq_len=16384 train.global_batch=2", 17_379_512_320),
+]
+
+
+@pytest.mark.parametrize(("name", "world", "overrides", "peak"), CONTEXT_PARALLEL)
+def test_peaks_of_context_parallelism(name: str, world: int, overrides: str, peak: int) -> None:
+    family, config_name = name.split("/")
+    case = {"config": f"recipes/{family}/configs/{config_name}.yaml", "stack": "megatron", "world": world}
+    words = [word if "." in word else f"megatron.{word}" for word in overrides.split()]
+    estimate = simulated.estimate_of(case | {"overrides": words})
+    assert estimate["total"] == pytest.approx(peak, rel=0.03)
+
+
 def test_the_page_is_the_one_that_validate_writes():
     assert simulated.PAGE.read_text(encoding="utf-8") == simulated.page()
 

@@ -38,19 +38,26 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "dp2_selective": ("megatron", ["megatron.recompute=selective", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
+    "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
 }
 FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero3_tp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
+    "cp2_pp2": ("megatron", ["megatron.cp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
+    "tp2_sp_cp2": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.cp=2", "megatron.micro_batch=4"]),
+    "cp2_dp2_distributed_optimizer": (
+        "megatron",
+        ["megatron.cp=2", "megatron.distributed_optimizer=true", "megatron.recompute=full", "megatron.micro_batch=4"],
+    ),
     "tp2_sp_dp2_distributed_optimizer": (
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true", "megatron.micro_batch=4"],
     ),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "zero1", "zero3", "zero1_tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2")
+REPEATED = ("baseline", "zero1", "zero3", "zero1_tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2", "tp2_sp_cp2")
 # Documents of very different lengths, one per sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
@@ -64,6 +71,7 @@ UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "dp2_micro4": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2_micro4": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     "pp2_micro1": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
+    "cp2_micro1": ("megatron", ["megatron.cp=2", "megatron.micro_batch=1"]),
 }
 BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
@@ -72,6 +80,7 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.tp=2"]),
     "dp2": ("megatron", []),
+    "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
     "tp2_sp_distributed_optimizer": (
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true"],

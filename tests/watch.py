@@ -56,6 +56,9 @@ def install() -> None:
     def checked_gather(model: Any, optimizer: Any, parameter_map: ParameterMap) -> Iterator[Entry]:
         split = {name for name, parameter in mcore.global_names(model) if getattr(parameter, "tensor_model_parallel", False)}
         _replicated(mcore.global_names(model), split, parallel_state.get_tensor_model_parallel_group())
+        cp = parallel_state.get_context_parallel_group()
+        if cp.size() > 1:  # its ranks are replicas
+            _replicated(mcore.global_names(model), set(), cp)
         return gather_mcore(model, optimizer, parameter_map)
 
     def checked_gather_zero(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:

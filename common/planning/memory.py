@@ -26,7 +26,7 @@ docs/memory.md has the estimates beside the peaks that scripts/simulate.py finds
 published values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.config import Config
@@ -67,6 +67,7 @@ class Training:
     dp: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
     zero_stage: int = 0
     offload: bool = False
@@ -123,7 +124,7 @@ def states(run: Training, parameters: int) -> dict[str, int]:
         }  # fmt: skip
     if run.stack == "megatron":
         master = 4 if run.dtype == "bf16" else 0
-        optimizer = (master + moments) * parameters // (run.dp if run.distributed_optimizer else 1)
+        optimizer = (master + moments) * parameters // (run.dp * run.cp if run.distributed_optimizer else 1)
         return {"weights": run.width * parameters, "gradients": 4 * parameters, "optimizer": optimizer, "host": 0}
     return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": moments * parameters, "host": 0}
 
@@ -148,6 +149,8 @@ def attention(block: Block, traits: Traits, run: Training, queries: int, keys: i
     kept = 2 * block.inner * tokens + 2 * block.kv_inner * sources  # queries and output, keys and values
     if traits.rotary and run.stack == "megatron":  # the values are a view of the product: all of it stays, and what is rotated
         kept += block.inner * tokens + block.kv_inner * sources
+    if run.cp > 1:
+        kept = divided_attention(block, traits, run, tokens, sources)
     if traits.relative_biases and run.stack != "megatron":
         kept += masked_biases(block, run, queries, keys)
     split = run.width * kept + (
@@ -158,6 +161,18 @@ def attention(block: Block, traits: Traits, run: Training, queries: int, keys: i
     if cross and run.autocast:
         whole += 2 * run.width * sources * block.hidden  # copies of the encoder's output for keys and for values
     return whole + split // run.tp
+
+
+def divided_attention(block: Block, traits: Traits, run: Training, tokens: int, sources: int) -> int:
+    """Numbers that an attention with megatron.cp keeps (SdpaAttention of common/stacks/mcore.py): of its own tokens the
+    queries and the output, of all tokens, `sources`, the keys and values, which are gathered as a copy."""
+    own = block.inner * tokens  # rotated queries; else the queries are a view of the product, and all of it stays
+    if not traits.rotary or run.recompute_attention:
+        own += 2 * block.kv_inner * tokens
+    if run.recompute_attention:  # nothing is kept of what it gathers, but what is rotated
+        return own + block.inner * tokens + (block.inner + block.kv_inner) * tokens * traits.rotary
+    outputs = 2 if block.attention[0].causal else 1  # of each chunk, and both together
+    return own + outputs * block.inner * tokens + 2 * block.kv_inner * sources
 
 
 def masked_biases(block: Block, run: Training, queries: int, keys: int) -> int:
@@ -333,6 +348,7 @@ def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
     PARTS at the peak; `total`, the peak of the allocator; BESIDE, what a GPU must have besides; `required`, all of it; `host`,
     CPU memory for offloaded states.
     """
+    work = of_rank(work, run.cp)
     tables = work.vocab * work.hidden
     body = run.parameters - tables * (1 if work.tied else 2)
     parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
@@ -350,11 +366,21 @@ def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
     return found
 
 
+def of_rank(work: Workload, cp: int) -> Workload:
+    """The part of each sequence that a context-parallel rank computes: its tokens and queries, with the keys of all."""
+    blocks = [
+        replace(block, tokens=block.tokens // cp, attention=tuple(replace(a, queries=a.queries // cp) for a in block.attention))
+        for block in work.blocks
+    ]
+    return replace(work, blocks=tuple(blocks), logit_tokens=work.logit_tokens / cp)
+
+
 def communicators(run: Training) -> int:
     """Groups of more than one rank, of which each has a communicator of NCCL: all ranks, and those of the stack."""
-    if run.dp * run.tp * run.pp == 1:
+    if run.dp * run.tp * run.pp * run.cp == 1:
         return 0
-    own = {"baseline": [], "deepspeed": [run.dp, run.tp], "megatron": [run.dp, run.tp, run.pp]}[run.stack]
+    megatron = [run.dp, run.tp, run.pp, *([run.cp, run.dp * run.cp] if run.cp > 1 else [])]
+    own = {"baseline": [], "deepspeed": [run.dp, run.tp], "megatron": megatron}[run.stack]
     return 1 + sum(size > 1 for size in own)
 
 
@@ -371,7 +397,7 @@ def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     return Training(
         stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
-        dp=layout.dp, tp=layout.tp, pp=layout.pp, fusions=fusions is not False, recompute=recompute == "full",
+        dp=layout.dp, tp=layout.tp, pp=layout.pp, cp=layout.cp, fusions=fusions is not False, recompute=recompute == "full",
         recompute_attention=recompute == "selective",
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

@@ -65,6 +65,8 @@ def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> Prediction:
 
 def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
     """A stack's keys as those of step_time.py."""
+    if shared.cp > 1:
+        raise BadInput(f"{stack}.cp={shared.cp}: no time is predicted for it, only memory; give {stack}.cp=1, or no --gpu")
     system = getattr(cfg, stack)
     width = 2 if cfg.train.dtype == "bf16" else 4
     plan: dict[str, Any] = {}
@@ -122,7 +124,7 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     if stack == "megatron":
         keys["recompute"] = ("none", "full")
         divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]
-        keys |= {"tp": powers_of_2(min(gpus, gpus_per_node)), "pp": divisors, "distributed_optimizer": (True,)}
+        keys |= {"tp": powers_of_2(min(gpus, gpus_per_node)), "pp": divisors, "distributed_optimizer": (True,), "cp": (1,)}
     for values in product(*keys.values()):
         change = dict(zip(keys, values, strict=True))
         if stack == "megatron":

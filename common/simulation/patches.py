@@ -90,14 +90,19 @@ def _questions() -> None:
     # DDP waits for its events in the first ten steps and in every hundredth, to log statistics that nobody asks for
     c10d.Logger.set_runtime_stats_and_log = lambda *_: None
     # counted, to tell the math backend, which is made of other kernels
-    attend = torch.nn.functional.scaled_dot_product_attention
+    functional: Any = torch.nn.functional
+    attend = functional.scaled_dot_product_attention
 
     def counted_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             null_gpu.count("attention\t")
-        return attend(*args, **kwargs)
+        functional.scaled_dot_product_attention = attend  # torch.nn.attention.bias compares it with what is called
+        try:
+            return attend(*args, **kwargs)
+        finally:
+            functional.scaled_dot_product_attention = counted_attention
 
-    torch.nn.functional.scaled_dot_product_attention = counted_attention
+    functional.scaled_dot_product_attention = counted_attention
     # "is this batch that of the first rank?" (DeepSpeed's AutoTP): it is
     equal = torch.equal
     setattr(torch, "equal", lambda a, b: True if a.is_cuda else equal(a, b))  # noqa: B010  (mypy compares signatures)

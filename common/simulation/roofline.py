@@ -114,6 +114,6 @@ def _attention(name: str, args: Any, moved: float) -> tuple[str, float, float, f
     pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     flops = 4.0 * pairs * query.shape[3] * (2.5 if backward else 1.0)
     if "flash" in name and True in [value for value in args if isinstance(value, bool)]:
-        flops /= 2  # causal
+        flops *= 1 - query.shape[2] / (2 * key.shape[2])  # causal, and the last query sees all keys
     rate = FLASH_BACKWARD if backward else FLASH_FORWARD
     return name, moved, flops, rate * (EFFICIENT if "efficient" in name else 1.0)

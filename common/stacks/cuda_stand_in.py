@@ -34,7 +34,7 @@ class _NoStream:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """device='cuda' makes a CPU tensor, and a tensor's type name reads as a GPU's."""
+    """device='cuda' makes a CPU tensor, pinned memory is plain, and a tensor's type name reads as a GPU's."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,6 +44,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return result.replace("torch.", "torch.cuda.", 1) if func is torch.Tensor.type and len(args) == 1 else result
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
+        if kwargs.get("pin_memory"):  # of the index in get_pos_emb_on_this_cp_rank
+            kwargs = kwargs | {"pin_memory": False}
         return func(*args, **kwargs)
 
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.attention.bias import causal_lower_right
 
 from common.checkpoints import parameters, state
 from common.checkpoints.checkpoint import PARTS, Entry
@@ -80,14 +81,14 @@ def use_torch() -> None:
 
 
 def start(ranks: Ranks, layout: Layout) -> None:
-    """Tensor-, pipeline- and data-parallel groups for this layout."""
+    """Tensor-, context-, pipeline- and data-parallel groups for this layout."""
     use_torch()
     if ranks.device.type == "cpu":
         cuda_stand_in.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp,
+        layout.tp, layout.pp, context_parallel_size=layout.cp,
         distributed_timeout_minutes=processes.TIMEOUT // datetime.timedelta(minutes=1),  # its own default is half an hour
         create_gloo_process_groups=False,  # only its own checkpoints use them: three per data-parallel group
     )  # fmt: skip
@@ -98,13 +99,84 @@ def begin_micro_batch(seed: int) -> None:
     """On each stage, of training with the seed of ranks.seed_micro_batch (0: of an evaluation): a heartbeat, and the states
     that dropout inside tensor- and sequence-parallel regions draws from.
 
-    These add the tp rank; both add the pipeline stage, so that two stages do not drop the same units.
+    These add the tp rank; both add the pipeline stage and the context-parallel rank, so that no two ranks with different
+    activations drop the same units.
     """
     heartbeat.beat("forward and backward")
     if not seed:
         return
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    tensor_parallel.model_parallel_cuda_manual_seed((seed + 100 * stage) % 2**62)
+    stages, stage = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_rank()
+    number = parallel_state.get_context_parallel_rank() * stages + stage
+    tensor_parallel.model_parallel_cuda_manual_seed((seed + 100 * number) % 2**62)
+
+
+# ---- context parallelism ---------------------------------------------------------------------------------------------
+
+
+def own_positions(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """(..., T, ...) -> (..., T / cp, ...): this context-parallel rank's part of a sequence. Of 2 x cp chunks, rank r has r and
+    2 x cp - 1 - r, so that causal attention is the same work on each rank (Megatron-LM, get_batch_on_this_cp_rank)."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return x
+    assert x.size(dim) % (2 * group.size()) == 0, f"{x.size(dim)} positions are not 2 x {group.size()} chunks of one length"
+    chunks = x.chunk(2 * group.size(), dim)
+    return torch.cat([chunks[i] for i in chunks_of(group.rank(), group.size())], dim)
+
+
+def chunks_of(rank: int, size: int) -> tuple[int, int]:
+    """The chunks of a sequence that a context-parallel rank has."""
+    return rank, 2 * size - 1 - rank
+
+
+class _WholeSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, size = group, group.size()
+        gathered = x.new_empty(len(x) * size, *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        chunks = gathered.chunk(2 * size)
+        order = [chunk for rank in range(size) for chunk in chunks_of(rank, size)]  # as they were gathered
+        return torch.cat([chunks[order.index(number)] for number in range(2 * size)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        size = ctx.group.size()
+        chunks = grads[0].chunk(2 * size)
+        of_ranks = torch.cat([chunks[i] for rank in range(size) for i in chunks_of(rank, size)])
+        own = of_ranks.new_empty(len(of_ranks) // size, *of_ranks.shape[1:])
+        dist.reduce_scatter_tensor(own, of_ranks, group=ctx.group)
+        return own, None
+
+
+def whole_sequence(x: torch.Tensor) -> torch.Tensor:
+    """own_positions (T / cp, ...) of the context-parallel ranks -> (T, ...) on each. In the backward pass, each rank gets the
+    gradients of its positions, summed over the ranks."""
+    group = parallel_state.get_context_parallel_group()
+    whole: torch.Tensor = _WholeSequence.apply(x, group) if group.size() > 1 else x
+    return whole
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> list[torch.Tensor]:
+    """Attention of own_positions to all before them: q (B, heads, T / cp, D), k and v (B, kv_heads, T, D) -> that of each of
+    the rank's two chunks, (B, heads, T / 2 cp, D).
+
+    One call per chunk, over the keys up to its end. A mask of booleans would need memory of T x T / cp, and keep
+    scaled_dot_product_attention from its flash kernel; this one is a flag of that kernel.
+    """
+    group, outputs = parallel_state.get_context_parallel_group(), []
+    for chunk, number in zip(q.chunk(2, 2), chunks_of(group.rank(), group.size()), strict=True):
+        length = chunk.size(2)
+        seen = (number + 1) * length
+        mask = _lower_right(length, seen)
+        outputs.append(F.scaled_dot_product_attention(chunk, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, **settings))
+    return outputs
+
+
+@cache
+def _lower_right(queries: int, keys: int) -> torch.Tensor:
+    """A mask without elements that stands for the causal one of the last queries."""
+    return causal_lower_right(queries, keys)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -145,7 +217,9 @@ class ResidualNorm(Norm):
 
 class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no annotations
     """Core attention by torch's scaled_dot_product_attention: causal, or by a mask whose True means masked out, or by a bias
-    that holds the mask: it is -inf where a key is masked out. A model makes such a bias once for all its layers."""
+    that holds the mask: it is -inf where a key is masked out. A model makes such a bias once for all its layers.
+
+    With context parallelism, a rank has the queries of own_positions, and gathers the keys and values of all."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
@@ -160,7 +234,10 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has 
         attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None, **_: Any,
     ) -> torch.Tensor:  # fmt: skip
         """query (T, B, heads, D), key and value (S, B, kv_heads, D), attention_mask (B, 1, T, S) or attention_bias
-        (B or 1, heads, T, S) -> (T, B, heads x D)"""
+        (B or 1, heads, T, S) -> (T, B, heads x D). With context parallelism T / cp for T, and key and value (S / cp, ...)."""
+        is_divided = self.config.context_parallel_size > 1
+        if is_divided:
+            key, value = whole_sequence(torch.stack([key, value], 1)).unbind(1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, heads, T, D)
         mask = attention_bias
         if attention_bias is not None:
@@ -172,10 +249,13 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has 
         # the heads are split over tp: each rank drops its own; with sequence parallelism the region is forked already
         fork = p > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1),
-            )  # fmt: skip
-        return out.permute(2, 0, 1, 3).flatten(2)
+            settings: dict[str, Any] = {"dropout_p": p, "scale": self.scale, "enable_gqa": q.size(1) != k.size(1)}
+            if causal and is_divided:
+                outputs = causal_attention(q, k, v, **settings)
+            else:
+                outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **settings)]
+        whole, *rest = [output.permute(2, 0, 1, 3).flatten(2) for output in outputs]
+        return torch.cat([whole, *rest]) if rest else whole
 
 
 def layer_spec(mask: AttnMaskType, cross: bool = False, mlp: type[fusions.Mlp] = fusions.Mlp) -> ModuleSpec:
@@ -233,6 +313,7 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
     values: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "sequence_parallel": system.sequence_parallel and layout.tp > 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -453,11 +534,12 @@ def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Itera
 
 
 def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap) -> Iterator[Entry]:
-    """Every parameter's master and moments by Hugging Face name, gathered over dp and tp one at a time.
+    """Every parameter's master and moments by Hugging Face name, gathered over dp x cp and tp one at a time.
 
     The ranks that share a pipeline stage take turns to write.
     """
-    tp_group, dp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)  # context-parallel ranks are replicas
     tp, dp = tp_group.size(), dp_group.size()
     turn = dp_group.rank() * tp + tp_group.rank()
     for number, (name, parameter) in enumerate(global_names(model)):

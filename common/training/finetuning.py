@@ -25,6 +25,7 @@ from common.huggingface import export, hf_folder
 from common.json_files import read_object, write_json
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
+from common.layout import sequence_multiple
 from common.paths import find
 from common.preflight import Run, data_notes
 from common.training import lora
@@ -71,11 +72,10 @@ def settings[C: Config](run: Run, schema: type[C]) -> C:
 
 
 def pad_multiple(cfg: Config, stack: str) -> int:
-    """Of what the length of a micro batch is a multiple: of 8 for tensor cores (NVIDIA, "Train With Mixed Precision"), of tp
-    where sequence parallelism divides the positions. Without data.length_window always of 8, as in earlier versions."""
+    """Of what the length of a micro batch is a multiple: of 8 for tensor cores (NVIDIA, "Train With Mixed Precision"), and of
+    what ranks that share a sequence need. Without data.length_window always of 8, as in earlier versions."""
     multiple = 8 if cfg.train.dtype == "bf16" or not cfg.data.length_window else 1
-    divided = stack == "megatron" and cfg.megatron.sequence_parallel
-    return math.lcm(multiple, cfg.megatron.tp if divided else 1)
+    return math.lcm(multiple, sequence_multiple(cfg, stack))
 
 
 def validation_set(run: Run) -> Dataset:

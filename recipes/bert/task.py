@@ -22,6 +22,7 @@ from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
 from common.errors import BadInput
+from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
 
@@ -89,6 +90,11 @@ class Model(Section):
         yield from self.head_problems(cfg)
         if getattr(system, "transformer_engine", False) and self.arch == "bert":
             yield "megatron.transformer_engine=true with model.arch=bert: it has no post-norm layers; set it to false"
+        if getattr(system, "transformer_engine", False) and system.cp > 1:
+            yield (
+                f"megatron.transformer_engine=true with megatron.cp={system.cp}: its ring has no mask of padding; set "
+                "transformer_engine to false"
+            )
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
@@ -100,8 +106,7 @@ class Model(Section):
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
         if self.layers % pp:
             yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
-        if getattr(system, "sequence_parallel", False) and cfg.data.seq_len % tp:
-            yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.seq_len={cfg.data.seq_len}"
+        yield from sequence_problems(cfg, stack)
 
     def head_problems(self, cfg: Config) -> Iterator[str]:
         if self.pair_head is False and cfg.objective.pair != "none":

@@ -83,6 +83,9 @@ class Model(task.Model):
             if target not in layers:
                 yield f"lora.targets: the model has no linear layer {target!r}; it has {', '.join(layers)}"
 
+    def has_mask(self, cfg: Any) -> bool:
+        return restarts(cfg)
+
     def resolve(self, cfg: Any, tokenizer_size: int | None) -> ResolvedModel:
         return ResolvedModel(**self.filled(cfg, tokenizer_size))
 
@@ -165,6 +168,12 @@ def linear_layers(model: Model) -> tuple[str, ...]:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
+def restarts(cfg: Config) -> bool:
+    """Do attention and positions restart at each document of a sample?"""
+    d = cfg.data
+    return d.pack and (cfg.task.name == "sft" if d.reset_attention is None else d.reset_attention)
+
+
 def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> samples.Packed:
     """The documents of train (shuffle=True) or valid, tokenized and packed.
 
@@ -183,7 +192,7 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     tokenize = _conversations if cfg.task.name == "sft" else _texts
     ids, is_target, lengths, notes = tokenize(cfg, source, tokenizer, str(folder))
 
-    restart = d.pack and (cfg.task.name == "sft" if d.reset_attention is None else d.reset_attention)
+    restart = restarts(cfg)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     if d.pack and cfg.task.name == "lm":
         pieces = samples.windows(lengths, d.seq_len, restart)

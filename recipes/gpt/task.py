@@ -17,6 +17,7 @@ from pydantic import Field
 from common import config
 from common.config import Layers, Positive, Section, Share
 from common.data import batches
+from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
 
@@ -99,6 +100,11 @@ class Model(Section):
         system = getattr(cfg, stack)
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
             yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
+        if getattr(system, "transformer_engine", False) and system.cp > 1 and self.has_mask(cfg):
+            yield (
+                f"megatron.transformer_engine=true with megatron.cp={system.cp} and attention that restarts at each document: "
+                "its ring takes no mask; set transformer_engine or data.reset_attention to false"
+            )
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
         kv = self.kv_heads or self.heads
         if self.heads % tp or kv % tp:
@@ -107,8 +113,12 @@ class Model(Section):
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
         if self.layers % pp:
             yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
-        if getattr(system, "sequence_parallel", False) and cfg.data.seq_len % tp:
-            yield f"{stack}.sequence_parallel=true: {stack}.tp={tp} does not divide data.seq_len={cfg.data.seq_len}"
+        yield from sequence_problems(cfg, stack)
+
+    def has_mask(self, cfg: Any) -> bool:
+        """Does make_batch give an attention_mask?"""
+        restarts: bool = cfg.data.reset_attention
+        return restarts
 
     def resolved_ffn(self) -> int:
         if self.ffn:

@@ -84,6 +84,11 @@ class Model(Section):
                 f"megatron.pp={pp}: megatron-core no longer splits an encoder and a decoder over pipeline stages (removed from "
                 "its schedules); use megatron.pp=1 with megatron.tp, sequence_parallel and distributed_optimizer"
             )
+        if getattr(system, "cp", 1) > 1:
+            yield (
+                f"megatron.cp={system.cp}: megatron-core's T5 cuts no sequence among ranks, and its relative biases are of "
+                "whole sequences; use megatron.cp=1 with megatron.tp, sequence_parallel and distributed_optimizer"
+            )
         if getattr(system, "transformer_engine", False):
             yield (
                 "megatron.transformer_engine=true: T5's relative biases and norms are the recipe's own modules here; "

@@ -1,4 +1,4 @@
-"""Finetune BERT with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
+"""Finetune BERT with Megatron Core: tensor, sequence, context, pipeline and data parallel, recompute.
 
 bash recipes/bert/megatron/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/bert/configs/finetune_*.yaml
 """
@@ -42,8 +42,9 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica reports the loss: the last stage's first tp rank
-    is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    # one rank of each replica reports the loss: of the last stage, the first of those that share a micro batch
+    shares = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+    is_loss_rank = parallel_state.is_pipeline_last_stage() and shares == (0, 0)
 
     # ---- model
     net = megatron_model.build(cfg, layout)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(micro_batch, ranks.device)
+        batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
         output = megatron_model.forward(model, batch)
 
         def loss_of(logits: torch.Tensor) -> mcore.StepLoss:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from common.layout import Layout
 
@@ -38,7 +39,15 @@ def build(cfg: finetune.ResolvedConfig, layout: Layout) -> HeadedBert:
     return net
 
 
+def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this rank computes of a batch of finetune.make_batch. With context parallelism, which gathers the hidden states
+    after the last layer, the first rank alone has targets."""
+    if parallel_state.get_context_parallel_rank() == 0:
+        return batch
+    return batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}
+
+
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A batch of finetune.make_batch on this pipeline stage -> the output of HeadedBert.forward."""
+    """A batch of own_part on this pipeline stage -> the output of HeadedBert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask)

@@ -28,15 +28,18 @@ class Encoder(BertModel):  # type: ignore[misc]  # megatron-core has no annotati
 
     def encode(self, tokens: torch.Tensor, token_types: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """tokens, token_types (B, T), mask (B, 1, 1, T), True where a key is masked out -> hidden states (T, B, H). On the last
-        stage they have all positions, also with sequence parallelism."""
+        stage they have all positions, also with sequence and context parallelism."""
         embedded = None
         if self.pre_process:
-            embedded = self.embedding(tokens, self.bert_position_ids(tokens), token_types)  # (T, B, H)
+            inputs = (tokens, self.bert_position_ids(tokens), token_types)
+            embedded = self.embedding(*(mcore.own_positions(ids, 1) for ids in inputs))  # (T / cp, B, H)
         hidden = self.encoder(hidden_states=embedded, attention_mask=mask)
-        if self.post_process and self.config.sequence_parallel:
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
             # every tp rank continues with all positions, so the gradient is split and not summed
-            return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return mcore.whole_sequence(hidden)
 
 
 class Bert(Encoder):
@@ -128,8 +131,20 @@ def encoder[Net: Encoder](net_class: type[Net], cfg: Config, m: task.ResolvedMod
     return net
 
 
+def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this rank computes of a batch of task.make_batch. With context parallelism, which gathers the hidden states after
+    the last layer, each rank has a share of the N masked positions, and the first one has the pairs."""
+    group = parallel_state.get_context_parallel_group()
+    rank, size, masked = group.rank(), group.size(), len(batch["labels"])
+    share = slice(rank * masked // size, (rank + 1) * masked // size)
+    own = {name: batch[name][share] for name in ("predicted", "labels")}
+    if "pair_mask" in batch and rank > 0:
+        own["pair_mask"] = torch.zeros_like(batch["pair_mask"])
+    return batch | own
+
+
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Output:
-    """A batch of task.make_batch on this pipeline stage -> the output of Bert.forward."""
+    """A batch of own_part on this pipeline stage -> the output of Bert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask, batch["predicted"])
 

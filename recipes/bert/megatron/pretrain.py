@@ -1,4 +1,4 @@
-"""Pretrain BERT with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
+"""Pretrain BERT with Megatron Core: tensor, sequence, context, pipeline and data parallel, recompute.
 
 bash recipes/bert/megatron/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert megatron.tp=2
 """
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica reports the loss: the last stage's first tp rank
+    # the last stage's first tp rank reports the loss; with context parallelism, each reports that of its targets
     is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, weights, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(micro_batch, ranks.device)
+        batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
         output = megatron_model.forward(model, batch)
 
         def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
@@ -90,11 +90,11 @@ def main(argv: list[str]) -> None:
         micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         equal_weights = torch.ones(len(zeros[0]), device=ranks.device)
         sums = run_schedule([(0, equal_weights, micro_batch) for micro_batch in micro_batches], forward_only=True)
-        counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * is_loss_rank
         dist.all_reduce(sums)
-        dist.all_reduce(counts)
-        loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
-        log.valid(step, loss, int(counts[0]), **parts)
+        *target_counts, _ = processes.totals(task.counts(micro_batches), ranks, dp_group)
+        targets = processes.on_device(torch.tensor(target_counts), ranks.device)  # (P,)
+        loss, parts = task.named_losses(cfg, (sums / targets).flatten().tolist())
+        log.valid(step, loss, target_counts[0], **parts)
         model.train()
 
     def save(step: int) -> None:

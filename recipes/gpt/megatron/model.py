@@ -66,11 +66,16 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
     return net
 
 
-def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A batch of task.make_batch on this pipeline stage -> losses (B, T) on the last stage, hidden states on the others."""
+def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this rank computes of a batch of task.make_batch: with context parallelism its positions, (B, T / cp), and of
+    attention_mask, (B, 1, T / cp, T), its queries. Each rank has the targets of its positions."""
     tokens = batch["inputs"]
-    positions = batch.get("position_ids")
-    if positions is None:
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand(len(tokens), -1)  # (B, T)
-    mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T, T), True: masked out
-    return net(tokens, positions, mask, labels=batch["targets"])
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand(len(tokens), -1)  # (B, T)
+    batch = {"position_ids": positions} | batch
+    return {name: mcore.own_positions(tensor, 2 if name == "attention_mask" else 1) for name, tensor in batch.items()}
+
+
+def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A batch of own_part on this pipeline stage -> losses (B, T / cp) on the last stage, hidden states on the others."""
+    mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T / cp, T), True: masked out
+    return net(batch["inputs"], batch["position_ids"], mask, labels=batch["targets"])

@@ -1,4 +1,4 @@
-"""Pretrain T5 with Megatron Core: tensor, sequence, pipeline and data parallel, distributed optimizer, recompute.
+"""Pretrain T5 with Megatron Core: tensor, sequence, context, pipeline and data parallel, recompute.
 
 bash recipes/t5/megatron/pretrain.sh recipes/t5/configs/tiny.yaml out/tiny_t5 megatron.tp=2
 """
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     mcore.start(ranks, layout)
     dp_rank, dp_group = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_group()
-    # one rank of each replica reports the loss: the last stage's first tp rank
+    # the last stage's first tp rank reports the loss; with context parallelism, each reports that of its targets
     is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
         mcore.begin_micro_batch(seed)
-        batch = task.make_batch(micro_batch, ranks.device)
+        batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
         output = megatron_model.forward(model, batch)
 
         def loss_of(losses: torch.Tensor) -> mcore.StepLoss:
@@ -88,9 +88,9 @@ def main(argv: list[str]) -> None:
         model.eval()
         micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
         loss = run_schedule([(0, micro_batch) for micro_batch in micro_batches], forward_only=True)
-        totals = torch.stack([loss, torch.full_like(loss, task.counts(micro_batches)[0] * is_loss_rank)])
-        dist.all_reduce(totals)
-        log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
+        dist.all_reduce(loss)
+        targets, _ = processes.totals(task.counts(micro_batches), ranks, dp_group)
+        log.valid(step, (loss / targets).item(), targets)
         model.train()
 
     def save(step: int) -> None:
