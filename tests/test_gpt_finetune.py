@@ -244,7 +244,7 @@ def plain_peft(net: torch.nn.Module, arch: str) -> torch.nn.Module:
 
 
 FOLLOW = [
-    *[("sft_tiny_llama", name) for name in LAYOUTS],
+    *[("sft_tiny_llama", name) for name in LLAMA_LAYOUTS],
     *[("sft_tiny", name) for name in ("baseline", "zero1", "zero3_tp2", "pp2")],
     *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
     *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp", "cp2")],

@@ -71,7 +71,7 @@ UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "dp2_micro4": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2_micro4": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     "pp2_micro1": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
-    "cp2_micro1": ("megatron", ["megatron.cp=2", "megatron.micro_batch=1"]),
+    "cp2_micro2": ("megatron", ["megatron.cp=2"]),
 }
 BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
@@ -86,7 +86,7 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true"],
     ),
 }
-RARE = ("zero0_tp2",)  # no mechanism of its own
+RARE = ("zero0_tp2", "tp2_sp_cp2", "cp2_dp2_distributed_optimizer")  # no mechanism of its own; tp2_sp_cp2 is REPEATED
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *FOUR_RANKS) if name not in RARE]
 FP32_ROWS += [("tiny_llama", name) for name in REPEATED]
 SLOW_FP32_ROWS = [(arch, name) for arch in ARCHS for name in (*TWO_RANKS, *FOUR_RANKS) if (arch, name) not in FP32_ROWS]
