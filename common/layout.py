@@ -19,6 +19,13 @@ class Layout(Section):
     micro_batch: int  # samples
     accumulate: int  # micro batches per step and replica
 
+    @property
+    def shares(self) -> str:
+        """'8 ranks = 2 dp x 2 tp x 1 pp x 2 cp, 4 micro batches of 1'"""
+        sequence = "".join(f" x {ranks} {key}" for key, ranks in (("cp", self.cp), ("sp", self.sp)) if ranks > 1)
+        ranks = f"{self.world} ranks = {self.dp} dp x {self.tp} tp x {self.pp} pp{sequence}"
+        return f"{ranks}, {self.accumulate} micro batches of {self.micro_batch}"
+
 
 MODEL_PARALLEL = ("tp", "pp", "cp", "sp")  # keys of a stack that divide one replica of the model among ranks
 

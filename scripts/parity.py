@@ -84,7 +84,7 @@ class Row(NamedTuple):
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
     """The layouts that are compared by default, for this number of processes."""
     zero = {"tp": 1, "offload": False, "recompute": False}
-    plain = {"tp": 1, "pp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": "none"}
+    plain = {"tp": 1, "pp": 1, "cp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": "none"}
     usual: dict[str, list[dict[str, Any]]] = {
         "baseline": [{"recompute": False}, {"recompute": True}],
         "deepspeed": [zero | {"zero_stage": stage} for stage in range(4)],
@@ -96,6 +96,7 @@ def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
             plain | {"tp": 2},
             plain | {"tp": 2, "sequence_parallel": True, "recompute": "full"},
             plain | {"pp": 2},
+            plain | {"cp": 2},
         ]
     if nproc % 4 == 0:
         usual["megatron"] += [

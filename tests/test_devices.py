@@ -49,17 +49,20 @@ def test_two_ranks_of_torchrun_on_one_gpu_are_refused(gpus):
 
 
 @pytest.mark.parametrize(
-    ("stack", "tp", "deterministic", "expected"),
+    ("stack", "tp", "cp", "transformer_engine", "deterministic", "expected"),
     [
-        ("megatron", 2, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-        ("megatron", 1, False, {}),
-        ("deepspeed", 2, False, {}),
-        ("baseline", 1, True, {"NCCL_ALGO": "^NVLS"}),
+        ("megatron", 2, 1, False, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        ("megatron", 1, 2, True, False, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        ("megatron", 1, 2, False, False, {}),
+        ("megatron", 1, 1, True, False, {}),
+        ("deepspeed", 2, 1, False, False, {}),
+        ("baseline", 1, 1, False, True, {"NCCL_ALGO": "^NVLS"}),
     ],
 )
-def test_the_launcher_sets_what_cuda_and_nccl_read_first(stack, tp, deterministic, expected):
-    cfg = SimpleNamespace(train=SimpleNamespace(deterministic=deterministic))
-    assert launcher.variables_of(SimpleNamespace(stack=stack, layout=SimpleNamespace(tp=tp), cfg=cfg)) == expected
+def test_the_launcher_sets_what_cuda_and_nccl_read_first(stack, tp, cp, transformer_engine, deterministic, expected):
+    megatron = SimpleNamespace(transformer_engine=transformer_engine)
+    cfg = SimpleNamespace(train=SimpleNamespace(deterministic=deterministic), megatron=megatron)
+    assert launcher.variables_of(SimpleNamespace(stack=stack, layout=SimpleNamespace(tp=tp, cp=cp), cfg=cfg)) == expected
 
 
 def test_segments_grow_in_place_unless_the_user_says_otherwise(tmp_path):

@@ -14,15 +14,13 @@ def describe(run: Run, task: Family, command: Sequence[str]) -> str:
     model, layout, cfg = run.cfg.model, run.layout, run.cfg
     flops = task.forward_backward_flops(model, cfg.data)
     causal = f" ({flops['causal']:.4g} counting the causal half only)" if "causal" in flops else ""
-    sequence = "".join(f" x {ranks} {key}" for key, ranks in (("cp", layout.cp), ("sp", layout.sp)) if ranks > 1)
     lines = [to_yaml(run.whole.dump()).rstrip(), ""]
     lines += [f"note: {note}" for note in run.notes]
     lines += [
         f"parameters        {model.parameter_count():,}",
         f"FLOPs per token   {flops['full']:.4g} forward and backward{causal}",
         f"tokens per step   {cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,}",
-        f"layout            {run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp{sequence}, "
-        f"{layout.accumulate} micro batches of {layout.micro_batch}",
+        f"layout            {run.stack}: {layout.shares}",
         f"memory per rank   {_gib(memory.estimate_for(cfg, model, run.stack, layout.world))}",
         f"continues from    {run.resume.path if run.resume else 'nothing: a new run'}",
         f"command           {shlex.join(command)}",

@@ -254,7 +254,8 @@ def environment(on: Nodes, scratch: Path, environ: Mapping[str, str]) -> dict[st
 def variables_of(run: "Run") -> dict[str, str]:
     """What CUDA and NCCL read when a process starts, before it reads the config of this run."""
     variables = {}
-    if run.stack == "megatron" and run.layout.tp > 1:
+    ring = run.layout.cp > 1 and run.cfg.megatron.transformer_engine  # sends keys and values beside its attention
+    if run.stack == "megatron" and (run.layout.tp > 1 or ring):
         # one queue: kernels begin in the order of their launch, the all-reduce of a layer's input gradient before the GEMM that
         # it overlaps with (Megatron-LM, megatron/training/arguments.py); elsewhere it would only hold copies up
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

@@ -167,8 +167,7 @@ def header(run: Run, gpu: str | None) -> str:
         "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
         "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
         f"{cfg.train.dtype}, seed {cfg.train.seed}",
-        "layout": f"{run.stack}: {layout.world} ranks = {layout.dp} dp x {layout.tp} tp x {layout.pp} pp, "
-        f"{layout.accumulate} micro batches of {layout.micro_batch}  {getattr(cfg, run.stack).model_dump_json()}",
+        "layout": f"{run.stack}: {layout.shares}  {getattr(cfg, run.stack).model_dump_json()}",
         "on": f"{layout.world} x {gpu}" if gpu else f"CPU ({os.cpu_count()} cores)",
         "versions": f"python {sys.version.split()[0]}  {versions}",
         "commit": record["commit"],
