@@ -328,6 +328,11 @@ class Megatron(System):
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
     tp: Positive = Field(default=1, description=TP)
     pp: Positive = Field(default=1, description="Pipeline stages, each with its share of the layers.")
+    vpp: Positive = Field(
+        default=1,
+        description="Chunks of layers per pipeline stage, which run interleaved: the stages idle vpp times less, and exchange "
+        "vpp times as much. Needs pp above 1, and per step and replica a multiple of pp micro batches.",
+    )
     cp: Positive = Field(
         default=1,
         description="Context-parallel ranks, which share each sequence. seq_len is a multiple of 2 x cp, and of cp x tp with "

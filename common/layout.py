@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from common.config import Config, Section
 from common.errors import BadInput
+from common.stacks import pipeline
 
 
 class Layout(Section):
@@ -14,6 +15,7 @@ class Layout(Section):
     dp: int  # data-parallel replicas
     tp: int  # ranks that share each layer's matrices
     pp: int  # pipeline stages
+    vpp: int = 1  # chunks of layers per pipeline stage
     cp: int = 1  # ranks that share each sequence, by context parallelism
     sp: int = 1  # ranks that share each sequence, by DeepSpeed's Ulysses
     micro_batch: int  # samples
@@ -23,8 +25,14 @@ class Layout(Section):
     def shares(self) -> str:
         """'8 ranks = 2 dp x 2 tp x 1 pp x 2 cp, 4 micro batches of 1'"""
         sequence = "".join(f" x {ranks} {key}" for key, ranks in (("cp", self.cp), ("sp", self.sp)) if ranks > 1)
-        ranks = f"{self.world} ranks = {self.dp} dp x {self.tp} tp x {self.pp} pp{sequence}"
+        chunks = f" of {self.vpp} chunks" if self.vpp > 1 else ""
+        ranks = f"{self.world} ranks = {self.dp} dp x {self.tp} tp x {self.pp} pp{chunks}{sequence}"
         return f"{ranks}, {self.accumulate} micro batches of {self.micro_batch}"
+
+    @property
+    def group(self) -> int:
+        """Micro batches that run together: their number on a replica is a multiple of it, in evaluations too."""
+        return self.pp if self.vpp > 1 else 1
 
 
 MODEL_PARALLEL = ("tp", "pp", "cp", "sp")  # keys of a stack that divide one replica of the model among ranks
@@ -51,9 +59,12 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
             f"train.global_batch={batch} is not a multiple of {stack}.micro_batch={micro} x {dp} data-parallel ranks; "
             + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else "change the number of processes")
         )
+    vpp = getattr(system, "vpp", 1)
+    if not problems and (problem := pipeline.micro_batch_problem(system, batch // (micro * dp)) if vpp > 1 else None):
+        problems.append(problem)
     if problems:
         raise BadInput(problems)
-    return Layout(world=world, dp=dp, **splits, micro_batch=micro, accumulate=batch // (micro * dp))
+    return Layout(world=world, dp=dp, **splits, vpp=vpp, micro_batch=micro, accumulate=batch // (micro * dp))
 
 
 def sequence_multiple(cfg: Config, stack: str) -> int:

@@ -84,7 +84,15 @@ class Row(NamedTuple):
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
     """The layouts that are compared by default, for this number of processes."""
     zero = {"tp": 1, "offload": False, "recompute": False}
-    plain = {"tp": 1, "pp": 1, "cp": 1, "sequence_parallel": False, "distributed_optimizer": False, "recompute": "none"}
+    plain = {
+        "tp": 1,
+        "pp": 1,
+        "vpp": 1,
+        "cp": 1,
+        "sequence_parallel": False,
+        "distributed_optimizer": False,
+        "recompute": "none",
+    }
     usual: dict[str, list[dict[str, Any]]] = {
         "baseline": [{"recompute": False}, {"recompute": True}],
         "deepspeed": [zero | {"zero_stage": stage} for stage in range(4)],

@@ -232,7 +232,7 @@ def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Conf
 
 
 def _megatron(tp: int, pp: int) -> dict[str, object]:
-    return {"tp": tp, "pp": pp, "sequence_parallel": tp > 1, "distributed_optimizer": True}
+    return {"tp": tp, "pp": pp, "vpp": 1, "sequence_parallel": tp > 1, "distributed_optimizer": True}
 
 
 CHOICES: dict[str, list[dict[str, object]]] = {

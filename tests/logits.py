@@ -31,8 +31,7 @@ def main(path: str) -> None:
         run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
         cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
-        net = megatron_model.build(cfg, layout)
-        model = mcore.wrap(net.config, net, cfg, ranks)
+        model = mcore.wrap(megatron_model.build(cfg, layout), cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, state.values(cfg, task, shapes, None), 0)
@@ -41,7 +40,7 @@ def main(path: str) -> None:
         model.eval()
         with torch.no_grad(), cuda_stand_in.active(ranks):
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            shard = model(tokens, positions, None)  # (B, T, V / tp)
+            shard = model[0](tokens, positions, None)  # (B, T, V / tp)
         shards = [torch.empty_like(shard) for _ in range(layout.tp)]
         dist.all_gather(shards, shard.contiguous(), group=mcore.parallel_state.get_tensor_model_parallel_group())
         megatron = torch.cat(shards, -1)[..., : cfg.model.vocab_size]

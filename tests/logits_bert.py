@@ -42,15 +42,15 @@ def main(path: str) -> None:
         run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
         cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
-        net = megatron_model.build(cfg, layout)
-        model = mcore.wrap(net.config, net, cfg, ranks)
+        [net] = nets = megatron_model.build(cfg, layout)
+        model = mcore.wrap(nets, cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
         mcore.load_state(model, optimizer, parameter_map(cfg.model), shapes, values, 0)
         model.eval()
         with torch.no_grad():
-            compare(cfg, model, values, run, ranks)
+            compare(cfg, model[0], values, run, ranks)
             if "pairs" in case:
                 embed(case, net, ranks)
     dist.barrier()

@@ -38,8 +38,7 @@ def main(path: str) -> None:
         run = preflight.prepare(case["config"], case["out"], case["overrides"], "megatron", task, ranks.world)
         cfg, layout = run.cfg, run.layout
         mcore.start(ranks, layout)
-        net = megatron_model.build(cfg, layout)
-        model = mcore.wrap(net.config, net, cfg, ranks)
+        model = mcore.wrap(megatron_model.build(cfg, layout), cfg, ranks)
         optimizer = mcore.optimizer_for(model, cfg, ranks)
         shapes = task.parameter_shapes(cfg.model)
         values = state.values(cfg, task, shapes, None)
@@ -48,7 +47,7 @@ def main(path: str) -> None:
         batch = task.make_batch(run.train.collate(range(8)), "cpu")
         with torch.no_grad():
             with cuda_stand_in.active(ranks):
-                shard = model(batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])
+                shard = model[0](batch["inputs"], batch["decoder_inputs"], ~batch["attention_mask"][:, None, None])
             group = mcore.parallel_state.get_tensor_model_parallel_group()
             shards = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(shards, shard.contiguous(), group=group)

@@ -357,6 +357,16 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
     ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2"),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
+    ("megatron", 2, "megatron.pp=2 megatron.vpp=4", "megatron.pp=2 x megatron.vpp=4 does not divide model.layers=4"),
+    ("megatron", 1, "megatron.vpp=2", "megatron.vpp=2 with megatron.pp=1: it divides the layers of a pipeline stage into"),
+    (
+        "megatron", 2, "megatron.pp=2 megatron.vpp=2 megatron.micro_batch=8",
+        "megatron.vpp=2 passes micro batches on in groups of megatron.pp=2, and a step has 1 per replica; change train.global",
+    ),
+    (
+        "megatron", 2, "megatron.pp=2 megatron.vpp=2 megatron.extra.batch_p2p_comm=true",
+        "megatron.extra.batch_p2p_comm: is read only with megatron.pp above 1 and megatron.vpp=1; leave it out",
+    ),
     ("megatron", 2, "megatron.tp=2 megatron.sequence_parallel=true data.seq_len=31", "does not divide data.seq_len=31"),
     ("megatron", 2, "megatron.cp=2 data.seq_len=30", "megatron.cp=2 needs a multiple of 4 and data.seq_len=30; give 28 or 32"),
     ("megatron", 1, "megatron.cp=2", "megatron.cp=2 needs 2 processes and there are 1; set NPROC=2"),

@@ -48,6 +48,7 @@ LAYOUTS = {
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2"]),
     "cp2": ("megatron", ["megatron.cp=2"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
 }
 ARCH_OF = {"rte": "tiny_postln", "stsb": "tiny", "cola": "tiny", "squad": "tiny_postln", "race": "tiny", "ner": "tiny"}
 OTHERS = ("baseline", "zero3", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two

@@ -36,6 +36,8 @@ TWO_RANKS: Layouts = {
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=1"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=1"]),
+    "pp2_vpp2_micro4": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=4"]),
 }
 AUTOTP: Layouts = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),

@@ -45,6 +45,7 @@ for part, full in zip(keys, whole[1:]):
 """
 # What dropout draws on two ranks: outside and inside the regions that tensor parallelism splits
 DROPPED = """
+import types
 import torch, torch.distributed as dist
 from common.launch import processes
 from common.layout import Layout
@@ -54,7 +55,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 def drawn(**sizes):
     mcore.start(ranks, Layout(**({"world": 2, "dp": 1, "tp": 1, "pp": 1, "micro_batch": 1, "accumulate": 1} | sizes)))
-    mcore.begin_micro_batch(processes.seed_micro_batch(1, 2, 3, 0))
+    mcore.begin_micro_batch(processes.seed_micro_batch(1, 2, 3, 0), types.SimpleNamespace(vp_stage=None))
     outside = torch.rand(8)
     with get_cuda_rng_tracker().fork():
         inside = torch.rand(8)

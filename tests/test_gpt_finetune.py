@@ -59,6 +59,7 @@ LAYOUTS = {
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.recompute=true"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
 }
 # ChatML, as SmolLM2 has it: an answer ends with <|im_end|>, and a line break after it is no part of it
 CHATML = (

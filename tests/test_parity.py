@@ -39,6 +39,8 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=1"]),
+    "pp2_vpp2_micro4": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=4"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
 }
@@ -51,13 +53,25 @@ FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
         "megatron",
         ["megatron.cp=2", "megatron.distributed_optimizer=true", "megatron.recompute=full", "megatron.micro_batch=4"],
     ),
+    "pp2_vpp2_dp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.distributed_optimizer=true"]),
     "tp2_sp_dp2_distributed_optimizer": (
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true", "megatron.micro_batch=4"],
     ),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "zero1", "zero3", "zero1_tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2", "tp2_sp_cp2")
+REPEATED = (
+    "baseline",
+    "zero1",
+    "zero3",
+    "zero1_tp2",
+    "tp2_sp",
+    "pp2",
+    "pp2_vpp2_micro4",
+    "dp2_distributed_optimizer",
+    "tp2_pp2",
+    "tp2_sp_cp2",
+)
 # Documents of very different lengths, one per sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
@@ -72,6 +86,7 @@ UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "tp2_micro4": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     "pp2_micro1": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "cp2_micro2": ("megatron", ["megatron.cp=2"]),
+    "pp2_vpp2_micro1": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=1"]),
 }
 BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
@@ -85,6 +100,7 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
         "megatron",
         ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.distributed_optimizer=true"],
     ),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
 }
 RARE = ("zero0_tp2", "tp2_sp_cp2", "cp2_dp2_distributed_optimizer")  # no mechanism of its own; tp2_sp_cp2 is REPEATED
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *FOUR_RANKS) if name not in RARE]

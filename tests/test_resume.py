@@ -28,6 +28,7 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.distributed_optimizer=true", "megatron.micro_batch=4"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
 }
 DTYPES = {"fp32": "fp32", "zero1_bf16": "bf16"}
@@ -39,6 +40,7 @@ MOVES: list[tuple[str, list[str]]] = [
     ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     ("megatron", ["megatron.pp=2"]),
     ("megatron", ["megatron.cp=2"]),
+    ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
     ("megatron", ["megatron.distributed_optimizer=true"]),
     ("baseline", []),
 ]

@@ -39,11 +39,12 @@ LAYOUTS = {
     "pp2": ("megatron", ["megatron.pp=2"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.distributed_optimizer=true"]),
     "tp2_cp2": ("megatron", ["megatron.tp=2", "megatron.cp=2", "megatron.recompute=full"]),
+    "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
 }
 FINETUNED = ("baseline", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
 # Refused before a run starts: Megatron Core's T5 has no pipeline.
-REFUSED = {("t5", "pp2"), ("t5", "tp2_pp2"), ("t5", "cp2"), ("t5", "tp2_cp2")}
+REFUSED = {("t5", "pp2"), ("t5", "pp2_vpp2"), ("t5", "tp2_pp2"), ("t5", "cp2"), ("t5", "tp2_cp2")}
 MODEL = {"gpt": ["model.vocab_size=512"], "bert": ["model.vocab_size=640"], "t5": ["model.vocab_size=768"]}
 TEXT = """\
 init: {from: FOLDER}

@@ -64,7 +64,8 @@ def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout,
     samples = min(limit or len(dataset), len(dataset))
     together = layout.micro_batch * layout.dp
     order = dataset.batch_order(range(samples))
-    for first in range(0, samples, together):
+    groups = -(-samples // (together * layout.group))
+    for first in range(0, groups * layout.group * together, together):
         heartbeat.beat("evaluation")
         positions = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
         batch = collate_checked(dataset, order[np.minimum(positions, samples - 1)])

@@ -256,6 +256,17 @@ def chunks_in_flight(run: Training, first: bool) -> int:
     return min(chunks, run.accumulate * run.vpp)
 
 
+def exchanged(work: Workload, run: Training, first: bool) -> int:
+    """What the first or the last stage of Megatron's pipeline keeps beside the activations of its layers: the output of each
+    chunk in flight, what is received ahead of its turn with vpp, and the dropout of the embeddings of earlier micro batches."""
+    if run.pp == 1 or run.stack != "megatron" or (run.vpp == 1 and not first):
+        return 0
+    values = run.micro_batch * work.blocks[0].tokens * work.blocks[0].hidden // run.whole
+    kept = run.residual * (chunks_in_flight(run, first) + (2 if run.vpp > 1 else 0))
+    embedded = min(run.pp if run.vpp == 1 else 2 * run.pp - 1, run.accumulate) if first and run.dropout else 0
+    return values * (kept + embedded)
+
+
 def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> dict[str, int]:
     """Activations, gradients of activations and weights, and autocast's copies at the moments that may be the peak.
 
@@ -269,6 +280,7 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     products = parameters - (0 if work.tied else tied_weights)  # the embedding is no product
     copies, copies_of_one = (2 * products, 2 * work.blocks[0].parameters) if run.autocast else (0, 0)
     forward = sum(alive) * chunks_in_flight(run, first=False) // chunks + ends(work, traits, run) + logits(work, traits, run)
+    forward += exchanged(work, run, first=False)
     weight = 0 if run.transformer_engine else tied_weights * run.width
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
@@ -278,7 +290,7 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> d
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):
-        size = sum(alive[: number + 1]) * chunks_in_flight(run, first=True) // chunks
+        size = sum(alive[: number + 1]) * chunks_in_flight(run, first=True) // chunks + exchanged(work, run, first=True)
         if run.recompute:
             size += full[number] - entry[number]
         size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting

@@ -124,7 +124,13 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     if stack == "megatron":
         keys["recompute"] = ("none", "full")
         divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]
-        keys |= {"tp": powers_of_2(min(gpus, gpus_per_node)), "pp": divisors, "distributed_optimizer": (True,), "cp": (1,)}
+        keys |= {
+            "tp": powers_of_2(min(gpus, gpus_per_node)),
+            "pp": divisors,
+            "distributed_optimizer": (True,),
+            "cp": (1,),
+            "vpp": (1,),
+        }
     for values in product(*keys.values()):
         change = dict(zip(keys, values, strict=True))
         if stack == "megatron":

@@ -54,6 +54,7 @@ SP = When(
     "with megatron.sequence_parallel=true and megatron.tp above 1", lambda system: system.sequence_parallel and system.tp > 1
 )
 PP = When("with megatron.pp above 1", lambda system: system.pp > 1)
+PP_PLAIN = When("with megatron.pp above 1 and megatron.vpp=1", lambda system: system.pp > 1 and system.vpp == 1)
 ZERO = When("with deepspeed.zero_stage=1, 2 or 3", lambda system: system.zero_stage > 0)
 ZERO_12 = When("with deepspeed.zero_stage=1 or 2", lambda system: system.zero_stage in (1, 2))
 ZERO_3 = When("with deepspeed.zero_stage=3", lambda system: system.zero_stage == 3)
@@ -69,9 +70,9 @@ MEGATRON = {
     # Each tensor-parallel rank keeps its share of the input of a recomputed layer.
     "distribute_saved_activations": _truth("recompute.py", SPLIT),
     # How activations are sent between stages, and whether the sender frees them.
-    "batch_p2p_comm": _truth("pipeline_parallel/p2p_communication.py", PP),
+    "batch_p2p_comm": _truth("pipeline_parallel/p2p_communication.py", PP_PLAIN),
     "batch_p2p_sync": _truth("pipeline_parallel/p2p_communication.py", PP),
-    "deallocate_pipeline_outputs": _truth("pipeline_parallel/schedules.py", PP),
+    "deallocate_pipeline_outputs": _truth("pipeline_parallel/schedules.py", PP_PLAIN),
     # A copy of the embedding's split output, so that the whole one can be freed.
     "clone_scatter_output_in_embedding": _truth("models/common/embeddings/language_model_embedding.py", SP),
 }

@@ -88,25 +88,26 @@ def start(ranks: Ranks, layout: Layout) -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, context_parallel_size=layout.cp,
+        layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None, context_parallel_size=layout.cp,
         distributed_timeout_minutes=processes.TIMEOUT // datetime.timedelta(minutes=1),  # its own default is half an hour
         create_gloo_process_groups=False,  # only its own checkpoints use them: three per data-parallel group
     )  # fmt: skip
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def begin_micro_batch(seed: int) -> None:
-    """On each stage, of training with the seed of ranks.seed_micro_batch (0: of an evaluation): a heartbeat, and the states
-    that dropout inside tensor- and sequence-parallel regions draws from.
+def begin_micro_batch(seed: int, chunk: torch.nn.Module) -> None:
+    """On each chunk of layers, of training with the seed of ranks.seed_micro_batch (0: of an evaluation): a heartbeat, and the
+    states that dropout inside tensor- and sequence-parallel regions draws from.
 
-    These add the tp rank; both add the pipeline stage and the context-parallel rank, so that no two ranks with different
-    activations drop the same units.
+    These add the tp rank; both add the number of the chunk and the context-parallel rank, so that no two chunks or ranks with
+    different activations drop the same units.
     """
     heartbeat.beat("forward and backward")
     if not seed:
         return
     stages, stage = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_rank()
-    number = parallel_state.get_context_parallel_rank() * stages + stage
+    cp_rank, cp = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    number = ((_core(chunk).vp_stage or 0) * cp + cp_rank) * stages + stage
     tensor_parallel.model_parallel_cuda_manual_seed((seed + 100 * number) % 2**62)
 
 
@@ -328,6 +329,11 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         "persist_layer_norm": False,
         "batch_p2p_sync": False,  # else the host waits for the GPU after each exchange, as torch before 2.0 needed it
     }
+    if layout.vpp > 1:
+        # Two stages send each other activations and gradients at the same time. In one batch of exchanges gloo matches them in
+        # the order in which they were posted, so that a stage takes one for the other; Megatron itself refuses such batches
+        # between two stages (megatron/training/arguments.py, overlap_p2p_comm).
+        values |= {"virtual_pipeline_model_parallel_size": layout.vpp, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     values |= fusions.settings(cfg) | shapes
     if system.recompute == "selective":
         values["recompute_granularity"] = "selective"  # of recompute_modules the default: core_attn
@@ -339,21 +345,48 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
 # ---- wrapping and optimizer ------------------------------------------------------------------------------------------
 
 
-def wrap(config: TransformerConfig, net: torch.nn.Module, cfg: Config, ranks: Ranks) -> DistributedDataParallel:
+class Chunks(torch.nn.ModuleList):
+    """The chunks of layers of this rank's pipeline stage, each in Megatron's DistributedDataParallel: one, or megatron.vpp."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    def zero_grad_buffer(self) -> None:
+        chunks: list[Any] = list(self)
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+
+
+def pre_and_post(layout: Layout) -> Iterator[dict[str, Any]]:
+    """For each chunk of this rank what Megatron's models ask: which it is (None: the only one), and whether it holds the
+    embedding or the head."""
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    for number in range(layout.vpp):
+        yield {
+            "vp_stage": number if layout.vpp > 1 else None, "pre_process": first and number == 0,
+            "post_process": last and number == layout.vpp - 1,
+        }  # fmt: skip
+
+
+def wrap(nets: Sequence[torch.nn.Module], cfg: Config, ranks: Ranks) -> Chunks:
     """Megatron's data parallelism; gradients are accumulated and reduced in fp32."""
-    net = net.to(ranks.device)
+    config: TransformerConfig = nets[0].config
+    nets = [net.to(ranks.device) for net in nets]
     if config.bf16:
-        net = Float16Module(config, net)
+        nets = [Float16Module(config, net) for net in nets]
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=True
     )
     with cuda_stand_in.active(ranks):
-        model = DistributedDataParallel(config, ddp_config, net)
-    config.no_sync_func = model.no_sync  # the schedules reduce gradients in the last micro batch's backward pass only
-    return model
+        # one bucket for each chunk but the first: while it is reduced, the chunks before it go backward (megatron/training)
+        chunks = [DistributedDataParallel(config, ddp_config, net, number > 0) for number, net in enumerate(nets)]
+    # the schedules reduce gradients in the last micro batch's backward pass only
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Chunks(chunks)
 
 
-def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> MegatronOptimizer:
+def optimizer_for(model: Chunks, cfg: Config, ranks: Ranks) -> MegatronOptimizer:
     o = cfg.optim
     with cuda_stand_in.active(ranks):
         optimizer = get_megatron_optimizer(
@@ -363,7 +396,7 @@ def optimizer_for(model: DistributedDataParallel, cfg: Config, ranks: Ranks) -> 
                 bf16=cfg.train.dtype == "bf16", params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=cfg.megatron.distributed_optimizer,
             ),
-            [model], use_gloo_process_groups=False,
+            list(model), use_gloo_process_groups=False,
         )  # fmt: skip
     for one in each(optimizer):
         for group in one.param_groups:
@@ -403,12 +436,20 @@ def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
     return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)
 
 
-def global_names(model: torch.nn.Module) -> list[tuple[str, Any]]:
+def _core(chunk: Any) -> Any:
+    """The model without its wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def global_names(model: Chunks) -> list[tuple[str, Any]]:
     """Parameters, with the attributes that Megatron gives them, under the names that they have without pipeline stages and
     wrappers: layers.0 of stage 1 becomes layers.2."""
-    core: Any = model
-    while hasattr(core, "module"):
-        core = core.module
+    return [named for chunk in model for named in _names_of(_core(chunk))]
+
+
+def _names_of(core: torch.nn.Module) -> list[tuple[str, Any]]:
     numbers = {
         name: f"{name.rpartition('.')[0]}.{layer.layer_number - 1}"
         for name, layer in core.named_modules()
@@ -422,7 +463,7 @@ def global_names(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def load_state(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
+    model: Chunks, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
     values: state.Values, step: int,
 ) -> None:  # fmt: skip
     """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time; a collective.
@@ -473,7 +514,7 @@ def _is_split(parameter: Any) -> bool:
     return tp > 1 and getattr(parameter, "tensor_model_parallel", False)
 
 
-def _prove(model: DistributedDataParallel, parameter_map: ParameterMap, shapes: Shapes) -> None:
+def _prove(model: Chunks, parameter_map: ParameterMap, shapes: Shapes) -> None:
     """BadInput, on every rank, unless each Megatron parameter is in the map and has the shape that its conversion gives,
     and all pipeline stages together name each parameter of the family once."""
     names: list[str] = []
@@ -533,7 +574,7 @@ def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Itera
         return
 
 
-def gather_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, parameter_map: ParameterMap) -> Iterator[Entry]:
+def gather_state(model: Chunks, optimizer: MegatronOptimizer, parameter_map: ParameterMap) -> Iterator[Entry]:
     """Every parameter's master and moments by Hugging Face name, gathered over dp x cp and tp one at a time.
 
     The ranks that share a pipeline stage take turns to write.

@@ -25,6 +25,7 @@ from common.errors import BadInput
 from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
+from common.stacks import pipeline
 
 from . import samples
 
@@ -99,13 +100,13 @@ class Model(Section):
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
             yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
-        tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+        tp = getattr(system, "tp", 1)
         if self.heads % tp:
             yield f"{stack}.tp={tp} does not divide model.heads={self.heads}"
         if self.resolved_ffn() % tp:
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
-        if self.layers % pp:
-            yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
+        if stack == "megatron":
+            yield from pipeline.problems(self.layers, system)
         yield from sequence_problems(cfg, stack)
 
     def head_problems(self, cfg: Config) -> Iterator[str]:

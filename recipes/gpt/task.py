@@ -20,6 +20,7 @@ from common.data import batches
 from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
+from common.stacks import pipeline
 
 from .samples import Samples
 
@@ -105,14 +106,14 @@ class Model(Section):
                 f"megatron.transformer_engine=true with megatron.cp={system.cp} and attention that restarts at each document: "
                 "its ring takes no mask; set transformer_engine or data.reset_attention to false"
             )
-        tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
+        tp = getattr(system, "tp", 1)
         kv = self.kv_heads or self.heads
         if self.heads % tp or kv % tp:
             yield f"{stack}.tp={tp} does not divide model.heads={self.heads} and model.kv_heads={kv}"
         if self.resolved_ffn() % tp:
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
-        if self.layers % pp:
-            yield f"{stack}.pp={pp} does not divide model.layers={self.layers}"
+        if stack == "megatron":
+            yield from pipeline.problems(self.layers, system)
         yield from sequence_problems(cfg, stack)
 
     def has_mask(self, cfg: Any) -> bool:

@@ -79,10 +79,12 @@ class Model(Section):
         """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
-        if pp > 1:
+        if pp > 1 or getattr(system, "vpp", 1) > 1:
+            key = "pp" if pp > 1 else "vpp"
             yield (
-                f"megatron.pp={pp}: megatron-core no longer splits an encoder and a decoder over pipeline stages (removed from "
-                "its schedules); use megatron.pp=1 with megatron.tp, sequence_parallel and distributed_optimizer"
+                f"megatron.{key}={getattr(system, key)}: megatron-core no longer splits an encoder and a decoder over pipeline "
+                "stages (removed from its schedules); use megatron.pp=1 and megatron.vpp=1 with megatron.tp, "
+                "sequence_parallel and distributed_optimizer"
             )
         if getattr(system, "cp", 1) > 1:
             yield (

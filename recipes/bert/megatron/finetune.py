@@ -47,8 +47,7 @@ def main(argv: list[str]) -> None:
     is_loss_rank = parallel_state.is_pipeline_last_stage() and shares == (0, 0)
 
     # ---- model
-    net = megatron_model.build(cfg, layout)
-    model = mcore.wrap(net.config, net, cfg, ranks)
+    model = mcore.wrap(megatron_model.build(cfg, layout), cfg, ranks)  # the chunks of layers of this rank's pipeline stage
     mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
@@ -59,13 +58,13 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[SeededBatch], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
-        """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
+        """Run a micro batch on one chunk. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
-        mcore.begin_micro_batch(seed)
+        mcore.begin_micro_batch(seed, chunk)
         batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
-        output = megatron_model.forward(model, batch)
+        output = megatron_model.forward(chunk, batch)
 
         def loss_of(logits: torch.Tensor) -> mcore.StepLoss:
             """Logits of the last stage -> summed loss, number of targets, and what the schedule collects."""
@@ -80,8 +79,9 @@ def main(argv: list[str]) -> None:
         """Loss and predictions of each micro batch; none on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
-                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
-                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch * head.sequences, forward_only=forward_only,
+                forward_step_func=forward_step, data_iterator=[iter(seeded) for _ in model], model=list(model),
+                num_microbatches=len(seeded), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch * head.sequences,
+                forward_only=forward_only,
             )  # fmt: skip
         return outputs if is_loss_rank else []
 

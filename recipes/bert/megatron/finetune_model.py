@@ -25,10 +25,11 @@ class HeadedBert(megatron_model.Encoder):
         return self.binary_head(F.dropout(pooled, self.config.hidden_dropout, self.training and self.head.dropout))
 
 
-def build(cfg: finetune.ResolvedConfig, layout: Layout) -> HeadedBert:
-    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
+def build(cfg: finetune.ResolvedConfig, layout: Layout) -> list[HeadedBert]:
+    """Build this rank's chunks and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
-    net = megatron_model.encoder(HeadedBert, cfg, m, layout, share_embeddings_and_output_weights=False, add_binary_head=True)
+    nets = megatron_model.encoders(HeadedBert, cfg, m, layout, share_embeddings_and_output_weights=False, add_binary_head=True)
+    net = nets[-1]
     if net.post_process:
         net.head = m.task_head
         net.lm_head = net.output_layer = None
@@ -36,7 +37,7 @@ def build(cfg: finetune.ResolvedConfig, layout: Layout) -> HeadedBert:
         net.binary_head = torch.nn.Linear(m.hidden, len(m.labels))
         if net.pooler is not None:
             net.pooler.sequence_parallel = False
-    return net
+    return nets
 
 
 def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -48,6 +49,6 @@ def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A batch of own_part on this pipeline stage -> the output of HeadedBert.forward."""
+    """A batch of own_part on a chunk of layers -> the output of HeadedBert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask)

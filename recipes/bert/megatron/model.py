@@ -1,6 +1,7 @@
 """Both BERTs on Megatron Core, built from the shapes in the config. Megatron Core itself has no post-norm BERT."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,24 +105,33 @@ def layer_spec(cfg: Config, m: task.ResolvedModel, config: TransformerConfig) ->
     return spec
 
 
-def build(cfg: task.ResolvedConfig, layout: Layout) -> Bert:
-    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
+def build(cfg: task.ResolvedConfig, layout: Layout) -> list[Bert]:
+    """Build this rank's chunks and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
-    net = encoder(Bert, cfg, m, layout, share_embeddings_and_output_weights=True, add_binary_head=m.pair_head)
-    net.unpadded_vocab = m.vocab_size
-    if net.post_process:
-        net.use_whole_positions()
-    return net
+    nets = encoders(Bert, cfg, m, layout, share_embeddings_and_output_weights=True, add_binary_head=m.pair_head)
+    for net in nets:
+        net.unpadded_vocab = m.vocab_size
+    if nets[-1].post_process:
+        nets[-1].use_whole_positions()
+    return nets
 
 
-def encoder[Net: Encoder](net_class: type[Net], cfg: Config, m: task.ResolvedModel, layout: Layout, **heads: bool) -> Net:
-    """Build a model of this class. heads: the arguments of BertModel that select its heads."""
+def encoders[Net: Encoder](
+    net_class: type[Net], cfg: Config, m: task.ResolvedModel, layout: Layout, **heads: bool
+) -> list[Net]:
+    """Build this rank's chunks of a model of this class. heads: the arguments of BertModel that select its heads."""
     config = transformer_config(cfg, m, layout)
     bert_lm_head.LNImpl = mcore.Norm
+    return [_encoder(net_class, cfg, m, layout, config, **heads, **place) for place in mcore.pre_and_post(layout)]
+
+
+def _encoder[Net: Encoder](
+    net_class: type[Net], cfg: Config, m: task.ResolvedModel, layout: Layout, config: TransformerConfig, **more: Any
+) -> Net:
     net = net_class(
         config=config, num_tokentypes=2, transformer_layer_spec=layer_spec(cfg, m, config),
         vocab_size=-(-m.vocab_size // layout.tp) * layout.tp, max_sequence_length=m.positions,
-        **heads, pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        **more,
     )  # fmt: skip
     if m.arch == "bert":
         net.encoder.final_layernorm = None
@@ -144,7 +154,7 @@ def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Output:
-    """A batch of own_part on this pipeline stage -> the output of Bert.forward."""
+    """A batch of own_part on a chunk of layers -> the output of Bert.forward."""
     mask = ~batch["attention_mask"][:, None, None]  # (B, 1, 1, T), True: masked out
     return net(batch["tokens"], batch["token_types"], mask, batch["predicted"])
 

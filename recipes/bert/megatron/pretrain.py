@@ -45,8 +45,7 @@ def main(argv: list[str]) -> None:
     is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
-    net = megatron_model.build(cfg, layout)
-    model = mcore.wrap(net.config, net, cfg, ranks)
+    model = mcore.wrap(megatron_model.build(cfg, layout), cfg, ranks)  # the chunks of layers of this rank's pipeline stage
     mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
@@ -58,17 +57,17 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[SeededBatch], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], chunk: torch.nn.Module
     ) -> tuple[megatron_model.Output, Callable[[megatron_model.Output], mcore.StepLoss]]:
-        """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
+        """Run a micro batch on one chunk. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, weights, micro_batch = next(seeded)
-        mcore.begin_micro_batch(seed)
+        mcore.begin_micro_batch(seed, chunk)
         batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
-        output = megatron_model.forward(model, batch)
+        output = megatron_model.forward(chunk, batch)
 
         def loss_of(output: megatron_model.Output) -> mcore.StepLoss:
             """Output of the last stage -> weighted loss, number of masked tokens, and what the schedule collects."""
-            sums = megatron_model.loss_sums(net.config, output, batch)  # (2, P)
+            sums = megatron_model.loss_sums(model.config, output, batch)  # (2, P)
             masked = batch["labels"].new_full((), len(batch["labels"]), dtype=torch.int32)
             # a copy, since the schedule divides in place
             return sums[0] @ weights, masked, {"sums": sums.detach().clone()}
@@ -79,8 +78,9 @@ def main(argv: list[str]) -> None:
         """Summed losses and hits (2, P) of the micro batches; zero on ranks that do not report them."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
-                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
-                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
+                forward_step_func=forward_step, data_iterator=[iter(seeded) for _ in model], model=list(model),
+                num_microbatches=len(seeded), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
+                forward_only=forward_only,
             )  # fmt: skip
         return sum((output["sums"].double() for output in outputs), zeros) if is_loss_rank else zeros.clone()
 

@@ -45,8 +45,7 @@ def main(argv: list[str]) -> None:
     is_loss_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     # ---- model
-    net = megatron_model.build(cfg, layout)
-    model = mcore.wrap(net.config, net, cfg, ranks)
+    model = mcore.wrap(megatron_model.build(cfg, layout), cfg, ranks)  # the chunks of layers of this rank's pipeline stage
     mapping = parameter_map(cfg.model)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
@@ -57,13 +56,13 @@ def main(argv: list[str]) -> None:
     schedule = get_forward_backward_func()  # for one or several pipeline stages
 
     def forward_step(
-        seeded: Iterator[SeededBatch], model: torch.nn.Module
+        seeded: Iterator[SeededBatch], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], mcore.StepLoss]]:
-        """Run one micro batch on this stage. Megatron's schedule calls this, and expects the output and a loss function."""
+        """Run a micro batch on one chunk. Megatron's schedule calls this, and expects the output and a loss function."""
         seed, micro_batch = next(seeded)
-        mcore.begin_micro_batch(seed)
+        mcore.begin_micro_batch(seed, chunk)
         batch = megatron_model.own_part(task.make_batch(micro_batch, ranks.device))
-        output = megatron_model.forward(model, batch)
+        output = megatron_model.forward(chunk, batch)
 
         def loss_of(losses: torch.Tensor) -> mcore.StepLoss:
             """Losses (B, T) of the last stage -> their sum, the number of targets, and what the schedule collects."""
@@ -77,8 +76,9 @@ def main(argv: list[str]) -> None:
         """Summed loss of the micro batches; zero on ranks that do not report it."""
         with cuda_stand_in.active(ranks):
             outputs = schedule(
-                forward_step_func=forward_step, data_iterator=iter(seeded), model=[model], num_microbatches=len(seeded),
-                seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch, forward_only=forward_only,
+                forward_step_func=forward_step, data_iterator=[iter(seeded) for _ in model], model=list(model),
+                num_microbatches=len(seeded), seq_length=cfg.data.seq_len, micro_batch_size=layout.micro_batch,
+                forward_only=forward_only,
             )  # fmt: skip
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
         return sum((output["loss"].double() for output in outputs), zero) if is_loss_rank else zero

@@ -45,8 +45,8 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
     return mcore.transformer_config(cfg, layout, **shapes)
 
 
-def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> Gpt:
-    """Build this rank's stage and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
+def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> list[Gpt]:
+    """Build this rank's chunks and shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     config = transformer_config(cfg, layout)
     if cfg.megatron.transformer_engine:
@@ -56,14 +56,17 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
     else:
         mcore.use_own_norms()
         spec = mcore.layer_spec(AttnMaskType.causal)
-    net = Gpt(
-        config=config, transformer_layer_spec=spec, vocab_size=-(-m.vocab_size // layout.tp) * layout.tp,
-        max_sequence_length=m.positions, share_embeddings_and_output_weights=m.tied,
-        position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=m.rope_theta,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
-    )  # fmt: skip
-    net.unpadded_vocab = m.vocab_size
-    return net
+    nets = [
+        Gpt(
+            config=config, transformer_layer_spec=spec, vocab_size=-(-m.vocab_size // layout.tp) * layout.tp,
+            max_sequence_length=m.positions, share_embeddings_and_output_weights=m.tied,
+            position_embedding_type="learned_absolute" if m.arch == "gpt2" else "rope", rotary_base=m.rope_theta, **place,
+        )
+        for place in mcore.pre_and_post(layout)
+    ]  # fmt: skip
+    for net in nets:
+        net.unpadded_vocab = m.vocab_size
+    return nets
 
 
 def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,6 +79,6 @@ def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def forward(net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A batch of own_part on this pipeline stage -> losses (B, T / cp) on the last stage, hidden states on the others."""
+    """A batch of own_part on a chunk of layers -> losses (B, T / cp) on the last one, hidden states on the others."""
     mask = ~batch["attention_mask"] if "attention_mask" in batch else None  # (B, 1, T / cp, T), True: masked out
     return net(batch["inputs"], batch["position_ids"], mask, labels=batch["targets"])

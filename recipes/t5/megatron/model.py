@@ -112,8 +112,8 @@ def transformer_config(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", lay
     )  # fmt: skip
 
 
-def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> T5:
-    """Build this rank's shards. Parameters are allocated but not initialized: mcore.load_state sets them."""
+def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) -> list[T5]:
+    """Build this rank's shards, in one chunk. Parameters are allocated but not initialized: mcore.load_state sets them."""
     m = cfg.model
     mcore.use_own_norms()
     encoder = mcore.layer_spec(AttnMaskType.padding, mlp=DroppedMlp)
@@ -129,7 +129,7 @@ def build(cfg: "task.ResolvedConfig | finetune.ResolvedConfig", layout: Layout) 
     )  # fmt: skip
     net.unpadded_vocab = m.vocab_size
     net.lm_head.output_layer.bias = None
-    return net
+    return [net]
 
 
 def own_part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
