@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT
 
 from common import config
+from common.layout import sequence_multiple
 from recipes.bert import task as bert
 from recipes.gpt import task as gpt
 from tests import warm
@@ -91,3 +92,16 @@ def test_the_ring_of_transformer_engine_takes_no_mask(monkeypatch, task, name: s
     [problem] = problems(masked)
     assert "megatron.transformer_engine=true with megatron.cp=2" in problem and "mask" in problem
     assert problems(plain) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "multiple"),
+    [("cp=1", 1), ("cp=2", 4), ("cp=3", 6), ("cp=2 tp=2", 4), ("cp=2 tp=3", 12), ("tp=3", 3), ("cp=3 tp=4", 12)],
+)
+def test_each_rank_gets_two_equal_chunks_and_each_tp_rank_its_share(keys: str, multiple: int) -> None:
+    words = ["megatron.sequence_parallel=true", *(f"megatron.{key}" for key in keys.split())]
+    cfg = config.load(ROOT / "recipes/gpt/configs/tiny.yaml", words, gpt.Config)
+    assert sequence_multiple(cfg, "megatron") == multiple and sequence_multiple(cfg, "deepspeed") == 1
+    cp, tp = cfg.megatron.cp, cfg.megatron.tp
+    fits = [length for length in range(1, 50) if length % cp == length // cp % tp == 0 and (cp == 1 or length % (2 * cp) == 0)]
+    assert fits[0] == multiple  # the definition
