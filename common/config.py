@@ -92,6 +92,16 @@ def _blend(value: Any) -> str | list[Any]:
 CheckedBlend = Annotated[str | list[Any], PlainValidator(_blend), WithJsonSchema({"format": "prefix or blend"})]
 
 
+def _partition(value: Any) -> str | list[int]:
+    """`parameters`, `uniform`, or the layers of each stage."""
+    if value in ("parameters", "uniform") or isinstance(value, list) and value and all(type(n) is int and n > 0 for n in value):
+        return value
+    raise ValueError("must be parameters, uniform, or a list of the layers of each stage, 1 or more")
+
+
+Partition = Annotated[str | list[int], PlainValidator(_partition), WithJsonSchema({"format": "parameters, uniform or a list"})]
+
+
 class Section(BaseModel):
     """The keys of one section. Unknown keys and silent conversions ('4' for 4) are errors."""
 
@@ -294,6 +304,7 @@ Recompute = Annotated[
     BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
 ]
 TP = "Tensor-parallel ranks, which share each layer's matrices."
+PP = "Pipeline stages, each with its share of the layers."
 
 
 class Baseline(System):
@@ -313,6 +324,12 @@ class DeepSpeed(System):
         description="What ZeRO divides among the ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0: nothing.",
     )
     tp: Positive = Field(default=1, description=TP)
+    pp: Positive = Field(default=1, description=PP + " Needs zero_stage 1.")
+    partition: Partition = Field(
+        default="parameters",
+        description="With pp: stages of about as many parameters, embedding and output counted; of as many transformer "
+        "layers; or a list of the transformer layers of each stage.",
+    )
     offload: bool = Field(default=False, description="Keep the optimizer state in CPU memory. Needs zero_stage 1, 2 or 3.")
     recompute: bool = Field(default=False, description=RECOMPUTE)
     compile: bool = Field(default=False, description=COMPILE + " Needs tp=1 and zero_stage 0, 1 or 2.")
@@ -327,7 +344,7 @@ class Megatron(System):
 
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
     tp: Positive = Field(default=1, description=TP)
-    pp: Positive = Field(default=1, description="Pipeline stages, each with its share of the layers.")
+    pp: Positive = Field(default=1, description=PP)
     vpp: Positive = Field(
         default=1,
         description="Chunks of layers per pipeline stage, which run interleaved: the stages idle vpp times less, and exchange "
@@ -559,6 +576,7 @@ def _rules(cfg: Config) -> Iterator[str]:
             "deepspeed.compile=true needs deepspeed.tp=1 and deepspeed.zero_stage=0, 1 or 2: DeepSpeed gathers parameters and "
             "sums activations inside a layer, by code that torch.compile does not trace"
         )
+    yield from _pipeline_rules(cfg.deepspeed)
     if cfg.expect:
         from common.evaluation import metrics
 
@@ -566,6 +584,30 @@ def _rules(cfg: Config) -> Iterator[str]:
             yield from metrics.problems(name, expect.value)
     yield from extra.problems("deepspeed", cfg.deepspeed)
     yield from extra.problems("megatron", cfg.megatron)
+
+
+def _pipeline_rules(system: DeepSpeed) -> Iterator[str]:
+    given = f"deepspeed.pp={system.pp}"
+    if system.pp == 1:
+        if system.partition != "parameters":
+            yield f"deepspeed.partition={written(system.partition)}: is read only with deepspeed.pp above 1; leave it out"
+        return
+    if system.zero_stage == 0:
+        yield (
+            f"{given} with deepspeed.zero_stage=0: DeepSpeed then counts a tied embedding twice in the norm that it clips; use "
+            "deepspeed.zero_stage=1"
+        )
+    if system.zero_stage > 1:
+        yield (
+            f"{given} with deepspeed.zero_stage={system.zero_stage}: a pipeline adds up the gradients of all micro batches, "
+            "and DeepSpeed refuses to divide them; use deepspeed.zero_stage=1"
+        )
+    if system.tp > 1:
+        yield f"{given} with deepspeed.tp={system.tp}: AutoTP does not split the layers of a pipeline; use one of them"
+    if system.offload:
+        yield f"{given} with deepspeed.offload=true: is not tested together; use one of them"
+    if system.compile:
+        yield f"{given} with deepspeed.compile=true: is not tested together; use one of them"
 
 
 def _phase_problems(cfg: Config) -> Iterator[str]:

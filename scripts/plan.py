@@ -210,11 +210,11 @@ def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
     for layout, stack, changed in layouts(cfg, stacks):
         try:
             shared = layout_for(changed, stack, gpus)
+            estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
         except BadInput as error:
             if layout.startswith("*"):
                 print(f"{layout:<40} cannot: {error.problems[0]}")
             continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
-        estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
         row = f"{layout:<40} {shared.micro_batch:>5} {shared.accumulate:>5}"
         row += "".join(f"{estimate[part] / 1e9:>{width[part]}.2f}" for part in parts)
         print(row + "".join(f"{'fits' if estimate['required'] <= gpu(name).memory else '-':>7}" for name in CARDS.values()))

@@ -90,6 +90,12 @@ def test_corpora_and_keys(damage, overrides: str, messages: list[str], home: Pat
 LAYOUTS = [
     ("deepspeed", 2, "deepspeed.tp=2 deepspeed.zero_stage=3", "deepspeed.tp=2 with deepspeed.zero_stage=3"),
     ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=96", "megatron.tp=3 does not divide model.heads=2"),
+    (
+        "deepspeed",
+        3,
+        "deepspeed.pp=3 train.global_batch=6",
+        "deepspeed.pp=3 is above model.layers=2: a stage would have no layer",
+    ),
     ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=2"),
     ("megatron", 2, "megatron.cp=2 data.seq_len=30", "megatron.cp=2 needs a multiple of 4 and data.seq_len=30; give 28 or 32"),
     ("megatron", 1, "optim.optimizer=lamb", "optim.optimizer=lamb on megatron: it scales each parameter's update by the norms"),

@@ -44,6 +44,7 @@ LAYOUTS = {
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "dp2": ("megatron", ["megatron.distributed_optimizer=true"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2"]),
@@ -51,7 +52,7 @@ LAYOUTS = {
     "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
 }
 ARCH_OF = {"rte": "tiny_postln", "stsb": "tiny", "cola": "tiny", "squad": "tiny_postln", "race": "tiny", "ner": "tiny"}
-OTHERS = ("baseline", "zero3", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two
+OTHERS = ("baseline", "zero3", "zero1_pp2", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two
 PAIRS = [("rte", layout) for layout in LAYOUTS] + [("stsb", layout) for layout in OTHERS]
 ALONE = [("cola", "baseline"), ("cola", "tp2_sp"), *((name, layout) for name in ("squad", "race", "ner") for layout in OTHERS)]
 ALONE += [("squad", "cp2")]

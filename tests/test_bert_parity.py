@@ -24,6 +24,8 @@ TWO_RANKS: Layouts = {
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.micro_batch=4"]),
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
+    "zero1_pp2_micro1": ("deepspeed", ["deepspeed.pp=2", "deepspeed.recompute=true", "deepspeed.micro_batch=1"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
     "dp2_distributed_optimizer": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
@@ -50,11 +52,11 @@ MICRO1: Layouts = {
     "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
+REPEATED = ("baseline", "zero1", "zero3", "zero1_pp2", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 # The objective's other choices, and LAMB
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
-    "sentences": ("tiny", ["objective.pair=none", "objective.masking=whole_word"], FEW),
+    "sentences": ("tiny", ["objective.pair=none", "objective.masking=whole_word"], (*FEW, "zero1_pp2")),
     "sentences_postln": (
         "tiny_postln", ["objective.pair=none", "objective.masking=token"], ("baseline", "zero3", "tp2_sp", "cp2"),
     ),

@@ -54,6 +54,7 @@ LAYOUTS = {
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "dp2": ("megatron", ["megatron.distributed_optimizer=true", "megatron.micro_batch=1"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
@@ -177,7 +178,7 @@ def runs(drive, configs, chatml, tmp_path_factory) -> Path:
     cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LLAMA_LAYOUTS)
     cases += many("sft_tiny", sft, ("baseline", "zero1", "zero3_tp2", "pp2"))
     cases += many("lm_tiny", configs["lm", "tiny"], ("baseline", "zero1", "tp2_sp"))
-    cases += many("unpacked_tiny", sft, ("zero3", "tp2_sp", "cp2"), ["data.pack=false", "train.steps=10"])
+    cases += many("unpacked_tiny", sft, ("zero3", "zero1_pp2", "tp2_sp", "cp2"), ["data.pack=false", "train.steps=10"])
     cases += many("lora_tiny", sft, LORA_LAYOUTS, LORA)
     cases += many("lora_tiny_llama", configs["sft", "tiny_llama"], ("baseline", "zero3"), LORA)
     dropped = ["model.dropout=0.1", "optim.decay_steps=8"]
@@ -248,7 +249,7 @@ FOLLOW = [
     *[("sft_tiny_llama", name) for name in LLAMA_LAYOUTS],
     *[("sft_tiny", name) for name in ("baseline", "zero1", "zero3_tp2", "pp2")],
     *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
-    *[("unpacked_tiny", name) for name in ("zero3", "tp2_sp", "cp2")],
+    *[("unpacked_tiny", name) for name in ("zero3", "zero1_pp2", "tp2_sp", "cp2")],
     *[("lora_tiny", name) for name in LORA_LAYOUTS],
     *[("lora_tiny_llama", name) for name in ("baseline", "zero3")],
 ]

@@ -26,6 +26,11 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
     "zero3_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2", "deepspeed.micro_batch=1"]),
+    "zero1_pp2_listed": (
+        "deepspeed",
+        ["deepspeed.pp=2", "deepspeed.partition=[3, 1]", "deepspeed.recompute=true", "deepspeed.micro_batch=4"],
+    ),
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2", "deepspeed.recompute=true"]),
@@ -45,6 +50,8 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
 }
 FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
+    "zero1_pp2_dp2": ("deepspeed", ["deepspeed.pp=2"]),
+    "zero1_pp4": ("deepspeed", ["deepspeed.pp=4", "deepspeed.partition=uniform", "deepspeed.micro_batch=1"]),
     "zero3_tp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
     "cp2_pp2": ("megatron", ["megatron.cp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
@@ -65,6 +72,8 @@ REPEATED = (
     "zero1",
     "zero3",
     "zero1_tp2",
+    "zero1_pp2",
+    "zero1_pp4",
     "tp2_sp",
     "pp2",
     "pp2_vpp2_micro4",
@@ -80,6 +89,7 @@ UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "baseline_micro4": ("baseline", ["baseline.micro_batch=4"]),
     "zero1_micro1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero3_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero3_tp2_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
     "dp2_micro4": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
@@ -93,6 +103,7 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),  # autocast, as the baseline
     "zero1": ("deepspeed", []),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.tp=2"]),
     "dp2": ("megatron", []),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_autotp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
@@ -39,12 +40,13 @@ MOVES: list[tuple[str, list[str]]] = [
     ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     ("megatron", ["megatron.pp=2"]),
+    ("deepspeed", ["deepspeed.pp=2"]),
     ("megatron", ["megatron.cp=2"]),
     ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
     ("megatron", ["megatron.distributed_optimizer=true"]),
     ("baseline", []),
 ]
-BF16 = ["zero1", "zero3", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
+BF16 = ["zero1", "zero1_pp2", "zero3", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
 EACH = 5  # steps on each stack
 ARCHS = ("tiny", "tiny_llama")
 

@@ -115,6 +115,12 @@ LAYOUTS = [
     ("deepspeed", 1, "optim.optimizer=adafactor", "optim.optimizer=adafactor with deepspeed.zero_stage=1: it keeps the mean"),
     ("deepspeed", 2, "optim.optimizer=adafactor deepspeed.zero_stage=0 deepspeed.tp=2", "optim.optimizer=adafactor with deep"),
     ("megatron", 1, "optim.optimizer=adafactor", "optim.optimizer=adafactor on megatron: it keeps the mean squares"),
+    (
+        "deepspeed",
+        2,
+        "deepspeed.pp=2",
+        "deepspeed.pp=2: a layer of DeepSpeed's pipeline sees only what the one before it returns",
+    ),
     ("megatron", 1, "megatron.vpp=2", "megatron.vpp=2: megatron-core no longer splits an encoder and a decoder over pipeline"),
     ("megatron", 2, "megatron.pp=2", "megatron.pp=2: megatron-core no longer splits an encoder and a decoder over pipeline"),
     ("megatron", 2, "megatron.cp=2", "megatron.cp=2: megatron-core's T5 cuts no sequence among ranks, and its relative biases"),

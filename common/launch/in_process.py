@@ -69,6 +69,7 @@ def _forget_groups() -> bool:
     if "deepspeed" in sys.modules:
         from deepspeed.utils import groups
 
-        had_some = had_some or groups._WORLD_GROUP is not None or groups._TENSOR_MODEL_PARALLEL_GROUP is not None
+        own = (groups._WORLD_GROUP, groups._TENSOR_MODEL_PARALLEL_GROUP, groups.mpu)  # mpu: the groups of a pipeline
+        had_some = had_some or any(group is not None for group in own)
         groups._release_process_group_references()
     return had_some

@@ -167,12 +167,12 @@ def _die_with_parent() -> None:
             os._exit(1)
 
 
-def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
-    """Seed torch's generators for one micro batch, so that dropout is a function of these four alone. Returns the seed."""
+def seed_micro_batch(seed: int, step: int, micro_batch: int, dp_rank: int, stage: int = 0) -> int:
+    """Seed torch's generators for one micro batch, so that dropout is a function of these five alone. Returns the seed."""
     import torch
 
     heartbeat.beat(f"micro batch {micro_batch + 1}")
-    value = derive_seed("dropout", seed, step, micro_batch, dp_rank)
+    value = derive_seed("dropout", seed, step, micro_batch, dp_rank, *[stage] * (stage > 0))
     torch.manual_seed(value)
     return value
 
@@ -229,11 +229,13 @@ def totals(numbers: Sequence[int], ranks: Ranks, group: "dist.ProcessGroup | Non
     return summed
 
 
-def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range) -> tuple[list[float], int]:
+def reduce_step(
+    shares: "torch.Tensor", ranks: Ranks, step: int, samples: range, is_updated: bool = False
+) -> tuple[list[float], int]:
     """Sum the ranks' shares of the loss and its parts, and learn whether any was asked to stop: one all-reduce per step.
 
-    shares: (k,). Called after the backward passes and before the optimizer's update: a sum that is not finite ends the run
-    there. Returns the k sums and the signal's number (0: go on).
+    shares: (k,). Called after the backward passes and before the optimizer's update, or with is_updated after it: a sum that is
+    not finite ends the run there. Returns the k sums and the signal's number (0: go on).
     """
     import torch
     import torch.distributed as dist
@@ -247,7 +249,7 @@ def reduce_step(shares: "torch.Tensor", ranks: Ranks, step: int, samples: range)
     heartbeat.beat("update")
     number = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
     for value in values:
-        must_be_finite("loss", value, step, samples, when=" before the update")
+        must_be_finite("loss", value, step, samples, when="" if is_updated else " before the update")
     return values, int(number)
 
 

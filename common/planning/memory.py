@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.config import Config
+from common.errors import BadInput
 from common.layout import layout_for
 from common.planning.workload import Block, Workload
 from common.stacks import extra
@@ -397,7 +398,12 @@ def communicators(run: Training) -> int:
 
 
 def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
-    """`estimate` for a resolved model that `cfg` trains on `world` ranks. BadInput as in layout_for."""
+    """`estimate` for a resolved model that `cfg` trains on `world` ranks. BadInput as in layout_for, and for a layout whose
+    memory is not estimated."""
+    if stack == "deepspeed" and cfg.deepspeed.pp > 1:
+        raise BadInput(
+            f"the memory of deepspeed.pp={cfg.deepspeed.pp} is not estimated: stages of DeepSpeed may differ in size"
+        )
     return estimate(model.workload(cfg.data), model.traits(), training(cfg, model, stack, world))
 
 

@@ -56,6 +56,9 @@ SP = When(
 PP = When("with megatron.pp above 1", lambda system: system.pp > 1)
 PP_PLAIN = When("with megatron.pp above 1 and megatron.vpp=1", lambda system: system.pp > 1 and system.vpp == 1)
 ZERO = When("with deepspeed.zero_stage=1, 2 or 3", lambda system: system.zero_stage > 0)
+ONE_STAGE = When(  # a pipeline reduces gradients after the last backward pass
+    "with deepspeed.zero_stage=1, 2 or 3 and deepspeed.pp=1", lambda system: system.zero_stage > 0 and system.pp == 1
+)
 ZERO_12 = When("with deepspeed.zero_stage=1 or 2", lambda system: system.zero_stage in (1, 2))
 ZERO_3 = When("with deepspeed.zero_stage=3", lambda system: system.zero_stage == 3)
 
@@ -79,7 +82,7 @@ MEGATRON = {
 ZERO_OPTIMIZATION = {
     # How many elements are sent at once, and whether that overlaps with the backward pass.
     "reduce_bucket_size": _whole("zero/stage3.py", ZERO),
-    "overlap_comm": _truth("zero/stage3.py", ZERO),
+    "overlap_comm": _truth("zero/stage3.py", ONE_STAGE),
     "allgather_bucket_size": _whole("zero/stage_1_and_2.py", ZERO_12, step=2),
     "use_multi_rank_bucket_allreduce": _truth("zero/stage_1_and_2.py", ZERO_12),
     # How many elements are stepped at once; which parameters are gathered ahead, and which stay gathered.

@@ -80,8 +80,10 @@ def _reduce_on_stream(optimizer: Any, bucket: list[torch.Tensor], *args: Any, **
 def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     """DeepSpeed's JSON configuration. `deepspeed.extra` is merged last."""
     system, on_gpu = cfg.deepspeed, torch.cuda.is_available()
-    zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(cfg.model.parameter_count() // layout.tp, layout.dp)
-    zero["overlap_comm"] = on_gpu and layout.dp > 1  # on a CPU there is no second stream; it allocates a second bucket
+    parameters_per_rank = cfg.model.parameter_count() // (layout.tp * layout.pp)
+    zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(parameters_per_rank, layout.dp)
+    # on a CPU there is no second stream; it allocates a second bucket. A pipeline reduces after its last backward pass
+    zero["overlap_comm"] = on_gpu and layout.dp > 1 and layout.pp == 1
     if system.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     bf16 = cfg.train.dtype == "bf16"
@@ -136,6 +138,21 @@ def tp_rank(layout: Layout, ranks: Ranks) -> int:
     return ranks.rank % layout.tp
 
 
+def stage_of(layout: Layout, ranks: Ranks) -> int:
+    """The pipeline stage of this rank. The replicas of a stage, which sum its gradients, are neighbouring ranks
+    (PipeDataParallelTopology in deepspeed/runtime/pipe/topology.py)."""
+    return ranks.rank // layout.dp if layout.pp > 1 else 0
+
+
+def dp_rank(layout: Layout, ranks: Ranks) -> int:
+    return ranks.rank % layout.dp if layout.pp > 1 else ranks.rank // layout.tp
+
+
+def reports_loss(layout: Layout, ranks: Ranks) -> bool:
+    """Whether this is the one rank of its replica that reports the loss."""
+    return tp_rank(layout, ranks) == 0 and stage_of(layout, ranks) == layout.pp - 1
+
+
 def grad_norm(engine: Any, shapes: Shapes) -> float:
     """Global gradient norm before clipping. Call it before engine.step() at stage 0, where the engine records none, and after
     it at the other stages."""
@@ -161,7 +178,7 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
     stage, named = engine.zero_optimization_stage(), state.largest_first(engine.module.named_parameters(), shapes)
     local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
     whole = {name: _full_shape(shape, shapes.get(name, shape), engine.autotp_size()) for name, shape in local.items()}
-    parameters.prove(whole, shapes, "the model on deepspeed")
+    parameters.prove(_of_all_stages(engine, whole), shapes, "the model on deepspeed")
     inner = engine.optimizer
     if stage == 0:
         state.load_torch_state(_filled(engine, named, shapes, values, step), inner, step)
@@ -220,9 +237,20 @@ def _filled(
 ) -> Iterator[tuple[torch.nn.Parameter, state.Parts]]:
     """Each parameter with this rank's shard of its parts."""
     wanted = [(name, state.stored_shapes(parameter, shapes[name], engine.optimizer, step)) for name, parameter in named]
-    turns = state.in_turns(values, wanted, engine.device)
+    group = engine.grid.get_data_parallel_group() if engine.pipeline_parallelism else None  # the ranks of this stage
+    turns = state.in_turns(values, wanted, engine.device, group)
     for (name, parameter), parts in zip(named, turns, strict=True):
         yield parameter, shard_of(parts, getattr(parameter, "ds_shape", parameter.shape), shapes[name])
+
+
+def _of_all_stages(engine: Any, shapes: Shapes) -> Shapes:
+    """`shapes` of this rank and, with a pipeline, of the other stages."""
+    if not engine.pipeline_parallelism:
+        return shapes
+    group = engine.grid.get_pipe_parallel_group()
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, shapes, group=group)
+    return {name: shape for stage in gathered for name, shape in stage.items()}
 
 
 def _full_shape(shape: Sequence[int], full: Sequence[int], tp: int) -> Sequence[int]:
@@ -297,7 +325,12 @@ def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
     stepped = stage > 0 and bool(inner.optimizer.state)
     if stepped and stage < 3:
         _link(inner)
-    trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    trained = [
+        (name, parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and not getattr(parameter, "ds_pipe_replicated", False)  # the first stage has it too
+    ]
+    turns = min(ranks.world, engine.grid.data_parallel_size) if engine.pipeline_parallelism else ranks.world
     for number, (name, parameter) in enumerate(trained):
         if stage == 0:
             moments = [inner.state.get(parameter, {}).get(part) for part in MOMENTS]
@@ -310,7 +343,7 @@ def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
             parts = [None if part is None else _gather(part, dim) for part in parts]
         if name in conversions:
             parts = [None if part is None else conversions[name].to_hf(part)[0] for part in parts]
-        writes = number % ranks.world == ranks.rank  # the ranks take turns
+        writes = number % turns == ranks.rank % turns  # the ranks, with a pipeline those of a stage, take turns
         yield name, state.parts_of(*parts) if writes else None
 
 

@@ -1,6 +1,6 @@
 """Initial values (invariant 4): they depend only on the seed, the parameter's Hugging Face name and its full shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,11 +83,14 @@ def from_hf(
     return read
 
 
-def allocate(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
-    """Give a model whose parameters are on the meta device (`accelerate.init_empty_weights`) memory without values."""
+def allocate(model: "PreTrainedModel", dtype: "torch.dtype", names: Container[str] | None = None) -> None:
+    """Give a model whose parameters are on the meta device (`accelerate.init_empty_weights`) memory without values; with names,
+    only these parameters."""
     import torch
 
     for name, parameter in list(model.named_parameters()):
+        if names is not None and name not in names:
+            continue
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
     model.tie_weights()  # named_parameters() names a shared weight once

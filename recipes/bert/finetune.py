@@ -197,7 +197,7 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
         base.Split(
             task=t.name, name=split, folder=find(t.data) if t.data else None, labels=task_labels(t),
             tokenizer_dir=folder, tokenizer=tokenizer, special=special, seq_len=cfg.data.seq_len,
-            pad_to_seq_len=stack == "megatron" and cfg.megatron.pp > 1, seed=cfg.train.seed, shuffle=shuffle,
+            pad_to_seq_len=stack != "baseline" and getattr(cfg, stack).pp > 1, seed=cfg.train.seed, shuffle=shuffle,
             subset=t.train_examples if shuffle else None, stride=t.stride, question_len=t.question_len,
             null_threshold=t.null_threshold, length_window=cfg.data.length_window, global_batch=cfg.train.global_batch,
             pad_multiple=finetuning.pad_multiple(cfg, stack),

@@ -26,9 +26,13 @@ class OnMasked:
         """input_ids, token_type_ids (B, T) int64, attention_mask (B, T) bool, True for tokens; predicted (N,) int64, indices
         into the flattened (B x T,) -> logits (N, V) and, where there is a pair head, (B, 2)."""
         out = self.bert(input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask[:, None, None, :])
-        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, predicted)  # (N, H)
+        return self.heads(out.last_hidden_state, out.pooler_output, predicted)
+
+    def heads(self, hidden: torch.Tensor, pooled: torch.Tensor | None, predicted: torch.Tensor) -> Heads:
+        """hidden (B, T, H), pooled (B, H) where there is a pair head, predicted as in forward -> the logits."""
+        masked = hidden.flatten(0, 1).index_select(0, predicted)  # (N, H)
         pair_head = getattr(self.cls, "seq_relationship", None)
-        return self.cls.predictions(hidden), None if pair_head is None else pair_head(out.pooler_output)
+        return self.cls.predictions(masked), None if pair_head is None else pair_head(pooled)
 
 
 class PairedBert(OnMasked, BertForPreTraining):

@@ -25,7 +25,7 @@ from common.errors import BadInput
 from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
-from common.stacks import pipeline
+from common.stacks import pipeline, stages
 
 from . import samples
 
@@ -107,6 +107,8 @@ class Model(Section):
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
         if stack == "megatron":
             yield from pipeline.problems(self.layers, system)
+        if stack == "deepspeed":
+            yield from stages.problems(self.layers, system)
         yield from sequence_problems(cfg, stack)
 
     def head_problems(self, cfg: Config) -> Iterator[str]:

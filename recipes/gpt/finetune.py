@@ -78,6 +78,8 @@ class Model(task.Model):
             )
         if stack == "deepspeed" and cfg.deepspeed.tp > 1:
             yield f"lora with deepspeed.tp={cfg.deepspeed.tp}: AutoTP does not split adapters; use deepspeed.tp=1"
+        if stack == "deepspeed" and cfg.deepspeed.pp > 1:
+            yield f"lora with deepspeed.pp={cfg.deepspeed.pp}: is not tested together; use deepspeed.pp=1"
         layers = linear_layers(self)
         for target in cfg.lora.targets or ():
             if target not in layers:
@@ -216,8 +218,9 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     content_hash = samples.content_hash(ids, is_target, np.array(lengths, np.int64))
     corpus = examples.Source(f"{cfg.task.name} {split_name}", content_hash, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
-    # Megatron's pipeline stages expect samples of one length, and its sequence parallelism divides that length by tp
-    pad_to_seq_len = d.pack or stack == "megatron" and (cfg.megatron.pp > 1 or cfg.megatron.sequence_parallel)
+    # pipeline stages expect samples of one length, and Megatron's sequence parallelism divides that length by tp
+    is_pipeline = stack != "baseline" and getattr(cfg, stack).pp > 1
+    pad_to_seq_len = d.pack or is_pipeline or stack == "megatron" and cfg.megatron.sequence_parallel
     notes = [*(source.notes if shuffle else []), *notes]
     order = {
         "seed": cfg.train.seed, "shuffle": shuffle, "notes": notes, "pad_multiple": finetuning.pad_multiple(cfg, stack),

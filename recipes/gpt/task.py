@@ -20,7 +20,7 @@ from common.data import batches
 from common.layout import sequence_problems
 from common.planning.memory import Traits
 from common.planning.workload import Attention, Block, Workload
-from common.stacks import pipeline
+from common.stacks import pipeline, stages
 
 from .samples import Samples
 
@@ -114,6 +114,8 @@ class Model(Section):
             yield f"{stack}.tp={tp} does not divide model.ffn={self.resolved_ffn()}"
         if stack == "megatron":
             yield from pipeline.problems(self.layers, system)
+        if stack == "deepspeed":
+            yield from stages.problems(self.layers, system)
         yield from sequence_problems(cfg, stack)
 
     def has_mask(self, cfg: Any) -> bool:

@@ -79,7 +79,13 @@ class Model(Section):
         """Report each reason why the model cannot have the layout that the config gives for `stack`."""
         system = getattr(cfg, stack)
         tp, pp = getattr(system, "tp", 1), getattr(system, "pp", 1)
-        if pp > 1 or getattr(system, "vpp", 1) > 1:
+        if pp > 1 and stack == "deepspeed":
+            yield (
+                f"deepspeed.pp={pp}: a layer of DeepSpeed's pipeline sees only what the one before it returns, but every layer "
+                "of T5's decoder reads the encoder's output, and every layer the first one's position bias; use "
+                "deepspeed.pp=1 with deepspeed.zero_stage=2 or 3"
+            )
+        elif pp > 1 or getattr(system, "vpp", 1) > 1:
             key = "pp" if pp > 1 else "vpp"
             yield (
                 f"megatron.{key}={getattr(system, key)}: megatron-core no longer splits an encoder and a decoder over pipeline "

@@ -1,9 +1,12 @@
-"""Pretrain BERT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
+"""Pretrain BERT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute, pipeline.
 
 bash recipes/bert/deepspeed/pretrain.sh recipes/bert/configs/tiny.yaml out/tiny_bert deepspeed.zero_stage=2
 """
 
-from common.launch import processes
+from functools import partial
+from typing import Any
+
+from common.launch import heartbeat, processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -21,7 +24,7 @@ from common.training import compiling, optim
 from common.training.log import Log
 
 from .. import task
-from . import model as zero_model
+from . import model as zero_model, pipeline
 
 
 def main(argv: list[str]) -> None:
@@ -35,11 +38,11 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
-    dp_rank = ranks.rank // layout.tp
-    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    dp_rank, stage = zero.dp_rank(layout, ranks), zero.stage_of(layout, ranks)
+    is_loss_rank = zero.reports_loss(layout, ranks)  # one rank of each replica
 
     # ---- model
-    net = zero_model.build(cfg, ds_config)
+    net: Any = pipeline.build(cfg, layout, ranks) if layout.pp > 1 else zero_model.build(cfg, ds_config)
     if system.compile:
         compiling.layers(net)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
@@ -60,10 +63,15 @@ def main(argv: list[str]) -> None:
     @torch.no_grad()
     def evaluate(step: int) -> None:
         engine.eval()
-        sums, counts = zeros.clone(), torch.zeros_like(zeros[0])
-        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            sums += sums_of(micro_batch) * is_loss_rank
-            counts += torch.tensor(task.counts([micro_batch])[:-1], device=ranks.device) * is_loss_rank
+        sums = zeros.clone()
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        if layout.pp > 1:
+            net.begin(lambda micro: heartbeat.beat("evaluation"))
+            fed = pipeline.feed(micro_batches, ranks.device, torch.ones_like(sums[0]))
+            engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        for micro_sums in net.results if layout.pp > 1 else map(sums_of, micro_batches):
+            sums += micro_sums * is_loss_rank
+        counts = torch.tensor(task.counts(micro_batches)[:-1], device=ranks.device) * is_loss_rank
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
@@ -97,19 +105,28 @@ def main(argv: list[str]) -> None:
         *target_counts, tokens = processes.totals(counts, ranks)
         targets = processes.on_device(torch.tensor(target_counts), ranks.device)  # (P,)
         shares = zeros.clone()  # this rank's part of the losses and hit rates
-        for micro, micro_batch in enumerate(micro_batches):
-            processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            sums = sums_of(micro_batch)
-            # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
-            engine.backward((sums[0] / targets).sum() * layout.accumulate * layout.dp)
-            shares += sums.detach() / targets
-            if micro + 1 < layout.accumulate:
-                engine.step()  # before the last micro batch this only counts; it does not update
-        values, stop = processes.reduce_step(shares.flatten() * is_loss_rank, ranks, step, run.samples(step))
+        # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
+        if layout.pp > 1:
+            weight = layout.accumulate * layout.dp / targets
+            net.begin(partial(processes.seed_micro_batch, cfg.train.seed, step, dp_rank=dp_rank, stage=stage))
+            engine.train_batch(pipeline.feed(micro_batches, ranks.device, weight))  # all passes, and the update
+            for sums in net.results:
+                shares += sums / targets
+        else:
+            for micro, micro_batch in enumerate(micro_batches):
+                processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
+                sums = sums_of(micro_batch)
+                engine.backward((sums[0] / targets).sum() * layout.accumulate * layout.dp)
+                shares += sums.detach() / targets
+                if micro + 1 < layout.accumulate:
+                    engine.step()  # before the last micro batch this only counts; it does not update
+        is_updated = layout.pp > 1
+        values, stop = processes.reduce_step(shares.flatten() * is_loss_rank, ranks, step, run.samples(step), is_updated)
         loss, parts = task.named_losses(cfg, values)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
-        engine.step()
+        if not is_updated:
+            engine.step()
         grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 

@@ -1,11 +1,13 @@
-"""Finetune GPT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute.
+"""Finetune GPT with DeepSpeed: ZeRO stage 0 to 3, offload, recompute, pipeline.
 
 bash recipes/gpt/deepspeed/finetune.sh CONFIG OUT [KEY=VALUE ...]    # CONFIG: recipes/gpt/configs/finetune_*.yaml
 """
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from common.launch import processes
+from common.launch import heartbeat, processes
 
 if __name__ == "__main__":
     processes.quiet()
@@ -22,7 +24,7 @@ from common.training import compiling, finetuning, lora, optim
 from common.training.log import Log
 
 from .. import finetune as task
-from . import model as zero_model
+from . import model as zero_model, pipeline
 
 
 def main(argv: list[str]) -> None:
@@ -36,11 +38,11 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
-    dp_rank = ranks.rank // layout.tp
-    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    dp_rank, stage = zero.dp_rank(layout, ranks), zero.stage_of(layout, ranks)
+    is_loss_rank = zero.reports_loss(layout, ranks)  # one rank of each replica
 
     # ---- model
-    net = zero_model.build(cfg, ds_config, task)
+    net: Any = pipeline.build(cfg, layout, ranks, task) if layout.pp > 1 else zero_model.build(cfg, ds_config, task)
     lora.add(net, cfg)
     if system.compile:
         compiling.layers(net)
@@ -62,9 +64,14 @@ def main(argv: list[str]) -> None:
         """Evaluate on the validation set. Returns whether this is the best checkpoint so far."""
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        for micro_batch in batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank):
-            totals[0] += loss_of(micro_batch)
-            totals[1] += task.counts([micro_batch])[0]
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        if layout.pp > 1:
+            net.begin(lambda micro: heartbeat.beat("evaluation"))
+            fed = pipeline.feed(micro_batches, ranks.device, 1.0, task)
+            engine.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        for micro_loss in net.results if layout.pp > 1 else map(loss_of, micro_batches):
+            totals[0] += micro_loss
+        totals[1] = task.counts(micro_batches)[0]
         totals *= is_loss_rank
         dist.all_reduce(totals)
         engine.train()
@@ -98,18 +105,27 @@ def main(argv: list[str]) -> None:
         counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, ranks)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
-        for micro, micro_batch in enumerate(micro_batches):
-            processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
-            micro_loss = loss_of(micro_batch)
-            # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
-            engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
-            share += micro_loss.detach() / targets
-            if micro + 1 < layout.accumulate:
-                engine.step()  # before the last micro batch this only counts; it does not update
-        [loss], stop = processes.reduce_step(share[None] * is_loss_rank, ranks, step, run.samples(step))
+        # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
+        if layout.pp > 1:
+            weight = layout.accumulate * layout.dp / targets
+            net.begin(partial(processes.seed_micro_batch, cfg.train.seed, step, dp_rank=dp_rank, stage=stage))
+            engine.train_batch(pipeline.feed(micro_batches, ranks.device, weight, task))  # all passes, and the update
+            for micro_loss in net.results:
+                share += micro_loss / targets
+        else:
+            for micro, micro_batch in enumerate(micro_batches):
+                processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
+                micro_loss = loss_of(micro_batch)
+                engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
+                share += micro_loss.detach() / targets
+                if micro + 1 < layout.accumulate:
+                    engine.step()  # before the last micro batch this only counts; it does not update
+        is_updated = layout.pp > 1
+        [loss], stop = processes.reduce_step(share[None] * is_loss_rank, ranks, step, run.samples(step), is_updated)
 
         grad_norm = zero.grad_norm(engine, shapes) if system.zero_stage == 0 else None
-        engine.step()
+        if not is_updated:
+            engine.step()
         grad_norm = zero.grad_norm(engine, shapes) if grad_norm is None else grad_norm
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
 

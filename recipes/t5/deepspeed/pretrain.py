@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
-    dp_rank = ranks.rank // layout.tp
-    is_loss_rank = zero.tp_rank(layout, ranks) == 0  # one rank of each replica reports the loss
+    dp_rank = zero.dp_rank(layout, ranks)
+    is_loss_rank = zero.reports_loss(layout, ranks)  # one rank of each replica
 
     # ---- model
     net = zero_model.build(cfg, ds_config)
@@ -92,10 +92,10 @@ def main(argv: list[str]) -> None:
         counts = [count * is_loss_rank for count in task.counts(micro_batches)]
         targets, tokens = processes.totals(counts, ranks)  # in the global batch
         share = torch.zeros((), dtype=torch.float64, device=ranks.device)  # this rank's part of the loss
+        # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
             micro_loss = loss_of(micro_batch)
-            # the engine divides by the number of micro batches and averages over the ranks; the factors undo both (invariant 5)
             engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
             share += micro_loss.detach() / targets
             if micro + 1 < layout.accumulate:
