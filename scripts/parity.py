@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
     """The layouts that are compared by default, for this number of processes."""
-    zero = {"tp": 1, "offload": False, "recompute": False}
+    zero = {"tp": 1, "pp": 1, "offload": False, "recompute": False}
     plain = {
         "tp": 1,
         "pp": 1,
@@ -99,7 +99,7 @@ def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
         "megatron": [plain, plain | {"distributed_optimizer": True}],
     }
     if nproc % 2 == 0:
-        usual["deepspeed"].append(zero | {"zero_stage": 1, "tp": 2})
+        usual["deepspeed"] += [zero | {"zero_stage": 1, "tp": 2}, zero | {"zero_stage": 1, "pp": 2}]
         usual["megatron"] += [
             plain | {"tp": 2},
             plain | {"tp": 2, "sequence_parallel": True, "recompute": "full"},

@@ -250,7 +250,7 @@ def name_of(cfg: Config, stack: str) -> str:
     for key, value in values.items():
         if value is True:
             words.append(SHORT.get(key, key))
-        elif key == "zero_stage" or value not in (None, False, 1, "none"):
+        elif key == "zero_stage" or value not in (None, False, 1, "none", "parameters"):  # defaults, whatever the key
             words.append(f"{SHORT.get(key, key)}={value}")
     return " ".join([stack, *words])
 
