@@ -316,7 +316,7 @@ class Baseline(System):
 
 
 class DeepSpeed(System):
-    """DeepSpeed: ZeRO (arXiv:1910.02054) and AutoTP."""
+    """DeepSpeed: ZeRO (arXiv:1910.02054), AutoTP and Ulysses (arXiv:2309.14509)."""
 
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
@@ -324,6 +324,11 @@ class DeepSpeed(System):
         description="What ZeRO divides among the ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0: nothing.",
     )
     tp: Positive = Field(default=1, description=TP)
+    sp: Positive = Field(
+        default=1,
+        description="Ranks that share each sequence, by Ulysses (arXiv:2309.14509): each has its part of the positions, and in "
+        "the attention all positions of its part of the heads. GPT only. Needs tp=1 and zero_stage 1, 2 or 3.",
+    )
     pp: Positive = Field(default=1, description=PP + " Needs zero_stage 1.")
     partition: Partition = Field(
         default="parameters",
@@ -571,6 +576,12 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
     if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
         yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
+    d = cfg.deepspeed
+    if d.sp > 1 and (d.zero_stage == 0 or d.tp > 1 or d.pp > 1 or d.compile):
+        yield (
+            f"deepspeed.sp={d.sp} needs deepspeed.zero_stage=1 to 3, deepspeed.tp=1, pp=1 and compile=false; "
+            "other combinations have not been compared with the plain loop"
+        )
     if cfg.deepspeed.compile and (cfg.deepspeed.zero_stage == 3 or cfg.deepspeed.tp > 1):
         yield (
             "deepspeed.compile=true needs deepspeed.tp=1 and deepspeed.zero_stage=0, 1 or 2: DeepSpeed gathers parameters and "

@@ -620,6 +620,24 @@ def test_megatrons_corpora_have_the_tokenizers_end_of_document(source, tmp_path,
         assert not a["loss_mask"].all() if mask == "eod_mask_loss" else a["segment"].any()
 
 
+def test_ranks_that_share_a_sequence_have_all_of_its_targets_once():
+    """Of documents of 2, 7 and 12 tokens, padded to 8 inputs."""
+    length, lengths = 8, np.array([2, 7, 12])
+    tokens = np.random.default_rng(1).integers(1, 99, (3, length + 1))
+    counted = np.arange(1, length + 1) < lengths[:, None]
+    whole = {"tokens": tokens, "loss_mask": counted, "lengths": np.minimum(lengths, length), "segment": tokens[:, :-1] // 50}
+    assert batches.sequence_part(whole, 0, 1) is whole
+    parts = [batches.sequence_part(whole, part, 4) for part in range(4)]
+    for begin, part in zip(range(0, length, 2), parts, strict=True):
+        assert part["tokens"].tolist() == tokens[:, begin : begin + 3].tolist()  # two inputs, and the target of the second
+        assert part["position"].tolist() == [[begin, begin + 1]] * 3
+        assert part["segment"] is whole["segment"]
+    assert np.concatenate([part["loss_mask"] for part in parts], 1).tolist() == counted.tolist()
+    assert sum(part["lengths"] for part in parts).tolist() == whole["lengths"].tolist()
+    restarted = batches.sequence_part(whole | {"position": np.arange(24).reshape(3, 8) % 5}, 1, 2)
+    assert restarted["position"].tolist() == [[4, 0, 1, 2], [2, 3, 4, 0], [0, 1, 2, 3]]
+
+
 # ---- permutation ----------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ LAYOUTS = {
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero1_sp2": ("deepspeed", ["deepspeed.sp=2", "deepspeed.micro_batch=4"]),
     "dp2": ("megatron", ["megatron.distributed_optimizer=true", "megatron.micro_batch=1"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "pp2": ("megatron", ["megatron.pp=2", "megatron.recompute=true"]),
@@ -163,7 +164,7 @@ def chatml(folders, tmp_path_factory) -> Path:
 
 LLAMA_LAYOUTS = [name for name in LAYOUTS if name != "zero3_tp2"]
 LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
-LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3")
+LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3", "zero1_sp2")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,9 @@ def runs(drive, configs, chatml, tmp_path_factory) -> Path:
     cases = many("sft_tiny_llama", configs["sft", "tiny_llama"], LLAMA_LAYOUTS)
     cases += many("sft_tiny", sft, ("baseline", "zero1", "zero3_tp2", "pp2"))
     cases += many("lm_tiny", configs["lm", "tiny"], ("baseline", "zero1", "tp2_sp"))
-    cases += many("unpacked_tiny", sft, ("zero3", "zero1_pp2", "tp2_sp", "cp2"), ["data.pack=false", "train.steps=10"])
+    cases += many(
+        "unpacked_tiny", sft, ("zero3", "zero1_sp2", "zero1_pp2", "tp2_sp", "cp2"), ["data.pack=false", "train.steps=10"]
+    )
     cases += many("lora_tiny", sft, LORA_LAYOUTS, LORA)
     cases += many("lora_tiny_llama", configs["sft", "tiny_llama"], ("baseline", "zero3"), LORA)
     dropped = ["model.dropout=0.1", "optim.decay_steps=8"]
@@ -249,7 +252,7 @@ FOLLOW = [
     *[("sft_tiny_llama", name) for name in LLAMA_LAYOUTS],
     *[("sft_tiny", name) for name in ("baseline", "zero1", "zero3_tp2", "pp2")],
     *[("lm_tiny", name) for name in ("baseline", "zero1", "tp2_sp")],
-    *[("unpacked_tiny", name) for name in ("zero3", "zero1_pp2", "tp2_sp", "cp2")],
+    *[("unpacked_tiny", name) for name in ("zero3", "zero1_sp2", "zero1_pp2", "tp2_sp", "cp2")],
     *[("lora_tiny", name) for name in LORA_LAYOUTS],
     *[("lora_tiny_llama", name) for name in ("baseline", "zero3")],
 ]

@@ -34,6 +34,9 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero0_tp2": ("deepspeed", ["deepspeed.zero_stage=0", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero2_tp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.tp=2", "deepspeed.recompute=true"]),
+    "zero1_sp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2", "deepspeed.micro_batch=1"]),
+    "zero2_sp2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.sp=2", "deepspeed.recompute=true"]),
+    "zero3_sp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2", "deepspeed.micro_batch=4"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
     "tp2_sp_recompute": (
@@ -53,6 +56,8 @@ FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero1_pp2_dp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_pp4": ("deepspeed", ["deepspeed.pp=4", "deepspeed.partition=uniform", "deepspeed.micro_batch=1"]),
     "zero3_tp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
+    "zero1_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
+    "zero3_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
     "cp2_pp2": ("megatron", ["megatron.cp=2", "megatron.pp=2", "megatron.micro_batch=4"]),
     "tp2_sp_cp2": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.cp=2", "megatron.micro_batch=4"]),
@@ -74,6 +79,7 @@ REPEATED = (
     "zero1_tp2",
     "zero1_pp2",
     "zero1_pp4",
+    "zero3_sp2",
     "tp2_sp",
     "pp2",
     "pp2_vpp2_micro4",
@@ -91,6 +97,8 @@ UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "zero3_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero3_tp2_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero1_sp2_micro1": ("deepspeed", ["deepspeed.sp=2", "deepspeed.micro_batch=1"]),
+    "zero3_sp2_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2", "deepspeed.micro_batch=4"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
     "dp2_micro4": ("megatron", ["megatron.micro_batch=4", "megatron.distributed_optimizer=true"]),
     "tp2_micro4": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
@@ -105,6 +113,7 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.tp=2"]),
+    "zero3_sp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "dp2": ("megatron", []),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=4"]),
     "tp2_sp_distributed_optimizer": (
@@ -113,7 +122,12 @@ BF16_LAYOUTS: dict[str, tuple[str, list[str]]] = {
     ),
     "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
 }
-RARE = ("zero0_tp2", "tp2_sp_cp2", "cp2_dp2_distributed_optimizer")  # no mechanism of its own; tp2_sp_cp2 is REPEATED
+RARE = (
+    "zero0_tp2",
+    "zero1_sp2_dp2",
+    "tp2_sp_cp2",
+    "cp2_dp2_distributed_optimizer",
+)  # no mechanism of its own; tp2_sp_cp2 is REPEATED
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *FOUR_RANKS) if name not in RARE]
 FP32_ROWS += [("tiny_llama", name) for name in REPEATED]
 SLOW_FP32_ROWS = [(arch, name) for arch in ARCHS for name in (*TWO_RANKS, *FOUR_RANKS) if (arch, name) not in FP32_ROWS]

@@ -32,6 +32,8 @@ LAYOUTS = {
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true"]),
     "zero3_recompute": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.recompute=true"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2"]),
+    "zero1_ulysses2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
+    "zero3_ulysses2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "megatron": ("megatron", []),
     "distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
     "tp2": ("megatron", ["megatron.tp=2"]),
@@ -43,8 +45,9 @@ LAYOUTS = {
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
 }
 FINETUNED = ("baseline", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
-# Refused before a run starts: Megatron Core's T5 has no pipeline.
+# Refused before a run starts: Megatron Core's T5 has no pipeline, and Ulysses is for GPT.
 REFUSED = {("t5", "pp2"), ("t5", "pp2_vpp2"), ("t5", "tp2_pp2"), ("t5", "cp2"), ("t5", "tp2_cp2")}
+REFUSED |= {(family, f"zero{stage}_ulysses2") for family in ("bert", "t5") for stage in (1, 3)}
 MODEL = {"gpt": ["model.vocab_size=512"], "bert": ["model.vocab_size=640"], "t5": ["model.vocab_size=768"]}
 TEXT = """\
 init: {from: FOLDER}

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 MicroBatch = dict[str, np.ndarray]
 
 
-def for_step(dataset: "Dataset", numbers: range, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
-    """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`).
+def for_step(dataset: "Dataset", numbers: range, layout: Layout, dp_rank: int, sp_rank: int = 0) -> Iterator[MicroBatch]:
+    """The micro batches of one data-parallel replica for the step that has the samples `numbers` (`Run.samples`); of a rank
+    that shares them with others (layout.sp), its part.
 
     A step has the same samples under every layout, and so the same update.
     """
     order = dataset.batch_order(numbers)
     for micro in range(layout.accumulate):
         start = (micro * layout.dp + dp_rank) * layout.micro_batch
-        yield collate_checked(dataset, order[start : start + layout.micro_batch])
+        batch = collate_checked(dataset, order[start : start + layout.micro_batch])
+        yield sequence_part(batch, sp_rank, layout.sp)
 
 
 def collate_checked(dataset: "Dataset", numbers: np.ndarray) -> MicroBatch:
@@ -54,7 +56,25 @@ def collate_checked(dataset: "Dataset", numbers: np.ndarray) -> MicroBatch:
     return batch
 
 
-def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout, dp_rank: int) -> Iterator[MicroBatch]:
+def sequence_part(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
+    """The positions of one of `parts` ranks that share each sample of a micro batch of a language model.
+
+    tokens (B, T + 1) -> (B, T / parts + 1): its last target is the next rank's first input. loss_mask, position (B, T) -> (B,
+    T / parts); lengths (B,), of these positions. segment (B, T) stays whole: attention is over all positions.
+    """
+    if parts == 1:
+        return batch
+    length = batch["loss_mask"].shape[1]
+    begin, end = part * length // parts, (part + 1) * length // parts
+    position = batch.get("position", np.broadcast_to(np.arange(length), batch["loss_mask"].shape))
+    own = {name: values[:, begin:end] for name, values in (("loss_mask", batch["loss_mask"]), ("position", position))}
+    own |= {"tokens": batch["tokens"][:, begin : end + 1], "lengths": np.clip(batch["lengths"] - begin, 0, end - begin)}
+    return batch | {name: np.ascontiguousarray(values) for name, values in own.items()}
+
+
+def for_validation(
+    dataset: "Dataset | None", limit: int | None, layout: Layout, dp_rank: int, sp_rank: int = 0
+) -> Iterator[MicroBatch]:
     """Every validation sample once over all replicas (the first `limit`), with the same number of batches on each replica.
 
     Numbers beyond the last sample repeat it without targets, so that no sample counts twice. Without a dataset there are none.
@@ -72,7 +92,7 @@ def for_validation(dataset: "Dataset | None", limit: int | None, layout: Layout,
         for name in [name for name in batch if name.endswith("_mask")]:  # which targets count: (B, ...) bool
             real = (positions < samples).reshape(-1, *[1] * (batch[name].ndim - 1))
             batch[name] = batch[name] & real
-        yield batch
+        yield sequence_part(batch, sp_rank, layout.sp)
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: "torch.device | str") -> "dict[str, torch.Tensor]":
@@ -92,7 +112,7 @@ def tokens(micro_batches: Sequence[MicroBatch]) -> int:
     return sum(int(batch["lengths"].sum()) for batch in micro_batches)
 
 
-def prefetch(run: "Run", step: int, dp_rank: int) -> Iterator[list[MicroBatch]]:
+def prefetch(run: "Run", step: int, dp_rank: int, sp_rank: int = 0) -> Iterator[list[MicroBatch]]:
     """`for_step` of the steps after `step`. A thread prepares each step while the one before it trains."""
     dataset = run.train
     if dataset is None:
@@ -100,7 +120,7 @@ def prefetch(run: "Run", step: int, dp_rank: int) -> Iterator[list[MicroBatch]]:
     with ThreadPoolExecutor(1) as pool:
 
         def begin(step: int) -> Future[list[MicroBatch]]:
-            return pool.submit(lambda: list(for_step(dataset, run.samples(step), run.layout, dp_rank)))
+            return pool.submit(lambda: list(for_step(dataset, run.samples(step), run.layout, dp_rank, sp_rank)))
 
         pending = begin(step + 1)
         for following in range(step + 2, run.cfg.train.steps + 2):

@@ -67,6 +67,7 @@ class Training:
     dropout: bool = False
     dp: int = 1
     tp: int = 1
+    sp: int = 1  # ranks that share each sequence (DeepSpeed's Ulysses); they are counted in dp too, as they divide the states
     pp: int = 1
     cp: int = 1
     vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
@@ -154,6 +155,8 @@ def attention(block: Block, traits: Traits, run: Training, queries: int, keys: i
         kept = divided_attention(block, traits, run, tokens, sources)
     if traits.relative_biases and run.stack != "megatron":
         kept += masked_biases(block, run, queries, keys)
+    if run.sp > 1:  # what the ranks exchange after the attention is kept on both sides
+        kept += block.inner * tokens
     split = run.width * kept + (
         0 if run.recompute_attention else 4 * block.heads * tokens
     )  # the logarithm of each softmax's sum
@@ -393,7 +396,7 @@ def communicators(run: Training) -> int:
     if run.dp * run.tp * run.pp * run.cp == 1:
         return 0
     megatron = [run.dp, run.tp, run.pp, *([run.cp, run.dp * run.cp] if run.cp > 1 else [])]
-    own = {"baseline": [], "deepspeed": [run.dp, run.tp], "megatron": megatron}[run.stack]
+    own = {"baseline": [], "deepspeed": [run.dp, run.tp, run.sp], "megatron": megatron}[run.stack]
     return 1 + sum(size > 1 for size in own)
 
 
@@ -404,7 +407,19 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, i
         raise BadInput(
             f"the memory of deepspeed.pp={cfg.deepspeed.pp} is not estimated: stages of DeepSpeed may differ in size"
         )
-    return estimate(model.workload(cfg.data), model.traits(), training(cfg, model, stack, world))
+    run, work = training(cfg, model, stack, world), model.workload(cfg.data)
+    return estimate(shared_sequence(work, run.sp), model.traits(), run)
+
+
+def shared_sequence(work: Workload, ranks: int) -> Workload:
+    """The activations of one of the ranks that share each sequence: its part of the positions; in the attention its part of the
+    heads, whose queries, keys and values are as many numbers."""
+
+    def part(block: Block) -> Block:
+        attention = (replace(a, queries=a.queries // ranks, keys=a.keys // ranks) for a in block.attention)
+        return replace(block, tokens=block.tokens // ranks, attention=tuple(attention))
+
+    return replace(work, blocks=tuple(map(part, work.blocks)), logit_tokens=work.logit_tokens / ranks) if ranks > 1 else work
 
 
 def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
@@ -415,7 +430,8 @@ def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     return Training(
         stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
-        dp=layout.dp, tp=layout.tp, pp=layout.pp, cp=layout.cp, fusions=fusions is not False, recompute=recompute == "full",
+        dp=layout.dp * layout.sp, tp=layout.tp, sp=layout.sp, pp=layout.pp, cp=layout.cp,
+        fusions=fusions is not False, recompute=recompute == "full",
         recompute_attention=recompute == "selective",
         **{name: getattr(system, name) for name in names if hasattr(system, name)},
     )  # fmt: skip

@@ -64,9 +64,12 @@ def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> Prediction:
 
 
 def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
-    """A stack's keys as those of step_time.py."""
-    if shared.cp > 1:
-        raise BadInput(f"{stack}.cp={shared.cp}: no time is predicted for it, only memory; give {stack}.cp=1, or no --gpu")
+    """A stack's keys as those of step_time.py. BadInput for a layout whose time it does not know."""
+    for key, ranks in (("cp", shared.cp), ("sp", shared.sp)):
+        if ranks > 1:
+            raise BadInput(
+                f"{stack}.{key}={ranks}: no time is predicted for it, only memory; give {stack}.{key}=1, or no --gpu"
+            )
     system = getattr(cfg, stack)
     width = 2 if cfg.train.dtype == "bf16" else 4
     plan: dict[str, Any] = {}
@@ -120,7 +123,7 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     """The values of a stack's keys that are tried. Layouts that the model or the batch does not allow are among them."""
     keys: dict[str, Sequence[Any]] = {"recompute": (False, True)}
     if stack == "deepspeed":
-        keys |= {"zero_stage": (1, 2, 3), "offload": (False, True), "tp": powers_of_2(min(gpus, gpus_per_node))}
+        keys |= {"zero_stage": (1, 2, 3), "offload": (False, True), "tp": powers_of_2(min(gpus, gpus_per_node)), "sp": (1,)}
     if stack == "megatron":
         keys["recompute"] = ("none", "full")
         divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]

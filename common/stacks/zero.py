@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import (
     groups,
@@ -100,6 +101,8 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice in every micro batch (deepspeed/utils/timer.py)
     }
+    if layout.sp > 1:
+        values["sequence_parallel_size"] = layout.sp
     if layout.tp > 1:
         # by default AutoTP splits an output that is tied to the embedding over the vocabulary, with a loss of its own
         values["tensor_parallel"] = {"autotp_size": layout.tp, "vocab_parallel_lm_head": False}
@@ -145,12 +148,31 @@ def stage_of(layout: Layout, ranks: Ranks) -> int:
 
 
 def dp_rank(layout: Layout, ranks: Ranks) -> int:
-    return ranks.rank % layout.dp if layout.pp > 1 else ranks.rank // layout.tp
+    return ranks.rank % layout.dp if layout.pp > 1 else ranks.rank // (layout.tp * layout.sp)
+
+
+def sp_rank(layout: Layout, ranks: Ranks) -> int:
+    """Which part of a sequence this rank has, of those that neighbouring ranks share."""
+    return ranks.rank // layout.tp % layout.sp
 
 
 def reports_loss(layout: Layout, ranks: Ranks) -> bool:
     """Whether this is the one rank of its replica that reports the loss."""
     return tp_rank(layout, ranks) == 0 and stage_of(layout, ranks) == layout.pp - 1
+
+
+def mpu(layout: Layout) -> Any:
+    """What deepspeed.initialize is to know of the groups: those of Ulysses, neighbouring ranks that share each sequence."""
+    if layout.sp == 1:
+        return None
+    parallel_state_sp.initialize_sequence_parallel(layout.sp)
+    return parallel_state_sp
+
+
+def averaging_ranks(layout: Layout, stage: int) -> int:
+    """By how many ranks the engine divides a sum of gradients: by the data-parallel replicas; at stage 3 by all ranks, those
+    too that share a sequence (deepspeed/runtime/comm/coalesced_collectives.py, reduce_scatter_coalesced)."""
+    return layout.dp * (layout.sp if stage == 3 else 1)
 
 
 def grad_norm(engine: Any, shapes: Shapes) -> float:

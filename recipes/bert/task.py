@@ -96,6 +96,11 @@ class Model(Section):
                 f"megatron.transformer_engine=true with megatron.cp={system.cp}: its ring has no mask of padding; set "
                 "transformer_engine to false"
             )
+        if stack == "deepspeed" and system.sp > 1:
+            yield (
+                f"deepspeed.sp={system.sp}: BERT's heads read the first token and the masked ones, which a rank that has a "
+                "part of each sample may lack; use deepspeed.sp=1"
+            )
         if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):

@@ -218,9 +218,10 @@ def dataset(cfg: Config, split: str, shuffle: bool, stack: str = "baseline") -> 
     content_hash = samples.content_hash(ids, is_target, np.array(lengths, np.int64))
     corpus = examples.Source(f"{cfg.task.name} {split_name}", content_hash, folder, tokenizer, int(ids.max()))
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eod_id) if i is not None), 0)
-    # pipeline stages expect samples of one length, and Megatron's sequence parallelism divides that length by tp
+    # pipeline stages expect samples of one length; Megatron's sequence parallelism divides that length by tp, Ulysses by sp
     is_pipeline = stack != "baseline" and getattr(cfg, stack).pp > 1
-    pad_to_seq_len = d.pack or is_pipeline or stack == "megatron" and cfg.megatron.sequence_parallel
+    is_divided = stack == "megatron" and cfg.megatron.sequence_parallel or stack == "deepspeed" and cfg.deepspeed.sp > 1
+    pad_to_seq_len = d.pack or is_pipeline or is_divided
     notes = [*(source.notes if shuffle else []), *notes]
     order = {
         "seed": cfg.train.seed, "shuffle": shuffle, "notes": notes, "pad_multiple": finetuning.pad_multiple(cfg, stack),

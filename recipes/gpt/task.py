@@ -106,8 +106,13 @@ class Model(Section):
                 f"megatron.transformer_engine=true with megatron.cp={system.cp} and attention that restarts at each document: "
                 "its ring takes no mask; set transformer_engine or data.reset_attention to false"
             )
-        tp = getattr(system, "tp", 1)
+        tp, sp = getattr(system, "tp", 1), getattr(system, "sp", 1)
         kv = self.kv_heads or self.heads
+        if self.heads % sp or kv % sp or cfg.data.seq_len % sp:
+            yield (
+                f"{stack}.sp={sp} does not divide model.heads={self.heads}, model.kv_heads={kv} and "
+                f"data.seq_len={cfg.data.seq_len}"
+            )
         if self.heads % tp or kv % tp:
             yield f"{stack}.tp={tp} does not divide model.heads={self.heads} and model.kv_heads={kv}"
         if self.resolved_ffn() % tp:
@@ -295,15 +300,18 @@ def has_weight_decay(name: str) -> bool:
 
 def make_batch(micro_batch: batches.MicroBatch, device: str | torch.device) -> dict[str, torch.Tensor]:
     """A micro batch of `dataset` -> inputs (B, T), targets (B, T), loss_mask (B, T). With data.reset_attention also
-    position_ids (B, T) and attention_mask (B, 1, T, T), which is True where a query may see a key."""
+    position_ids (B, T) and attention_mask (B, 1, T, T), which is True where a query may see a key. With deepspeed.sp all but
+    attention_mask are of T / sp positions, and position_ids are there."""
     names = ("tokens", "loss_mask", "segment", "position")
     on_device = batches.to_device({name: micro_batch[name] for name in names if name in micro_batch}, device)
     tokens = on_device["tokens"]
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": on_device["loss_mask"]}
+    if "position" in on_device:
+        batch["position_ids"] = on_device["position"]
     if "segment" in on_device:
         segment = on_device["segment"]
         same_document = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
-        batch |= {"position_ids": on_device["position"], "attention_mask": same_document.tril()[:, None]}
+        batch["attention_mask"] = same_document.tril()[:, None]
     return batch
 
 

@@ -102,6 +102,11 @@ class Model(Section):
                 "megatron.transformer_engine=true: T5's relative biases and norms are the recipe's own modules here; "
                 "set it to false"
             )
+        if stack == "deepspeed" and system.sp > 1:
+            yield (
+                f"deepspeed.sp={system.sp}: transformers computes T5's relative biases of all heads at one rank's positions, "
+                "and Ulysses needs those of some heads at all positions; use deepspeed.sp=1"
+            )
         if stack == "deepspeed" and tp > 1 and system.zero_stage == 3:
             yield f"deepspeed.tp={tp} with deepspeed.zero_stage=3: one splitting of weights at a time; use stage 0 to 2"
         if self.heads % tp:

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     # ---- ranks
     zero.start(ranks)
     ds_config = zero.ds_config(cfg, layout)
-    dp_rank, stage = zero.dp_rank(layout, ranks), zero.stage_of(layout, ranks)
+    dp_rank, sp_rank, stage = zero.dp_rank(layout, ranks), zero.sp_rank(layout, ranks), zero.stage_of(layout, ranks)
     is_loss_rank = zero.reports_loss(layout, ranks)  # one rank of each replica
 
     # ---- model
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
     # ---- optimizer
     optimizer = optim.build(net.named_parameters(), task.has_weight_decay, cfg.optim)
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=ds_config, mpu=zero.mpu(layout))
 
     # ---- data
     def loss_of(micro_batch: batches.MicroBatch) -> torch.Tensor:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         """Evaluate on the validation set. Returns whether this is the best checkpoint so far."""
         engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
-        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank))
+        micro_batches = list(batches.for_validation(run.valid, cfg.train.eval_samples, layout, dp_rank, sp_rank))
         if layout.pp > 1:
             net.begin(lambda micro: heartbeat.beat("evaluation"))
             fed = pipeline.feed(micro_batches, ranks.device, 1.0, task)
@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
 
     # ---- loop
     engine.train()
-    prefetched = batches.prefetch(run, step, dp_rank)
+    averaged = zero.averaging_ranks(layout, system.zero_stage)
+    prefetched = batches.prefetch(run, step, dp_rank, sp_rank)
     while step < cfg.train.steps and not selection.should_stop:
         step += 1
         log.begin_step()
@@ -114,9 +115,9 @@ def main(argv: list[str]) -> None:
                 share += micro_loss / targets
         else:
             for micro, micro_batch in enumerate(micro_batches):
-                processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank)
+                processes.seed_micro_batch(cfg.train.seed, step, micro, dp_rank * layout.sp + sp_rank)
                 micro_loss = loss_of(micro_batch)
-                engine.backward(micro_loss * layout.accumulate * layout.dp / targets)
+                engine.backward(micro_loss * layout.accumulate * averaged / targets)
                 share += micro_loss.detach() / targets
                 if micro + 1 < layout.accumulate:
                     engine.step()  # before the last micro batch this only counts; it does not update

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from common.config import Config
 from common.contract import Family
-from common.stacks import zero
+from common.stacks import attention, zero
 from common.training import init
 
 from .. import task
@@ -25,6 +25,8 @@ def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreT
         net = family.hf_model(cfg.model)
         if cfg.deepspeed.tp > 1 and cfg.model.arch == "gpt2":
             gpt2_tp.prepare(net, ds_config, cfg.deepspeed.tp)
+        if cfg.deepspeed.sp > 1:
+            attention.use(net, attention.ulysses)
         return net
 
     if cfg.deepspeed.zero_stage == 3:
