@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from common.errors import BadInput, shortened
-from common.stacks import extra
+from common.stacks import extra, pipeline
 from common.yaml_files import apply_overrides, read_yaml, to_yaml
 
 if TYPE_CHECKING:
@@ -307,6 +307,16 @@ TP = "Tensor-parallel ranks, which share each layer's matrices."
 PP = "Pipeline stages, each with its share of the layers."
 
 
+def _pipeline_layout(value: str) -> str:
+    """even, embedding_and_loss, or a string of Megatron's."""
+    _line(value)
+    if len(value) > 1000:
+        raise ValueError("must have at most 1,000 characters")
+    if value not in (pipeline.EVEN, pipeline.EMBEDDING_AND_LOSS):
+        pipeline.unrolled(value)
+    return value
+
+
 class Baseline(System):
     """PyTorch's DDP by way of accelerate."""
 
@@ -354,6 +364,11 @@ class Megatron(System):
         default=1,
         description="Chunks of layers per pipeline stage, which run interleaved: the stages idle vpp times less, and exchange "
         "vpp times as much. Needs pp above 1, and per step and replica a multiple of pp micro batches.",
+    )
+    pipeline_layout: Annotated[str, AfterValidator(_pipeline_layout)] = Field(
+        default="even",
+        description="Layers of each stage: even; embedding_and_loss, where each of the two counts as a layer; or Megatron's "
+        "string, such as Et*3|t*5L: E embedding, t a layer, L loss, | next stage (with vpp, next chunk). Needs pp above 1.",
     )
     cp: Positive = Field(
         default=1,

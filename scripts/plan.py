@@ -232,7 +232,7 @@ def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Conf
 
 
 def _megatron(tp: int, pp: int) -> dict[str, object]:
-    return {"tp": tp, "pp": pp, "vpp": 1, "sequence_parallel": tp > 1, "distributed_optimizer": True}
+    return {"tp": tp, "pp": pp, "vpp": 1, "pipeline_layout": "even", "sequence_parallel": tp > 1, "distributed_optimizer": True}
 
 
 CHOICES: dict[str, list[dict[str, object]]] = {
@@ -250,7 +250,7 @@ def name_of(cfg: Config, stack: str) -> str:
     for key, value in values.items():
         if value is True:
             words.append(SHORT.get(key, key))
-        elif key == "zero_stage" or value not in (None, False, 1, "none", "parameters"):  # defaults, whatever the key
+        elif key == "zero_stage" or value not in (None, False, 1, "none", "even", "parameters"):  # defaults, whatever the key
             words.append(f"{SHORT.get(key, key)}={value}")
     return " ".join([stack, *words])
 

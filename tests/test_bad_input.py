@@ -378,7 +378,22 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
     ("megatron", 1, "megatron.tp=2", "megatron.tp=2 needs 2 processes and there are 1; set NPROC=2"),
     ("megatron", 2, "megatron.tp=2 megatron.pp=2", "needs 4 processes and there are 2; set NPROC=4"),
     ("megatron", 3, "megatron.tp=2 train.global_batch=6", "3 processes are not a multiple of megatron.tp=2"),
-    ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4"),
+    ("megatron", 3, "megatron.pp=3 train.global_batch=6", "megatron.pp=3 does not divide model.layers=4; give megatron.pip"),
+    ("megatron", 3, "megatron.pp=3 train.global_batch=6", "embedding_and_loss or 'pipeline_layout=Et*1|t*2|t*1L'"),
+    ("megatron", 1, "megatron.pipeline_layout=Et*4L", "megatron.pipeline_layout=Et*4L: is read only with megatron.pp above 1"),
+    ("megatron", 2, "megatron.pp=2 megatron.pipeline_layout=Et|t|ttL", "Et|t|ttL has 3 stages, divided by |, and meg"),
+    ("megatron", 2, "megatron.pp=2 megatron.pipeline_layout=Et|t*4L", "Et|t*4L has 5 layers (t), and model.layers=4"),
+    ("megatron", 2, "megatron.pp=2 megatron.pipeline_layout=t*2E|t*2L", "the first stage must begin with E, the embedding"),
+    ("megatron", 2, "megatron.pp=2 megatron.pipeline_layout=Et|m|L", "'m' has no meaning there; it is even, embedding_and"),
+    (
+        "megatron", 2, "megatron.pp=2 megatron.vpp=2 megatron.pipeline_layout=Et||ttt|L",
+        "Et||ttt|L: a stage between the first and the last one has no layer (t)",
+    ),
+    (
+        "megatron", 2, "megatron.pp=2 megatron.vpp=2 megatron.pipeline_layout=embedding_and_loss",
+        "megatron.pp=2 x megatron.vpp=2 does not divide model.layers=4 + 2, where embedding and loss count as a layer each",
+    ),
+    ("megatron", 2, "megatron.pp=2 megatron.pipeline_layout=E(t*9999)*9999|L", "is longer than 20,000 layers and stages"),
     ("megatron", 2, "megatron.pp=2 megatron.vpp=4", "megatron.pp=2 x megatron.vpp=4 does not divide model.layers=4"),
     ("megatron", 1, "megatron.vpp=2", "megatron.vpp=2 with megatron.pp=1: it divides the layers of a pipeline stage into"),
     (

@@ -38,6 +38,7 @@ TWO_RANKS: Layouts = {
     "pp2": ("megatron", ["megatron.pp=2", "megatron.micro_batch=1"]),
     "pp2_micro4": ("megatron", ["megatron.pp=2", "megatron.micro_batch=4"]),
     "cp2": ("megatron", ["megatron.cp=2", "megatron.micro_batch=1"]),
+    "pp2_uneven": ("megatron", ["megatron.pp=2", "megatron.pipeline_layout=Et*3|tL"]),
     "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=1"]),
     "pp2_vpp2_micro4": ("megatron", ["megatron.pp=2", "megatron.vpp=2", "megatron.micro_batch=4"]),
 }

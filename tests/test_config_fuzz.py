@@ -63,7 +63,8 @@ def leaves(values: Any, prefix: str = "") -> list[str]:
 MORE = [  # keys that the configs leave out
     "baseline.recompute", "deepspeed.tp", "deepspeed.pp", "deepspeed.partition", "deepspeed.zero_stage", "deepspeed.offload",
     "deepspeed.extra", "megatron.tp",
-    "megatron.pp", "megatron.vpp", "megatron.sequence_parallel", "megatron.recompute", "megatron.extra",
+    "megatron.pp", "megatron.vpp", "megatron.pipeline_layout", "megatron.sequence_parallel", "megatron.recompute",
+    "megatron.extra",
     "megatron.extra.recompute_num_layers", "megatron.transformer_engine", "model.kv_heads", "model.ffn", "model.positions",
     "model.vocab_size", "model.dropout", "model.rope_theta", "model.buckets", "model.max_distance", "model.kv_channels",
     "model.decoder_layers", "model.pair_head", "data.pack", "data.reset_attention", "data.tokenizer", "data.target_len",

@@ -96,7 +96,7 @@ def test_activations_are_those_of_the_paper(layers, hidden, heads, micro_batch, 
     run = training(
         "megatron", micro_batch=micro_batch, dropout=True, tp=8, pp=p, vpp=v, sequence_parallel=True, accumulate=p * 8
     )
-    chunks = memory.chunks_in_flight(run, first=True)
+    chunks = memory.chunks_in_flight(run, 0)
     kept = memory.layer(work.blocks[0], GPT, run) * layers * chunks / (p * v)
     assert kept / 2**30 == pytest.approx(published, rel=0.01)
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, case, losses, valid_loss
 from test_parity import LOSS, NORM, farthest, rows
 
 from common import config
-from common.stacks import extra
+from common.stacks import extra, pipeline
 from recipes.gpt import task
 from tests import plain, warm
 
@@ -32,6 +33,56 @@ def test_recomputation_draws_the_same_dropout(drive, settings, tmp_path: Path) -
         for step, line in plain.items():
             assert lines[step]["loss"] == pytest.approx(line["loss"], rel=1e-6)
             assert lines[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-6)
+
+
+# ---- layers of the stages
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "layout", "counts"),
+    [
+        (2, 2, "even", [2, 2, 2, 2]), (2, 1, "embedding_and_loss", [4, 4]), (5, 1, "embedding_and_loss", [1, 2, 2, 2, 1]),
+        (5, 2, "embedding_and_loss", [0, 1, 1, 1, 1, 1, 1, 1, 1, 0]), (2, 1, "Et*3|t*5L", [3, 5]),
+        (2, 2, "E|(t|)*2t*6,L", [0, 1, 1, 6]),
+        (4, 1, "Et,t|(t*2|)*2t*2L", [2, 2, 2, 2]), (2, 2, "E(tt|t|)*1tt|t*3L", [2, 1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_the_layers_of_the_stages_are_those_that_megatron_builds(pp: int, vpp: int, layout: str, counts: list[int]) -> None:
+    from megatron.core.transformer import transformer_block, transformer_config, transformer_layer
+
+    system = config.Megatron(pp=pp, vpp=vpp, pipeline_layout=layout)
+    assert list(pipeline.problems(8, system)) == [] and pipeline.chunk_layers(8, system) == counts
+    built = transformer_config.TransformerConfig(
+        num_layers=8, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None, **pipeline.settings(system),
+    )  # fmt: skip
+    if built.pipeline_model_parallel_layout:
+        stages = built.pipeline_model_parallel_layout.layout
+        found = [sum(kind.name == "decoder" for kind in stages[stage][chunk]) for chunk in range(vpp) for stage in range(pp)]
+    else:
+        places = [(chunk if vpp > 1 else None, stage) for chunk in range(vpp) for stage in range(pp)]
+        found = [transformer_block.get_num_layers_to_build(built, *place) for place in places]
+        offsets = [transformer_layer.get_transformer_layer_offset(built, *place) for place in places]
+        assert offsets == [sum(counts[:number]) for number in range(len(counts))]
+    assert found == counts
+    assert pipeline.stage_layers(8, system) == [sum(counts[stage::pp]) for stage in range(pp)]
+
+
+SIX_ROWS = {  # {row: (architecture, layout)}; a stage may have the embedding alone, or the loss
+    "uneven": ("tiny_llama", ["megatron.pipeline_layout=Et*4|t*2L", "megatron.micro_batch=1"]),
+    "embedding_and_loss": ("tiny", ["megatron.vpp=2", "megatron.pipeline_layout=embedding_and_loss"]),
+    "empty_ends": ("tiny", ["megatron.vpp=2", "megatron.pipeline_layout=E|t*2|t*4|L", "megatron.recompute=full"]),
+}
+
+
+def test_uneven_stages_follow_the_reference_loop(drive, settings, tmp_path: Path) -> None:
+    given = [*settings, "model.layers=6", "train.steps=10"]
+    drive(
+        [case("megatron", arch, tmp_path / name, [*given, "megatron.pp=2", *row]) for name, (arch, row) in SIX_ROWS.items()], 2
+    )
+    for name, (arch, _) in SIX_ROWS.items():
+        loss, norm = farthest(tmp_path / name, plain.losses(ROOT / f"recipes/gpt/configs/{arch}.yaml", given))
+        assert loss <= LOSS and norm <= NORM, name
 
 
 # ---- interleaved chunks

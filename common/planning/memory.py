@@ -33,7 +33,7 @@ from common.config import Config
 from common.errors import BadInput
 from common.layout import layout_for
 from common.planning.workload import Block, Workload
-from common.stacks import extra
+from common.stacks import extra, pipeline
 
 # What is alive at the peak of the allocator, and what a GPU must have beside it
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations")
@@ -71,6 +71,7 @@ class Training:
     pp: int = 1
     cp: int = 1
     vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
+    stages: tuple[int, ...] = ()  # layers of each pipeline stage, if they are not equal
     zero_stage: int = 0
     offload: bool = False
     sequence_parallel: bool = False
@@ -249,52 +250,61 @@ def logits(work: Workload, traits: Traits, run: Training) -> int:
     return whole // run.tp
 
 
-def chunks_in_flight(run: Training, first: bool) -> int:
-    """Of how many chunks of layers the first or the last pipeline stage holds activations: 1F1B (arXiv:2205.05198, section
+def chunks_in_flight(run: Training, stage: int) -> int:
+    """Of how many chunks of layers a pipeline stage holds activations: 1F1B (arXiv:2205.05198, section
     4.2.3) and its interleaved form (num_warmup_microbatches of megatron/core/pipeline_parallel/schedules.py, and the one that
     runs)."""
     if run.vpp == 1:
-        chunks = run.pp if first else 1
+        chunks = run.pp - stage
     else:
-        chunks = (run.vpp - 1) * run.pp + 1 + (2 * (run.pp - 1) if first else 0)
+        chunks = (run.vpp - 1) * run.pp + 1 + 2 * (run.pp - 1 - stage)
     return min(chunks, run.accumulate * run.vpp)
 
 
-def exchanged(work: Workload, run: Training, first: bool) -> int:
-    """What the first or the last stage of Megatron's pipeline keeps beside the activations of its layers: the output of each
+def kept_chunks(run: Training, size: int, stage: int) -> int:
+    """Of activations of `size` bytes in all layers of a micro batch, what a pipeline stage holds."""
+    layers, of = (run.stages[stage], sum(run.stages)) if run.stages else (1, run.pp)
+    return size * layers * chunks_in_flight(run, stage) // (of * run.vpp)
+
+
+def exchanged(work: Workload, run: Training, stage: int) -> int:
+    """What a stage of Megatron's pipeline keeps beside the activations of its layers: the output of each
     chunk in flight, what is received ahead of its turn with vpp, and the dropout of the embeddings of earlier micro batches."""
-    if run.pp == 1 or run.stack != "megatron" or (run.vpp == 1 and not first):
+    if run.pp == 1 or run.stack != "megatron" or (run.vpp == 1 and stage == run.pp - 1):
         return 0
     values = run.micro_batch * work.blocks[0].tokens * work.blocks[0].hidden // run.whole
-    kept = run.residual * (chunks_in_flight(run, first) + (2 if run.vpp > 1 else 0))
-    embedded = min(run.pp if run.vpp == 1 else 2 * run.pp - 1, run.accumulate) if first and run.dropout else 0
+    kept = run.residual * (chunks_in_flight(run, stage) + (2 if run.vpp > 1 else 0))
+    embedded = min(run.pp if run.vpp == 1 else 2 * run.pp - 1, run.accumulate) if stage == 0 and run.dropout else 0
     return values * (kept + embedded)
 
 
-def moments(work: Workload, traits: Traits, run: Training, parameters: int) -> dict[str, int]:
+def moments(work: Workload, traits: Traits, run: Training, parameters: int, stage: int | None = None) -> dict[str, int]:
     """Activations, gradients of activations and weights, and autocast's copies at the moments that may be the peak.
 
-    `parameters`: those of this rank. With pp, "head" and "forward" are moments of the last stage, the layers' of the first.
+    `parameters`: those of this rank. With pp, "head" and "forward" are moments of the last stage, the layers' of the first, or
+    all are of `stage`.
     """
+    last = run.pp - 1
     tied_weights = work.vocab * work.hidden // run.tp
     full = [layer(block, traits, run) for block in work.blocks]
     entry = [run.residual * run.micro_batch * block.tokens * block.hidden // run.whole for block in work.blocks]
     alive = [block.count * size for block, size in zip(work.blocks, entry if run.recompute else full, strict=True)]
-    chunks = run.pp * run.vpp
     products = parameters - (0 if work.tied else tied_weights)  # the embedding is no product
     copies, copies_of_one = (2 * products, 2 * work.blocks[0].parameters) if run.autocast else (0, 0)
-    forward = sum(alive) * chunks_in_flight(run, first=False) // chunks + ends(work, traits, run) + logits(work, traits, run)
-    forward += exchanged(work, run, first=False)
+    forward = kept_chunks(run, sum(alive), last) + ends(work, traits, run) + logits(work, traits, run)
+    forward += exchanged(work, run, last)
     weight = 0 if run.transformer_engine else tied_weights * run.width
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
     found = {"forward": forward + copies}
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
     if run.stack == "megatron" and not run.fusions:  # the softmax is in fp32
         found["loss"] = forward + logits(work, traits, run) * 4 // run.width
+    if stage not in (None, last):
+        found = {}
     # the gradient of tied weights waits for that of the embedding
     waiting = tied_weights * run.residual if work.tied and run.pp == 1 else 0
     for number, block in enumerate(work.blocks):
-        size = sum(alive[: number + 1]) * chunks_in_flight(run, first=True) // chunks + exchanged(work, run, first=True)
+        size = kept_chunks(run, sum(alive[: number + 1]), stage or 0) + exchanged(work, run, stage or 0)
         if run.recompute:
             size += full[number] - entry[number]
         size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting
@@ -359,7 +369,14 @@ NCCL = 2**29  # each communicator: 544 to 688 MB on A100 (NVIDIA/nccl issue 964)
 
 
 def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
-    """Bytes on the GPU that needs the most.
+    """Bytes on the GPU that needs the most, as `on_stage` gives them."""
+    if not run.stages:
+        return on_stage(work, traits, run)
+    return max((on_stage(work, traits, run, stage) for stage in range(run.pp)), key=lambda found: found["total"])
+
+
+def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = None) -> dict[str, int]:
+    """Bytes on a GPU of a pipeline stage; without one, of the first or the last, where they hold as many layers as the others.
 
     PARTS at the peak; `total`, the peak of the allocator; BESIDE, what a GPU must have besides; `required`, all of it; `host`,
     CPU memory for offloaded states.
@@ -368,10 +385,12 @@ def estimate(work: Workload, traits: Traits, run: Training) -> dict[str, int]:
     tables = work.vocab * work.hidden
     body = run.parameters - tables * (1 if work.tied else 2)
     parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
+    if stage is not None:
+        parameters = (body * run.stages[stage] // sum(run.stages) + tables * (stage in (0, run.pp - 1))) // run.tp
     if run.stack == "deepspeed" and run.tp > 1:  # AutoTP leaves the embedding whole
         parameters += tables - tables // run.tp
     found = states(run, parameters) | {"buffers": buffers(work, run, parameters)}
-    found["activations"] = max(moments(work, traits, run, parameters).values())
+    found["activations"] = max(moments(work, traits, run, parameters, stage).values())
     peak = sum(found[part] for part in PARTS)
     if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1:
         # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
@@ -427,7 +446,9 @@ def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "vpp", "transformer_engine")
     fusions = getattr(system, "fusions", None)  # the default is that of a GPU
     recompute = extra.granularity(system) if stack == "megatron" else "full" if system.recompute else "none"
+    uneven = getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN
     return Training(
+        stages=tuple(pipeline.stage_layers(model.layers, system)) if uneven else (),
         stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
         dp=layout.dp * layout.sp, tp=layout.tp, sp=layout.sp, pp=layout.pp, cp=layout.cp,

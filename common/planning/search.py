@@ -70,6 +70,8 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
             raise BadInput(
                 f"{stack}.{key}={ranks}: no time is predicted for it, only memory; give {stack}.{key}=1, or no --gpu"
             )
+    if getattr(getattr(cfg, stack), "pipeline_layout", "even") != "even":
+        raise BadInput("megatron.pipeline_layout: no time is predicted for uneven stages, only memory; give even, or no --gpu")
     system = getattr(cfg, stack)
     width = 2 if cfg.train.dtype == "bf16" else 4
     plan: dict[str, Any] = {}
@@ -133,6 +135,7 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
             "distributed_optimizer": (True,),
             "cp": (1,),
             "vpp": (1,),
+            "pipeline_layout": ("even",),
         }
     for values in product(*keys.values()):
         change = dict(zip(keys, values, strict=True))

@@ -44,7 +44,7 @@ from common.errors import BadInput
 from common.launch import heartbeat, processes
 from common.launch.processes import Ranks
 from common.layout import Layout
-from common.stacks import cuda_stand_in, fusions
+from common.stacks import cuda_stand_in, fusions, pipeline
 from common.stacks.parameter_map import Conversion, ParameterMap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -334,6 +334,8 @@ def transformer_config(cfg: Config, layout: Layout, **shapes: Any) -> Transforme
         # the order in which they were posted, so that a stage takes one for the other; Megatron itself refuses such batches
         # between two stages (megatron/training/arguments.py, overlap_p2p_comm).
         values |= {"virtual_pipeline_model_parallel_size": layout.vpp, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if layout.pp > 1:
+        values |= pipeline.settings(system)
     values |= fusions.settings(cfg) | shapes
     if system.recompute == "selective":
         values["recompute_granularity"] = "selective"  # of recompute_modules the default: core_attn

@@ -85,8 +85,9 @@ class Model(Section):
                 "of T5's decoder reads the encoder's output, and every layer the first one's position bias; use "
                 "deepspeed.pp=1 with deepspeed.zero_stage=2 or 3"
             )
-        elif pp > 1 or getattr(system, "vpp", 1) > 1:
-            key = "pp" if pp > 1 else "vpp"
+        uneven = getattr(system, "pipeline_layout", "even") != "even"
+        if stack == "megatron" and (pp > 1 or system.vpp > 1 or uneven):
+            key = "pp" if pp > 1 else "vpp" if system.vpp > 1 else "pipeline_layout"
             yield (
                 f"megatron.{key}={getattr(system, key)}: megatron-core no longer splits an encoder and a decoder over pipeline "
                 "stages (removed from its schedules); use megatron.pp=1 and megatron.vpp=1 with megatron.tp, "
