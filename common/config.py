@@ -636,6 +636,11 @@ def _pipeline_rules(system: DeepSpeed) -> Iterator[str]:
         yield f"{given} with deepspeed.compile=true: is not tested together; use one of them"
 
 
+def problems(cfg: Config) -> Iterator[str]:
+    """The problems between the keys of a valid config: after keys were changed by other means than `load`."""
+    yield from _rules(cfg)
+
+
 def _phase_problems(cfg: Config) -> Iterator[str]:
     """The problems of the phases: keys that a phase may not change, the order in which they end, each phase's own config."""
     ends = cfg.train.steps

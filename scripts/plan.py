@@ -42,6 +42,11 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="predict the config's own layouts alone")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="layouts to print per stack (default: 3)")
     parser.add_argument("--scale", metavar="N,N,...", help="the best layout of each stack on each of these numbers of GPUs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --scale: also draw it, as .svg or .png")
+    parser.add_argument(
+        "--dense-attention", choices=("unfused", "flash"), help="kernels of the attention (default: what the stack chooses)"
+    )
+    parser.add_argument("--recompute-counted", action="store_true", help="MFU counts recomputed layers twice, as PTD-P does")
     parser.add_argument("--json", action="store_true", help="print all predictions as JSON, the best first")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the config with the best layouts there")
     parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md and docs/memory.md")
@@ -56,8 +61,12 @@ def main() -> None:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
-    wanting = [name for name in ("network", "price", "scale", "write") if getattr(args, name) is not None]
-    wanting += [name for name in ("own", "json") if getattr(args, name)]
+    needing = ("network", "price", "scale", "write", "dense_attention", "own", "json", "recompute_counted")
+    wanting = [name.replace("_", "-") for name in needing if getattr(args, name) not in (None, False)]
+    if args.plot and not args.scale:
+        raise BadInput(f"--plot {args.plot}: draws --scale N,N,...; give it")
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        raise BadInput(f"--plot {args.plot}: must end in .svg or .png")
     given = [name for name in ("scale", "json", "write") if getattr(args, name)]
     if len(given) > 1 or args.scale and args.own:
         both = " and ".join(f"--{name}" for name in [*given, *(["own"] if args.own else [])])
@@ -107,12 +116,14 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
     network = hardware.network(args.network, args.gpus_per_node) if args.network else None
     cluster = hardware.Cluster(card, args.gpus_per_node, network)
     stacks = args.stack or families.stacks(families.of_config(args.config))
+    assumed = search.Assumed(args.dense_attention, args.recompute_counted)
     if args.scale:
-        return scaling(cfg, cluster, stacks, args.scale)
+        return scaling(cfg, cluster, stacks, args, assumed)
+    left_out: list[str] = []
     if args.own:
-        found = [search.predict(cfg, stack, cluster, args.gpus) for stack in stacks]
+        found = [search.predict(cfg, stack, cluster, args.gpus, assumed) for stack in stacks]
     else:
-        found = search.search(cfg, stacks, cluster, args.gpus)
+        found, left_out = search.search(cfg, stacks, cluster, args.gpus, assumed)
     tokens = float(cfg.train.steps * cfg.train.global_batch * cfg.data.sample_tokens)
     if args.json:
         print(json.dumps([one.as_json(tokens, args.price) for one in found], indent=1))
@@ -123,8 +134,12 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         fitting = own if args.own else [one for one in own if one.fits][: args.top]
         for one in fitting:
             print("\n" + "\n".join(block(one, tokens, args.price, card.memory)))
+            if not one.fits:
+                print("\n".join(textwrap.wrap(search.instead(one, cluster), 80, initial_indent="  ")))
         if not fitting:
             print(f"\n{stack}: no layout fits on {args.gpus} GPUs; {search.needs(cfg, stack, cluster, args.gpus)}")
+    for line in left_out:
+        print("\n" + textwrap.fill(f"left out: {line}", 80, subsequent_indent="  "))
     if args.write:
         write(args.config, args.write, found)
 
@@ -150,22 +165,50 @@ def block(one: search.Prediction, tokens: float, price: float | None, room: int)
     return [line for text in lines for line in textwrap.wrap(text, 80, subsequent_indent=" " * 10)]
 
 
-def scaling(cfg: Config, cluster: hardware.Cluster, stacks: Sequence[str], numbers: str) -> None:
-    """Print the best layout of each stack on each number of GPUs: with the config's global batch (strong scaling), and with one
-    that grows with the number (weak scaling)."""
+def scaling(
+    cfg: Config, cluster: hardware.Cluster, stacks: Sequence[str], args: argparse.Namespace, assumed: search.Assumed
+) -> None:
+    """Print, and draw, the best layout of each stack on each number of GPUs: with the config's global batch (strong scaling),
+    and with one that grows with the number (weak scaling)."""
+    numbers = args.scale
     counts = sorted({int(word) for word in numbers.split(",") if word.strip().isdigit() and int(word) > 0})
     if not counts or not all(word.strip().isdigit() for word in numbers.split(",")):
         raise BadInput(f"--scale {numbers}: must be numbers of GPUs, such as 8,64,512")
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for kind in ("strong", "weak"):
         print(f"{kind} scaling" + (", global batch in proportion to the GPUs" if kind == "weak" else ""))
         print(f"  {'GPUs':>6} {'stack':<10} {'batch':>7} {'s/step':>8} {'tokens/s':>12} {'MFU':>6}")
+        curves[kind] = {stack: [] for stack in stacks}
         for gpus in counts:
-            batch = cfg.train.global_batch * (gpus // counts[0] if kind == "weak" else 1)
+            batch = cfg.train.global_batch * gpus // counts[0] if kind == "weak" else cfg.train.global_batch
             grown = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": batch})})
             for stack in stacks:
-                best = next((one for one in search.search(grown, [stack], cluster, gpus) if one.fits), None)
+                best = next((one for one in search.search(grown, [stack], cluster, gpus, assumed)[0] if one.fits), None)
                 row = f"{best.seconds:>8.3g} {best.tokens_per_s:>12,.0f} {best.mfu_full:>6.1%}" if best else "  no layout fits"
                 print(f"  {gpus:>6} {stack:<10} {batch:>7} {row}")
+                curves[kind][stack] += [(gpus, best.tokens_per_s)] if best else []
+    if args.plot:
+        draw(curves, args.plot, f"{Path(args.config).stem} on {cluster.gpu.name}, predicted")
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], target: Path, title: str) -> None:
+    """Tokens/s over the number of GPUs, both on logarithmic axes, strong and weak scaling side by side; dotted: in proportion
+    to the GPUs from a curve's first point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title)
+    for axes, (kind, of_stack) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
+        for stack, points in of_stack.items():
+            if points:
+                numbers, rates = zip(*points, strict=True)
+                [line] = axes.plot(numbers, rates, marker="o", label=stack)
+                axes.plot(numbers, [rates[0] * n / numbers[0] for n in numbers], ":", color=line.get_color())
+        axes.set(xscale="log", yscale="log", title=f"{kind} scaling", xlabel="GPUs", ylabel="tokens/s")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target)
+    print(f"drawn to {target}")
 
 
 def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from common.config import Config
 from common.errors import BadInput
 from common.layout import layout_for
-from common.planning.workload import Block, Workload
+from common.planning.workload import Block, Workload, share_of_sequence
 from common.stacks import extra, pipeline
 
 # What is alive at the peak of the allocator, and what a GPU must have beside it
@@ -381,7 +381,7 @@ def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = 
     PARTS at the peak; `total`, the peak of the allocator; BESIDE, what a GPU must have besides; `required`, all of it; `host`,
     CPU memory for offloaded states.
     """
-    work = of_rank(work, run.cp)
+    work = share_of_sequence(work, run.cp)
     tables = work.vocab * work.hidden
     body = run.parameters - tables * (1 if work.tied else 2)
     parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
@@ -399,15 +399,6 @@ def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = 
     found |= {"unused": int(UNUSED[run.stack] * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
     found["required"] = found["total"] + sum(found[part] for part in BESIDE)
     return found
-
-
-def of_rank(work: Workload, cp: int) -> Workload:
-    """The part of each sequence that a context-parallel rank computes: its tokens and queries, with the keys of all."""
-    blocks = [
-        replace(block, tokens=block.tokens // cp, attention=tuple(replace(a, queries=a.queries // cp) for a in block.attention))
-        for block in work.blocks
-    ]
-    return replace(work, blocks=tuple(blocks), logit_tokens=work.logit_tokens / cp)
 
 
 def communicators(run: Training) -> int:

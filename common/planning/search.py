@@ -1,17 +1,21 @@
 """Which layouts a config can have on a number of GPUs, how long a step of each takes, and which fit. Imports no torch."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from common import config
 from common.config import Config
 from common.errors import BadInput
-from common.layout import Layout, layout_for
+from common.layout import MODEL_PARALLEL, Layout, layout_for
 from common.planning import memory, step_time, validation
 from common.planning.hardware import Cluster
-from common.planning.step_time import Plan, Software
-from common.planning.workload import Workload
+from common.planning.step_time import Elementwise, Plan, Software
+from common.planning.workload import Workload, share_of_sequence
+from common.stacks import pipeline
 from common.stacks.extra import granularity
 
 HOST = 1.0e-3  # seconds of the CPU per layer and forward pass in eager PyTorch (docs/planner.md)
@@ -46,33 +50,61 @@ class Prediction:
         }  # fmt: skip
 
 
-def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> Prediction:
-    """The prediction for the layout that a resolved config gives. BadInput as in layout_for."""
+@dataclass(frozen=True)
+class Assumed:
+    """What a published row may need: the kernels of its attention, and how its FLOPs are counted."""
+
+    attention: str | None = None  # unfused or flash; default: what the stack chooses
+    recompute_counted: bool = False  # MFU counts the forward pass of recomputed layers twice (PTD-P, eq. 3)
+
+
+class NotModelled(BadInput):
+    """A layout that runs, and whose time or memory is not predicted."""
+
+
+def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assumed = Assumed()) -> Prediction:
+    """The prediction for the layout that a resolved config gives. BadInput as in layout_for; NotModelled."""
     shared, work = layout_for(cfg, stack, gpus), cfg.model.workload(cfg.data)
     plan, software = plan_of(cfg, stack, shared), software_of(cfg, stack, cluster, work)
+    if assumed.attention:
+        software = replace(software, attention={"flash": "fa2"}.get(assumed.attention, assumed.attention))
     time = step_time.step_seconds(cluster, software, work, plan)
-    needed = memory.estimate_for(cfg, cfg.model, stack, gpus)
+    try:
+        needed = memory.estimate_for(cfg, cfg.model, stack, gpus)
+    except BadInput as error:
+        raise NotModelled(error.problems) from None
+    if assumed.attention == "unfused":  # the scores, softmax and dropout of a layer stay: 5 a s^2 b (arXiv:2205.05198, eq. 1)
+        kept = kept_scores(work, plan)
+        needed = {part: size + kept * (part in ("activations", "total", "required")) for part, size in needed.items()}
+    recomputed = assumed.recompute_counted and plan.recompute == "full"
     system = getattr(cfg, stack)
     return Prediction(
         stack=stack, layout=system.model_dump(exclude={"extra"}, exclude_defaults=True) | {"micro_batch": shared.micro_batch},
         shared=shared, seconds=time.total, time=vars(time), memory=needed, fits=needed["required"] <= cluster.gpu.memory,
         tokens_per_s=cfg.train.global_batch * cfg.data.sample_tokens / time.total,
-        mfu_full=step_time.mfu(cluster, work, plan, time.total),
-        mfu_causal=step_time.mfu(cluster, work, plan, time.total, causal=True),
+        mfu_full=step_time.mfu(cluster, work, plan, time.total, recomputed=recomputed),
+        mfu_causal=step_time.mfu(cluster, work, plan, time.total, causal=True, recomputed=recomputed),
         near=validation.nearest(kind_of(stack, plan), cluster, work), cfg=cfg,
     )  # fmt: skip
 
 
+def kept_scores(work: Workload, plan: Plan) -> int:
+    """Bytes of attention scores that a stage keeps of the micro batches in flight where no kernel fuses them."""
+    if plan.recompute != "none":
+        return 0
+    work = share_of_sequence(work, plan.cp * plan.sp)
+    pairs = sum(block.count * block.heads * one.queries * one.keys for block in work.blocks for one in block.attention)
+    chunks = (plan.vpp - 1) * plan.pp + 1 + 2 * (plan.pp - 1) if plan.vpp > 1 else plan.pp
+    return int(5 * pairs * plan.micro_batch / plan.tp / (plan.pp * plan.vpp) * min(chunks, plan.accumulate * plan.vpp))
+
+
 def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
-    """A stack's keys as those of step_time.py. BadInput for a layout whose time it does not know."""
-    for key, ranks in (("cp", shared.cp), ("sp", shared.sp)):
-        if ranks > 1:
-            raise BadInput(
-                f"{stack}.{key}={ranks}: no time is predicted for it, only memory; give {stack}.{key}=1, or no --gpu"
-            )
-    if getattr(getattr(cfg, stack), "pipeline_layout", "even") != "even":
-        raise BadInput("megatron.pipeline_layout: no time is predicted for uneven stages, only memory; give even, or no --gpu")
+    """A stack's keys as those of step_time.py."""
     system = getattr(cfg, stack)
+    uneven: tuple[int, ...] = ()
+    if getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN:
+        chunks = pipeline.chunk_layers(cfg.model.layers, system)
+        uneven = tuple(sum(chunks[stage :: shared.pp]) for stage in range(shared.pp))
     width = 2 if cfg.train.dtype == "bf16" else 4
     plan: dict[str, Any] = {}
     if stack == "megatron":  # gradients are accumulated and reduced in fp32
@@ -81,16 +113,24 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
             "sequence_parallel": system.sequence_parallel and shared.tp > 1,
         }  # fmt: skip
     elif stack == "deepspeed" and system.zero_stage:
-        shards = {1: "optimizer", 2: "gradients", 3: "parameters"}
-        plan = {"shard": shards[system.zero_stage], "gradient_bytes": width, "offload": system.offload}
+        shards, parameters = {1: "optimizer", 2: "gradients", 3: "parameters"}, cfg.model.parameter_count() // shared.tp
+        plan = {
+            "shard": shards[system.zero_stage], "gradient_bytes": width, "kept": min(parameters, memory.LIVE // 2),
+            # use_multi_rank_bucket_allreduce of common/stacks/zero.py
+            "all_reduced": parameters // shared.dp < 1_000_000 * shared.dp,
+            "offload": {True: "optimizer", False: "none"}.get(system.offload, system.offload),
+        }  # fmt: skip
+    elif getattr(system, "shard", "none") == "full":  # FSDP2: what is outside the layers is gathered once
+        outside = cfg.model.parameter_count() - cfg.model.workload(cfg.data).body
+        plan = {"shard": "parameters", "gradient_bytes": 4, "kept": outside}
     else:  # fp32 weights under autocast
         plan = {"gradient_bytes": 4, "torch_ddp": True}
     recompute = "full" if system.recompute else "none"
     if stack == "megatron":  # its selective repeats the attention whatever the kernel keeps
         recompute = {"selective": "attention"}.get(granularity(system), granularity(system))
     return Plan(
-        dp=shared.dp, tp=shared.tp, pp=shared.pp, vpp=getattr(system, "vpp", 1), micro_batch=shared.micro_batch,
-        accumulate=shared.accumulate, recompute=recompute, **plan,
+        dp=shared.dp, tp=shared.tp, pp=shared.pp, cp=shared.cp, sp=shared.sp, vpp=getattr(system, "vpp", 1),
+        micro_batch=shared.micro_batch, accumulate=shared.accumulate, recompute=recompute, layers_of_stages=uneven, **plan,
     )  # fmt: skip
 
 
@@ -101,17 +141,38 @@ def software_of(cfg: Config, stack: str, cluster: Cluster, work: Workload) -> So
     kernel = "efficient"  # masks and biases
     if plain:
         kernel = "cudnn" if cfg.model.dropout == 0 and "cudnn" in cluster.gpu.attention else "fa2"
-    hidden = 0.8 if stack != "megatron" or cfg.megatron.distributed_optimizer else DDP_HIDDEN
-    return Software(attention=kernel, dp_hidden=hidden, ddp_hidden=DDP_HIDDEN, host=HOST)
+    traffic = None if stack == "megatron" or getattr(cfg, stack).compile else eager_traffic(cfg, stack)
+    return Software(attention=kernel, dp_hidden=0.8, ddp_hidden=DDP_HIDDEN, host=HOST, elementwise=traffic)
+
+
+def eager_traffic(cfg: Config, stack: str) -> Elementwise:
+    """Bytes that the operators of a `transformers` class read and write, one kernel each: w bytes per element of a product, r
+    of the residual stream. Counted in the source of modeling_gpt2, modeling_bert, modeling_llama and modeling_t5."""
+    traits, system = cfg.model.traits(), getattr(cfg, stack)
+    mixed = cfg.train.dtype == "bf16"
+    autocast = mixed and getattr(system, "shard", "none") == "none" and not getattr(system, "zero_stage", 0)
+    w, r = 2 if mixed else 4, 2 if mixed and not autocast else 4
+    readers = 1 if traits.fused_qkv else 2  # products that read a norm's output: 3 in the attention and 1 or 2 in the MLP
+    # LayerNorm is a kernel forward and two backward; RMSNorm is cast to fp32, squared, averaged, scaled, cast and weighted
+    norm = (36, 76) if traits.rms_norm and r == 2 else (28, 64) if traits.rms_norm else (2 * r, 5 * r)
+    copies = readers * (r + w) if autocast else 0  # casts of the norm's output, and of its gradients back
+    sums = (readers - 1) * 3 * w
+    dropout = 2 * w + 1 if cfg.model.dropout else 0
+    whole = (norm[0] + copies + dropout + w + 2 * r, norm[1] + copies + sums + dropout + 3 * r)
+    gated = any(block.gated for block in cfg.model.workload(cfg.data).blocks)
+    ffn = (21 * w, 31 * w) if traits.python_gelu else (5 * w, 9 * w) if gated else (2 * w, 3 * w)
+    qkv = (2 * w + 7 * w * traits.rotary, 8 / 3 * w + 7 * w * traits.rotary)  # rotary: of queries and keys, 10 w of each
+    # autocast: weights are cast in each forward pass, and their gradients back and added
+    return Elementwise(whole, ffn, qkv, (6.0, 18.0) if autocast else (0.0, 6.0 if mixed else 12.0))
 
 
 def kind_of(stack: str, plan: Plan) -> str:
     """The kind of published rows that a plan is like (validation.Table)."""
-    if plan.shard == "parameters":
+    if stack == "deepspeed" and plan.shard == "parameters":
         return "zero 3"
     if stack == "deepspeed" and plan.pp > 1:
         return "deepspeed pipeline"
-    return "megatron" if stack == "megatron" else "data parallel"  # no published row
+    return "megatron" if stack == "megatron" and plan.cp == 1 else "others"  # of which there is no published row
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------
@@ -123,25 +184,40 @@ def powers_of_2(limit: int) -> list[int]:
 
 def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
     """The values of a stack's keys that are tried. Layouts that the model or the batch does not allow are among them."""
+    known, near = type(getattr(cfg, stack)).model_fields, powers_of_2(min(gpus, gpus_per_node))
+    divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]
     keys: dict[str, Sequence[Any]] = {"recompute": (False, True)}
+    if stack == "baseline":
+        keys["shard"] = ("none", "full")
     if stack == "deepspeed":
-        keys |= {"zero_stage": (1, 2, 3), "offload": (False, True), "tp": powers_of_2(min(gpus, gpus_per_node)), "sp": (1,)}
+        levels = (False, True) if known["offload"].annotation is bool else ("none", "optimizer", "all")
+        keys |= {"zero_stage": (1, 2, 3), "offload": levels, "tp": near, "pp": divisors, "sp": near}
     if stack == "megatron":
-        keys["recompute"] = ("none", "full")
-        divisors = [n for n in range(1, cfg.model.layers + 1) if cfg.model.layers % n == 0]
+        masks = not all(one.causal for block in cfg.model.workload(cfg.data).blocks for one in block.attention)
+        # selective saves memory only where the attention kernel keeps a mask or biases
+        keys["recompute"] = ("none", "selective", "full") if masks else ("none", "full")
         keys |= {
-            "tp": powers_of_2(min(gpus, gpus_per_node)),
+            "tp": near,
             "pp": divisors,
+            "vpp": divisors,
+            "cp": near,
             "distributed_optimizer": (True,),
-            "cp": (1,),
-            "vpp": (1,),
             "pipeline_layout": ("even",),
         }
+    keys = {key: values for key, values in keys.items() if key in known}
     for values in product(*keys.values()):
         change = dict(zip(keys, values, strict=True))
+        pp, vpp = change.get("pp", 1), change.get("vpp", 1)
+        if vpp > 1 and (pp == 1 or cfg.model.layers % (pp * vpp)):
+            continue
         if stack == "megatron":
             change["sequence_parallel"] = change["tp"] > 1
-        parts = change.get("tp", 1) * change.get("pp", 1)
+        elif sum(change.get(key, 1) > 1 for key in MODEL_PARALLEL) > 1:
+            continue  # AutoTP, the pipeline and Ulysses exclude each other
+        changed = cfg.model_copy(update={stack: getattr(cfg, stack).model_copy(update=change)})
+        if any(config.problems(changed)):
+            continue
+        parts = math.prod(change.get(key, 1) for key in MODEL_PARALLEL)
         if gpus % parts or cfg.train.global_batch % (gpus // parts):
             continue
         share = cfg.train.global_batch // (gpus // parts)  # samples per replica and step
@@ -150,26 +226,58 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
                 yield change | {"micro_batch": micro}
 
 
-def search(cfg: Config, stacks: Sequence[str], cluster: Cluster, gpus: int) -> list[Prediction]:
-    """Every layout of these stacks on which the resolved config can run: those that fit first, the fastest first."""
-    found = []
+def search(
+    cfg: Config, stacks: Sequence[str], cluster: Cluster, gpus: int, assumed: Assumed = Assumed()
+) -> tuple[list[Prediction], list[str]]:
+    """Every layout of these stacks on which the resolved config can run: those that fit first, the fastest first. And a line
+    for each reason for which layouts that would run are left out."""
+    found, left_out = [], {}
     for stack in stacks:
         section = getattr(cfg, stack)
         for change in changes(cfg, stack, gpus, cluster.gpus_per_node):
             changed = cfg.model_copy(update={stack: section.model_copy(update=change)})
             try:
-                found.append(predict(changed, stack, cluster, gpus))
+                found.append(predict(changed, stack, cluster, gpus, assumed))
+            except NotModelled as error:
+                left_out[re.sub(r"=\S+", "", error.problems[0])] = error.problems[0]
             except BadInput:  # the model or the optimizer does not allow it
                 continue
-    return sorted(found, key=lambda one: (not one.fits, one.seconds if one.fits else one.memory["required"]))
+    return sorted(found, key=lambda one: (not one.fits, one.seconds if one.fits else one.memory["required"])), [
+        *left_out.values()
+    ]
 
 
 def needs(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> str:
-    """The smallest number of GPUs, up to 65,536, on which a config fits that fits on none of a stack's layouts; one line."""
-    for more in powers_of_2(65_536):
-        if more > gpus:
-            fitting = [one for one in search(cfg, [stack], cluster, more) if one.fits]
-            if fitting:
-                keys = ", ".join(f"{stack}.{key}={str(value).lower()}" for key, value in fitting[0].layout.items())
-                return f"{stack} fits on {more} GPUs: {keys}"
-    return f"{stack} fits on no number of GPUs up to 65,536"
+    """What would make a config fit that fits on none of a stack's layouts: the smallest number of GPUs, up to 65,536, in whole
+    nodes; one line."""
+    enough = next((more for more in powers_of_2(65_536) if more > gpus and _fitting(cfg, stack, cluster, more)), None)
+    if enough is None:
+        return f"{stack} fits on no number of GPUs up to 65,536"
+    node = cluster.gpus_per_node
+    step = max(node, enough // 2 // 32 // node * node)  # at most 32 numbers
+    between = range(max(gpus, enough // 2) // node * node + node, enough, step)
+    more = next((more for more in between if more > gpus and _fitting(cfg, stack, cluster, more)), enough)
+    return f"{stack} fits on {more} GPUs: {_keys(stack, _fitting(cfg, stack, cluster, more)[0].layout)}"
+
+
+def instead(own: Prediction, cluster: Cluster) -> str:
+    """What would make a layout fit that does not: the fewest other keys of its stack on as many GPUs, the fastest of those, or
+    more GPUs; one line."""
+    gpus = own.shared.world
+    fitting = _fitting(own.cfg, own.stack, cluster, gpus)
+    if not fitting:
+        return needs(own.cfg, own.stack, cluster, gpus)
+    system = getattr(own.cfg, own.stack)
+    news = [getattr(one.cfg, own.stack) for one in fitting]
+    others = [
+        {key: getattr(new, key) for key in type(new).model_fields if getattr(new, key) != getattr(system, key)} for new in news
+    ]
+    return f"{own.stack} fits on {gpus} GPUs with {_keys(own.stack, min(others, key=len))}"
+
+
+def _fitting(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> list[Prediction]:
+    return [one for one in search(cfg, [stack], cluster, gpus)[0] if one.fits]
+
+
+def _keys(stack: str, values: dict[str, Any]) -> str:
+    return ", ".join(f"{stack}.{key}={str(value).lower()}" for key, value in values.items())

@@ -11,7 +11,24 @@ The structure is fixed. docs/planner.md compares it with every published row, an
 from dataclasses import dataclass, replace
 
 from common.planning.hardware import Cluster, Gpu
-from common.planning.workload import Block, Workload, products_of
+from common.planning.workload import Block, Workload, products_of, share_of_sequence
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Bytes that elementwise kernels read and write in a layer, (forward, backward)."""
+
+    whole: tuple[float, float]  # per element of the residual stream and residual block: norm, bias, dropout, sum
+    ffn: tuple[float, float]  # per unit of the MLP: activation
+    qkv: tuple[float, float]  # per element of queries, keys and values: copies, rotary positions
+    weights: tuple[float, float] = (0.0, 0.0)  # per parameter: copies under autocast
+
+
+# Fused, as in Megatron's kernels of 2021 and its compiled functions since; the MLP's by whether it is gated
+FUSED = {
+    gated: Elementwise((11, 17), (6, 10) if gated else (4, 6), (4, 16 / 3))
+    for gated in (False, True)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Software:
     dp_hidden: float = 0.0
     ddp_hidden: float = 0.8  # torch's DistributedDataParallel, without pipeline
     host: float = 0.0  # seconds that the CPU needs to launch a layer's forward pass; 1.5 x that backward
+    elementwise: Elementwise | None = None  # default: FUSED
 
 
 # Megatron-LM of 2021: attention as separate kernels; its own data parallelism reduced gradients after the backward pass.
@@ -43,6 +61,8 @@ class Plan:
     tp: int = 1
     pp: int = 1
     vpp: int = 1  # model chunks per pipeline stage
+    cp: int = 1  # ranks that share each sequence and gather its keys and values
+    sp: int = 1  # ranks that share each sequence and exchange positions for heads (Ulysses)
     micro_batch: int = 1  # samples
     accumulate: int = 1  # micro batches per step and replica
     sequence_parallel: bool = False
@@ -50,11 +70,19 @@ class Plan:
     shard: str = "none"  # none, optimizer (ZeRO 1, distributed optimizer), gradients (ZeRO 2), parameters (ZeRO 3, FSDP2)
     gradient_bytes: int = 2  # per parameter, as they are reduced
     torch_ddp: bool = False  # gradients are reduced by torch's DDP
-    offload: bool = False  # the optimizer steps on the CPU
+    all_reduced: bool = False  # ZeRO 1 and 2 all-reduce small models' gradients, of which each rank then keeps its share
+    kept: int = 0  # parameters that ZeRO 3 or FSDP2 gathers once for forward and backward pass
+    offload: str = "none"  # what is in the memory of the host: "optimizer", which steps there, or "all", also the weights
+    layers_of_stages: tuple[int, ...] = ()  # of a pipeline with uneven stages; default: even
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.dp * self.tp * self.pp * self.cp * self.sp
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold copies of the same parameters: between them gradients are reduced, and states divided."""
+        return self.dp * self.cp * self.sp
 
     @property
     def global_batch(self) -> int:
@@ -88,7 +116,8 @@ def memory_bound(gpu: Gpu, size: float) -> float:
 
 
 def collective(size: float, ranks: int, bandwidth: float, kind: str) -> float:
-    """Seconds of a ring: an all-reduce moves 2 (n - 1) / n of the bytes per rank, a gather or scatter half of that."""
+    """Seconds of a ring: an all-reduce moves 2 (n - 1) / n of the bytes per rank; a gather, a scatter and an all-to-all half of
+    that."""
     if ranks == 1:
         return 0.0
     return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks * size / (bandwidth * BUS_SHARE)
@@ -103,6 +132,7 @@ class Seconds:
     elementwise: float = 0.0
     logits: float = 0.0  # output layer and cross entropy
     tensor_parallel: float = 0.0  # exposed traffic
+    context_parallel: float = 0.0  # exposed traffic of cp or sp
     pipeline_traffic: float = 0.0
     bubble: float = 0.0
     data_parallel: float = 0.0
@@ -152,26 +182,45 @@ def layer(cluster: Cluster, software: Software, block: Block, plan: Plan) -> tup
     tokens = block.tokens * plan.micro_batch
     products = [linear(gpu, m * plan.micro_batch, n, k) for m, n, k in products_of(block, t)]
     blocks = len(block.attention) + 1  # residual blocks of the layer
-    # bytes per token: norm, bias, dropout and residual sum of a block read and write 11 h forward, 17 h backward
-    whole = blocks * h / (t if plan.sequence_parallel else 1)
-    # activation of the MLP, and copies of queries, keys and values
-    wide, narrow = (6, 10) if block.gated else (4, 6)
+    per = software.elementwise or FUSED[block.gated]
+    whole = blocks * h / (t if plan.sequence_parallel else 1)  # elements per token
     qkv = (block.inner + 2 * block.kv_inner) * len(block.attention)
-    split_forward, split_backward = (wide * block.ffn + 4 * qkv) / t, (narrow * block.ffn + 16 / 3 * qkv) / t
+    moved = [
+        tokens * (per.whole[i] * whole + (per.ffn[i] * block.ffn + per.qkv[i] * qkv) / t)
+        + per.weights[i] * block.parameters / t
+        for i in (0, 1)
+    ]
     scores = attention(gpu, software, block, plan)
     traffic = blocks * collective(2.0 * tokens * h, t, cluster.bandwidth(t, 1), "all-reduce") * (1 - software.tp_hidden)
+    exchanged = sequence_traffic(cluster, block, plan)
     forward = Seconds(
         gemm=sum(f for f, _ in products), attention=scores[0], tensor_parallel=traffic,
-        elementwise=memory_bound(gpu, tokens * (11 * whole + split_forward)),
+        context_parallel=exchanged, elementwise=memory_bound(gpu, moved[0]),
     )  # fmt: skip
     backward = Seconds(
         gemm=sum(b for _, b in products), attention=scores[1], tensor_parallel=traffic,
-        elementwise=memory_bound(gpu, tokens * (17 * whole + split_backward)),
+        context_parallel=exchanged, elementwise=memory_bound(gpu, moved[1]),
     )  # fmt: skip
     return (
         replace(forward, host=max(0.0, software.host - forward.total)),
         replace(backward, host=max(0.0, 1.5 * software.host - backward.total)),
     )
+
+
+def sequence_traffic(cluster: Cluster, block: Block, plan: Plan) -> float:
+    """Seconds that the ranks of a sequence exchange activations in a layer's forward pass, and again in its backward pass.
+
+    cp: a rank gathers the keys and values of all positions, and scatters their gradients (SdpaAttention of
+    common/stacks/mcore.py). sp: queries, keys, values and outputs pass through an all-to-all each, of which a rank sends all
+    but its own part (DeepSpeed-Ulysses, arXiv:2309.14509, section 3.2). Nothing hides them.
+    """
+    tokens = block.tokens * plan.micro_batch  # of this rank
+    gathered = 2.0 * 2 * block.kv_inner / plan.tp * tokens * plan.cp
+    exchanged = 2.0 * (2 * block.inner + 2 * block.kv_inner) / plan.tp * tokens
+    return (
+        collective(gathered, plan.cp, cluster.bandwidth(plan.cp, plan.tp), "gather")
+        + collective(exchanged, plan.sp, cluster.bandwidth(plan.sp, plan.tp), "all-to-all")
+    )  # fmt: skip
 
 
 def output_layer(gpu: Gpu, work: Workload, plan: Plan) -> float:
@@ -201,26 +250,29 @@ CONSTANTS = Constants()
 
 def step_seconds(cluster: Cluster, software: Software, work: Workload, plan: Plan, constants: Constants = CONSTANTS) -> Seconds:
     """Seconds of an optimizer step on the rank that takes longest."""
+    work = share_of_sequence(work, plan.cp * plan.sp)
     micro = Seconds()  # the layers of all stages, one micro batch, forward and backward
     for block in work.blocks:
         forward, backward = layer(cluster, software, block, plan)
         if plan.recompute == "full" or plan.shard == "parameters" and plan.recompute != "none":
             backward = backward + forward
         elif plan.recompute == "attention":
-            backward = backward + Seconds(attention=forward.attention)
+            backward = backward + Seconds(attention=forward.attention, context_parallel=forward.context_parallel)
         elif plan.recompute == "selective" and software.attention == "unfused":
             scores = sum(a.queries * a.keys for a in block.attention) * plan.micro_batch * block.heads / plan.tp
             backward = backward + Seconds(attention=memory_bound(cluster.gpu, 13 * scores))
         micro = micro + (forward + backward) * block.count
     head = output_layer(cluster.gpu, work, plan)
-    stage = micro * (1 / plan.pp)
+    traffic = 0.0
     if plan.pp > 1:  # an activation and its gradient at each boundary, for each chunk
         size = 2.0 * work.blocks[0].tokens * plan.micro_batch * work.hidden / plan.tp
-        rate = cluster.bandwidth(2, plan.tp * plan.dp) * BUS_SHARE
-        stage = replace(stage, pipeline_traffic=2 * plan.vpp * size / rate * (1 - software.pp_hidden))
-    mean = stage.total + head / plan.pp
-    last = replace(stage, logits=head)
-    step = last * plan.accumulate
+        rate = cluster.bandwidth(2, plan.tp * plan.cp * plan.dp) * BUS_SHARE
+        traffic = 2 * plan.vpp * size / rate * (1 - software.pp_hidden)
+    layers = plan.layers_of_stages or (1,) * plan.pp
+    stages = [replace(micro * (max(layers) / sum(layers)), pipeline_traffic=traffic)]  # the largest, and the last
+    stages.append(replace(micro * (layers[-1] / sum(layers)), pipeline_traffic=traffic, logits=head))
+    mean = (micro.total + head) / plan.pp + traffic
+    step = max(stages, key=lambda stage: stage.total) * plan.accumulate
     step = replace(step, bubble=(plan.pp - 1) / plan.vpp * mean, optimizer=_optimizer(cluster.gpu, work, plan))
     compute = step.total - step.optimizer - step.bubble
     return replace(step, data_parallel=_data_parallel(cluster, software, work, plan, constants, compute))
@@ -232,8 +284,8 @@ def rank_parameters(work: Workload, plan: Plan) -> float:
 
 
 def _optimizer(gpu: Gpu, work: Workload, plan: Plan) -> float:
-    parameters = rank_parameters(work, plan) / (1 if plan.shard == "none" else plan.dp)
-    if plan.offload:  # gradients to the host and weights back, and the step at the speed of the host's memory
+    parameters = rank_parameters(work, plan) / (1 if plan.shard == "none" else plan.copies)
+    if plan.offload != "none":  # gradients to the host and weights back, and the step at the speed of the host's memory
         return 4 * parameters / (gpu.pcie * BUS_SHARE) + OPTIMIZER_BYTES * parameters / (gpu.host_memory * HBM_SHARE)
     return memory_bound(gpu, OPTIMIZER_BYTES * parameters)
 
@@ -242,24 +294,29 @@ def _data_parallel(
     cluster: Cluster, software: Software, work: Workload, plan: Plan, constants: Constants, compute: float
 ) -> float:
     """Seconds of exposed traffic between data-parallel ranks per step. compute: seconds of forward and backward passes."""
-    if plan.dp == 1:
+    ranks = plan.copies
+    if ranks == 1:
         return 0.0
-    size, rate = rank_parameters(work, plan), cluster.bandwidth(plan.dp, plan.tp)
+    size, rate = rank_parameters(work, plan), cluster.bandwidth(ranks, plan.tp)
     if plan.shard == "parameters":
         # weights are gathered for the forward and the backward pass, gradients scattered, in every micro batch
-        inside = plan.dp * plan.tp <= cluster.gpus_per_node
+        inside = ranks * plan.tp <= cluster.gpus_per_node
         card = cluster.gpu.network if cluster.network is None else cluster.network
         rate = cluster.gpu.nvlink * BUS_SHARE if inside else card * constants.sharded_network
-        traffic = plan.accumulate * (2 * 2 + plan.gradient_bytes) * size / rate
+        kept = min(size, plan.kept)
+        traffic = plan.accumulate * (2 * (2 * size - kept) + plan.gradient_bytes * size) / rate
+        if plan.offload == "all":  # a rank's share of the weights comes over PCIe each time that they are gathered
+            traffic += plan.accumulate * 2 * (2 * size - kept) / ranks / (cluster.gpu.pcie * BUS_SHARE)
         return max(compute, traffic) + constants.sharded_exposed * min(compute, traffic) - compute
     hidden = software.ddp_hidden if plan.torch_ddp else software.dp_hidden
     if plan.shard == "none":
-        return collective(plan.gradient_bytes * size, plan.dp, rate, "all-reduce") * (1 - hidden)
+        return collective(plan.gradient_bytes * size, ranks, rate, "all-reduce") * (1 - hidden)
     times = plan.accumulate if plan.shard == "gradients" else 1  # ZeRO 2 scatters in every micro batch
-    traffic = times * collective(plan.gradient_bytes * size, plan.dp, rate, "scatter")
-    return (traffic + collective(2 * size, plan.dp, rate, "gather")) * (1 - hidden)
+    kind = "all-reduce" if plan.all_reduced else "scatter"
+    traffic = times * collective(plan.gradient_bytes * size, ranks, rate, kind)
+    return (traffic + collective(2 * size, ranks, rate, "gather")) * (1 - hidden)
 
 
-def mfu(cluster: Cluster, work: Workload, plan: Plan, seconds: float, causal: bool = False) -> float:
-    """Model FLOP utilization, 0 to 1 (PaLM, arXiv:2204.02311, appendix B)."""
-    return work.flops(causal) * plan.global_batch / plan.world / seconds / cluster.gpu.peak
+def mfu(cluster: Cluster, work: Workload, plan: Plan, seconds: float, causal: bool = False, recomputed: bool = False) -> float:
+    """Model FLOP utilization, 0 to 1 (PaLM, arXiv:2204.02311, appendix B). recomputed: as in Workload.flops."""
+    return work.flops(causal, recomputed) * plan.global_batch / plan.world / seconds / cluster.gpu.peak

@@ -1,6 +1,6 @@
 """What a training step computes, as shapes: the layers of a model and the lengths of its samples. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,20 @@ class Workload:
             layers += block.count * (2.0 * products + 4.0 * block.inner * pairs)
         head = 2.0 * (self.vocab * self.hidden + self.head_matrices) * self.logit_tokens
         return layers * (4 if recomputed else 3) + head * 3
+
+
+def share_of_sequence(work: Workload, ranks: int) -> Workload:
+    """What one of `ranks` that share each sequence computes: its part of the positions, as queries of the keys of all."""
+    if ranks == 1:
+        return work
+    blocks = [
+        replace(
+            block, tokens=block.tokens // ranks,
+            attention=tuple(replace(one, queries=one.queries // ranks) for one in block.attention),
+        )
+        for block in work.blocks
+    ]  # fmt: skip
+    return replace(work, blocks=tuple(blocks), logit_tokens=work.logit_tokens / ranks)
 
 
 def products_of(block: Block, t: int) -> list[tuple[int, int, int]]:
