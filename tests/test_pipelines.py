@@ -1,5 +1,6 @@
 """Megatron's recompute and pipelines, beside the parity and resume of each layout: what is drawn, what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,39 @@ def test_an_evaluation_takes_any_number_of_samples(drive, settings, tmp_path: Pa
     drive([case("baseline", "tiny", tmp_path / "plain", given)], 2)
     drive([case("megatron", "tiny", tmp_path / "vpp", given + layout)], 2)
     assert abs(valid_loss(tmp_path / "plain") - valid_loss(tmp_path / "vpp")) <= LOSS
+
+
+# ---- overlap with the data-parallel ranks' traffic
+
+# One run in buckets of a few parameters, so that most of them are gathered while the forward pass computes
+SMALL_BUCKETS = """
+import functools, sys
+from common.launch import in_process, processes
+processes.quiet()
+from common.stacks import mcore
+mcore.DistributedDataParallelConfig = functools.partial(mcore.DistributedDataParallelConfig, bucket_size=5000)
+module, *arguments = sys.argv[1:]
+in_process.run(module, arguments)
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "t5"))])
+def test_parameters_are_gathered_before_they_are_read(
+    drive, settings, bert_settings, t5_settings, tmp_path: Path, family: str
+) -> None:
+    """The losses, of training and of evaluations between its steps, are those of ranks that hold all states whole."""
+    given = {"gpt": settings, "bert": bert_settings, "t5": t5_settings}[family]
+    given = [*given, "train.steps=4", "train.eval_every=1", "train.save_every=0", "megatron.micro_batch=2"]
+    one = case("megatron", "tiny", tmp_path / "whole", given, family=family)
+    drive([one], 2)
+    arguments = [one["module"], one["config"], tmp_path / "divided", *given, "megatron.distributed_optimizer=true"]
+    done = warm.run(["-c", SMALL_BUCKETS, *arguments], nproc=2, merged=True)
+    assert done.returncode == 0, done.stdout
+    whole, divided = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "divided")
+    )
+    assert len(whole) == len(divided) == 8
+    for line, other in zip(whole, divided, strict=True):
+        key = "loss" if "loss" in line else "valid_loss"
+        assert other[key] == pytest.approx(line[key], abs=1e-6), line["step"]

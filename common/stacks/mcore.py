@@ -378,8 +378,11 @@ def wrap(nets: Sequence[torch.nn.Module], cfg: Config, ranks: Ranks) -> Chunks:
     if config.bf16:
         nets = [Float16Module(config, net) for net in nets]
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=True
-    )
+        use_distributed_optimizer=cfg.megatron.distributed_optimizer, grad_reduce_in_fp32=True, overlap_grad_reduce=True,
+        # after a step, the next forward pass (of an evaluation too) gathers each part of the parameters while it computes with
+        # those before; the state is saved from the masters, which each rank has of its own part
+        overlap_param_gather=cfg.megatron.distributed_optimizer,
+    )  # fmt: skip
     with cuda_stand_in.active(ranks):
         # one bucket for each chunk but the first: while it is reduced, the chunks before it go backward (megatron/training)
         chunks = [DistributedDataParallel(config, ddp_config, net, number > 0) for number, net in enumerate(nets)]
