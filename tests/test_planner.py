@@ -1,18 +1,22 @@
 """The predictor of step times (common/planning/step_time.py) against published rows, and its parts against other formulas."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from test_simulated_runs import GOLDEN, LAYOUTS, MODEL, WORLD
 
 from common import config, families
 from common.errors import BadInput
-from common.planning import hardware, search, step_time, validation
+from common.planning import hardware, search, step_time, traffic, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import MEGATRON_TE, Plan
 from common.planning.workload import Attention, Block, Workload, products_of
@@ -103,6 +107,99 @@ def test_the_bubble_is_that_of_the_schedule():
         seconds = step_time.step_seconds(Cluster(hardware.gpu("H100")), MEGATRON_TE, no_head, plan)
         rest = seconds.total - seconds.optimizer - seconds.data_parallel
         assert seconds.bubble / rest == pytest.approx((pp - 1) / (accumulate * vpp + pp - 1), rel=1e-3)
+
+
+def makespan(orders: list[list[tuple[str, int, int]]], chunks: int) -> float:
+    """Time of a schedule: orders[stage] lists ("F" or "B", micro batch, chunk); a stage's forward pass takes 1, its backward
+    pass 2, a chunk its share. Chunk c of stage s is number c x stages + s on a micro batch's way."""
+    stages, ends, clock, left = len(orders), {}, [0.0] * len(orders), [list(order) for order in orders]
+    while any(left):
+        before = len(ends)
+        for stage, order in enumerate(left):
+            while order:
+                kind, micro, chunk = order[0]
+                at = chunk * stages + stage
+                needs = [("F", micro, at - 1)] if kind == "F" else [("F", micro, at), ("B", micro, at + 1)]
+                needs = [(k, m, place) for k, m, place in needs if 0 <= place < stages * chunks]
+                if any(need not in ends for need in needs):
+                    break
+                begins = max([clock[stage], *(ends[need] for need in needs)])
+                clock[stage] = ends[kind, micro, at] = begins + (1 if kind == "F" else 2) / chunks
+                order.pop(0)
+        assert len(ends) > before, "the schedule hangs"
+    return max(clock)
+
+
+def megatron_order(stage: int, stages: int, chunks: int, micro_batches: int) -> list[tuple[str, int, int]]:
+    """1F1B, interleaved with several chunks, as megatron/core/pipeline_parallel/schedules.py has it."""
+    from megatron.core.pipeline_parallel import schedules
+
+    group = SimpleNamespace(size=lambda: stages, rank=lambda: stage)
+    place: Any = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None)
+    counts = schedules.get_pp_rank_microbatches(micro_batches, chunks, stages, p2p_communicator=place)
+    total, warmup = counts[0], counts[2]
+    table = schedules.get_schedule_table(micro_batches, chunks, stages if chunks > 1 else micro_batches)
+    forward = [("F", micro, chunk) for micro, chunk in table]
+    backward = [("B", micro, chunks - 1 - chunk) for micro, chunk in table]
+    order = forward[:warmup]
+    for number in range(total - warmup):
+        order += [forward[warmup + number], backward[number]]
+    return order + backward[total - warmup :]
+
+
+def deepspeed_order(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int, int]]:
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+
+    kinds, seen, order = {ForwardPass: "F", BackwardPass: "B"}, {"F": 0, "B": 0}, []
+    for commands in TrainSchedule(micro_batches=micro_batches, stages=stages, stage_id=stage):
+        for command in commands:
+            if type(command) in kinds:
+                kind = kinds[type(command)]
+                order.append((kind, seen[kind], 0))
+                seen[kind] += 1
+    return order
+
+
+@pytest.mark.parametrize("pp, vpp, accumulate", [(2, 1, 4), (4, 1, 8), (4, 2, 8), (4, 3, 16), (2, 2, 2)])
+def test_the_bubble_is_counted_in_the_stacks_own_schedules(pp, vpp, accumulate):
+    no_head = replace(GPT3, vocab=1, logit_tokens=0.0001)
+    seconds = step_time.step_seconds(
+        Cluster(hardware.gpu("H100")), replace(MEGATRON_TE, pp_hidden=1.0), no_head, Plan(pp=pp, vpp=vpp, accumulate=accumulate)
+    )
+    predicted = seconds.bubble / (seconds.total - seconds.optimizer)
+    schedules = [[megatron_order(stage, pp, vpp, accumulate) for stage in range(pp)]]
+    schedules += [[deepspeed_order(stage, pp, accumulate) for stage in range(pp)]] if vpp == 1 else []
+    for orders in schedules:
+        takes = makespan(orders, vpp)
+        assert (takes - 3 * accumulate) / takes == pytest.approx(predicted, rel=1e-3)
+
+
+def simulated_pretraining() -> list[str]:
+    """The keys of tests/simulated.json whose collectives are counted: all of GPT, and what holds the whole model of others."""
+    keys = [key for key in json.loads(GOLDEN.read_text(encoding="utf-8")) if " pretrain " in key and "zero1_tp2" not in key]
+    return [key for key in keys if key.startswith("gpt") or not re.search("tp2|pp2|bert.*distributed", key)]
+
+
+@pytest.mark.parametrize("key", simulated_pretraining())
+def test_bytes_of_every_collective_equal_the_simulations(key):
+    family, _, name, _, rank = key.split()
+    stack, overrides = LAYOUTS[name]
+    cfg = resolved(
+        f"recipes/{family}/configs/tiny.yaml", "train.dtype=bf16", "train.global_batch=16", *MODEL[family], *overrides
+    )
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[key]["collectives"]
+    found = [
+        {"op": op, "dtype": dtype, "group_size": int(ranks), "bytes": size}
+        for (op, dtype, _, ranks), size in ((what.split(), size) for what, (_, size) in golden.items())
+    ]
+    stage = int(rank) * getattr(getattr(cfg, stack), "pp", 1) // WORLD
+    assert traffic.collectives(cfg, stack, WORLD, stage) == traffic.reported(found)
+
+
+def test_collectives_that_are_not_counted_are_refused():
+    for words in (["deepspeed.zero_stage=3"], ["deepspeed.zero_stage=2"], ["deepspeed.tp=2"]):
+        with pytest.raises(BadInput, match="not counted"):
+            traffic.collectives(resolved("recipes/gpt/configs/gpt3_1.3b.yaml", *words), "deepspeed", 8)
 
 
 def test_more_of_anything_takes_longer():
