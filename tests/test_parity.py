@@ -79,7 +79,6 @@ REPEATED = (
     "zero3",
     "zero1_tp2",
     "zero1_pp2",
-    "zero1_pp4",
     "zero3_sp2",
     "tp2_sp",
     "pp2",
