@@ -7,7 +7,7 @@ not load a distributed optimizer over torch's AdamW; the state here goes paramet
 import datetime
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
@@ -57,12 +57,40 @@ StepLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 def norm_of_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], _each: bool) -> Any:
     """amp_C.multi_tensor_l2norm by torch: the norm (1,) of all tensors together, without a wait for the GPU."""
     norms = torch._foreach_norm(lists[0])
-    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+    norm = torch.linalg.vector_norm(torch.stack(norms)).view(1)
+    return norm if AdamScale.of_targets is None else norm * AdamScale.of_targets, None
 
 
 def scale_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], scale: float) -> None:
     """amp_C.multi_tensor_scale by torch, for tensors that are scaled in place, as Megatron clips."""
-    torch._foreach_mul_(lists[0], scale)
+    if AdamScale.of_targets is None:
+        torch._foreach_mul_(lists[0], scale)
+    else:
+        AdamScale.of_clipping = scale
+
+
+class AdamScale:
+    """On a GPU: factors of the gradients that the kernel of AdamW applies (torch/optim/adam.py: grad_scale), where Megatron
+    passes over all gradients to divide them by the number of targets, and again to clip them."""
+
+    of_targets: torch.Tensor | None = None
+    of_clipping = 1.0
+
+    @classmethod
+    def install(cls, chunks: Iterable[Any], optimizer: MegatronOptimizer) -> None:
+        for chunk in chunks:
+            chunk.scale_gradients = cls._divide_by_targets
+        for one in each(optimizer):
+            one.optimizer.register_step_pre_hook(cls._pass_on)
+
+    @classmethod
+    def _divide_by_targets(cls, factor: torch.Tensor) -> None:
+        cls.of_targets, cls.of_clipping = factor, 1.0
+
+    @classmethod
+    def _pass_on(cls, optimizer: Any, *_: Any) -> None:
+        assert cls.of_targets is not None, "Megatron scales the gradients by their targets before each step"
+        optimizer.grad_scale = (1.0 / (cls.of_targets * cls.of_clipping)).float()
 
 
 def use_torch() -> None:
@@ -406,6 +434,8 @@ def optimizer_for(model: Chunks, cfg: Config, ranks: Ranks) -> MegatronOptimizer
     for one in each(optimizer):
         for group in one.param_groups:
             group["fused"] = True  # as common/training/optim.py has it
+    if ranks.device.type == "cuda":
+        AdamScale.install(model, optimizer)
     return optimizer
 
 

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import (
     groups,
@@ -31,7 +32,7 @@ from common.layout import Layout
 from common.stacks.parameter_map import Conversion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_reduce = stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy
+_accumulate = stage_1_and_2.DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu
 
 
 def start(ranks: Ranks) -> None:
@@ -40,17 +41,24 @@ def start(ranks: Ranks) -> None:
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        _avoid_host_syncs()
+        _adapt_to_gpu()
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     # the groups that it creates do not take the timeout of the default one
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=processes.TIMEOUT)
 
 
-def _avoid_host_syncs() -> None:
-    """Replace functions of DeepSpeed 0.19.8 that make the host wait for the GPU without need (deepspeed/runtime/zero)."""
+def _adapt_to_gpu() -> None:
+    """Replace functions of DeepSpeed 0.19.8 that make the host wait for the GPU, or pass over all gradients, without need
+    (deepspeed/runtime/zero)."""
+    zero_12, zero_3 = stage_1_and_2.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
     stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = _skip_no_step
     stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mask_invalid
-    stage_1_and_2.DeepSpeedZeroOptimizer.allreduce_and_copy = _reduce_on_stream
+    zero_12.allreduce_and_copy = _reduce_on_stream
+    zero_12.get_grad_norm_direct, zero_3.get_grad_norm_direct = _norm_12, _norm_3
+    zero_12.unscale_and_clip_grads, zero_3.unscale_and_clip_grads = _clip_12, _clip_3
+    zero_12.update_offload_overflow_tracker = _track_nothing
+    zero_12.complete_grad_norm_calculation_for_cpu_offload = _norm_offloaded
+    zero_12.async_accumulate_grad_in_cpu_via_gpu = _accumulate_in_order
 
 
 def _skip_no_step(norm: torch.Tensor) -> bool:
@@ -64,18 +72,108 @@ def _mask_invalid(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> 
     norm.masked_fill_(~norm.isfinite(), val)
 
 
-def _reduce_on_stream(optimizer: Any, bucket: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
-    """Reduce gradients to the rank that owns them, without a torch.cuda.synchronize() before each reduction.
+def _reduce_on_stream(
+    optimizer: Any, bucket: list[torch.Tensor], dtype: torch.dtype, rank: int | None = None, log: Any = None,
+    divide: bool = True, process_group: Any = None, output_bucket: Any = None,
+) -> None:  # fmt: skip
+    """Reduce gradients to the rank that owns them.
 
-    With overlap_comm, DeepSpeed synchronizes here so that it can free gradients that are not contiguous; all of ours are.
-    The caller, average_tensor, has ordered the streams already and made the reduction stream the current one.
+    With overlap_comm, DeepSpeed calls torch.cuda.synchronize() here before each reduction, so that it can free gradients that
+    are not contiguous; all of ours are. The caller, average_tensor, has ordered the streams already and made the reduction
+    stream the current one. DeepSpeed also copies a reduced gradient over itself where it has been reduced in place.
     """
-    overlap = optimizer.overlap_comm
-    for gradient in bucket if overlap else ():
+    reduced = optimizer.allreduce_bucket(bucket, dtype, rank=rank, divide=divide, process_group=process_group)
+    for gradient in (*bucket, reduced) if optimizer.overlap_comm else ():
         gradient.record_stream(optimizer.reduction_stream)  # its memory is not reused before it has been read
-    optimizer.overlap_comm = False
-    _reduce(optimizer, bucket, *args, **kwargs)
-    optimizer.overlap_comm = overlap
+    if rank is not None and rank != dist.get_rank(process_group or optimizer.dp_process_group):
+        return
+    outputs = output_bucket or [None] * len(bucket)
+    for gradient, whole, output in zip(bucket, optimizer.unflatten(reduced, bucket), outputs, strict=True):
+        optimizer._add_to_grad_partition_buffer(output, whole)
+        if whole.data_ptr() != gradient.data_ptr():
+            gradient.copy_(whole)
+
+
+def _norm_12(optimizer: Any, gradients: Any, params: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    counted = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    return _norm(optimizer, counted, params, optimizer.dp_process_group, False)
+
+
+def _norm_3(optimizer: Any, gradients: Any, params: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    group = optimizer._get_param_partition_group(params[0])
+    return _norm(optimizer, gradients, params, group, optimizer._grad_norm_counts_every_rank(params, group))
+
+
+def _norm(
+    optimizer: Any, gradients: Sequence[torch.Tensor], params: Sequence[torch.Tensor], group: Any, is_split: bool
+) -> torch.Tensor:
+    """The norm of the gradients of all ranks, -1 if it is not finite. DeepSpeed makes an fp64 copy of each gradient, and at
+    stage 3 the host waits for a -1 that it sends to the GPU.
+
+    params: of the gradients. is_split: over the ranks of tensor parallelism too, so that each counts its own.
+    """
+    pairs = zip(gradients, params, strict=False)  # the last rank may hold padding
+    counted = [gradient for gradient, parameter in pairs if _counts(optimizer, parameter, is_split)]
+    total = torch.zeros((), device=optimizer.device)
+    if counted:
+        total = torch.stack(torch._foreach_norm(counted, 2, torch.float32)).square().sum()
+    dist.all_reduce(total, group=group)
+    if not is_split:
+        optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    norm = total.sqrt()
+    _mask_invalid(norm)
+    return norm
+
+
+def _counts(optimizer: Any, parameter: torch.Tensor, is_split: bool) -> bool:
+    """Does this rank add the gradient of a parameter to the norm? As DeepSpeed's functions ask."""
+    if getattr(parameter, "ds_pipe_replicated", False):  # the first stage of a pipeline adds it
+        return False
+    return is_split or is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
+
+
+def _norm_offloaded(optimizer: Any, params: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As _norm, from the norm of each gradient, which DeepSpeed reads one after the other."""
+    found = optimizer.norm_for_param_grads
+    numbers = [optimizer.get_param_id(parameter) for parameter in params if _counts(optimizer, parameter, False)]
+    norms = [found[number] for number in numbers if number in found]
+    total = torch.zeros((), device=params[0].device)
+    if norms:
+        total = torch.stack(norms).square().sum().float()
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    norm = total.sqrt()
+    _mask_invalid(norm)
+    return norm.to(optimizer.device)
+
+
+def _track_nothing(optimizer: Any, gradient: torch.Tensor) -> None:
+    """Whether an offloaded gradient is finite is asked only with check_grad_overflow, which ds_config turns off."""
+
+
+def _accumulate_in_order(optimizer: Any, param: torch.Tensor) -> None:
+    """Add a gradient to the sum that is kept in host memory. DeepSpeed lets the host wait for the copies that are under way, as
+    that memory may be pageable; ours is pinned (ds_config), so that it is enough if the stream waits."""
+
+    def wait_on_stream() -> None:
+        for event in optimizer._pending_offload_events.values():
+            torch.cuda.current_stream().wait_event(event)
+
+    optimizer._wait_for_offload_copies = wait_on_stream
+    try:
+        _accumulate(optimizer, param)
+    finally:
+        del optimizer._wait_for_offload_copies
+
+
+def _clip_12(optimizer: Any, gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
+    """Let AdamW's kernel divide the gradients (torch/optim/adam.py: grad_scale), in place of a pass over all of them."""
+    if optimizer.clip_grad:
+        optimizer.optimizer.grad_scale = ((total_norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+
+
+def _clip_3(optimizer: Any, sub_group_id: int, total_norm: torch.Tensor) -> None:
+    _clip_12(optimizer, [], total_norm)
 
 
 def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:

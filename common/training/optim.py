@@ -83,3 +83,23 @@ def build(
         return Adafactor(parameter_groups, optim)
     beta1, beta2 = optim.betas
     return torch.optim.AdamW(parameter_groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=True)
+
+
+def clip(optimizer: "torch.optim.Optimizer", parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:
+    """Clip the gradients to this norm (0: do not) before a step; returns the norm that they had."""
+    import torch
+
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["params"][0].is_cuda:
+        return clip_in_kernel(optimizer, parameters, max_norm)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf).item()
+
+
+def clip_in_kernel(optimizer: Any, parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:
+    """As clip, by AdamW's kernel, which divides the gradients in the step (torch/optim/adam.py: grad_scale), in place of a pass
+    over all of them."""
+    import torch
+
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm:
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    return norm.item()

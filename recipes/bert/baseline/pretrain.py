@@ -114,8 +114,7 @@ def main(argv: list[str]) -> None:
         values, stop = processes.reduce_step(shares.flatten(), ranks, step, run.samples(step))
         loss, parts = task.named_losses(cfg, values)
 
-        clip = cfg.optim.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip).item()
+        grad_norm = optim.clip(optimizer, net.parameters(), cfg.optim.grad_clip)
         processes.must_be_finite("gradient norm", grad_norm, step, run.samples(step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=model is net)  # DDP's buckets stay
