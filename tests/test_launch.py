@@ -469,12 +469,25 @@ def on_two_nodes(two_nodes: list[list[str]], command: list[str], **env: object) 
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_two_nodes_give_the_losses_of_one(stack: str, config: Path, two_nodes: list[list[str]], tmp_path: Path) -> None:
+    compare_nodes(stack, ["megatron.tp=2"] if stack == "megatron" else [], 1, config, two_nodes, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])  # ranks of a node: tensor-parallel ones
+def test_a_pipeline_over_two_nodes_gives_the_losses_of_one(
+    nproc: int, config: Path, two_nodes: list[list[str]], tmp_path: Path
+) -> None:
+    layout = ["model.layers=4", "megatron.pp=2", "megatron.vpp=2", f"megatron.tp={nproc}"]
+    compare_nodes("megatron", layout, nproc, config, two_nodes, tmp_path)
+
+
+def compare_nodes(stack: str, layout: list[str], nproc: int, config: Path, two_nodes: list[list[str]], tmp_path: Path) -> None:
+    """The losses of two nodes with `nproc` ranks each are those of as many ranks on one."""
     one, two = tmp_path / "one", tmp_path / "two"
-    layout = ["megatron.tp=2"] if stack == "megatron" else []
-    processes = on_two_nodes(two_nodes, pretrain(stack, config, two, *layout))
+    processes = on_two_nodes(two_nodes, pretrain(stack, config, two, *layout), NPROC=nproc)
     errors = [p.communicate(timeout=300)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], errors
-    subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2, OMP_NUM_THREADS=1), check=True)
+    subprocess.run(pretrain(stack, config, one, *layout), env=env_with(NPROC=2 * nproc, OMP_NUM_THREADS=1), check=True)
     losses = [[line["loss"] for line in training_lines(out)] for out in (one, two)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
