@@ -318,9 +318,14 @@ def _pipeline_layout(value: str) -> str:
 
 
 class Baseline(System):
-    """PyTorch's DDP by way of accelerate."""
+    """PyTorch's DDP by way of accelerate, or FSDP2."""
 
     micro_batch: Positive = Field(default=1, description=MICRO_BATCH)
+    shard: Literal["none", "full"] = Field(
+        default="none",
+        description="What is divided among the ranks: nothing (DDP), or by FSDP2 the weights, gradients and optimizer state "
+        "(full).",
+    )
     recompute: bool = Field(default=False, description=RECOMPUTE)
     compile: bool = Field(default=False, description=COMPILE)
 
@@ -596,6 +601,11 @@ def _rules(cfg: Config) -> Iterator[str]:
         yield (
             f"deepspeed.sp={d.sp} needs deepspeed.zero_stage=1 to 3, deepspeed.tp=1, pp=1 and compile=false; "
             "other combinations have not been compared with the plain loop"
+        )
+    if cfg.baseline.compile and cfg.baseline.shard == "full":
+        yield (
+            "baseline.compile=true needs baseline.shard=none: FSDP2 gathers the parameters of a layer by hooks, which "
+            "torch.compile does not trace"
         )
     if cfg.deepspeed.compile and (cfg.deepspeed.zero_stage == 3 or cfg.deepspeed.tp > 1):
         yield (

@@ -109,6 +109,11 @@ def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
             f"optim.optimizer={name} on megatron: it {WHOLE[name]}, and Megatron's layers fuse query, key and value into one "
             f"parameter and tensor parallelism splits it; {instead}"
         )
+    elif stack == "baseline" and system.shard == "full":
+        yield (
+            f"optim.optimizer={name} with baseline.shard=full: it {WHOLE[name]}, and FSDP2 leaves each rank some of its rows; "
+            "use baseline.shard=none or optim.optimizer=adamw"
+        )
     elif stack == "deepspeed" and system.zero_stage:
         yield (
             f"optim.optimizer={name} with deepspeed.zero_stage={system.zero_stage}: it {WHOLE[name]}, and ZeRO steps flat "

@@ -94,7 +94,7 @@ def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
         "recompute": "none",
     }
     usual: dict[str, list[dict[str, Any]]] = {
-        "baseline": [{"recompute": False}, {"recompute": True}],
+        "baseline": [{"recompute": False}, {"recompute": True}, {"shard": "full", "recompute": False}],
         "deepspeed": [zero | {"zero_stage": stage} for stage in range(4)],
         "megatron": [plain, plain | {"distributed_optimizer": True}],
     }

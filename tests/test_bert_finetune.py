@@ -41,6 +41,7 @@ megatron: {micro_batch: 2}
 """
 LAYOUTS = {
     "baseline": ("baseline", []),
+    "fsdp2": ("baseline", ["baseline.shard=full"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),

@@ -19,6 +19,8 @@ TWO_RANKS: Layouts = {
     "baseline": ("baseline", []),
     "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),
     "baseline_recompute": ("baseline", ["baseline.micro_batch=4", "baseline.recompute=true"]),
+    "fsdp2": ("baseline", ["baseline.shard=full"]),
+    "fsdp2_recompute": ("baseline", ["baseline.shard=full", "baseline.micro_batch=4", "baseline.recompute=true"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.micro_batch=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.micro_batch=4"]),
@@ -53,7 +55,7 @@ MICRO1: Layouts = {
     "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "zero1", "zero3", "zero1_pp2", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
+REPEATED = ("baseline", "fsdp2", "zero1", "zero3", "zero1_pp2", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 # The objective's other choices, and LAMB
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
@@ -70,9 +72,10 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
         ("baseline", "zero0"),
     ),
 }  # fmt: skip
-BF16_LAYOUTS = ("baseline", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
+BF16_LAYOUTS = ("baseline", "fsdp2", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
 RESUMED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer")
-SLOW_RESUMED = ("zero0", "zero2", "tp2", "cp2")  # test_resume.py has them in the fast suite: what saves and loads is shared
+# tests/test_resume.py has them in the fast suite: what saves and loads is shared
+SLOW_RESUMED = ("fsdp2", "zero0", "zero2", "tp2", "cp2")
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP)] + [("tiny_postln", name) for name in REPEATED]
 SLOW_FP32_ROWS = [("tiny_postln", name) for name in (*TWO_RANKS, *AUTOTP) if name not in REPEATED]
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]

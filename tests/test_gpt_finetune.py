@@ -50,6 +50,7 @@ megatron: {micro_batch: 2}
 LAYOUTS = {
     "baseline": ("baseline", []),
     "baseline_recompute": ("baseline", ["baseline.recompute=true", "baseline.micro_batch=4"]),
+    "fsdp2": ("baseline", ["baseline.shard=full", "baseline.micro_batch=4"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
@@ -164,7 +165,7 @@ def chatml(folders, tmp_path_factory) -> Path:
 
 LLAMA_LAYOUTS = [name for name in LAYOUTS if name != "zero3_tp2"]
 LORA = ["lora={rank: 4, alpha: 8}", "optim.lr=5.0e-3"]
-LORA_LAYOUTS = ("baseline", "baseline_recompute", "zero0", "zero1", "zero2_offload", "zero3", "zero1_sp2")
+LORA_LAYOUTS = ("baseline", "baseline_recompute", "fsdp2", "zero0", "zero1", "zero2_offload", "zero3", "zero1_sp2")
 
 
 @pytest.fixture(scope="module")

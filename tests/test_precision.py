@@ -11,6 +11,7 @@ from tests import warm
 PAGE = ROOT / "docs/precision.md"
 LAYOUTS = {  # columns of the table
     "baseline": ("baseline", []),
+    "baseline, FSDP2": ("baseline", ["baseline.shard=full"]),
     "ZeRO 0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "ZeRO 1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "ZeRO 2": ("deepspeed", ["deepspeed.zero_stage=2"]),

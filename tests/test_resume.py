@@ -19,6 +19,7 @@ from tests import plain
 
 LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "baseline": ("baseline", []),
+    "fsdp2": ("baseline", ["baseline.shard=full"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
@@ -39,6 +40,7 @@ MOVES: list[tuple[str, list[str]]] = [
     ("deepspeed", ["deepspeed.zero_stage=1"]),
     ("deepspeed", ["deepspeed.zero_stage=3"]),
     ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    ("baseline", ["baseline.shard=full"]),
     ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),
     ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
     ("megatron", ["megatron.pp=2"]),
@@ -48,7 +50,7 @@ MOVES: list[tuple[str, list[str]]] = [
     ("megatron", ["megatron.distributed_optimizer=true"]),
     ("baseline", []),
 ]
-BF16 = ["zero1", "zero1_pp2", "zero3", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
+BF16 = ["zero1", "zero1_pp2", "zero3", "fsdp2", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
 EACH = 5  # steps on each stack
 ARCHS = ("tiny", "tiny_llama")
 

@@ -6,10 +6,12 @@ new sync or a doubled transfer is a difference.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ WORLD, STEPS = 4, 2
 LAYOUTS = {
     "baseline": ("baseline", []),
     "baseline_recompute": ("baseline", ["baseline.recompute=true"]),
+    "fsdp2": ("baseline", ["baseline.shard=full"]),
+    "fsdp2_recompute": ("baseline", ["baseline.shard=full", "baseline.recompute=true"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
@@ -44,7 +48,7 @@ LAYOUTS = {
     "pp2_vpp2": ("megatron", ["megatron.pp=2", "megatron.vpp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
 }
-FINETUNED = ("baseline", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
+FINETUNED = ("baseline", "fsdp2", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
 # Refused before a run starts: Megatron Core's T5 has no pipeline, and Ulysses is for GPT.
 REFUSED = {("t5", "pp2"), ("t5", "pp2_vpp2"), ("t5", "tp2_pp2"), ("t5", "cp2"), ("t5", "tp2_cp2")}
 REFUSED |= {(family, f"zero{stage}_ulysses2") for family in ("bert", "t5") for stage in (1, 3)}
@@ -188,6 +192,28 @@ def test_context_parallel_ranks_gather_keys_and_values_once_per_layer(results, l
     assert collectives["all_gather bf16 of 2"] == [forwards * calls, forwards * calls * size]
     assert collectives["reduce_scatter bf16 of 2"] == [calls, calls * size]
     assert found["attention"] == {"flash": 2 * forwards * calls}
+
+
+@pytest.mark.parametrize("family", ("gpt", "bert", "t5"))
+def test_fsdp2_gathers_layers_twice_and_reduces_all_once(results, family):
+    """Per micro batch, of which a step has two: layers for the forward and for the backward pass, what is outside them for
+    both, in bf16; gradients in fp32. A shared embedding counts once. Rows are padded to a multiple of the ranks."""
+    assert fsdp2_bytes(family) == {
+        (kind, collective["op"]): collective["bytes"]
+        for kind in ("fsdp2", "fsdp2_recompute")
+        for collective in results[f"{family} pretrain {kind} rank 0"][0]["collectives"]
+        if collective["op"] in ("all_gather", "reduce_scatter")
+    }
+
+
+def fsdp2_bytes(family: str) -> dict[tuple[str, str], int]:
+    task = task_module(family, {})
+    cfg = config.load(ROOT / f"recipes/{family}/configs/tiny.yaml", MODEL[family], task.Config)
+    shapes = task.parameter_shapes(cfg.model.resolve(cfg, None))
+    sizes = {name: -(-shape[0] // WORLD) * WORLD * prod(shape[1:]) for name, shape in shapes.items()}
+    layers, everything = sum(size for name, size in sizes.items() if re.search(r"\.\d+\.", name)), sum(sizes.values())
+    expected = {"all_gather": 2 * 2 * (layers + everything), "reduce_scatter": 2 * 4 * everything}
+    return {(kind, op): size for kind in ("fsdp2", "fsdp2_recompute") for op, size in expected.items()}
 
 
 @pytest.mark.parametrize("key", KEYS)

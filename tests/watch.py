@@ -21,6 +21,7 @@ from common.checkpoints.state import Named, Values
 from common.launch.processes import Ranks
 from common.stacks import mcore, zero
 from common.stacks.parameter_map import ParameterMap
+from common.training.sharding import gathered
 
 ALONE = Ranks(0, 1, torch.device("cpu"))  # every rank reads every parameter
 
@@ -84,7 +85,8 @@ def _compare_torch(named: Named, optimizer: torch.optim.Optimizer, values: Value
 
 
 def _all_equal(named: Named, values: Values) -> int:
-    return sum(not torch.equal(p.detach().cpu(), values(n, p.shape)["weight"].to(p.dtype)) for n, p in named)
+    weights = ((name, gathered(parameter.detach())) for name, parameter in named)
+    return sum(not torch.equal(w.cpu(), values(name, w.shape)["weight"].to(w.dtype)) for name, w in weights)
 
 
 def _zero_weights_equal(engine: Any, values: Values) -> int:

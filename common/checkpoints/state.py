@@ -116,8 +116,9 @@ def meta(run: Run, step: int) -> dict[str, Any]:
 
 
 def load(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Shapes, values: Values, step: int) -> None:
-    """Set weights and optimizer state after `step` steps of a model that every rank holds whole; a collective. BadInput unless
-    it holds the parameters of `shapes`."""
+    """Set weights and optimizer state after `step` steps of a model that every rank holds whole, or in which the rows of each
+    parameter are divided among the ranks (common/training/sharding.py); a collective. BadInput unless it holds the parameters
+    of `shapes`."""
     named = largest_first(net.named_parameters(), shapes)
     parameters.prove({name: parameter.shape for name, parameter in named}, shapes, "the model on the baseline")
     wanted = [(name, stored_shapes(parameter, shapes[name], optimizer, step)) for name, parameter in named]
@@ -148,19 +149,22 @@ def stored_shapes(
 def load_torch_state(
     filled: Iterable[tuple["torch.nn.Parameter", Parts]], optimizer: "torch.optim.Optimizer", step: int
 ) -> None:
-    """Set whole fp32 parameters, each given with its parts, and their optimizer's state after `step` steps."""
+    """Set fp32 parameters, each given with its whole parts, and their optimizer's state after `step` steps."""
     import torch
 
-    for parameter, parts in filled:
+    from common.training.sharding import own_rows, rows_of
+
+    for parameter, whole in filled:
+        parts = {part: rows_of(tensor, parameter) for part, tensor in whole.items()}
         with torch.no_grad():
-            parameter.copy_(parts["weight"])
+            own_rows(parameter).copy_(parts["weight"])
         if step and parameter.requires_grad:
             state = adam_state(parameter, step)
             names = parts.keys() - {"weight"}
             if not state.keys() >= names:  # Adafactor's
                 state = {"step": state["step"]} | {n: torch.empty_like(parts[n], device=parameter.device) for n in names}
             for part in names:
-                state[part].copy_(parts[part])
+                own_rows(state[part]).copy_(parts[part])
             optimizer.state[parameter] = state
 
 
@@ -174,18 +178,20 @@ def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"
 
 
 def gather_torch_state(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
-    """Trained parameters that every rank holds whole: they take turns to write."""
+    """Trained parameters that every rank holds whole, or whose rows are gathered, one parameter at a time: the ranks take turns
+    to write."""
+    from common.training.sharding import gathered
+
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     for number, (name, parameter) in enumerate(trained):
+        state = {part: value for part, value in optimizer.state.get(parameter, {}).items() if part != "step"}
+        parts = {part: gathered(value.detach()) for part, value in ({"weight": parameter} | state).items()}
         if number % ranks.world != ranks.rank:
             yield name, None
-            continue
-        state = optimizer.state.get(parameter, {})
-        if "exp_avg" in state or not state:
-            yield name, parts_of(parameter, state.get("exp_avg"), state.get("exp_avg_sq"))
+        elif "exp_avg" in state or not state:
+            yield name, parts_of(parts["weight"], parts.get("exp_avg"), parts.get("exp_avg_sq"))
         else:  # Adafactor's
-            parts = {"weight": parameter} | {part: value for part, value in state.items() if part != "step"}
-            yield name, {part: value.detach().float().cpu() for part, value in parts.items()}
+            yield name, {part: value.float().cpu() for part, value in parts.items()}
 
 
 def parts_of(

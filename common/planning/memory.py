@@ -6,6 +6,7 @@ output weights, that of a layer, the optimizer's step. `estimate` adds up what i
 Model states per parameter (ZeRO, arXiv:1910.02054, section 3.1: 2 weight, 2 gradient, 12 master and Adam), on N
 data-parallel ranks:
     baseline, stage 0     16                    fp32 (4 + 4 + 8) under autocast
+    baseline, shard=full  16/N                  and the parameters that are gathered
     deepspeed stage 1     4 + 12/N              } deepspeed/runtime/zero/stage_1_and_2.py, stage3.py: gradients in bf16,
     deepspeed stage 2     2 + 14/N              } accumulated whole at stage 1, in a rank's share at stages 2 and 3
     deepspeed stage 3     16/N                  } and the parameters that are gathered
@@ -72,6 +73,7 @@ class Training:
     cp: int = 1
     vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
     stages: tuple[int, ...] = ()  # layers of each pipeline stage, if they are not equal
+    shard: str = "none"  # or full: the baseline by FSDP2
     zero_stage: int = 0
     offload: bool = False
     sequence_parallel: bool = False
@@ -86,9 +88,13 @@ class Training:
         return self.zero_stage if self.stack == "deepspeed" else 0
 
     @property
+    def is_sharded(self) -> bool:
+        return self.shard == "full"
+
+    @property
     def autocast(self) -> bool:
         """fp32 weights and residual stream, whose products are computed from bf16 copies: the baseline, DeepSpeed's stage 0."""
-        return self.dtype == "bf16" and self.stack != "megatron" and not self.zero
+        return self.dtype == "bf16" and self.stack != "megatron" and not self.zero and not self.is_sharded
 
     @property
     def fused(self) -> bool:
@@ -129,7 +135,8 @@ def states(run: Training, parameters: int) -> dict[str, int]:
         master = 4 if run.dtype == "bf16" else 0
         optimizer = (master + moments) * parameters // (run.dp * run.cp if run.distributed_optimizer else 1)
         return {"weights": run.width * parameters, "gradients": 4 * parameters, "optimizer": optimizer, "host": 0}
-    return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": moments * parameters, "host": 0}
+    share = parameters // run.dp if run.is_sharded else parameters
+    return {"weights": 4 * share, "gradients": 4 * share, "optimizer": moments * share, "host": 0}
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -299,6 +306,11 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
     found["head"] = forward + (2 * tied_weights * run.autocast if run.recompute else copies) + weight + hidden
     if run.stack == "megatron" and not run.fusions:  # the softmax is in fp32
         found["loss"] = forward + logits(work, traits, run) * 4 // run.width
+    # of the gradients that `states` counts, those that the step's only micro batch has not made yet
+    absent = states(run, parameters)["gradients"] if run.is_sharded and run.accumulate == 1 else 0
+    if run.is_sharded:  # the last layer is gathered beside it
+        found["head"] += run.width * work.blocks[-1].parameters - absent
+        found["forward"] -= absent
     if stage not in (None, last):
         found = {}
     # the gradient of tied weights waits for that of the embedding
@@ -310,8 +322,29 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
         size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting
         if traits.relative_biases and run.stack == "megatron":  # the gradient of the biases, to which each layer adds
             size += run.width * masked_biases(block, run, block.tokens, block.tokens) // run.tp
+        if run.is_sharded:
+            # gradients outside the layers are reduced at the end: of the output layer, and of the decoder's embedding
+            embeddings = 1 if work.tied or number == len(work.blocks) - 1 else 2
+            size = sum(alive[: number + 1]) + embeddings * tied_weights * run.width
+            after = max(other.parameters for other in work.blocks[number:])
+            size += sharded_layer(block, traits, run, after, full[number], entry[number])
+            size -= min(sum(alive), absent)  # gradients come as activations go
         found[f"layers {number}"] = size
     return found
+
+
+def sharded_layer(block: Block, traits: Traits, run: Training, after: int, full: int, entry: int) -> int:
+    """What the backward pass of a layer needs beside what all layers have kept, where FSDP2 has gathered the parameters of it
+    and of the layer before it, and reduces the gradients of the layer after it, which has `after` parameters, in fp32
+    (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, post_backward). full, entry: bytes that the layer keeps without
+    and with recomputation."""
+    gathered, reduced = 2 * run.width * block.parameters, 4 * after
+    begin = layer_backward(block, traits, run) + (full - entry if run.recompute else 0)  # its activations are there
+    begin += max(reduced - (entry if run.recompute else full), 0)  # those of the layer after it are not
+    qkv = block.inner + 2 * block.kv_inner
+    rows = rows_sum_buffer(run.micro_batch * block.tokens, qkv) if traits.biases and traits.fused_qkv else 0
+    end = run.width * block.parameters + reduced + rows + run.micro_batch * block.tokens * (2 * block.hidden + qkv) * run.width
+    return gathered + max(begin, end - (0 if run.recompute else full))
 
 
 # ---- beside them -----------------------------------------------------------------------------------------------------
@@ -326,6 +359,8 @@ def buffers(work: Workload, run: Training, parameters: int) -> int:
     if run.transformer_engine:  # empty gradients, one per shape, in place of those that are added to fp32 at once
         block = work.blocks[0]
         return run.width * block.parameters // run.tp
+    if run.is_sharded:  # what is outside the layers, from its first use to the end of the backward pass
+        return run.width * (parameters - work.body)
     if not run.zero:
         return 0
     buckets = run.width * min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp)) * (2 if run.dp > 1 else 1)
@@ -355,7 +390,7 @@ def ddp_moment(run: Training, parameters: int) -> int:
     """Bytes in all while torch's DDP moves the gradients to new buckets, in the order of the backward pass: in the second
     step, before its forward pass (torch/csrc/distributed/c10d/reducer.cpp, rebuild_buckets)."""
     held = states(run, parameters)
-    copies = 2 if run.stack == "baseline" and run.dp > 1 else 1
+    copies = 2 if run.stack == "baseline" and run.dp > 1 and not run.is_sharded else 1
     return held["weights"] + held["optimizer"] + copies * held["gradients"]
 
 
@@ -363,7 +398,7 @@ def ddp_moment(run: Training, parameters: int) -> int:
 
 # Of the peak: what the allocator with expandable segments reserves beside it (docs/memory.md). It returns what is unused before
 # it fails, so this is what a step takes undisturbed.
-UNUSED = {"baseline": 0.02, "deepspeed": 0.08, "megatron": 0.02}
+UNUSED = {"baseline": 0.02, "baseline shard=full": 0.12, "deepspeed": 0.08, "megatron": 0.02}
 CONTEXT = 2**29  # the CUDA context with the kernels that are loaded: about half a GiB (pytorch/pytorch issue 107667)
 NCCL = 2**29  # each communicator: 544 to 688 MB on A100 (NVIDIA/nccl issue 964)
 
@@ -392,11 +427,12 @@ def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = 
     found = states(run, parameters) | {"buffers": buffers(work, run, parameters)}
     found["activations"] = max(moments(work, traits, run, parameters, stage).values())
     peak = sum(found[part] for part in PARTS)
-    if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1:
+    if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1 and not run.is_sharded:
         # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
         peak = max(peak, peak - found["optimizer"] + found["gradients"])
     found["total"] = max(peak, optimizer_moment(work, run, parameters), ddp_moment(run, parameters))
-    found |= {"unused": int(UNUSED[run.stack] * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
+    unused = UNUSED["baseline shard=full" if run.is_sharded else run.stack]
+    found |= {"unused": int(unused * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
     found["required"] = found["total"] + sum(found[part] for part in BESIDE)
     return found
 
@@ -434,7 +470,7 @@ def shared_sequence(work: Workload, ranks: int) -> Workload:
 
 def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
     layout, system = layout_for(cfg, stack, world), getattr(cfg, stack)
-    names = ("zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "vpp", "transformer_engine")
+    names = ("shard", "zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "vpp", "transformer_engine")
     fusions = getattr(system, "fusions", None)  # the default is that of a GPU
     recompute = extra.granularity(system) if stack == "megatron" else "full" if system.recompute else "none"
     uneven = getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN

@@ -86,8 +86,13 @@ class State:
 
 
 def _add(found: dict[int, str], tensor: Any, kind: str) -> None:
-    if tensor is not None and tensor.is_cuda and tensor.untyped_storage().nbytes():
-        found.setdefault(tensor.untyped_storage().data_ptr(), kind)
+    if tensor is None:
+        return
+    from common.training.sharding import own_rows
+
+    storage = own_rows(tensor.detach()).untyped_storage()
+    if tensor.is_cuda and storage.nbytes():
+        found.setdefault(storage.data_ptr(), kind)
 
 
 def _tensors(root: Any) -> Iterator[tuple[str, "torch.Tensor"]]:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,13 @@ def has_triton() -> bool:
     return bool(is_installed()) and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
+def transformer_layers(net: "torch.nn.Module") -> Iterator["torch.nn.Module"]:
+    """The transformer layers of a transformers class: what it recomputes, each by itself."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return (module for module in net.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
 def layers(net: "torch.nn.Module") -> None:
     """Compile each transformer layer of a transformers class, in place. The parameters keep their names.
 
@@ -36,16 +43,14 @@ def layers(net: "torch.nn.Module") -> None:
     error, where torch.compile would otherwise go on with the plain layer.
     """
     import torch
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     settings: Any = torch._dynamo.config
     settings.recompile_limit = GRAPHS
     inner: Any
-    for layer in net.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # what transformers recomputes: each transformer layer
-            for part in layer.children():
-                for inner in part.modules():
-                    # T5's attention would mark zeros as trained, which only reentrant recomputation needs
-                    if getattr(inner, "gradient_checkpointing", False):
-                        inner.gradient_checkpointing = False
-            layer.compile(fullgraph=True)
+    for layer in transformer_layers(net):
+        for part in layer.children():
+            for inner in part.modules():
+                # T5's attention would mark zeros as trained, which only reentrant recomputation needs
+                if getattr(inner, "gradient_checkpointing", False):
+                    inner.gradient_checkpointing = False
+        layer.compile(fullgraph=True)

@@ -83,14 +83,20 @@ def from_hf(
     return read
 
 
-def allocate(model: "PreTrainedModel", dtype: "torch.dtype", names: Container[str] | None = None) -> None:
+def allocate(
+    model: "PreTrainedModel",
+    dtype: "torch.dtype",
+    names: Container[str] | None = None,
+    device: "torch.device | str" = "cpu",
+) -> None:
     """Give a model whose parameters are on the meta device (`accelerate.init_empty_weights`) memory without values; with names,
-    only these parameters."""
+    only these parameters; of a parameter that is divided among the ranks, only this rank's part."""
     import torch
 
     for name, parameter in list(model.named_parameters()):
         if names is not None and name not in names:
             continue
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+        values = torch.empty_like(parameter, dtype=dtype, device=device)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=parameter.requires_grad))
     model.tie_weights()  # named_parameters() names a shared weight once

@@ -88,10 +88,14 @@ def build(
 def clip(optimizer: "torch.optim.Optimizer", parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:
     """Clip the gradients to this norm (0: do not) before a step; returns the norm that they had."""
     import torch
+    from torch.distributed.tensor import DTensor
 
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["params"][0].is_cuda:
+    from common.training.sharding import gathered
+
+    first = optimizer.param_groups[0]["params"][0]
+    if isinstance(optimizer, torch.optim.AdamW) and first.is_cuda and not isinstance(first, DTensor):
         return clip_in_kernel(optimizer, parameters, max_norm)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf).item()
+    return gathered(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)).item()
 
 
 def clip_in_kernel(optimizer: Any, parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:

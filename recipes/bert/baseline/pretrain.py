@@ -18,7 +18,7 @@ from common import preflight
 from common.checkpoints import checkpoint, parameters, run_record, state
 from common.data import batches
 from common.huggingface import export
-from common.training import compiling, init, optim
+from common.training import compiling, init, optim, sharding
 from common.training.log import Log
 
 from .. import task
@@ -36,18 +36,22 @@ def main(argv: list[str]) -> None:
     # One replica per process. The gradients are views of DDP's buckets, which would else be a second copy of them.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-    # bf16 means fp32 weights under autocast. accelerate's own would convert the logits to fp32.
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16")
+    is_sharded = system.shard == "full"
+    # bf16 means fp32 weights under autocast. accelerate's own would convert the logits to fp32. FSDP2 converts by itself.
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16" and not is_sharded)
 
     # ---- model
     with init_empty_weights():
         net = task.hf_model(cfg.model)
-    init.allocate(net, torch.float32)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     if system.compile:
         compiling.layers(net)
-    model = accelerator.prepare(net)
+    if is_sharded:
+        model = sharding.shard(net, cfg.train.dtype, ranks)
+    else:
+        init.allocate(net, torch.float32)
+        model = accelerator.prepare(net)
     shapes = parameters.expected(cfg.model, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
@@ -75,6 +79,8 @@ def main(argv: list[str]) -> None:
         loss, parts = task.named_losses(cfg, (sums / counts).flatten().tolist())
         log.valid(step, loss, int(counts[0]), **parts)
         model.train()
+        if is_sharded:
+            model.reshard()  # a backward pass would have done it
 
     def save(step: int) -> None:
         entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
@@ -106,7 +112,7 @@ def main(argv: list[str]) -> None:
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
-            with nullcontext() if last_micro else accelerator.no_sync(model):
+            with nullcontext() if last_micro or is_sharded else accelerator.no_sync(model):
                 sums = sums_of(micro_batch)
                 # data parallelism averages gradients over the ranks; multiplying by dp turns that into a sum (invariant 5)
                 accelerator.backward((sums[0] / targets).sum() * layout.dp)

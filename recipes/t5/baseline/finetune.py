@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_we
 from common import preflight
 from common.checkpoints import checkpoint, run_record, state
 from common.data import batches
-from common.training import compiling, finetuning, init, lora, optim
+from common.training import compiling, finetuning, init, lora, optim, sharding
 from common.training.log import Log
 
 from .. import finetune as task
@@ -36,19 +36,23 @@ def main(argv: list[str]) -> None:
     # One replica per process. The gradients are views of DDP's buckets, which would else be a second copy of them.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-    # bf16 means fp32 weights under autocast. accelerate's own would convert the logits to fp32.
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16")
+    is_sharded = system.shard == "full"
+    # bf16 means fp32 weights under autocast. accelerate's own would convert the logits to fp32. FSDP2 converts by itself.
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=cfg.train.dtype == "bf16" and not is_sharded)
 
     # ---- model
     with init_empty_weights():
         net = task.hf_model(cfg.model)
-    init.allocate(net, torch.float32)
     lora.add(net, cfg)
     if system.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     if system.compile:
         compiling.layers(net)
-    model = accelerator.prepare(net)
+    if is_sharded:
+        model = sharding.shard(net, cfg.train.dtype, ranks)
+    else:
+        init.allocate(net, torch.float32)
+        model = accelerator.prepare(net)
     shapes = lora.expected(cfg, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
@@ -72,6 +76,8 @@ def main(argv: list[str]) -> None:
             totals[1] += task.counts([micro_batch])[0]
         dist.all_reduce(totals)
         model.train()
+        if is_sharded:
+            model.reshard()  # a backward pass would have done it
         return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
@@ -104,7 +110,7 @@ def main(argv: list[str]) -> None:
         for micro, micro_batch in enumerate(micro_batches):
             processes.seed_micro_batch(cfg.train.seed, step, micro, ranks.rank)
             last_micro = micro + 1 == layout.accumulate
-            with nullcontext() if last_micro else accelerator.no_sync(model):
+            with nullcontext() if last_micro or is_sharded else accelerator.no_sync(model):
                 micro_loss = loss_of(micro_batch)
                 # data parallelism averages gradients over the ranks; multiplying by dp turns that into a sum (invariant 5)
                 accelerator.backward(micro_loss * layout.dp / targets)
