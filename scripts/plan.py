@@ -2,6 +2,7 @@
 
 python -m scripts.plan CONFIG [--gpus N] [a.b=c ...]    memory per GPU of the usual layouts of each stack
 python -m scripts.plan CONFIG --gpus N --gpu NAME [--own] [--json]    the fastest layouts that fit, with time and memory
+python -m scripts.plan CONFIG --gpus N --gpu NAME --simulate    the same, and what scripts.simulate finds for those layouts
 python -m scripts.plan --validate    predictions beside published and simulated values; writes docs/planner.md, docs/memory.md
 """
 
@@ -18,7 +19,7 @@ from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
 from common.paths import ROOT
-from common.planning import hardware, memory, search
+from common.planning import hardware, memory, search, simulated
 from common.planning.hardware import gpu
 from common.preflight import task_module
 from common.yaml_files import read_yaml
@@ -50,9 +51,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print all predictions as JSON, the best first")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the config with the best layouts there")
     parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md and docs/memory.md")
-    parser.add_argument("--simulate", action="store_true", help="simulate the runs of docs/memory.md again, then --validate")
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="simulate the printed layouts (scripts/simulate.py) and compare; without CONFIG: those of docs/memory.md, then "
+        "--validate",
+    )
     args = parser.parse_intermixed_args()
-    if args.validate or args.simulate:
+    if args.validate or args.simulate and args.config is None:
         return validate(args.simulate)
     if args.config is None:
         raise BadInput("scripts.plan: give a config, such as recipes/gpt/configs/gpt3_1.3b.yaml, or --validate")
@@ -61,13 +67,15 @@ def main() -> None:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
-    needing = ("network", "price", "scale", "write", "dense_attention", "own", "json", "recompute_counted")
+    needing = ("network", "price", "scale", "write", "dense_attention", "own", "json", "recompute_counted", "simulate")
     wanting = [name.replace("_", "-") for name in needing if getattr(args, name) not in (None, False)]
     if args.plot and not args.scale:
         raise BadInput(f"--plot {args.plot}: draws --scale N,N,...; give it")
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         raise BadInput(f"--plot {args.plot}: must end in .svg or .png")
     given = [name for name in ("scale", "json", "write") if getattr(args, name)]
+    if args.simulate and given:
+        raise BadInput(f"--simulate and --{given[0]}: exclude each other; give one of them per command")
     if len(given) > 1 or args.scale and args.own:
         both = " and ".join(f"--{name}" for name in [*given, *(["own"] if args.own else [])])
         raise BadInput(f"{both}: exclude each other; give one of them per command")
@@ -129,9 +137,11 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         print(json.dumps([one.as_json(tokens, args.price) for one in found], indent=1))
         return
     print(f"{args.gpus} x {card.name}, predicted by common/planning/step_time.py (docs/planner.md)")
+    shown: list[search.Prediction] = []
     for stack in stacks:
         own = [one for one in found if one.stack == stack]
         fitting = own if args.own else [one for one in own if one.fits][: args.top]
+        shown += fitting
         for one in fitting:
             print("\n" + "\n".join(block(one, tokens, args.price, card.memory)))
             if not one.fits:
@@ -140,6 +150,8 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
             print(f"\n{stack}: no layout fits on {args.gpus} GPUs; {search.needs(cfg, stack, cluster, args.gpus)}")
     for line in left_out:
         print("\n" + textwrap.fill(f"left out: {line}", 80, subsequent_indent="  "))
+    if args.simulate:
+        beside_simulation(shown, args)
     if args.write:
         write(args.config, args.write, found)
 
@@ -163,6 +175,45 @@ def block(one: search.Prediction, tokens: float, price: float | None, room: int)
         f"  run     {days:.3g} days{cost}; error: {near}",
     ]
     return [line for text in lines for line in textwrap.wrap(text, 80, subsequent_indent=" " * 10)]
+
+
+def beside_simulation(shown: Sequence[search.Prediction], args: argparse.Namespace) -> None:
+    """Simulate layouts on the GPU that computes nothing, the first and the last rank of a pipeline, and print peak, bytes of
+    the collectives and roofline beside what is predicted."""
+    from common.planning import traffic
+
+    cases, of_case = [], []
+    for one in shown:
+        values = getattr(one.cfg, one.stack).model_dump(exclude={"extra"}, exclude_none=True)
+        words = [f"{one.stack}.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
+        for rank in sorted({0, args.gpus - 1}) if one.shared.pp > 1 else (0,):
+            cases.append({"config": args.config, "stack": one.stack, "world": args.gpus, "rank": rank,
+                          "overrides": [*args.overrides, *words]})  # fmt: skip
+            of_case.append(one)
+    found = simulated.run(cases)
+    for number, (one, case, result) in enumerate(zip(of_case, cases, found, strict=True)):
+        if one is not of_case[number - 1] or number == 0:
+            own = [result for other, result in zip(of_case, found, strict=True) if other is one]
+            peak = max(each["peak_bytes"] or 0 for each in own)
+            print(f"\n{one.stack} {' '.join(f'{key}={str(value).lower()}' for key, value in one.layout.items())}")
+            if peak:
+                total = one.memory["total"]
+                print(f"  peak         simulated {peak / 1e9:.2f} GB, predicted {total / 1e9:.2f} ({total / peak - 1:+.1%})")
+        if result["fault"]:
+            print(f"  rank {case['rank']}: {result['fault']}")
+            continue
+        seconds = result["roofline"]["seconds"]
+        print(f"  rank {case['rank']:<7} at best {seconds:.3g} s on an H100 without collectives, predicted {one.seconds:.3g}")
+        there = traffic.reported(result["collectives"])
+        try:
+            counted = traffic.collectives(one.cfg, one.stack, args.gpus, case["rank"] * one.shared.pp // args.gpus)
+        except BadInput as error:
+            counted = None
+            print(f"    {error.problems[0]}")
+        for name in sorted({*there, *(counted or {})}):
+            size = there.get(name, 0)
+            beside = "" if counted is None else "equal" if counted.get(name) == size else f"predicted {counted.get(name, 0):,}"
+            print(f"    {name:<28} {size:>16,} bytes  {beside}")
 
 
 def scaling(
@@ -234,7 +285,7 @@ def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None
 
 def validate(simulate: bool) -> None:
     """Print predictions beside published and simulated values, and write them to docs/. simulate: run the simulations again."""
-    from common.planning import simulated, validation
+    from common.planning import validation
 
     if simulate:
         simulated.record()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config, families
+from common.errors import BadInput
 from common.paths import ROOT
 from common.planning import memory
 from common.preflight import task_module
@@ -91,15 +92,24 @@ def page() -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def simulate(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases with what their runs need now. RuntimeError if a run fails."""
+def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What scripts.simulate finds for these cases, each with the fields of common/simulation/run.py's Case. BadInput where
+    nothing can be simulated."""
     with tempfile.TemporaryDirectory() as folder:
         cases_file, result_file = Path(folder) / "cases.json", Path(folder) / "found.json"
-        named = [{name: case[name] for name in NAMED} | {"steps": recorded()["steps"], "roofline": False} for case in cases]
-        cases_file.write_text(json.dumps(named), encoding="utf-8")
+        cases_file.write_text(json.dumps(cases), encoding="utf-8")
         command = [sys.executable, "-m", "scripts.simulate", "--cases", str(cases_file), "--json", str(result_file)]
         subprocess.run([*command, "--memory", str(MEMORY_GB)], cwd=ROOT, check=False)
-        found = json.loads(result_file.read_text(encoding="utf-8"))
+        if not result_file.is_file():
+            raise BadInput("--simulate: scripts.simulate has ended without a result; its message is above")
+        found: list[dict[str, Any]] = json.loads(result_file.read_text(encoding="utf-8"))
+    return found
+
+
+def simulate(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases with what their runs need now. RuntimeError if a run fails."""
+    named = [{name: case[name] for name in NAMED} | {"steps": recorded()["steps"], "roofline": False} for case in cases]
+    found = run(named)
     for case, one in zip(named, found, strict=True):
         if one["fault"]:
             raise RuntimeError(f"{case}: {one['fault']}")
