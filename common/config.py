@@ -303,6 +303,10 @@ Recompute = Annotated[
     Literal["none", "selective", "full"],
     BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
 ]
+Offload = Annotated[
+    Literal["none", "optimizer", "all"],
+    BeforeValidator(lambda value: ("optimizer" if value else "none") if isinstance(value, bool) else value),
+]
 TP = "Tensor-parallel ranks, which share each layer's matrices."
 PP = "Pipeline stages, each with its share of the layers."
 
@@ -350,7 +354,12 @@ class DeepSpeed(System):
         description="With pp: stages of about as many parameters, embedding and output counted; of as many transformer "
         "layers; or a list of the transformer layers of each stage.",
     )
-    offload: bool = Field(default=False, description="Keep the optimizer state in CPU memory. Needs zero_stage 1, 2 or 3.")
+    offload: Offload = Field(
+        default="none",
+        description="What is kept in CPU memory: nothing (none), the optimizer state, which steps there (optimizer: zero_stage "
+        "1, 2 or 3), or also the weights, of which a GPU has those that it computes with (all: zero_stage 3). false and true "
+        "are read as none and optimizer.",
+    )
     recompute: bool = Field(default=False, description=RECOMPUTE)
     compile: bool = Field(default=False, description=COMPILE + " Needs tp=1 and zero_stage 0, 1 or 2.")
     extra: dict[str, Any] = Field(
@@ -594,8 +603,10 @@ def _rules(cfg: Config) -> Iterator[str]:
         )
     if not all(0 <= b < 1 for b in o.betas):
         yield f"optim.betas={o.betas}: each must be at least 0 and below 1"
-    if cfg.deepspeed.offload and cfg.deepspeed.zero_stage == 0:
-        yield "deepspeed.offload=true needs deepspeed.zero_stage=1, 2 or 3"
+    if cfg.deepspeed.offload == "optimizer" and cfg.deepspeed.zero_stage == 0:
+        yield "deepspeed.offload=optimizer needs deepspeed.zero_stage=1, 2 or 3"
+    if cfg.deepspeed.offload == "all" and cfg.deepspeed.zero_stage != 3:
+        yield "deepspeed.offload=all needs deepspeed.zero_stage=3: at the other stages each GPU keeps all weights"
     d = cfg.deepspeed
     if d.sp > 1 and (d.zero_stage == 0 or d.tp > 1 or d.pp > 1 or d.compile):
         yield (
@@ -640,8 +651,8 @@ def _pipeline_rules(system: DeepSpeed) -> Iterator[str]:
         )
     if system.tp > 1:
         yield f"{given} with deepspeed.tp={system.tp}: AutoTP does not split the layers of a pipeline; use one of them"
-    if system.offload:
-        yield f"{given} with deepspeed.offload=true: is not tested together; use one of them"
+    if system.offload != "none":
+        yield f"{given} with deepspeed.offload={system.offload}: is not tested together; use one of them"
     if system.compile:
         yield f"{given} with deepspeed.compile=true: is not tested together; use one of them"
 

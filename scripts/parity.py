@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
     """The layouts that are compared by default, for this number of processes."""
-    zero = {"tp": 1, "pp": 1, "offload": False, "recompute": False}
+    zero = {"tp": 1, "pp": 1, "offload": "none", "recompute": False}
     plain = {
         "tp": 1,
         "pp": 1,

@@ -331,7 +331,7 @@ def _megatron(tp: int, pp: int) -> dict[str, object]:
 
 CHOICES: dict[str, list[dict[str, object]]] = {
     "baseline": [{"shard": shard, "recompute": recompute} for shard in ("none", "full") for recompute in (False, True)],
-    "deepspeed": [{"zero_stage": s, "offload": o} for s, o in ((1, False), (2, False), (3, False), (3, True))],
+    "deepspeed": [{"zero_stage": s, "offload": o} for s, o in ((1, "none"), (2, "none"), (3, "none"), (3, "optimizer"))],
     "megatron": [_megatron(tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 8))],
 }
 SHORT = {"sequence_parallel": "sp", "distributed_optimizer": "dist-opt", "zero_stage": "zero", "recompute": "recompute"}

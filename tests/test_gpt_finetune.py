@@ -53,7 +53,7 @@ LAYOUTS = {
     "fsdp2": ("baseline", ["baseline.shard=full", "baseline.micro_batch=4"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.micro_batch=1"]),
-    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=optimizer", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),

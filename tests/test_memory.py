@@ -63,7 +63,7 @@ def test_the_optimizer_needs_what_deepspeeds_own_estimator_counts():
         found = memory.optimizer_moment(GPT_1_3B, training("deepspeed", zero_stage=2, dp=gpus), N)
         assert expected <= found <= expected + 2 * N / gpus + 8
     _, expected = zero2(N, 8, 1, cpu_offload=True)
-    offloaded = memory.estimate(GPT_1_3B, GPT, training("deepspeed", zero_stage=2, dp=8, offload=True))
+    offloaded = memory.estimate(GPT_1_3B, GPT, training("deepspeed", zero_stage=2, dp=8, offload="optimizer"))
     assert offloaded["weights"] == expected and offloaded["host"] == 2 * N and offloaded["optimizer"] == 0
 
 
@@ -191,7 +191,7 @@ def test_estimates_grow_and_shrink_as_they_must():
         return memory.estimate(work, GPT, training(stack, **({"zero_stage": 1, "dp": 8, "dropout": True} | changed)))["total"]
 
     assert total() > total(zero_stage=2) > total(zero_stage=3) > total(zero_stage=3, dp=64)
-    assert total(offload=True) < total()
+    assert total(offload="optimizer") < total()
     assert total(recompute=True) < total()
     assert total("megatron", recompute=True) < total("megatron", recompute_attention=True) < total("megatron")
     assert total(micro_batch=8) > total() and total(parameters=2 * N) > total()

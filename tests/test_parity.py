@@ -25,8 +25,9 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.micro_batch=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.micro_batch=4"]),
-    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true", "deepspeed.recompute=true"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=optimizer", "deepspeed.recompute=true"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
+    "zero3_offload_all": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.offload=all"]),
     "zero3_micro4": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2", "deepspeed.micro_batch=1"]),
     "zero1_pp2_listed": (

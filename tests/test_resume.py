@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
+    "zero3_offload_all": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.offload=all", "deepspeed.micro_batch=4"]),
     "zero1_autotp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
     "zero3_ulysses2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "tp2": ("megatron", ["megatron.tp=2", "megatron.micro_batch=4"]),

@@ -33,7 +33,7 @@ LAYOUTS = {
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3"]),
-    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=true"]),
+    "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=optimizer"]),
     "zero3_recompute": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.recompute=true"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2"]),
     "zero1_ulysses2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),

@@ -75,7 +75,7 @@ class Training:
     stages: tuple[int, ...] = ()  # layers of each pipeline stage, if they are not equal
     shard: str = "none"  # or full: the baseline by FSDP2
     zero_stage: int = 0
-    offload: bool = False
+    offload: str = "none"  # or optimizer: its state is in CPU memory
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: bool = False  # of whole layers
@@ -126,10 +126,11 @@ def states(run: Training, parameters: int) -> dict[str, int]:
     if run.zero:  # its masters are fp32 copies, in fp32 too
         share = parameters // run.dp
         whole_gradients = run.zero == 1 and run.accumulate > 1  # else each is reduced, and freed, as soon as it is there
+        at_once = run.zero == 1 or run.zero == 3 and run.offload == "optimizer"  # accumulated in CPU memory
         return {
             "weights": run.width * (share if run.zero == 3 else parameters),
-            "gradients": run.width * (parameters if whole_gradients else 0 if run.zero == 1 else share),
-            "optimizer": 0 if run.offload else 12 * share, "host": 16 * share if run.offload else 0,
+            "gradients": run.width * (parameters if whole_gradients else 0 if at_once else share),
+            "optimizer": 12 * share if run.offload == "none" else 0, "host": 0 if run.offload == "none" else 16 * share,
         }  # fmt: skip
     if run.stack == "megatron":
         master = 4 if run.dtype == "bf16" else 0
@@ -452,6 +453,10 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, i
     if stack == "deepspeed" and cfg.deepspeed.pp > 1:
         raise BadInput(
             f"the memory of deepspeed.pp={cfg.deepspeed.pp} is not estimated: stages of DeepSpeed may differ in size"
+        )
+    if stack == "deepspeed" and cfg.deepspeed.offload == "all":
+        raise BadInput(
+            "the memory of deepspeed.offload=all is not estimated: which weights are on a GPU changes as it computes"
         )
     run, work = training(cfg, model, stack, world), model.workload(cfg.data)
     return estimate(shared_sequence(work, run.sp), model.traits(), run)

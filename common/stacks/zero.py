@@ -183,8 +183,10 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(parameters_per_rank, layout.dp)
     # on a CPU there is no second stream; it allocates a second bucket. A pipeline reduces after its last backward pass
     zero["overlap_comm"] = on_gpu and layout.dp > 1 and layout.pp == 1
-    if system.offload:
+    if system.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if system.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     bf16 = cfg.train.dtype == "bf16"
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
