@@ -118,7 +118,7 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
             "shard": shards[system.zero_stage], "gradient_bytes": width, "kept": min(parameters, memory.LIVE // 2),
             # use_multi_rank_bucket_allreduce of common/stacks/zero.py
             "all_reduced": parameters // shared.dp < 1_000_000 * shared.dp,
-            "offload": {True: "optimizer", False: "none"}.get(system.offload, system.offload),
+            "offload": system.offload,
         }  # fmt: skip
     elif getattr(system, "shard", "none") == "full":  # FSDP2: what is outside the layers is gathered once
         outside = cfg.model.parameter_count() - cfg.model.workload(cfg.data).body
@@ -190,8 +190,7 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     if stack == "baseline":
         keys["shard"] = ("none", "full")
     if stack == "deepspeed":
-        levels = (False, True) if known["offload"].annotation is bool else ("none", "optimizer", "all")
-        keys |= {"zero_stage": (1, 2, 3), "offload": levels, "tp": near, "pp": divisors, "sp": near}
+        keys |= {"zero_stage": (1, 2, 3), "offload": ("none", "optimizer", "all"), "tp": near, "pp": divisors, "sp": near}
     if stack == "megatron":
         masks = not all(one.causal for block in cfg.model.workload(cfg.data).blocks for one in block.attention)
         # selective saves memory only where the attention kernel keeps a mask or biases

@@ -44,6 +44,7 @@ def _replicas(cfg: Config, stack: str, layout: Layout) -> Counter[str]:
         padded = -(-parameters // dp) * dp
         found[f"all_gather {name} of {dp}"] = width * padded  # after the step
         found[f"reduce_scatter {name} of {dp}"] = layout.accumulate * width * padded
+        found[f"all_reduce fp32 of {dp}"] += 8  # as below
         return found
     if parameters // dp >= 1_000_000 * dp:  # use_multi_rank_bucket_allreduce of common/stacks/zero.py
         raise BadInput(f"deepspeed.zero_stage={stage}: reductions to the rank that owns a share are not counted")
