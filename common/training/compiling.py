@@ -12,11 +12,21 @@ if TYPE_CHECKING:
 GRAPHS = 64  # of one class of layers: T5 has four kinds of them, in training and evaluation, of fixed and of any length
 
 
+def _refuse_plain_functions() -> None:
+    """More graphs of one function than GRAPHS are an error. By default the ninth would be the plain function, in silence:
+    slower, and with other dropout where the forward pass of a recomputed layer was compiled."""
+    import torch
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit, settings.fail_on_recompile_limit_hit = GRAPHS, True
+
+
 @cache
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at its first call."""
     import torch
 
+    _refuse_plain_functions()
     compiled: Callable[..., Any] = torch.compile(function)
     return compiled
 
@@ -42,10 +52,7 @@ def layers(net: "torch.nn.Module") -> None:
     Layers of one class share their graphs. fullgraph: an operator that cannot be compiled, or more graphs than GRAPHS, is an
     error, where torch.compile would otherwise go on with the plain layer.
     """
-    import torch
-
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = GRAPHS
+    _refuse_plain_functions()
     inner: Any
     for layer in transformer_layers(net):
         for part in layer.children():
