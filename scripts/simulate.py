@@ -59,6 +59,7 @@ def _again_with_null_gpu(gigabytes: float | None) -> None:
     """Replace this process by one in front of whose CUDA the null GPU stands."""
     environment = os.environ | {"LD_PRELOAD": build.preload()}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as the launcher sets it where Megatron warns about any other value
     if gigabytes is not None:
         environment["NULL_GPU_MEMORY"] = str(int(gigabytes * 1e9))
     words = ["-m", "scripts.simulate", *sys.argv[1:]]

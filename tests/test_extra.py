@@ -45,16 +45,14 @@ LAYOUTS: dict[str, tuple[str, list[str], list[str]]] = {
         "deepspeed",
         ["deepspeed.zero_stage=1"],
         [
-            "reduce_bucket_size: 9000", "overlap_comm: true", "allgather_bucket_size: 2000",
-            "use_multi_rank_bucket_allreduce: false",
+            "reduce_bucket_size: 9000", "overlap_comm: true", "use_multi_rank_bucket_allreduce: false",
         ],
     ),
     "zero2": (
         "deepspeed",
         ["deepspeed.zero_stage=2"],
         [
-            "reduce_bucket_size: 9000", "overlap_comm: true", "allgather_bucket_size: 2000",
-            "use_multi_rank_bucket_allreduce: false",
+            "reduce_bucket_size: 9000", "overlap_comm: true", "use_multi_rank_bucket_allreduce: false",
         ],
     ),
     "zero3": (

@@ -31,13 +31,9 @@ def _truth(where: str, when: When) -> Key:
     return Key(where, "true or false", lambda value: isinstance(value, bool), when)
 
 
-def _whole(where: str, when: When, step: int = 1) -> Key:
-    """Whole numbers from `step` on, multiples of it."""
-
-    def is_valid(value: Any) -> bool:
-        return type(value) is int and step <= value < 2**50 and value % step == 0
-
-    return Key(where, f"a whole number above 0{f', a multiple of {step}' if step > 1 else ''}", is_valid, when)
+def _whole(where: str, when: When) -> Key:
+    """Whole numbers above 0."""
+    return Key(where, "a whole number above 0", lambda value: type(value) is int and 1 <= value < 2**50, when)
 
 
 def granularity(system: Any) -> Any:
@@ -83,7 +79,6 @@ ZERO_OPTIMIZATION = {
     # How many elements are sent at once, and whether that overlaps with the backward pass.
     "reduce_bucket_size": _whole("zero/stage3.py", ZERO),
     "overlap_comm": _truth("zero/stage3.py", ONE_STAGE),
-    "allgather_bucket_size": _whole("zero/stage_1_and_2.py", ZERO_12, step=2),
     "use_multi_rank_bucket_allreduce": _truth("zero/stage_1_and_2.py", ZERO_12),
     # How many elements are stepped at once; which parameters are gathered ahead, and which stay gathered.
     "sub_group_size": _whole("zero/stage3.py", ZERO_3),
