@@ -1,19 +1,22 @@
-"""Measure how evenly deepspeed.partition loads the stages of a pipeline, and how long they idle, beside what 1F1B predicts.
+"""Measure how evenly the stages of a pipeline are loaded, and how long they idle, beside what the schedule predicts.
 
-    torchrun --standalone --nproc-per-node P -m scripts.bench_stages CONFIG [a.b=c ...] --partitions PARTITION ...
+    torchrun --standalone --nproc-per-node P -m scripts.bench_stages CONFIG [a.b=c ...] --layouts LAYOUT ...
 
-P processes are P stages. CONFIG is one of GPT or BERT, for pretraining; a PARTITION is parameters, uniform or a list such as
-[4,2]. Each is trained with each number of micro batches (--micro-batches), --rounds times in turn, for --steps steps, of which
-the first two do not count. A line gives the median over all counted steps, with the least and the greatest:
+P processes are P stages. CONFIG is one of GPT or BERT, for pretraining. A LAYOUT is one word with overrides of one stack beside
+its pp, such as deepspeed.partition=[4,2] or "megatron.vpp=2 megatron.pipeline_layout=even". Each is trained with each number of
+micro batches (--micro-batches), --rounds times in turn, for --steps steps, of which the first two do not count. A line gives
+the median over all counted steps, with the least and the greatest:
   slowest / mean   time of the forward and backward passes of the slowest stage, to the mean over the stages
   idle             share of the stages' time, from the first forward to the last backward pass of a step, without either
-  predicted        the same of equal stages: (p - 1) / (m + p - 1), with p stages and m micro batches (arXiv:2104.04473)
+  predicted        the same of equal stages: (p - 1) / (m v + p - 1), with p stages of v chunks and m micro batches
+                   (arXiv:2104.04473, section 2.2)
 """
 
 import argparse
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -45,33 +48,41 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def timed() -> Iterator[list[list[tuple[float, float]]]]:
-    """Note the begin and end of each forward and backward pass of DeepSpeed's pipeline on this rank, in one list per step."""
+    """Note the begin and end of each forward and backward pass of a pipeline on this rank, in one list per step."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+    from megatron.core.pipeline_parallel import schedules
+
+    from common.training.log import Log
 
     steps: list[list[tuple[float, float]]] = []
-    instructions, train_batch = dict(PipelineEngine._INSTRUCTION_MAP), PipelineEngine.train_batch
+    instructions, begin_step = dict(PipelineEngine._INSTRUCTION_MAP), Log.begin_step
+    functions = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
 
-    def clocked(run: Callable[..., None]) -> Callable[..., None]:
-        def measured(engine: Any, **arguments: Any) -> None:
+    def clocked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any, **named: Any) -> Any:
             begin = time.perf_counter()
-            run(engine, **arguments)
-            if steps and engine.module.training:
-                steps[-1].append((begin, time.perf_counter()))
+            result = run(*arguments, **named)
+            steps[-1].append((begin, time.perf_counter()))
+            return result
 
         return measured
 
-    def step(engine: Any, *arguments: Any) -> Any:
+    def begin(log: Log) -> None:
         steps.append([])
-        return train_batch(engine, *arguments)
+        begin_step(log)
 
     for kind in (ForwardPass, BackwardPass):
         PipelineEngine._INSTRUCTION_MAP[kind] = clocked(instructions[kind])
-    PipelineEngine.train_batch = step
+    for name, function in functions.items():
+        setattr(schedules, name, clocked(function))
+    Log.begin_step = begin  # type: ignore[method-assign]
     try:
         yield steps
     finally:
-        PipelineEngine._INSTRUCTION_MAP, PipelineEngine.train_batch = instructions, train_batch
+        PipelineEngine._INSTRUCTION_MAP, Log.begin_step = instructions, begin_step  # type: ignore[method-assign]
+        for name, function in functions.items():
+            setattr(schedules, name, function)
 
 
 def measure(module: str, arguments: list[str]) -> list[Step]:
@@ -96,6 +107,20 @@ def written(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} [{min(values):.3f} .. {max(values):.3f}]"
 
 
+def table(found: dict[tuple[str, int], list[Step]], stages: int) -> str:
+    """A block of 80 columns for each layout."""
+    lines = []
+    for layout in dict.fromkeys(layout for layout, _ in found):
+        chunks = next((int(word.partition("=")[2]) for word in shlex.split(layout) if word.startswith("megatron.vpp=")), 1)
+        lines += [layout, f"  {'m':>2}  {'slowest / mean':<24} {'idle':<24} predicted"]
+        for m in [m for name, m in found if name == layout]:
+            steps = found[layout, m]
+            columns = [written([step.imbalance for step in steps]), written([step.idle for step in steps])]
+            predicted = (stages - 1) / (m * chunks + stages - 1)
+            lines.append(f"  {m:>2}  {columns[0]:<24} {columns[1]:<24} {predicted:.3f}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     processes.quiet()
     parser = argparse.ArgumentParser(
@@ -103,40 +128,39 @@ def main() -> int:
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the config")
-    parser.add_argument("--partitions", nargs="+", required=True, metavar="PARTITION", help="values of deepspeed.partition")
+    parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="overrides of one stack")
     parser.add_argument(
         "--micro-batches", nargs="+", type=int, default=[2, 4, 8], metavar="M", help="per step (default: 2 4 8)"
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="of each run (default: 6)")
     args = parser.parse_intermixed_args()
-    module = f"recipes.{families.of_config(args.config)}.deepspeed.pretrain"
-    stages = int(os.environ.get("WORLD_SIZE", "1"))
+    family, stages = families.of_config(args.config), int(os.environ.get("WORLD_SIZE", "1"))
     is_first = os.environ.get("RANK", "0") == "0"
     found: dict[tuple[str, int], list[Step]] = {}
     folder = Path(tempfile.gettempdir()) / f"bench_stages_{os.environ.get('MASTER_PORT', '0')}"  # the same on every rank
-    sizes = [word.partition("=")[2] for word in args.overrides if word.startswith("deepspeed.micro_batch=")]
-    micro_batch = sizes[-1] if sizes else "1"
-    for number, partition, m in itertools.product(range(args.rounds), args.partitions, args.micro_batches):
+    for number, (_, layout, m) in enumerate(itertools.product(range(args.rounds), args.layouts, args.micro_batches)):
+        stack = layout.partition(".")[0]
+        if stack not in ("deepspeed", "megatron"):
+            parser.error(f"--layouts {layout}: has no pipeline; give overrides of deepspeed or megatron")
+        sizes = [word.partition("=")[2] for word in args.overrides if word.startswith(f"{stack}.micro_batch=")]
+        micro_batch = sizes[-1] if sizes else "1"
         more = [
-            f"deepspeed.pp={stages}", f"deepspeed.partition={partition}", f"deepspeed.micro_batch={micro_batch}",
+            f"{stack}.pp={stages}", *shlex.split(layout), f"{stack}.micro_batch={micro_batch}",
             f"train.global_batch={m * int(micro_batch)}", f"train.steps={args.steps}", "train.save_every=0", "data.valid=null",
         ]  # fmt: skip
-        out = str(folder / f"{number}_{partition}_{m}")
+        out = str(folder / str(number))
         try:
-            found.setdefault((partition, m), []).extend(measure(module, [args.config, out, *args.overrides, *more]))
+            steps = measure(f"recipes.{family}.{stack}.pretrain", [args.config, out, *args.overrides, *more])
         except BadInput as error:
             if is_first:
                 print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
             os._exit(EXIT_BAD_INPUT)  # worker threads of the stacks outlive a normal exit by seconds
+        found.setdefault((layout, m), []).extend(steps)
+        shutil.rmtree(out, ignore_errors=True)
     if is_first:
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"{'partition':<12} {'m':>2}  {'slowest / mean':<24} {'idle':<24} predicted")
-        for (partition, m), measured in found.items():
-            columns = [written([step.imbalance for step in measured]), written([step.idle for step in measured])]
-            print(
-                f"{partition:<12} {m:>2}  {columns[0]:<24} {columns[1]:<24} {(stages - 1) / (m + stages - 1):.3f}", flush=True
-            )
+        print(table(found, stages), flush=True)
     sys.stdout.flush()
     os._exit(0)
 
