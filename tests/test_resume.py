@@ -51,6 +51,13 @@ MOVES: list[tuple[str, list[str]]] = [
     ("megatron", ["megatron.distributed_optimizer=true"]),
     ("baseline", []),
 ]
+
+
+def moves_without(*refused: set[str]) -> list[tuple[str, list[str]]]:
+    """MOVES without those that have all the keys of one of these sets, which a family refuses."""
+    return [(stack, keys) for stack, keys in MOVES if not any(those <= {*keys} for those in refused)]
+
+
 BF16 = ["zero1", "zero1_pp2", "zero3", "fsdp2", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
 EACH = 5  # steps on each stack
 ARCHS = ("tiny", "tiny_llama")
