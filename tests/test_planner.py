@@ -174,9 +174,14 @@ def test_the_bubble_is_counted_in_the_stacks_own_schedules(pp, vpp, accumulate):
         assert (takes - 3 * accumulate) / takes == pytest.approx(predicted, rel=1e-3)
 
 
+NOT_COUNTED = re.compile("zero1_tp2|fsdp2|ulysses|cp2|vpp2")
+
+
 def simulated_pretraining() -> list[str]:
-    """The keys of tests/simulated.json whose collectives are counted: all of GPT, and what holds the whole model of others."""
-    keys = [key for key in json.loads(GOLDEN.read_text(encoding="utf-8")) if " pretrain " in key and "zero1_tp2" not in key]
+    """The keys of tests/simulated.json whose collectives are counted: of GPT, and of others what holds the whole model."""
+    keys = [
+        key for key in json.loads(GOLDEN.read_text(encoding="utf-8")) if " pretrain " in key and not NOT_COUNTED.search(key)
+    ]
     return [key for key in keys if key.startswith("gpt") or not re.search("tp2|pp2|bert.*distributed", key)]
 
 
@@ -197,6 +202,10 @@ def test_bytes_of_every_collective_equal_the_simulations(key):
 
 
 def test_collectives_that_are_not_counted_are_refused():
+    for name in filter(NOT_COUNTED.search, LAYOUTS):
+        stack, overrides = LAYOUTS[name]
+        with pytest.raises(BadInput, match="not counted"):
+            traffic.collectives(resolved("recipes/gpt/configs/tiny.yaml", *MODEL["gpt"], *overrides), stack, WORLD)
     for words in (["deepspeed.zero_stage=3"], ["deepspeed.zero_stage=2"], ["deepspeed.tp=2"]):
         with pytest.raises(BadInput, match="not counted"):
             traffic.collectives(resolved("recipes/gpt/configs/gpt3_1.3b.yaml", *words), "deepspeed", 8)

@@ -79,6 +79,11 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
         assert done.returncode == 0, done.stderr
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert all(option in done.stdout for option in options), (options, done.stdout)
+    elif words[0] == "torchrun":
+        module = words[words.index("-m") + 1]
+        done = run([sys.executable, "-m", module, "--help"], {})
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in words[words.index("-m") + 2 :] if word.startswith("--")), done.stdout
     elif words[0] == "bash":
         script = words[1]
         assert (ROOT / script).is_file(), line.name
