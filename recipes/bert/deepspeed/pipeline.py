@@ -6,7 +6,7 @@ functions apply the heads, because they know the masked positions.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +19,11 @@ from common.layout import Layout
 from common.stacks import ds_pipeline
 from common.stacks.ds_pipeline import Batch, Carried, Layer, LossFunction
 
-from .. import finetune, task
-from ..tasks.base import Head
+from .. import task
+
+if TYPE_CHECKING:  # pretraining imports no code of the tasks
+    from .. import finetune
+    from ..tasks.base import Head
 
 
 def build(cfg: Config, layout: Layout, ranks: Ranks) -> ds_pipeline.Stage:
@@ -28,8 +31,10 @@ def build(cfg: Config, layout: Layout, ranks: Ranks) -> ds_pipeline.Stage:
     return ds_pipeline.build(cfg, layout, ranks, task, _with_pretraining_heads)
 
 
-def build_headed(cfg: finetune.ResolvedConfig, layout: Layout, ranks: Ranks) -> ds_pipeline.Stage:
+def build_headed(cfg: "finetune.ResolvedConfig", layout: Layout, ranks: Ranks) -> ds_pipeline.Stage:
     """This rank's stage of the model with a task head. Its results are the summed loss, and predictions (B, width)."""
+    from .. import finetune
+
     return ds_pipeline.build(cfg, layout, ranks, finetune, partial(_with_task_head, cfg.model.task_head))
 
 
@@ -46,7 +51,7 @@ def _with_pretraining_heads(model: PreTrainedModel) -> tuple[list[Layer], LossFu
     return _layers(net, net.cls), loss_of
 
 
-def _with_task_head(head: Head, model: PreTrainedModel) -> tuple[list[Layer], LossFunction]:
+def _with_task_head(head: "Head", model: PreTrainedModel) -> tuple[list[Layer], LossFunction]:
     net: Any = model
     classifier = getattr(net, head.parameter)
     dropout = net.dropout if head.dropout else torch.nn.Identity()

@@ -1,0 +1,156 @@
+"""The whole product of small values of each stack's keys: every layout either runs or is refused in one line.
+
+The runs are slow, so only layouts that together have every pair of values of two keys are run, and the fast suite runs part of
+these.
+"""
+
+import importlib
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from conftest import ROOT, case, losses
+from test_parity import LOSS, NORM
+
+from common import config, families
+from common.config import Config
+from common.errors import BadInput
+from common.layout import layout_for
+from tests import plain, plain_bert, plain_t5
+
+pytestmark = pytest.mark.timeout(7200)  # the first test waits for all runs
+RANKS = 4
+STEPS = 3
+FAST = 1  # of the layouts that are run, per family and stack
+CONFIGS = {"gpt": "tiny_llama", "bert": "tiny", "t5": "tiny_v1_1"}
+VALUES: dict[str, list[Any]] = {  # of keys whose values the schema does not list
+    "micro_batch": [1, 2],
+    "tp": [1, 2, 3],
+    "pp": [1, 2, 3],
+    "cp": [1, 2, 3],
+    "sp": [1, 2, 3],
+    "vpp": [1, 2, 3],
+    "zero_stage": [0, 1, 2, 3],
+    "partition": ["parameters", "uniform", [1, 3], [1, 2], [1, 1, 2]],
+    "pipeline_layout": ["even", "embedding_and_loss", "Ettt|tL", "Et"],
+    "extra": [{}],
+    "fusions": [None],
+    "transformer_engine": [False, True],
+}
+WORDS = 60  # of a message, at most
+Keys = dict[str, Any]
+
+
+def values_of(name: str, annotation: Any) -> list[Any]:
+    """The values of a key that the product has."""
+    if name in VALUES:
+        return VALUES[name]
+    if annotation is bool:
+        return [False, True]
+    choices = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if get_origin(choices) is Literal:
+        return list(get_args(choices))
+    raise AssertionError(f"{name}: add its values to VALUES")
+
+
+@cache
+def start(family: str) -> Config:
+    """The family's tiny config."""
+    tiny = ROOT / f"recipes/{family}/configs/{CONFIGS[family]}.yaml"
+    return config.load(
+        tiny, ["data.valid=null", "model.vocab_size=512"], importlib.import_module(f"recipes.{family}.task").Config
+    )
+
+
+def product(family: str, stack: str) -> Iterator[tuple[Keys, list[str]]]:
+    """(keys of the stack, reasons for which they are refused) of the whole product."""
+    cfg, kind = start(family), config.sections(Config)[stack]
+    options = {name: values_of(name, field.annotation) for name, field in kind.model_fields.items()}
+    for combination in itertools.product(*options.values()):
+        keys = dict(zip(options, combination, strict=True))
+        one = cfg.model_copy(update={stack: kind.model_validate(keys)})
+        problems = list(config._rules(one))
+        try:
+            layout_for(one, stack, RANKS)
+        except BadInput as error:
+            problems += str(error).splitlines()
+        yield keys, problems
+
+
+def covering(accepted: list[Keys]) -> list[Keys]:
+    """Some of these layouts, which have together every pair of values that one of them has."""
+    seen: set[Any] = set()
+    chosen = []
+    for keys in random.Random(1).sample(accepted, len(accepted)):
+        pairs = set(itertools.combinations(((name, json.dumps(value)) for name, value in keys.items()), 2))
+        if pairs - seen:
+            seen |= pairs
+            chosen.append(keys)
+    return chosen
+
+
+@cache
+def chosen(family: str, stack: str) -> list[Keys]:
+    """The layouts that are run."""
+    return covering([keys for keys, problems in product(family, stack) if not problems])
+
+
+STACKS = [(family, stack) for family in ("gpt", "bert", "t5") for stack in config.STACKS if stack in families.stacks(family)]
+
+
+@pytest.mark.parametrize(("family", "stack"), STACKS)
+def test_each_layout_is_accepted_or_refused_in_one_line(family, stack):
+    rows = list(product(family, stack))
+    accepted = [keys for keys, problems in rows if not problems]
+    assert 0 < len(accepted)
+    for keys, problems in rows:
+        assert len(set(problems)) == len(problems), (keys, problems)
+        for problem in problems:
+            assert problem and problem.isprintable() and len(problem.split()) <= WORDS, (keys, problem)
+            assert f"{stack}." in problem or "model." in problem or "optim." in problem, (keys, problem)
+
+
+def overrides(stack: str, keys: Keys) -> list[str]:
+    return [f"{stack}.{key}={config.written(value)}" for key, value in keys.items()]
+
+
+@pytest.fixture(scope="module")
+def runs(drive, settings, bert_settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
+    """(folder of all runs: FAMILY/STACK/NUMBER, settings by family)"""
+    out = tmp_path_factory.mktemp("product")
+    data = {"gpt": settings, "bert": bert_settings, "t5": t5_settings}
+    more = {family: [*words, f"train.steps={STEPS}", "optim.decay_steps=20"] for family, words in data.items()}
+    cases = [
+        case(stack, CONFIGS[family], out / f"{family}/{stack}/{number}", more[family] + overrides(stack, keys), 0, family)
+        for family, stack in STACKS
+        for number, keys in enumerate(chosen(family, stack))
+        if with_slow or number < FAST
+    ]
+    drive(cases, RANKS)
+    return out, more
+
+
+@pytest.fixture(scope="module")
+def reference(runs) -> dict[str, list[tuple[float, float]]]:
+    """{family: [(loss, norm) of each step]} of the plain loops."""
+    loops = {"gpt": plain.losses, "bert": plain_bert.losses, "t5": plain_t5.losses}
+    return {
+        family: loop(ROOT / f"recipes/{family}/configs/{CONFIGS[family]}.yaml", runs[1][family])
+        for family, loop in loops.items()
+    }
+
+
+@pytest.mark.parametrize("share", ["first", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "stack"), STACKS)
+def test_accepted_layouts_run_and_follow_the_loop(runs, reference, family, stack, share):
+    for number, keys in enumerate(chosen(family, stack)[: FAST if share == "first" else None]):
+        lines = losses(runs[0] / f"{family}/{stack}/{number}")
+        assert sorted(lines) == list(range(1, STEPS + 1)), keys
+        for step, (loss, norm) in enumerate(reference[family], 1):
+            assert abs(lines[step]["loss"] - loss) <= LOSS, (keys, step)
+            assert abs(lines[step]["grad_norm"] - norm) <= NORM * norm, (keys, step)
