@@ -135,7 +135,8 @@ def test_live_bytes_after_two_steps_are_those_of_a_cpu(found: dict[str, Any], on
     assert found[name]["fault"] is None
     # accelerate makes one rank DDP on a CPU and not on a GPU; the gradients in DDP's buckets stay
     of_ddp = 4 * PARAMETERS if name == "baseline" else 0
-    assert found[name]["live_bytes"] == on_cpu[name] - of_ddp
+    clip = 0 if name == "zero3" else 4  # on a GPU the optimizer keeps the factor that clips, in fp32 (common/training/optim.py)
+    assert found[name]["live_bytes"] == on_cpu[name] - of_ddp + clip
 
 
 # ---- against arithmetic ----------------------------------------------------------------------------------------------
