@@ -18,16 +18,13 @@ LAYERS, HIDDEN, VOCABULARY, SEQ_LEN, GLOBAL_BATCH = 4, 64, 512, 64, 8  # of that
 PARAMETERS = VOCABULARY * HIDDEN + SEQ_LEN * HIDDEN + LAYERS * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * HIDDEN
 BF16 = ["train.dtype=bf16"]
 STAGE = ["megatron.pp=2", "megatron.tp=2", "megatron.sequence_parallel=true"]
-UNFUSED = ["megatron.fusions=false"]  # as by default on a CPU
-ON_CPU = ("baseline", "zero1", "zero2", "zero3", "megatron", "distributed_optimizer", "bert", "t5")
+ON_CPU = ("baseline", "zero1", "zero2", "zero3", "bert", "t5")
 # name -> case; `first` and `again` share OUT: the second resumes
 CASES: dict[str, dict[str, Any]] = {
     "baseline": {"stack": "baseline"},
     "zero1": {"stack": "deepspeed"},
     "zero2": {"stack": "deepspeed", "overrides": ["deepspeed.zero_stage=2"]},
     "zero3": {"stack": "deepspeed", "overrides": ["deepspeed.zero_stage=3"]},
-    "megatron": {"stack": "megatron", "overrides": UNFUSED},
-    "distributed_optimizer": {"stack": "megatron", "overrides": [*UNFUSED, "megatron.distributed_optimizer=true"]},
     "bert": {"family": "bert", "stack": "deepspeed"},
     "t5": {"family": "t5", "stack": "deepspeed"},
     "dp8": {"stack": "baseline", "world": 8, "overrides": ["baseline.micro_batch=1"], "roofline": True, "steps": 3},
