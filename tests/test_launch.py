@@ -473,12 +473,19 @@ def test_two_nodes_give_the_losses_of_one(stack: str, config: Path, two_nodes: l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [1, 2])  # ranks of a node: tensor-parallel ones
+@pytest.mark.parametrize(
+    ("stack", "nproc", "layout"),
+    [
+        ("megatron", 1, ["megatron.pp=2", "megatron.vpp=2"]),
+        ("megatron", 2, ["megatron.pp=2", "megatron.vpp=2", "megatron.tp=2"]),
+        ("deepspeed", 1, ["deepspeed.pp=2"]),
+        ("deepspeed", 2, ["deepspeed.pp=2"]),  # two replicas of each stage
+    ],
+)
 def test_a_pipeline_over_two_nodes_gives_the_losses_of_one(
-    nproc: int, config: Path, two_nodes: list[list[str]], tmp_path: Path
+    stack: str, nproc: int, layout: list[str], config: Path, two_nodes: list[list[str]], tmp_path: Path
 ) -> None:
-    layout = ["model.layers=4", "megatron.pp=2", "megatron.vpp=2", f"megatron.tp={nproc}"]
-    compare_nodes("megatron", layout, nproc, config, two_nodes, tmp_path)
+    compare_nodes(stack, ["model.layers=4", *layout], nproc, config, two_nodes, tmp_path)
 
 
 def compare_nodes(stack: str, layout: list[str], nproc: int, config: Path, two_nodes: list[list[str]], tmp_path: Path) -> None:
