@@ -3,14 +3,18 @@
 python -m scripts.plan CONFIG [--gpus N] [a.b=c ...]    memory per GPU of the usual layouts of each stack
 python -m scripts.plan CONFIG --gpus N --gpu NAME [--own] [--json]    the fastest layouts that fit, with time and memory
 python -m scripts.plan CONFIG --gpus N --gpu NAME --simulate    the same, and what scripts.simulate finds for those layouts
+python -m scripts.plan CONFIG --gpus N --calibrate RUN ...    the same, by constants fitted to the measured steps of runs
 python -m scripts.plan --validate    predictions beside published and simulated values; writes docs/planner.md, docs/memory.md
 """
 
 import argparse
 import json
 import math
+import re
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
 from common.paths import ROOT
-from common.planning import hardware, memory, search, simulated
+from common.planning import calibration, hardware, memory, search, simulated
 from common.planning.hardware import gpu
 from common.preflight import task_module
 from common.yaml_files import read_yaml
@@ -32,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: 8; with --calibrate: those of the first run)")
     parser.add_argument(
         "--gpu", metavar="NAME", help=f"predict the time on this GPU: {', '.join(g.name for g in hardware.GPUS)}"
     )
@@ -57,13 +61,21 @@ def main() -> None:
         help="simulate the printed layouts (scripts/simulate.py) and compare; without CONFIG: those of docs/memory.md, then "
         "--validate",
     )
-    args = parser.parse_intermixed_args()
+    # an option that takes several values would swallow the overrides that follow it
+    overrides = [word for word in sys.argv[1:] if re.match(r"\w+(\.\w+)+=", word)]
+    parser.add_argument(
+        "--calibrate", nargs="+", type=Path, metavar="RUN", help="fit constants of the GPU or CPU to the steps of these "
+        "runs: OUT of a recipe, or OUT of scripts/gpu_check.sh"
+    )  # fmt: skip
+    args = parser.parse_intermixed_args([word for word in sys.argv[1:] if word not in overrides])
+    args.overrides += overrides
     if args.validate or args.simulate and args.config is None:
         return validate(args.simulate)
     if args.config is None:
         raise BadInput("scripts.plan: give a config, such as recipes/gpt/configs/gpt3_1.3b.yaml, or --validate")
+    args.gpus = 8 if args.gpus is None and not args.calibrate else args.gpus
     for name in ("gpus", "gpus_per_node", "top"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
@@ -79,7 +91,9 @@ def main() -> None:
     if len(given) > 1 or args.scale and args.own:
         both = " and ".join(f"--{name}" for name in [*given, *(["own"] if args.own else [])])
         raise BadInput(f"{both}: exclude each other; give one of them per command")
-    if wanting and not args.gpu:
+    if args.calibrate and args.gpu:
+        raise BadInput(f"--gpu {args.gpu}: the runs of --calibrate name their GPU; leave it out")
+    if wanting and not (args.gpu or args.calibrate):
         raise BadInput(f"--{wanting[0]}: needs --gpu NAME, the GPU whose time is predicted")
 
     task = task_module(families.of_config(args.config), read_yaml(args.config))
@@ -87,7 +101,7 @@ def main() -> None:
     if cfg.model.vocab_size is None:
         raise BadInput(f"{args.config}: gives no model.vocab_size (the tokenizer decides); add model.vocab_size=N")
     cfg = config.resolve(cfg, task.ResolvedConfig, None)
-    if args.gpu:
+    if args.gpu or args.calibrate:
         predictions(cfg, args)
     else:
         memory_table(cfg, task, args.gpus)
@@ -120,16 +134,22 @@ def memory_table(cfg: Config, task: Any, gpus: int) -> None:
 
 def predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Print, or write, the fastest layouts that fit."""
-    card = hardware.gpu(args.gpu)
     network = hardware.network(args.network, args.gpus_per_node) if args.network else None
-    cluster = hardware.Cluster(card, args.gpus_per_node, network)
     stacks = args.stack or families.stacks(families.of_config(args.config))
     assumed = search.Assumed(args.dense_attention, args.recompute_counted)
+    if args.calibrate:
+        cluster, host = calibrated(args, network)
+        assumed = replace(assumed, host=host)
+    else:
+        cluster = hardware.Cluster(hardware.gpu(args.gpu), args.gpus_per_node, network)
+    card = cluster.gpu
+    if card.is_cpu:
+        return on_cpu(cfg, cluster, stacks, args)
     if args.scale:
         return scaling(cfg, cluster, stacks, args, assumed)
     left_out: list[str] = []
     if args.own:
-        found = [search.predict(cfg, stack, cluster, args.gpus, assumed) for stack in stacks]
+        found, left_out = own_layouts(cfg, stacks, cluster, args.gpus, assumed)
     else:
         found, left_out = search.search(cfg, stacks, cluster, args.gpus, assumed)
     tokens = float(cfg.train.steps * cfg.train.global_batch * cfg.data.sample_tokens)
@@ -146,7 +166,7 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
             print("\n" + "\n".join(block(one, tokens, args.price, card.memory)))
             if not one.fits:
                 print("\n".join(textwrap.wrap(search.instead(one, cluster), 80, initial_indent="  ")))
-        if not fitting:
+        if not fitting and not args.own:
             print(f"\n{stack}: no layout fits on {args.gpus} GPUs; {search.needs(cfg, stack, cluster, args.gpus)}")
     for line in left_out:
         print("\n" + textwrap.fill(f"left out: {line}", 80, subsequent_indent="  "))
@@ -154,6 +174,57 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         beside_simulation(shown, args)
     if args.write:
         write(args.config, args.write, found)
+
+
+def calibrated(args: argparse.Namespace, network: float | None) -> tuple[hardware.Cluster, float]:
+    """The GPUs with constants that are fitted to the runs of --calibrate, and the seconds of the host per layer. Prints how far
+    the runs are from their prediction, before and after."""
+    runs = [run for path in args.calibrate for run in calibration.read(path)]
+    args.gpus = args.gpus or runs[0].world
+    clusters = calibration.clusters_of(runs, args.gpus_per_node, network)
+    factors = calibration.fit(runs, clusters, calibration.constants_of(runs))
+    if not args.json:
+        print("\n".join(calibration.report(runs, clusters, factors)) + "\n")
+    cluster = clusters[0]
+    if cluster.gpu.is_cpu and args.gpus not in {run.world for run in runs}:
+        raise BadInput(f"--gpus {args.gpus}: none of the runs has as many processes, so that their rates are not known")
+    cluster = next(c for run, c in zip(runs, clusters, strict=True) if not c.gpu.is_cpu or run.world == args.gpus)
+    return calibration.changed(cluster, factors), search.HOST * factors.get("host", 1.0)
+
+
+def on_cpu(cfg: Config, cluster: hardware.Cluster, stacks: Sequence[str], args: argparse.Namespace) -> None:
+    """Print the seconds of a step of the config's own layouts, in processes of this machine's CPU."""
+    for name in ("json", "scale", "write", "simulate"):
+        if getattr(args, name):
+            raise BadInput(f"--{name}: is of GPUs, and the runs of --calibrate are of a CPU; leave it out")
+    print(f"{args.gpus} processes of this CPU, the config's own layouts")
+    for stack in stacks:
+        try:
+            time = search.step_of(cfg, stack, cluster, args.gpus)[3]
+        except BadInput as error:
+            print(f"{stack}  cannot: {error.problems[0]}")
+            continue
+        shares = {name.replace("_", " "): value / time.total for name, value in vars(time).items()}
+        parts = ", ".join(
+            f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda i: -i[1]) if share >= 0.005
+        )
+        rate = cfg.train.global_batch * cfg.data.sample_tokens / time.total
+        print("\n".join(textwrap.wrap(f"{stack}  {time.total:.3g} s per step, {rate:,.0f} tokens/s: {parts}", 80)))
+
+
+def own_layouts(
+    cfg: Config, stacks: Sequence[str], cluster: hardware.Cluster, gpus: int, assumed: search.Assumed
+) -> tuple[list[search.Prediction], list[str]]:
+    """The predictions for the config's own layouts, and why a stack has none. BadInput if no stack has one."""
+    found, left_out = [], []
+    for stack in stacks:
+        try:
+            found.append(search.predict(cfg, stack, cluster, gpus, assumed))
+        except BadInput as error:
+            left_out += error.problems
+    if not found:
+        raise BadInput(left_out)
+    return found, left_out
 
 
 def block(one: search.Prediction, tokens: float, price: float | None, room: int) -> list[str]:
@@ -289,7 +360,7 @@ def validate(simulate: bool) -> None:
 
     if simulate:
         simulated.record()
-    for path, page in ((ROOT / "docs/planner.md", validation.page()), (simulated.PAGE, simulated.page())):
+    for path, page in ((ROOT / "docs/planner.md", validation.page() + calibration.page()), (simulated.PAGE, simulated.page())):
         print(page)
         path.write_text(page, encoding="utf-8")
 

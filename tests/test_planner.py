@@ -6,7 +6,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +18,13 @@ from test_simulated_runs import GOLDEN, LAYOUTS, MODEL, WORLD
 
 from common import config, families
 from common.errors import BadInput
-from common.planning import hardware, search, step_time, traffic, validation
+from common.planning import calibration, hardware, search, step_time, traffic, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import MEGATRON_TE, Plan
 from common.planning.workload import Attention, Block, Workload, products_of
 from common.preflight import task_module
 from common.yaml_files import read_yaml
+from scripts import bench_plan
 
 # (median, worst) error of the throughput. Tables with fitted constants are tested on the half on which they were not fitted.
 BOUNDS = {
@@ -62,7 +65,7 @@ def test_strong_scaling_is_within_2_points_of_mfu():
 
 
 def test_the_page_is_the_one_that_validate_writes():
-    assert (ROOT / "docs/planner.md").read_text(encoding="utf-8") == validation.page()
+    assert (ROOT / "docs/planner.md").read_text(encoding="utf-8") == validation.page() + calibration.page()
 
 
 def test_a_wrong_constant_is_seen():
@@ -384,3 +387,152 @@ def test_the_command(tmp_path):
     assert [one["stack"] for one in own] == families.stacks("gpt")
     scaling = plan(*words[:1], "--gpu", "H100", "--scale", "8,64", "--stack", "megatron")
     assert len([line for line in scaling.splitlines() if "megatron" in line]) == 4
+
+
+def test_options_leave_the_overrides_that_follow_them():
+    words = ["recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "8", "--gpu", "H100", "--own", "--json"]
+    found = json.loads(plan(*words, "--stack", "megatron", "megatron.tp=2", "train.global_batch=64"))
+    assert [(one["stack"], one["layout"]["tp"]) for one in found] == [("megatron", 2)]
+
+
+def test_a_stack_that_cannot_have_its_own_layout_is_left_out():
+    text = plan("recipes/gpt/configs/gpt3_13b.yaml", "--gpus", "1", "--gpu", "A100", "--own")
+    assert "deepspeed fits on 1 GPUs with" in text and "left out: megatron.tp=4 needs 4 processes and there are 1" in text
+
+
+def test_what_would_make_it_fit_does():
+    """The keys that are named, typed after a config whose own layout differs from the defaults."""
+    cfg, cluster = resolved("recipes/gpt/configs/gpt3_13b.yaml", "deepspeed.recompute=true"), Cluster(hardware.gpu("V100"))
+    for stack in ("baseline", "megatron"):
+        line = search.needs(cfg, stack, cluster, 1)
+        gpus, words = int(line.split(" fits on ")[1].split()[0]), line.partition(": ")[2].split(", ")
+        typed = resolved("recipes/gpt/configs/gpt3_13b.yaml", "deepspeed.recompute=true", *words)
+        assert search.predict(typed, stack, cluster, gpus).fits, line
+
+
+# ---- calibration ---------------------------------------------------------------------------------------------------------
+
+FACTORS = {"gemm": 0.8, "hbm": 0.7, "host": 3.0}
+WORDS = ("baseline.micro_batch=8", "deepspeed.micro_batch=2", "megatron.tp=2", "megatron.micro_batch=4", "model.hidden=512")
+H100_NAME = "NVIDIA H100 80GB HBM3"
+
+
+def write_run(out: Path, stack: str, words: Sequence[str], milliseconds: Sequence[float], **info: Any) -> Path:
+    """OUT of a run on 8 H100."""
+    out.mkdir()
+    config.write_yaml(resolved("recipes/gpt/configs/gpt3_1.3b.yaml", *words), out / "config.yaml")
+    record = {"family": "gpt", "stack": stack, "config": "gpt3_1.3b", "world": 8, "threads": 2, "gpu": {"name": H100_NAME}}
+    (out / "run.json").write_text(json.dumps(record | info))
+    lines = [json.dumps({"step": n + 1, "loss": 1.0, "ms": value}) + "\n" for n, value in enumerate(milliseconds)]
+    (out / "metrics.jsonl").write_text("".join(lines))
+    return out
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Four runs whose steps take what the predictor says with FACTORS, after three slow ones."""
+    cluster, runs = calibration.changed(Cluster(hardware.gpu("H100")), FACTORS), []
+    for number, word in enumerate(WORDS[:4]):
+        stack, words = word.partition(".")[0], [word, *(WORDS[4:] if number == 1 else ())]
+        cfg = resolved("recipes/gpt/configs/gpt3_1.3b.yaml", *words)
+        host = search.Assumed(host=FACTORS["host"] * search.HOST)
+        seconds = search.step_of(cfg, stack, cluster, 8, host)[3].total
+        steps = [9e4, 8e4, 7e4, 1e3 * seconds, 990 * seconds, 1010 * seconds]
+        runs.append(write_run(folder / str(number), stack, words, steps))
+    return runs
+
+
+def test_calibration_finds_the_constants_of_a_cluster(tmp_path):
+    runs = [run for path in runs_of(tmp_path) for run in calibration.read(path)]
+    clusters = calibration.clusters_of(runs)
+    factors = calibration.fit(runs, clusters, calibration.constants_of(runs))
+    assert factors == pytest.approx(FACTORS, rel=0.15), factors  # the memory takes a tenth of these steps
+    for run, cluster in zip(runs, clusters, strict=True):
+        assert abs(run.predicted(cluster, {}) / run.seconds - 1) > 0.1
+        assert run.predicted(cluster, factors) == pytest.approx(run.seconds, rel=0.02)
+
+
+def test_the_command_with_runs(tmp_path):
+    words = ["recipes/gpt/configs/gpt3_1.3b.yaml", "--own", "--stack", "megatron"]
+    text = plan(*words, "--calibrate", *map(str, runs_of(tmp_path)), "megatron.micro_batch=4")
+    assert "3 degrees of freedom, 4 runs" in text and "8 x H100" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    plain = plan(*words, "--gpus", "8", "--gpu", "H100", "megatron.micro_batch=4")
+    seconds = [float(re.search(r"megatron  (\S+) s per step", one)[1]) for one in (text, plain)]
+    assert seconds[0] > 1.15 * seconds[1]
+
+
+def test_the_check_of_a_gpu_is_read(tmp_path):
+    part = {"part": "speed gpt gpt3_350m megatron", "config": "gpt3_350m", "stack": "megatron", "ms": 512.0,
+            "overrides": ["megatron.micro_batch=8", "train.global_batch=32", "data.valid=null"]}  # fmt: skip
+    values = {"machine": {"gpu": {"name": H100_NAME}}, "parts": [{"part": "corpus gpt", "status": "pass"}, part]}
+    (tmp_path / "gpu_check.json").write_text(json.dumps(values))
+    [run] = calibration.read(tmp_path)
+    assert (run.stack, run.world, run.seconds, run.device) == ("megatron", 1, 0.512, H100_NAME)
+    assert run.cfg.megatron.micro_batch == 8 and run.cfg.train.global_batch == 32
+    assert calibration.clusters_of([run])[0].gpu.name == "H100"
+
+
+STEPS = [1.0] * 9
+NO_RUNS = {
+    "no folder": (lambda folder: folder / "none", "is no run"),
+    "no metrics": (lambda folder: write_run(folder / "a", "baseline", [], []), "has 0 steps after the first 3"),
+    "few steps": (lambda folder: write_run(folder / "a", "baseline", [], STEPS[:5]), "has 2 steps after the first 3"),
+    "unknown GPU": (lambda folder: write_run(folder / "a", "baseline", [], STEPS, gpu={"name": "RTX"}), "RTX: is not in"),
+    "no ranks": (lambda folder: write_run(folder / "a", "baseline", [], STEPS, world=None), "how many ranks"),
+    "other recipe": (lambda folder: write_run(folder / "a", "baseline", [], STEPS, family="mine"), "a recipe that is not here"),
+    "not JSON": (lambda folder: folder / "run.txt", "is not gpu_check.json"),
+}
+
+
+@pytest.mark.parametrize("make, message", NO_RUNS.values(), ids=NO_RUNS)
+def test_what_is_no_run(tmp_path, make, message):
+    (tmp_path / "run.txt").write_text("no")
+    with pytest.raises(BadInput, match=re.escape(message)) as error:
+        calibration.clusters_of(calibration.read(make(tmp_path)))
+    assert len(error.value.problems) == 1
+
+
+def test_an_older_run_has_the_ranks_of_its_checkpoint(tmp_path, monkeypatch):
+    out = write_run(tmp_path / "a", "baseline", [], STEPS, world=None)
+    monkeypatch.setattr(calibration.checkpoint, "latest", lambda _: SimpleNamespace(meta={"layout": {"world": 4}}))
+    assert calibration.of_run(out).world == 4
+
+
+def test_steps_of_the_last_phase(tmp_path):
+    words = ["phases=[{data.seq_len: 512, train.steps: 20}]", "train.steps=10", "model.positions=2048"]
+    run = calibration.of_run(write_run(tmp_path / "a", "baseline", words, [5e3] * 10 + [7e3] * 3 + [1e3] * 5))
+    assert run.taken == (1.0,) * 5 and run.cfg.data.seq_len == 512
+
+
+WITHIN = 0.15  # of the seconds of the CPU's runs that are not fitted
+
+
+def errors_of_cpu(found: dict[str, Any]) -> list[float]:
+    runs, clusters, fitted = calibration.recorded(found)
+    factors, errors = calibration.fit_recorded(runs, clusters, fitted)
+    assert len(runs) == 16 and sum(fitted) == 4 and len(factors) == 3
+    return [error for error, is_fitted in zip(errors, fitted, strict=True) if not is_fitted]
+
+
+def test_recorded_runs_of_a_cpu():
+    found = json.loads(calibration.FILE.read_text(encoding="utf-8"))
+    errors = errors_of_cpu(found)
+    assert max(map(abs, errors)) <= WITHIN, errors
+    for row in found["rows"]:  # and it can fail: a CPU on which one of them takes a third more
+        row["seconds"] *= 4 / 3 if row is found["rows"][1] else 1
+    assert max(map(abs, errors_of_cpu(found))) > WITHIN
+
+
+def test_the_recorded_runs_are_those_of_the_script():
+    rows = json.loads(calibration.FILE.read_text(encoding="utf-8"))["rows"]
+    assert [(row["config"], row["world"], row["overrides"], row["is_fitted"]) for row in rows] == [
+        (case.path, case.world, case.overrides, case.is_fitted) for case in bench_plan.CASES
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_of_this_cpu(tmp_path):
+    """Needs two cores on which nothing else runs."""
+    errors = errors_of_cpu(bench_plan.measured(tmp_path))
+    assert max(map(abs, errors)) <= WITHIN, errors

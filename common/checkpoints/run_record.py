@@ -68,6 +68,13 @@ def gpu() -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def threads() -> int:
+    """Of this process, in the operators of torch."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _driver() -> str | None:
     """The version of NVIDIA's driver, such as 580.95.05."""
     module = Path("/sys/module/nvidia/version")
@@ -123,7 +130,7 @@ def begin(run: "Run") -> None:
         run.record["id"] = identifier if isinstance(identifier, str) and identifier else uuid.uuid4().hex
         if recorded:
             run.record["init"] = recorded.get("init")  # where it began, whatever init.from holds since
-        run.record["gpu"] = gpu()
+        run.record.update(gpu=gpu(), world=run.layout.world, threads=threads())
         before = recorded.get("stacks")
         before = before if isinstance(before, list) else []
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before

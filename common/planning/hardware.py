@@ -26,10 +26,17 @@ class Gpu:
     gemm_sizes: tuple[float, float, float]
     # FLOP/s of fused attention kernels that count every pair of positions, forward: {kernel: rate}
     attention: dict[str, float]
+    flops: float | None = None  # a CPU's peak (cpu.py), which flops.py does not have
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.flops is not None
 
     @property
     def peak(self) -> float:
         """FLOP/s of dense bf16 matrix products (fp16 before Ampere)."""
+        if self.flops is not None:
+            return self.flops
         peak = peak_tflops(self.name)
         if peak is None:
             raise BadInput(f"{self.name}: its peak is not in common/planning/flops.py")
@@ -72,6 +79,19 @@ def gpu(name: str) -> Gpu:
         if one.name.lower() == wanted.lower():
             return one
     raise BadInput(f"--gpu {name}: must be one of {', '.join(one.name for one in GPUS)}")
+
+
+# Names that torch.cuda.get_device_name() gives, of the SXM modules that the table has
+DEVICES = {r"V100-SXM": "V100", r"A100-SXM4-40GB": "A100-40GB", r"A100-SXM4-80GB": "A100", r"H100 80GB HBM3": "H100",
+           r"NVIDIA H200$": "H200", r"NVIDIA B200$": "B200"}  # fmt: skip
+
+
+def gpu_of_device(name: str) -> Gpu:
+    """The GPU of a device's name, such as NVIDIA H100 80GB HBM3. BadInput for one that is not in the table."""
+    for pattern, known in DEVICES.items():
+        if re.search(pattern, name):
+            return gpu(known)
+    raise BadInput(f"{name}: is not in common/planning/hardware.py, which has {', '.join(DEVICES.values())} (SXM); add a row")
 
 
 @dataclass(frozen=True)

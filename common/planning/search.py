@@ -13,7 +13,7 @@ from common.errors import BadInput
 from common.layout import MODEL_PARALLEL, Layout, layout_for
 from common.planning import memory, step_time, validation
 from common.planning.hardware import Cluster
-from common.planning.step_time import Elementwise, Plan, Software
+from common.planning.step_time import Elementwise, Plan, Seconds, Software
 from common.planning.workload import Workload, share_of_sequence
 from common.stacks import pipeline
 from common.stacks.extra import granularity
@@ -56,19 +56,27 @@ class Assumed:
 
     attention: str | None = None  # unfused or flash; default: what the stack chooses
     recompute_counted: bool = False  # MFU counts the forward pass of recomputed layers twice (PTD-P, eq. 3)
+    host: float = HOST  # seconds of the CPU per layer and forward pass
 
 
 class NotModelled(BadInput):
     """A layout that runs, and whose time or memory is not predicted."""
 
 
-def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assumed = Assumed()) -> Prediction:
-    """The prediction for the layout that a resolved config gives. BadInput as in layout_for; NotModelled."""
+def step_of(
+    cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assumed = Assumed()
+) -> tuple[Layout, Workload, Plan, Seconds]:
+    """The layout that a resolved config gives, and its time. BadInput as in layout_for."""
     shared, work = layout_for(cfg, stack, gpus), cfg.model.workload(cfg.data)
-    plan, software = plan_of(cfg, stack, shared), software_of(cfg, stack, cluster, work)
+    plan, software = plan_of(cfg, stack, shared), software_of(cfg, stack, cluster, work, assumed.host)
     if assumed.attention:
         software = replace(software, attention={"flash": "fa2"}.get(assumed.attention, assumed.attention))
-    time = step_time.step_seconds(cluster, software, work, plan)
+    return shared, work, plan, step_time.step_seconds(cluster, software, work, plan)
+
+
+def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assumed = Assumed()) -> Prediction:
+    """The prediction for the layout that a resolved config gives. BadInput as in layout_for; NotModelled."""
+    shared, work, plan, time = step_of(cfg, stack, cluster, gpus, assumed)
     try:
         needed = memory.estimate_for(cfg, cfg.model, stack, gpus)
     except BadInput as error:
@@ -130,38 +138,55 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
         recompute = {"selective": "attention"}.get(granularity(system), granularity(system))
     return Plan(
         dp=shared.dp, tp=shared.tp, pp=shared.pp, cp=shared.cp, sp=shared.sp, vpp=getattr(system, "vpp", 1),
-        micro_batch=shared.micro_batch, accumulate=shared.accumulate, recompute=recompute, layers_of_stages=uneven, **plan,
+        micro_batch=shared.micro_batch, accumulate=shared.accumulate, recompute=recompute, layers_of_stages=uneven, width=width,
+        **plan,
     )  # fmt: skip
 
 
-def software_of(cfg: Config, stack: str, cluster: Cluster, work: Workload) -> Software:
+def software_of(cfg: Config, stack: str, cluster: Cluster, work: Workload, host: float = HOST) -> Software:
     """The attention kernel that scaled_dot_product_attention chooses, and what the stack hides. Tensor-parallel traffic waits
     without TransformerEngine."""
     plain = all(a.causal for block in work.blocks for a in block.attention)
     kernel = "efficient"  # masks and biases
     if plain:
         kernel = "cudnn" if cfg.model.dropout == 0 and "cudnn" in cluster.gpu.attention else "fa2"
-    traffic = None if stack == "megatron" or getattr(cfg, stack).compile else eager_traffic(cfg, stack)
-    return Software(attention=kernel, dp_hidden=0.8, ddp_hidden=DDP_HIDDEN, host=HOST, elementwise=traffic)
+    traffic = None if is_fused(cfg, stack, cluster) else eager_traffic(cfg, stack)
+    # Megatron's plain loss (megatron/core/tensor_parallel/cross_entropy.py): max, subtract, exp, sum, divide; multiply
+    loss = 40.0 if stack == "megatron" and traffic else 24.0
+    if cluster.gpu.is_cpu:  # its processes compute and communicate on the same cores, and wait for no other device
+        return Software(attention=kernel, ddp_hidden=0.0, elementwise=traffic, loss=loss)
+    return Software(attention=kernel, dp_hidden=0.8, ddp_hidden=DDP_HIDDEN, host=host, elementwise=traffic, loss=loss)
+
+
+def is_fused(cfg: Config, stack: str, cluster: Cluster) -> bool:
+    """Is what lies between two products compiled? megatron.fusions is on by default on a GPU."""
+    system = getattr(cfg, stack)
+    if stack != "megatron":
+        return bool(system.compile)
+    return system.transformer_engine or (not cluster.gpu.is_cpu if system.fusions is None else system.fusions)
 
 
 def eager_traffic(cfg: Config, stack: str) -> Elementwise:
-    """Bytes that the operators of a `transformers` class read and write, one kernel each: w bytes per element of a product, r
-    of the residual stream. Counted in the source of modeling_gpt2, modeling_bert, modeling_llama and modeling_t5."""
-    traits, system = cfg.model.traits(), getattr(cfg, stack)
+    """Bytes that the operators of a `transformers` class, or of Megatron without fusions, read and write, one kernel each: w
+    bytes per element of a product, r of the residual stream. Counted in the source of modeling_gpt2, modeling_bert,
+    modeling_llama and modeling_t5, and in megatron/core/transformer."""
+    traits, system, megatron = cfg.model.traits(), getattr(cfg, stack), stack == "megatron"
     mixed = cfg.train.dtype == "bf16"
-    autocast = mixed and getattr(system, "shard", "none") == "none" and not getattr(system, "zero_stage", 0)
+    autocast = mixed and not (megatron or getattr(system, "shard", "none") != "none" or getattr(system, "zero_stage", 0))
     w, r = 2 if mixed else 4, 2 if mixed and not autocast else 4
-    readers = 1 if traits.fused_qkv else 2  # products that read a norm's output: 3 in the attention and 1 or 2 in the MLP
+    readers = 1 if traits.fused_qkv or megatron else 2  # products that read a norm's output: in the attention, in a gated MLP
     # LayerNorm is a kernel forward and two backward; RMSNorm is cast to fp32, squared, averaged, scaled, cast and weighted
-    norm = (36, 76) if traits.rms_norm and r == 2 else (28, 64) if traits.rms_norm else (2 * r, 5 * r)
+    several = traits.rms_norm and not megatron
+    norm = (36, 76) if several and r == 2 else (28, 64) if several else (2 * r, 5 * r)
     copies = readers * (r + w) if autocast else 0  # casts of the norm's output, and of its gradients back
     sums = (readers - 1) * 3 * w
     dropout = 2 * w + 1 if cfg.model.dropout else 0
-    whole = (norm[0] + copies + dropout + w + 2 * r, norm[1] + copies + sums + dropout + 3 * r)
+    bias = 2 * w if megatron and traits.biases else 0  # a kernel of its own
+    whole = (norm[0] + copies + dropout + bias + w + 2 * r, norm[1] + copies + sums + dropout + 3 * r)
     gated = any(block.gated for block in cfg.model.workload(cfg.data).blocks)
-    ffn = (21 * w, 31 * w) if traits.python_gelu else (5 * w, 9 * w) if gated else (2 * w, 3 * w)
-    qkv = (2 * w + 7 * w * traits.rotary, 8 / 3 * w + 7 * w * traits.rotary)  # rotary: of queries and keys, 10 w of each
+    python_gelu = traits.python_gelu and not megatron
+    ffn = (21 * w, 31 * w) if python_gelu else (5 * w, 9 * w) if gated else (bias + 2 * w, 3 * w)
+    qkv = (bias + 2 * w + 7 * w * traits.rotary, 8 / 3 * w + 7 * w * traits.rotary)  # rotary: of queries and keys, 10 w of each
     # autocast: weights are cast in each forward pass, and their gradients back and added
     return Elementwise(whole, ffn, qkv, (6.0, 18.0) if autocast else (0.0, 6.0 if mixed else 12.0))
 
@@ -256,7 +281,11 @@ def needs(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> str:
     step = max(node, enough // 2 // 32 // node * node)  # at most 32 numbers
     between = range(max(gpus, enough // 2) // node * node + node, enough, step)
     more = next((more for more in between if more > gpus and _fitting(cfg, stack, cluster, more)), enough)
-    return f"{stack} fits on {more} GPUs: {_keys(stack, _fitting(cfg, stack, cluster, more)[0].layout)}"
+    best, own = _fitting(cfg, stack, cluster, more)[0], getattr(cfg, stack)
+    # also the defaults that replace other values of the config
+    values = getattr(best.cfg, stack)
+    replaced = {key: value for key, value in values if value != getattr(own, key)}
+    return f"{stack} fits on {more} GPUs: {_keys(stack, best.layout | replaced)}"
 
 
 def instead(own: Prediction, cluster: Cluster) -> str:

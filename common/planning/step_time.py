@@ -43,6 +43,7 @@ class Software:
     ddp_hidden: float = 0.8  # torch's DistributedDataParallel, without pipeline
     host: float = 0.0  # seconds that the CPU needs to launch a layer's forward pass; 1.5 x that backward
     elementwise: Elementwise | None = None  # default: FUSED
+    loss: float = 24.0  # bytes per logit that the cross entropy reads and writes, several passes in fp32
 
 
 # Megatron-LM of 2021: attention as separate kernels; its own data parallelism reduced gradients after the backward pass.
@@ -69,6 +70,7 @@ class Plan:
     recompute: str = "none"  # "none", "selective" (the scores, if the kernel keeps them), "attention" (all of it) or "full"
     shard: str = "none"  # none, optimizer (ZeRO 1, distributed optimizer), gradients (ZeRO 2), parameters (ZeRO 3, FSDP2)
     gradient_bytes: int = 2  # per parameter, as they are reduced
+    width: int = 2  # bytes of a weight or an activation that is exchanged
     torch_ddp: bool = False  # gradients are reduced by torch's DDP
     all_reduced: bool = False  # ZeRO 1 and 2 all-reduce small models' gradients, of which each rank then keeps its share
     kept: int = 0  # parameters that ZeRO 3 or FSDP2 gathers once for forward and backward pass
@@ -191,7 +193,7 @@ def layer(cluster: Cluster, software: Software, block: Block, plan: Plan) -> tup
         for i in (0, 1)
     ]
     scores = attention(gpu, software, block, plan)
-    traffic = blocks * collective(2.0 * tokens * h, t, cluster.bandwidth(t, 1), "all-reduce") * (1 - software.tp_hidden)
+    traffic = blocks * collective(plan.width * tokens * h, t, cluster.bandwidth(t, 1), "all-reduce") * (1 - software.tp_hidden)
     exchanged = sequence_traffic(cluster, block, plan)
     forward = Seconds(
         gemm=sum(f for f, _ in products), attention=scores[0], tensor_parallel=traffic,
@@ -215,18 +217,18 @@ def sequence_traffic(cluster: Cluster, block: Block, plan: Plan) -> float:
     but its own part (DeepSpeed-Ulysses, arXiv:2309.14509, section 3.2). Nothing hides them.
     """
     tokens = block.tokens * plan.micro_batch  # of this rank
-    gathered = 2.0 * 2 * block.kv_inner / plan.tp * tokens * plan.cp
-    exchanged = 2.0 * (2 * block.inner + 2 * block.kv_inner) / plan.tp * tokens
+    gathered = plan.width * 2 * block.kv_inner / plan.tp * tokens * plan.cp
+    exchanged = plan.width * (2 * block.inner + 2 * block.kv_inner) / plan.tp * tokens
     return (
         collective(gathered, plan.cp, cluster.bandwidth(plan.cp, plan.tp), "gather")
         + collective(exchanged, plan.sp, cluster.bandwidth(plan.sp, plan.tp), "all-to-all")
     )  # fmt: skip
 
 
-def output_layer(gpu: Gpu, work: Workload, plan: Plan) -> float:
+def output_layer(gpu: Gpu, work: Workload, plan: Plan, loss: float) -> float:
     """Seconds of logits and cross entropy of a micro batch, forward and backward."""
     tokens, ids = work.logit_tokens * plan.micro_batch, work.vocab / plan.tp
-    seconds = sum(linear(gpu, tokens, ids, work.hidden)) + memory_bound(gpu, 24 * tokens * ids)  # several passes in fp32
+    seconds = sum(linear(gpu, tokens, ids, work.hidden)) + memory_bound(gpu, loss * tokens * ids)
     if work.head_matrices:
         seconds += sum(linear(gpu, tokens, work.head_matrices / work.hidden, work.hidden))
     return seconds
@@ -234,7 +236,8 @@ def output_layer(gpu: Gpu, work: Workload, plan: Plan) -> float:
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
-OPTIMIZER_BYTES = 46  # read and written per parameter: gradient, master, two moments, weight, and the norm's pass
+# read and written per parameter: gradient, master, two moments, weight, and the norm's pass; in fp32 no master, but clipping
+OPTIMIZER_BYTES, FP32_OPTIMIZER_BYTES = 46, 40
 
 
 @dataclass(frozen=True)
@@ -262,10 +265,10 @@ def step_seconds(cluster: Cluster, software: Software, work: Workload, plan: Pla
             scores = sum(a.queries * a.keys for a in block.attention) * plan.micro_batch * block.heads / plan.tp
             backward = backward + Seconds(attention=memory_bound(cluster.gpu, 13 * scores))
         micro = micro + (forward + backward) * block.count
-    head = output_layer(cluster.gpu, work, plan)
+    head = output_layer(cluster.gpu, work, plan, software.loss)
     traffic = 0.0
     if plan.pp > 1:  # an activation and its gradient at each boundary, for each chunk
-        size = 2.0 * work.blocks[0].tokens * plan.micro_batch * work.hidden / plan.tp
+        size = plan.width * work.blocks[0].tokens * plan.micro_batch * work.hidden / plan.tp
         rate = cluster.bandwidth(2, plan.tp * plan.cp * plan.dp) * BUS_SHARE
         traffic = 2 * plan.vpp * size / rate * (1 - software.pp_hidden)
     layers = plan.layers_of_stages or (1,) * plan.pp
@@ -285,6 +288,8 @@ def rank_parameters(work: Workload, plan: Plan) -> float:
 
 def _optimizer(gpu: Gpu, work: Workload, plan: Plan) -> float:
     parameters = rank_parameters(work, plan) / (1 if plan.shard == "none" else plan.copies)
+    if gpu.is_cpu:
+        return FP32_OPTIMIZER_BYTES * parameters / (gpu.host_memory * HBM_SHARE)
     if plan.offload != "none":  # gradients to the host and weights back, and the step at the speed of the host's memory
         return 4 * parameters / (gpu.pcie * BUS_SHARE) + OPTIMIZER_BYTES * parameters / (gpu.host_memory * HBM_SHARE)
     return memory_bound(gpu, OPTIMIZER_BYTES * parameters)
@@ -314,7 +319,7 @@ def _data_parallel(
     times = plan.accumulate if plan.shard == "gradients" else 1  # ZeRO 2 scatters in every micro batch
     kind = "all-reduce" if plan.all_reduced else "scatter"
     traffic = times * collective(plan.gradient_bytes * size, ranks, rate, kind)
-    return (traffic + collective(2 * size, ranks, rate, "gather")) * (1 - hidden)
+    return (traffic + collective(plan.width * size, ranks, rate, "gather")) * (1 - hidden)
 
 
 def mfu(cluster: Cluster, work: Workload, plan: Plan, seconds: float, causal: bool = False, recomputed: bool = False) -> float:

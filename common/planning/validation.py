@@ -142,6 +142,11 @@ def held_out(rows: Sequence[Row], start: dict[str, float]) -> list[tuple[Row, fl
     return [(row, row.error(constants)) for tested, constants in halves for row in tested]
 
 
+def days_of_gpt3(row: Row) -> float:
+    """Of 300 billion tokens, for which PTD-P (section 5.1) has 34 days on 1,024 A100."""
+    return row.predicted() * 300e9 / (row.plan.global_batch * row.work.blocks[0].tokens) / 86400
+
+
 def summary(errors: Sequence[float]) -> str:
     sizes = [abs(error) for error in errors]
     return f"median {statistics.median(sizes):.1%}, worst {max(sizes):.1%} of {len(sizes)} rows"
@@ -172,6 +177,8 @@ def _lines() -> Iterator[str]:
         else:
             yield "Nothing was fitted on these rows."
         yield f"As shipped: {summary([row.error() for row in rows])}.\n"
+        if name == "gpt3-175b":
+            yield f"300 billion tokens: {days_of_gpt3(rows[0]):.1f} days predicted, 34 published (PTD-P, section 5.1).\n"
         yield "| model | published | predicted | error |" + (" held out |" if others else "")
         yield "|---|---|---|---|" + ("---|" if others else "")
         for row in rows:

@@ -1,0 +1,134 @@
+"""Measure steps of layouts and sizes on this machine's CPU, and how far common/planning/step_time.py is from them.
+
+    python -m scripts.bench_plan [--write]
+
+Sixteen runs of tiny models, of one and of two processes with one thread each. The constants of the CPU are measured
+(common/planning/cpu.py) and then fitted to four of the runs, as scripts.plan --calibrate does; the other twelve are predicted.
+It takes five minutes, and needs two cores on which nothing else runs. --write keeps the measurements in docs/planner/cpu.json,
+from which `python -m scripts.plan --validate` writes docs/planner.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import exit_cleanly
+from common.launch import in_process, processes
+from common.paths import ROOT
+from common.planning import calibration, cpu
+from scripts.parity import torchrun
+
+THREADS, STEPS = 1, 9
+
+
+class Case(NamedTuple):
+    """A run. Those with `is_fitted` were chosen before anything was measured: one of each kind of layout."""
+
+    world: int
+    config: str
+    stack: str
+    words: str  # keys of model, data.seq_len, train.global_batch, and of the stack
+    is_fitted: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"recipes/gpt/configs/{self.config}.yaml"
+
+    @property
+    def overrides(self) -> list[str]:
+        names = {"seq_len": "data.seq_len", "batch": "train.global_batch"}
+        names |= {name: f"model.{name}" for name in ("layers", "hidden", "heads", "ffn", "kv_heads", "vocab_size")}
+        pairs = [word.split("=") for word in self.words.split()]
+        return [f"{names.get(key, f'{self.stack}.{key}')}={value}" for key, value in pairs]
+
+
+CASES = [
+    Case(1, "tiny", "baseline", "layers=4 hidden=256 heads=4 vocab_size=4096 seq_len=256 batch=8 micro_batch=4", True),
+    Case(1, "tiny", "baseline", "layers=2 hidden=512 heads=8 vocab_size=2048 seq_len=128 batch=16 micro_batch=8"),
+    Case(1, "tiny", "deepspeed", "layers=3 hidden=384 heads=6 vocab_size=2048 seq_len=512 batch=4 micro_batch=1"),
+    Case(1, "tiny", "megatron", "layers=6 hidden=256 heads=4 vocab_size=8192 seq_len=256 batch=8 micro_batch=2", True),
+    Case(1, "tiny_llama", "baseline",
+         "layers=4 hidden=384 heads=6 kv_heads=2 ffn=1024 vocab_size=8192 seq_len=256 batch=4 micro_batch=2"),
+    Case(1, "tiny", "deepspeed",
+         "layers=4 hidden=384 heads=6 vocab_size=4096 seq_len=128 batch=16 micro_batch=8 recompute=true"),
+    Case(1, "tiny", "megatron",
+         "layers=3 hidden=512 heads=8 vocab_size=4096 seq_len=256 batch=4 micro_batch=2 recompute=full"),
+    Case(2, "tiny", "baseline", "layers=4 hidden=512 heads=8 vocab_size=4096 seq_len=128 batch=16 micro_batch=4", True),
+    Case(2, "tiny", "baseline",
+         "layers=4 hidden=256 heads=4 vocab_size=4096 seq_len=512 batch=8 micro_batch=2 recompute=true"),
+    Case(2, "tiny", "deepspeed",
+         "layers=8 hidden=256 heads=4 vocab_size=2048 seq_len=256 batch=8 micro_batch=2 zero_stage=1"),
+    Case(2, "tiny", "deepspeed",
+         "layers=2 hidden=512 heads=8 vocab_size=8192 seq_len=256 batch=8 micro_batch=4 zero_stage=2"),
+    Case(2, "tiny", "megatron",
+         "layers=4 hidden=384 heads=6 vocab_size=4096 seq_len=256 batch=8 micro_batch=2 distributed_optimizer=true"),
+    Case(2, "tiny", "megatron", "layers=4 hidden=512 heads=8 vocab_size=4096 seq_len=256 batch=4 micro_batch=2 tp=2", True),
+    Case(2, "tiny_llama", "megatron",
+         "layers=2 hidden=512 heads=8 kv_heads=4 ffn=1536 vocab_size=8192 seq_len=512 batch=4 micro_batch=1 tp=2"),
+    Case(2, "tiny", "megatron", "layers=6 hidden=384 heads=6 vocab_size=2048 seq_len=256 batch=8 micro_batch=1 pp=2"),
+    Case(2, "tiny", "megatron",
+         "layers=4 hidden=512 heads=8 vocab_size=2048 seq_len=128 batch=16 micro_batch=2 pp=2 recompute=full"),
+]  # fmt: skip
+FIXED = ["data.valid=null", "data.tokenizer=null", f"train.steps={STEPS}", "train.save_every=0"]
+
+
+def child(folder: Path) -> None:
+    """A rank: all runs of as many processes, one after the other."""
+    processes.quiet()
+    world = int(os.environ["WORLD_SIZE"])
+    for number, case in enumerate(CASES):
+        if case.world == world:
+            words = [case.path, str(folder / str(number)), *FIXED, f"data.train={folder}/corpus/train", *case.overrides]
+            with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):  # noqa: SIM115  lives as long
+                in_process.run(f"recipes.gpt.{case.stack}.pretrain", words)
+    os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """The content of docs/planner/cpu.json."""
+    from common.simulation import corpus
+
+    corpus.write(folder / "corpus", corpus.SMALLEST, 1024, sentences=False)
+    hardware = []
+    for world in sorted({case.world for case in CASES}):
+        os.environ["OMP_NUM_THREADS"] = str(THREADS)
+        code = torchrun(world, ["-m", "scripts.bench_plan", "--child", str(folder)], folder / "log.txt")
+        if code:
+            raise RuntimeError((folder / "log.txt").read_text(encoding="utf-8")[-2000:])
+        runs = [calibration.of_run(folder / str(n)) for n, case in enumerate(CASES) if case.world == world]
+        hardware.append(cpu.measured(world, THREADS, calibration.works(runs)))
+    rows = []
+    for number, case in enumerate(CASES):
+        run = calibration.of_run(folder / str(number))
+        rows.append({
+            "config": case.path, "stack": case.stack, "world": case.world, "words": case.words, "overrides": case.overrides,
+            "is_fitted": case.is_fitted, "seconds": run.seconds, "least": min(run.taken), "most": max(run.taken),
+        })  # fmt: skip
+    return {"cpu": cpu.name(), "hardware": hardware, "rows": rows}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="keep the measurements in docs/planner/cpu.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench_plan_") as folder:
+        found = measured(Path(folder))
+    if args.write:
+        lines = ",\n".join(json.dumps(row) for row in found["rows"])
+        machines = ",\n".join(json.dumps(values) for values in found["hardware"])
+        text = f'{{"cpu": {json.dumps(found["cpu"])}, "hardware": [\n{machines}\n], "rows": [\n{lines}\n]}}\n'
+        (ROOT / "docs/planner/cpu.json").write_text(text, encoding="utf-8")
+    print(calibration.page(found))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
