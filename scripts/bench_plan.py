@@ -1,25 +1,28 @@
 """Measure steps of layouts and sizes on this machine's CPU, and how far common/planning/step_time.py is from them.
 
-    python -m scripts.bench_plan [--write]
+    python -m scripts.bench_plan [--processes N] [--write]
 
 Sixteen runs of tiny models, of one and of two processes with one thread each. The constants of the CPU are measured
 (common/planning/cpu.py) and then fitted to four of the runs, as scripts.plan --calibrate does; the other twelve are predicted.
-It takes five minutes, and needs two cores on which nothing else runs. --write keeps the measurements in docs/planner/cpu.json,
-from which `python -m scripts.plan --validate` writes docs/planner.md.
+It takes four minutes, and needs two cores on which nothing else runs: what was disturbed is measured again. --write keeps the
+measurements in docs/planner/cpu.json, from which `python -m scripts.plan --validate` writes docs/planner.md.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import exit_cleanly
+from common.errors import BadInput, exit_cleanly
 from common.launch import in_process, processes
-from common.paths import ROOT
 from common.planning import calibration, cpu
 from scripts.parity import torchrun
 
@@ -74,36 +77,46 @@ CASES = [
     Case(2, "tiny", "megatron",
          "layers=4 hidden=512 heads=8 vocab_size=2048 seq_len=128 batch=16 micro_batch=2 pp=2 recompute=full"),
 ]  # fmt: skip
+WORLDS = sorted({case.world for case in CASES})
+NUMBERS = {"hardware": "ranks", "rows": "world"}  # how docs/planner/cpu.json names the number of processes
 FIXED = ["data.valid=null", "data.tokenizer=null", f"train.steps={STEPS}", "train.save_every=0"]
 
 
 def child(folder: Path) -> None:
     """A rank: all runs of as many processes, one after the other."""
     processes.quiet()
+    processes.start()
     world = int(os.environ["WORLD_SIZE"])
+
+    def run(case: Case, out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was disturbed
+        words = [case.path, str(out), *FIXED, f"data.train={folder}/corpus/train", *case.overrides]
+        in_process.run(f"recipes.gpt.{case.stack}.pretrain", words)
+
     for number, case in enumerate(CASES):
         if case.world == world:
-            words = [case.path, str(folder / str(number)), *FIXED, f"data.train={folder}/corpus/train", *case.overrides]
             with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):  # noqa: SIM115  lives as long
-                in_process.run(f"recipes.gpt.{case.stack}.pretrain", words)
+                cpu.undisturbed(partial(run, case, folder / str(number)))
     os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """The content of docs/planner/cpu.json."""
+def measured(folder: Path, worlds: Sequence[int]) -> dict[str, Any]:
+    """The content of docs/planner/cpu.json, of runs of these numbers of processes."""
     from common.simulation import corpus
 
     corpus.write(folder / "corpus", corpus.SMALLEST, 1024, sentences=False)
     hardware = []
-    for world in sorted({case.world for case in CASES}):
+    for world in worlds:
         os.environ["OMP_NUM_THREADS"] = str(THREADS)
         code = torchrun(world, ["-m", "scripts.bench_plan", "--child", str(folder)], folder / "log.txt")
         if code:
-            raise RuntimeError((folder / "log.txt").read_text(encoding="utf-8")[-2000:])
+            raise BadInput(f"{world} processes: {cpu.reason((folder / 'log.txt').read_text(encoding='utf-8'))}")
         runs = [calibration.of_run(folder / str(n)) for n, case in enumerate(CASES) if case.world == world]
         hardware.append(cpu.measured(world, THREADS, calibration.works(runs)))
     rows = []
     for number, case in enumerate(CASES):
+        if case.world not in worlds:
+            continue
         run = calibration.of_run(folder / str(number))
         rows.append({
             "config": case.path, "stack": case.stack, "world": case.world, "words": case.words, "overrides": case.overrides,
@@ -119,14 +132,19 @@ def main() -> None:
         prog="python -m scripts.bench_plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="keep the measurements in docs/planner/cpu.json")
+    parser.add_argument("--processes", type=int, choices=WORLDS, help="only these runs; docs/planner/cpu.json has the others")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_plan_") as folder:
-        found = measured(Path(folder))
+        found = measured(Path(folder), [args.processes] if args.processes else WORLDS)
+    if args.processes:
+        before = json.loads(calibration.FILE.read_text(encoding="utf-8"))
+        kept = {key: [one for one in before[key] if one[name] != args.processes] for key, name in NUMBERS.items()}
+        found |= {key: sorted([*kept[key], *found[key]], key=itemgetter(name)) for key, name in NUMBERS.items()}
     if args.write:
         lines = ",\n".join(json.dumps(row) for row in found["rows"])
         machines = ",\n".join(json.dumps(values) for values in found["hardware"])
         text = f'{{"cpu": {json.dumps(found["cpu"])}, "hardware": [\n{machines}\n], "rows": [\n{lines}\n]}}\n'
-        (ROOT / "docs/planner/cpu.json").write_text(text, encoding="utf-8")
+        calibration.FILE.write_text(text, encoding="utf-8")
     print(calibration.page(found))
 
 

@@ -274,7 +274,10 @@ def beside_simulation(shown: Sequence[search.Prediction], args: argparse.Namespa
             print(f"  rank {case['rank']}: {result['fault']}")
             continue
         seconds = result["roofline"]["seconds"]
-        print(f"  rank {case['rank']:<7} at best {seconds:.3g} s on an H100 without collectives, predicted {one.seconds:.3g}")
+        predicted = f"predicted {one.seconds:.3g}"
+        if one.seconds < seconds and args.gpu and gpu(args.gpu).name == "H100":
+            predicted += ", less than that"
+        print(f"  rank {case['rank']:<7} at best {seconds:.3g} s on an H100 without collectives, {predicted}")
         there = traffic.reported(result["collectives"])
         try:
             counted = traffic.collectives(one.cfg, one.stack, args.gpus, case["rank"] * one.shared.pp // args.gpus)

@@ -24,7 +24,7 @@ from common.planning.step_time import MEGATRON_TE, Plan
 from common.planning.workload import Attention, Block, Workload, products_of
 from common.preflight import task_module
 from common.yaml_files import read_yaml
-from scripts import bench_plan
+from scripts import bench_plan, plan as scripts_plan
 
 # (median, worst) error of the throughput. Tables with fitted constants are tested on the half on which they were not fitted.
 BOUNDS = {
@@ -273,6 +273,22 @@ def test_an_eager_layer_moves_more():
     assert llama.whole[0] == 36 + 2 + 4 and llama.ffn == (10, 18)
 
 
+def test_relative_biases_move_as_much_as_scores():
+    """T5's encoder under autocast: mask added (4 bytes written), cast (4 + 2), read by the kernel (2); backward read and
+    written (2 + 2), cast (2 + 4), summed (4)."""
+    cluster, plan = Cluster(hardware.gpu("H100")), Plan(micro_batch=8)
+    cfg = resolved("recipes/t5/configs/t5_large.yaml")
+    work = cfg.model.workload(cfg.data)
+    software = search.software_of(cfg, "baseline", cluster, work)
+    without = replace(software, elementwise=replace(software.elementwise, scores=(0.0, 0.0)))
+    found, others = (step_time.layer(cluster, one, work.blocks[0], plan) for one in (software, without))
+    scores = 8 * 16 * 512 * 512
+    for moved, (more, less) in zip((12, 14), zip(found, others, strict=True), strict=True):
+        assert more.elementwise - less.elementwise == pytest.approx(scores * moved / (3350e9 * 0.8))
+    fused = search.software_of(cfg, "megatron", cluster, work).elementwise
+    assert fused == replace(step_time.FUSED[False], scores=(2, 10))
+
+
 def test_the_error_of_the_nearest_rows():
     h100, a100, v100 = (Cluster(hardware.gpu(name)) for name in ("H100", "A100-80GB", "V100"))
     names, error = validation.nearest("megatron", h100, GPT3)
@@ -410,6 +426,13 @@ def test_what_would_make_it_fit_does():
         assert search.predict(typed, stack, cluster, gpus).fits, line
 
 
+def test_what_a_stack_without_any_layout_says():
+    cfg, cluster = resolved("recipes/t5/configs/t5_large.yaml"), Cluster(hardware.gpu("H100"))
+    assert "optim.optimizer=adafactor on megatron" in search.needs(cfg, "megatron", cluster, 8)
+    [found, *_] = search.search(cfg, ["deepspeed"], cluster, 8)[0]
+    assert found.fits and found.cfg.deepspeed.zero_stage == 0
+
+
 # ---- calibration ---------------------------------------------------------------------------------------------------------
 
 FACTORS = {"gemm": 0.8, "hbm": 0.7, "host": 3.0}
@@ -504,6 +527,24 @@ def test_steps_of_the_last_phase(tmp_path):
     assert run.taken == (1.0,) * 5 and run.cfg.data.seq_len == 512
 
 
+def test_the_command_with_runs_of_a_cpu(tmp_path, monkeypatch, capsys):
+    """By the measured values of a CPU that are recorded."""
+    hardware_of = {values["ranks"]: values for values in json.loads(calibration.FILE.read_text())["hardware"]}
+    monkeypatch.setattr(calibration.cpu, "measured", lambda ranks, threads, works: hardware_of[ranks])
+    out = write_run(tmp_path / "a", "baseline", ["model.layers=2", "train.dtype=fp32"], STEPS, gpu=None, world=2)
+    words = ["recipes/gpt/configs/tiny.yaml", "model.vocab_size=512", "--calibrate", str(out)]
+    monkeypatch.setattr(sys, "argv", ["plan", *words, "megatron.tp=2"])
+    scripts_plan.main()
+    text = capsys.readouterr().out
+    assert "3 degrees of freedom, 1 run" in text and "2 processes of this CPU" in text
+    shares = {line.split()[0]: line for line in text.replace("\n", " ").replace("megatron", "\nmegatron").splitlines()}
+    assert "tensor parallel" in shares["megatron"]
+    for more in (["--gpus", "3"], ["--json"], ["--gpu", "H100"]):
+        monkeypatch.setattr(sys, "argv", ["plan", *words, *more])
+        with pytest.raises(BadInput, match=more[0]):
+            scripts_plan.main()
+
+
 WITHIN = 0.15  # of the seconds of the CPU's runs that are not fitted
 
 
@@ -534,5 +575,5 @@ def test_the_recorded_runs_are_those_of_the_script():
 @pytest.mark.timeout(900)
 def test_runs_of_this_cpu(tmp_path):
     """Needs two cores on which nothing else runs."""
-    errors = errors_of_cpu(bench_plan.measured(tmp_path))
+    errors = errors_of_cpu(bench_plan.measured(tmp_path, bench_plan.WORLDS))
     assert max(map(abs, errors)) <= WITHIN, errors

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from common.planning.workload import Workload, products_of
 
 PRODUCTS, LAYERS = 12, 4  # that are measured, at most
 SECONDS = 0.15  # of each measurement
+ATTEMPTS, PATIENCE, DISTURBED = 4, 90, 0.15  # seconds to wait for idle cores; cores that other processes may use
 COPIED, REDUCED = 2**24, 2**21  # numbers in fp32
 
 Values = dict[str, Any]  # what `measure` finds
@@ -61,6 +63,41 @@ def spread[T](values: Sequence[T], count: int) -> list[T]:
     return list(dict.fromkeys(values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)))
 
 
+def undisturbed[T](run: Callable[[], T]) -> T:
+    """What `run` returns, once other processes have left the cores to those of this group meanwhile; all ranks call it.
+    BadInput if they do not."""
+    import psutil
+    import torch
+    import torch.distributed as dist
+
+    def others() -> float:
+        """Seconds of the cores that other processes have used."""
+        own = torch.tensor(time.process_time(), dtype=torch.float64)
+        dist.all_reduce(own)
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - own)
+
+    for _ in range(ATTEMPTS):
+        if dist.get_rank() == 0:
+            end = time.perf_counter() + PATIENCE
+            while psutil.cpu_percent(interval=1) > 5 and time.perf_counter() < end:
+                pass
+        dist.barrier()
+        before, begin = others(), time.perf_counter()
+        result = run()
+        share = torch.tensor((others() - before) / (time.perf_counter() - begin))
+        dist.all_reduce(share, dist.ReduceOp.MAX)
+        if share < DISTURBED:
+            return result
+    raise BadInput(f"other processes use {share:.1f} of this machine's cores; measure again when nothing else runs")
+
+
+def reason(text: str) -> str:
+    """Why ranks have ended, from what they have written to standard error."""
+    found = re.findall(r"^(?:.*BadInput|error): (.*)", text, re.MULTILINE)
+    return found[0] if found else text.strip()[-500:]
+
+
 def measured(ranks: int, threads: int, works: Sequence[tuple[Workload, int]]) -> Values:
     """`measure` in `ranks` new processes of this machine: some 10 s."""
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +108,7 @@ def measured(ranks: int, threads: int, works: Sequence[tuple[Workload, int]]) ->
         command += ["-m", "common.planning.cpu", str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise BadInput(f"--calibrate: this CPU cannot be measured: {(done.stderr.splitlines() or ['no output'])[-1]}")
+            raise BadInput(f"this CPU cannot be measured: {reason(done.stderr)}")
         values: Values = json.loads(file.read_text(encoding="utf-8"))
     return values
 
@@ -163,8 +200,8 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     file = Path(sys.argv[1])
-    values = measure(json.loads(file.read_text(encoding="utf-8")))
-    dist.barrier()
+    wanted = json.loads(file.read_text(encoding="utf-8"))
+    values = undisturbed(lambda: measure(wanted))
     if dist.get_rank() == 0:
         file.write_text(json.dumps(values), encoding="utf-8")
     dist.barrier()

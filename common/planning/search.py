@@ -10,7 +10,7 @@ from typing import Any
 from common import config
 from common.config import Config
 from common.errors import BadInput
-from common.layout import MODEL_PARALLEL, Layout, layout_for
+from common.layout import MODEL_PARALLEL, WHOLE, Layout, layout_for
 from common.planning import memory, step_time, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import Elementwise, Plan, Seconds, Software
@@ -151,8 +151,10 @@ def software_of(cfg: Config, stack: str, cluster: Cluster, work: Workload, host:
     if plain:
         kernel = "cudnn" if cfg.model.dropout == 0 and "cudnn" in cluster.gpu.attention else "fa2"
     traffic = None if is_fused(cfg, stack, cluster) else eager_traffic(cfg, stack)
+    if cfg.model.traits().relative_biases:
+        traffic = replace(traffic or step_time.FUSED[work.blocks[0].gated], scores=biases_traffic(cfg, stack))
     # Megatron's plain loss (megatron/core/tensor_parallel/cross_entropy.py): max, subtract, exp, sum, divide; multiply
-    loss = 40.0 if stack == "megatron" and traffic else 24.0
+    loss = 40.0 if stack == "megatron" and not is_fused(cfg, stack, cluster) else 24.0
     if cluster.gpu.is_cpu:  # its processes compute and communicate on the same cores, and wait for no other device
         return Software(attention=kernel, ddp_hidden=0.0, elementwise=traffic, loss=loss)
     return Software(attention=kernel, dp_hidden=0.8, ddp_hidden=DDP_HIDDEN, host=host, elementwise=traffic, loss=loss)
@@ -166,13 +168,19 @@ def is_fused(cfg: Config, stack: str, cluster: Cluster) -> bool:
     return system.transformer_engine or (not cluster.gpu.is_cpu if system.fusions is None else system.fusions)
 
 
+def is_autocast(cfg: Config, stack: str) -> bool:
+    """fp32 weights and residual stream, whose products are computed from bf16 copies: the baseline, DeepSpeed's stage 0."""
+    system = getattr(cfg, stack)
+    whole = getattr(system, "shard", "none") == "none" and not getattr(system, "zero_stage", 0)
+    return cfg.train.dtype == "bf16" and stack != "megatron" and whole
+
+
 def eager_traffic(cfg: Config, stack: str) -> Elementwise:
     """Bytes that the operators of a `transformers` class, or of Megatron without fusions, read and write, one kernel each: w
     bytes per element of a product, r of the residual stream. Counted in the source of modeling_gpt2, modeling_bert,
     modeling_llama and modeling_t5, and in megatron/core/transformer."""
-    traits, system, megatron = cfg.model.traits(), getattr(cfg, stack), stack == "megatron"
-    mixed = cfg.train.dtype == "bf16"
-    autocast = mixed and not (megatron or getattr(system, "shard", "none") != "none" or getattr(system, "zero_stage", 0))
+    traits, megatron = cfg.model.traits(), stack == "megatron"
+    mixed, autocast = cfg.train.dtype == "bf16", is_autocast(cfg, stack)
     w, r = 2 if mixed else 4, 2 if mixed and not autocast else 4
     readers = 1 if traits.fused_qkv or megatron else 2  # products that read a norm's output: in the attention, in a gated MLP
     # LayerNorm is a kernel forward and two backward; RMSNorm is cast to fp32, squared, averaged, scaled, cast and weighted
@@ -189,6 +197,17 @@ def eager_traffic(cfg: Config, stack: str) -> Elementwise:
     qkv = (bias + 2 * w + 7 * w * traits.rotary, 8 / 3 * w + 7 * w * traits.rotary)  # rotary: of queries and keys, 10 w of each
     # autocast: weights are cast in each forward pass, and their gradients back and added
     return Elementwise(whole, ffn, qkv, (6.0, 18.0) if autocast else (0.0, 6.0 if mixed else 12.0))
+
+
+def biases_traffic(cfg: Config, stack: str) -> tuple[float, float]:
+    """Bytes per score, forward and backward, of T5's biases where the attention kernel reads them, beside the kernel's own.
+
+    transformers adds the mask to the biases in each layer, and sums the gradient over the samples (sdpa_attention.py); autocast
+    casts the sum, and its gradient back. Megatron's are one tensor for all layers; each layer's gradient is added to it."""
+    w = 2 if cfg.train.dtype == "bf16" else 4
+    if stack == "megatron":
+        return w, 5 * w
+    return (12, 14) if w == 2 and is_autocast(cfg, stack) else (2 * w, 3 * w)
 
 
 def kind_of(stack: str, plan: Plan) -> str:
@@ -215,7 +234,8 @@ def changes(cfg: Config, stack: str, gpus: int, gpus_per_node: int) -> Iterator[
     if stack == "baseline":
         keys["shard"] = ("none", "full")
     if stack == "deepspeed":
-        keys |= {"zero_stage": (1, 2, 3), "offload": ("none", "optimizer", "all"), "tp": near, "pp": divisors, "sp": near}
+        zero = (0,) if cfg.optim.optimizer in WHOLE else (1, 2, 3)  # ZeRO divides parameters
+        keys |= {"zero_stage": zero, "offload": ("none", "optimizer", "all"), "tp": near, "pp": divisors, "sp": near}
     if stack == "megatron":
         masks = not all(one.causal for block in cfg.model.workload(cfg.data).blocks for one in block.attention)
         # selective saves memory only where the attention kernel keeps a mask or biases
@@ -276,6 +296,10 @@ def needs(cfg: Config, stack: str, cluster: Cluster, gpus: int) -> str:
     nodes; one line."""
     enough = next((more for more in powers_of_2(65_536) if more > gpus and _fitting(cfg, stack, cluster, more)), None)
     if enough is None:
+        try:
+            layout_for(cfg, stack, gpus)
+        except BadInput as error:
+            return f"{stack} has none: {error.problems[0]}"
         return f"{stack} fits on no number of GPUs up to 65,536"
     node = cluster.gpus_per_node
     step = max(node, enough // 2 // 32 // node * node)  # at most 32 numbers

@@ -22,6 +22,7 @@ class Elementwise:
     ffn: tuple[float, float]  # per unit of the MLP: activation
     qkv: tuple[float, float]  # per element of queries, keys and values: copies, rotary positions
     weights: tuple[float, float] = (0.0, 0.0)  # per parameter: copies under autocast
+    scores: tuple[float, float] = (0.0, 0.0)  # per score, of relative biases that are as large, and of their gradient
 
 
 # Fused, as in Megatron's kernels of 2021 and its compiled functions since; the MLP's by whether it is gated
@@ -187,8 +188,10 @@ def layer(cluster: Cluster, software: Software, block: Block, plan: Plan) -> tup
     per = software.elementwise or FUSED[block.gated]
     whole = blocks * h / (t if plan.sequence_parallel else 1)  # elements per token
     qkv = (block.inner + 2 * block.kv_inner) * len(block.attention)
+    pairs = plan.micro_batch * sum(a.queries * a.keys for a in block.attention) * block.heads / t
     moved = [
-        tokens * (per.whole[i] * whole + (per.ffn[i] * block.ffn + per.qkv[i] * qkv) / t)
+        pairs * per.scores[i]
+        + tokens * (per.whole[i] * whole + (per.ffn[i] * block.ffn + per.qkv[i] * qkv) / t)
         + per.weights[i] * block.parameters / t
         for i in (0, 1)
     ]
