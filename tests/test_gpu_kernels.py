@@ -22,6 +22,7 @@ ZERO = {
     "zero2": ["deepspeed.zero_stage=2", "deepspeed.micro_batch=2"],
     "zero3": ["deepspeed.zero_stage=3"],
     "tp2": ["deepspeed.tp=2"],
+    "tp2_zero2": ["deepspeed.tp=2", "deepspeed.zero_stage=2", "deepspeed.micro_batch=2"],
     "pp2": ["deepspeed.pp=2", "deepspeed.zero_stage=1"],
     "sp2": ["deepspeed.sp=2", "deepspeed.zero_stage=2"],
     "zero2_offload": ["deepspeed.zero_stage=2", "deepspeed.offload=true"],

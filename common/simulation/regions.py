@@ -88,12 +88,31 @@ def _written_input(node: fx.Node) -> fx.Node | None:
     return node.args[0] if is_copy and isinstance(node.args[0], fx.Node) else None
 
 
+def _with_early_sums(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Each sum right after its input: Inductor computes both in one kernel, although a product may stand between them in the
+    graph, as before the gradient of a bias (torch/_inductor/scheduler.py, fuse_nodes)."""
+    order: list[fx.Node] = []
+    placed: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        order.append(node)
+        placed.add(node)
+        for user in node.users:
+            if getattr(user.target, "__name__", "").startswith("sum") and placed.issuperset(user.all_input_nodes):
+                place(user)
+
+    for node in nodes:
+        if node not in placed:
+            place(node)
+    return order
+
+
 class _Region:
     """One graph. Its nodes are run in order; fused ones wait until a node outside needs them."""
 
     def __init__(self, name: str, graph: fx.GraphModule):
         self.name, self.graph = name, graph
-        self.nodes = list(graph.graph.nodes)
+        self.nodes = _with_early_sums(list(graph.graph.nodes))
         self.kinds = {node: _kind(node) for node in self.nodes if node.op not in ("placeholder", "output")}
         self.last_use: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()

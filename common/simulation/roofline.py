@@ -92,10 +92,10 @@ def _cost(
         moved += sum(map(_size, outs))
     elif name.startswith("_fused_adam"):  # reads weight, gradient and moments; writes all, or all but the gradient
         moved *= 2 if scales_gradient else 7 / 4
-    elif name.startswith("_foreach"):
-        moved *= 2
-    elif name in ("zero_", "fill_", "normal_", "copy_", "uniform_", "bernoulli_"):
+    elif name in ("zero_", "fill_", "normal_", "copy_", "uniform_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"):
         pass  # what it writes is the first of `ins`
+    elif name.startswith("_foreach"):  # reads all, writes the first list
+        moved += sum(map(_size, args[0]))
     elif name.endswith("_") and ins:  # reads and writes it
         moved += _size(ins[0])
     if name in ("mm", "addmm", "bmm", "baddbmm"):

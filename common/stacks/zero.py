@@ -33,6 +33,8 @@ from common.stacks.parameter_map import Conversion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _accumulate = stage_1_and_2.DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu
+_collect = stage_1_and_2.DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
+_reduce_collected = stage_1_and_2.DeepSpeedZeroOptimizer.reduce_ipg_grads
 
 
 def start(ranks: Ranks) -> None:
@@ -59,6 +61,8 @@ def _adapt_to_gpu() -> None:
     zero_12.update_offload_overflow_tracker = _track_nothing
     zero_12.complete_grad_norm_calculation_for_cpu_offload = _norm_offloaded
     zero_12.async_accumulate_grad_in_cpu_via_gpu = _accumulate_in_order
+    zero_12.reduce_independent_p_g_buckets_and_remove_grads = _collect_if_shared
+    zero_12.reduce_ipg_grads = _reduce_if_collected
 
 
 def _skip_no_step(norm: torch.Tensor) -> bool:
@@ -92,6 +96,18 @@ def _reduce_on_stream(
         optimizer._add_to_grad_partition_buffer(output, whole)
         if whole.data_ptr() != gradient.data_ptr():
             gradient.copy_(whole)
+
+
+def _collect_if_shared(optimizer: Any, parameter: torch.Tensor, group: int) -> None:
+    """Copy a gradient to the bucket that is reduced next; on a rank without replicas, leave it where it is. DeepSpeed copies it
+    to the bucket, divides it by 1, and copies it back. With offload it goes on to host memory from there."""
+    if optimizer.cpu_offload or dist.get_world_size(optimizer.dp_process_group) > 1:
+        _collect(optimizer, parameter, group)
+
+
+def _reduce_if_collected(optimizer: Any, comm_dtype: torch.dtype | None = None) -> None:
+    if any(bucket.params for bucket in optimizer.ipg_buckets.values()):
+        _reduce_collected(optimizer, comm_dtype)
 
 
 def _norm_12(optimizer: Any, gradients: Any, params: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:

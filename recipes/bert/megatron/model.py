@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.config import Config
 from common.layout import Layout
 from common.stacks import fusions, mcore
+from common.training import compiling
 
 from .. import task
 
@@ -72,14 +73,29 @@ class Bert(Encoder):
             self.pooler.sequence_parallel = False
 
 
+def dropped_sum_and_norm(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor, norm_bias: torch.Tensor,
+    eps: float, dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """x, the output of attention or MLP, and residual (T, B, H) -> (T, B, H)"""
+    x = x if bias is None else x + bias
+    return F.layer_norm(residual + F.dropout(x, dropout), norm.shape, norm, norm_bias, eps)
+
+
 class PostNorm(torch.nn.Module):
-    """Megatron's bias-dropout-add, followed by a norm. Used twice in a layer without norms, it makes a post-norm layer."""
+    """Megatron's bias-dropout-add, followed by a norm. Used twice in a layer without norms, it makes a post-norm layer. With
+    megatron.fusions both are one kernel."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.norm = mcore.Norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        if fused:
+            function, norm = compiling.kernel(dropped_sum_and_norm), self.norm
+            return lambda output_and_bias, residual, dropout: function(
+                *output_and_bias, residual, norm.weight, norm.bias, norm.eps, dropout if training else 0.0
+            )
         add = get_bias_dropout_add(training, fused)
         return lambda output_and_bias, residual, dropout: self.norm(add(output_and_bias, residual, dropout))
 
