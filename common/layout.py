@@ -1,7 +1,7 @@
 """How the processes of a run share one step: data, tensor and pipeline parallel, micro batches. Torch-free."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from common.config import Config, Section
 from common.errors import BadInput
@@ -65,6 +65,18 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     if problems:
         raise BadInput(problems)
     return Layout(world=world, dp=dp, **splits, vpp=vpp, micro_batch=micro, accumulate=batch // (micro * dp))
+
+
+def fitting(cfgs: Sequence[Config], stack: str, worlds: Sequence[int]) -> list[int]:
+    """Those numbers of ranks with which each of these configs, the phases of a run, has a layout."""
+
+    def fits(world: int) -> bool:
+        try:
+            return all(layout_for(cfg, stack, world) for cfg in cfgs)
+        except BadInput:
+            return False
+
+    return [world for world in worlds if fits(world)]
 
 
 def sequence_multiple(cfg: Config, stack: str) -> int:

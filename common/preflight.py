@@ -23,7 +23,7 @@ from common.data.indexed_dataset import IndexedDataset
 from common.errors import BadInput, Missing
 from common.json_files import read_object
 from common.launch import lock
-from common.layout import Layout, layout_for
+from common.layout import Layout, fitting, layout_for
 from common.paths import SHOWN, Blend, find, prefixes
 
 C = TypeVar("C", bound=Config, default=Config, covariant=True)
@@ -71,11 +71,13 @@ def data_notes(*datasets: Dataset | None) -> list[str]:
 
 
 def prepare[C: Config](
-    config_path: str, out: str, overrides: Sequence[str], stack: str, task: FamilyOf[C], world: int, dry_run: bool = False
-) -> Run[C]:
+    config_path: str, out: str, overrides: Sequence[str], stack: str, task: FamilyOf[C], world: int, dry_run: bool = False,
+    worlds: Sequence[int] = (),
+) -> Run[C]:  # fmt: skip
     """Check everything that can be checked before a process starts. BadInput carries all problems.
 
-    dry_run: a corpus that does not exist is a note, not a problem.
+    dry_run: a corpus that does not exist is a note, not a problem. worlds: the numbers of ranks that an elastic run may have;
+    its layout is that of the largest one with which it can run.
     """
     loaded = config.load(config_path, overrides, task.Config)
     problems: list[str] = []
@@ -121,6 +123,7 @@ def prepare[C: Config](
             dataset.limit_ids(None if unknown else cfg.model.vocab_size, key)
     problems += _init_problems(cfg, task, notes, bool(unknown))
 
+    world = max(fitting(config.views(whole), stack, worlds), default=world)
     layout = None
     for number, phase in enumerate(config.views(whole)):
         try:

@@ -14,7 +14,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import EXIT_SIGTERM
-from common.launch import heartbeat, launcher
+from common.launch import elastic, heartbeat, launcher
 
 
 def rank(mode: str, folder: Path, value: int) -> int:
@@ -24,6 +24,8 @@ def rank(mode: str, folder: Path, value: int) -> int:
     (folder / f"pid_{number}").write_text(str(os.getpid()))
     if mode == "finish":
         return 0
+    if mode == "elastic":
+        return _elastic(folder / os.environ["MASTER_PORT"], int(number))
     if mode == "code":
         return _tell(value)
     if mode == "crash" and number == "1":
@@ -56,6 +58,26 @@ def _steps(folder: Path, number: int, slow: int) -> int:
     _meet(folder, number, world, 10**6)
     heartbeat.beat(heartbeat.DONE)
     return 0
+
+
+def _elastic(folder: Path, number: int) -> int:
+    """Steps until a rank gets SIGTERM; all then end at the same one, as after a save. folder: of this round."""
+    folder.mkdir(exist_ok=True)
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    (folder / f"pid_{number}").write_text(str(os.getpid()))
+    for step in range(1, 10**6):
+        heartbeat.beat("data", step)
+        time.sleep(0.02)
+        if asked and not (folder / "last").exists():
+            (folder / "last.tmp").write_text(str(step + 2))
+            (folder / "last.tmp").rename(folder / "last")
+        heartbeat.wait("sum of the loss")
+        _meet(folder, number, int(os.environ["WORLD_SIZE"]), step)
+        (folder / f"ready_{number}").touch()
+        if (folder / "last").exists() and step >= int((folder / "last").read_text()):
+            break
+    return _tell(EXIT_SIGTERM)
 
 
 def _meet(folder: Path, number: int, world: int, step: int) -> None:
@@ -101,7 +123,12 @@ def main() -> int:
         return rank(mode, Path(folder), int(*value or [0]))
     on = launcher.free_port(launcher.nodes(os.environ))
     out, limit = Path(folder) / "out", int(os.environ.get("HANG_SECONDS", "0"))
-    return launcher.run_ranks([*launcher.torchrun(on), __file__, *sys.argv[1:]], on, out, limit)
+    variables = {}
+    if on.is_elastic:
+        worlds = map(int, os.environ["WORLDS"].split(",")) if "WORLDS" in os.environ else on.possible_worlds
+        on = on._replace(worlds=tuple(worlds))
+        variables = elastic.variables(launcher.settings_of(on, out))
+    return launcher.run_ranks([*launcher.torchrun(on), __file__, *sys.argv[1:]], on, out, limit, variables)
 
 
 if __name__ == "__main__":

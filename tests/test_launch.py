@@ -24,7 +24,8 @@ from common.launch import heartbeat, launcher, watch
 ROOT = Path(__file__).resolve().parent.parent
 STANDIN = ROOT / "tests/launch_standin.py"
 STACKS = [pytest.param(s, marks=pytest.mark.slow) if s != "baseline" else s for s in launcher.STACKS]
-CLUSTER = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+ELASTIC = ("MAX_RESTARTS", "REGROUP_SECONDS")
+CLUSTER = (*ELASTIC, "NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def env_with(**given: object) -> dict[str, str]:

@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.checkpoints import checkpoint
 from common.config import STACKS
-from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
-from common.launch import heartbeat, lock, processes
+from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
+from common.launch import elastic, heartbeat, lock, processes
 from common.launch.watch import Failure, Watch
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and stop
 DEFAULT_PORT = 29500
+RESTARTS, REGROUP_SECONDS = 3, 30  # of elastic runs; the second is torchrun's last_call_timeout
 USAGE = """\
 usage: bash {script} CONFIG OUT [section.key=value ...] [--dry-run]
        bash {script} --help-config [SECTION]
@@ -44,6 +46,10 @@ a.b=c      overrides a value of CONFIG
 NPROC      processes on this node (default: its GPUs, else 1)
 NNODES NODE_RANK MASTER_ADDR MASTER_PORT
            several nodes: how many, which one this is (from 0), address and port of node 0; under srun they are known
+NNODES=MIN:MAX MAX_RESTARTS REGROUP_SECONDS
+           elastic: a node that is lost or joins changes the number of data-parallel ranks, and the run goes on from its last
+           checkpoint; node 0 must stay. At most MAX_RESTARTS times after a failure (default {restarts}); without all of MAX
+           nodes after REGROUP_SECONDS (default {regroup})
 
 exit code: {exit_codes}"""
 
@@ -65,10 +71,23 @@ class Nodes(NamedTuple):
     node_rank: int
     master_addr: str | None  # None: one node
     master_port: int | None  # None: any free one
+    least: int = 0  # nodes of an elastic run, `nnodes` at most; 0: not elastic
+    restarts: int = 0  # after failures, of an elastic run
+    regroup_seconds: int = 0
+    worlds: tuple[int, ...] = ()  # numbers of ranks with which an elastic run can go on
 
     @property
     def world(self) -> int:
         return self.nproc * self.nnodes
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least > 0
+
+    @property
+    def possible_worlds(self) -> list[int]:
+        """Numbers of ranks that an elastic run may have; empty if it is not elastic."""
+        return [self.nproc * nodes for nodes in range(self.least, self.nnodes + 1)] if self.is_elastic else []
 
 
 # ---- arguments and environment
@@ -107,7 +126,15 @@ def nodes(environ: Mapping[str, str]) -> Nodes:
         return int(text)
 
     nproc = number("NPROC", 0, 1) or max(1, visible_gpus(environ))
+    asked, least = env.get("NNODES", ""), 0
+    if ":" in asked:
+        least, most = _range(asked, env, problems)
+        env["NNODES"] = str(most)
     nnodes = number("NNODES", 1, 1)
+    elastic = (least, number("MAX_RESTARTS", RESTARTS, 0), number("REGROUP_SECONDS", REGROUP_SECONDS, 1)) if least else ()
+    for name in ("MAX_RESTARTS", "REGROUP_SECONDS"):
+        if name in env and ":" not in asked:
+            problems.append(f"{name}={env[name]} needs an elastic run: NNODES=MIN:MAX, for example NNODES=1:{max(2, nnodes)}")
     rank = number("NODE_RANK", 0, 0)
     port = number("MASTER_PORT", 0, 1, 65535) or None
     if nnodes == 1:
@@ -115,7 +142,7 @@ def nodes(environ: Mapping[str, str]) -> Nodes:
             problems.append(f"NODE_RANK={rank} and NNODES is 1; set NNODES to the number of nodes")
         if problems:
             raise BadInput(problems)
-        return Nodes(nproc, 1, 0, None, port)
+        return Nodes(nproc, 1, 0, None, port, *elastic)
 
     address = env.get("MASTER_ADDR")
     if "NODE_RANK" not in env:
@@ -131,7 +158,24 @@ def nodes(environ: Mapping[str, str]) -> Nodes:
             problems.append(f"MASTER_ADDR={address}: no such host; give a name or address that this node can reach")
     if problems:
         raise BadInput(problems)
-    return Nodes(nproc, nnodes, rank, address, port or DEFAULT_PORT)
+    return Nodes(nproc, nnodes, rank, address, port or DEFAULT_PORT, *elastic)
+
+
+def _range(text: str, env: Mapping[str, str], problems: list[str]) -> tuple[int, int]:
+    """(1, 4) for NNODES=1:4. Adds to `problems`, then (1, 1)."""
+    match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", text.strip())
+    if not match:
+        problems.append(f"NNODES={shortened(text)}: must be a whole number from 1, or MIN:MAX of two, for example 1:4")
+    elif int(match[1]) > int(match[2]):
+        problems.append(f"NNODES={text}: MIN must not be above MAX; give NNODES={match[2]}:{match[1]}")
+    elif "SLURM_STEP_ID" in env:
+        problems.append(
+            f"NNODES={text} under srun: SLURM ends a step that loses a node; leave NNODES out (scripts/slurm.sh queues the job "
+            "again, and the same command continues)"
+        )
+    else:
+        return int(match[1]), int(match[2])
+    return 1, 1
 
 
 def _from_slurm(env: Mapping[str, str], problems: list[str]) -> dict[str, str]:
@@ -175,8 +219,23 @@ def visible_gpus(env: Mapping[str, str]) -> int:
 
 
 def torchrun(on: Nodes) -> list[str]:
-    """torchrun's options. Several nodes: static rendezvous, which needs no node to recognize itself as MASTER_ADDR."""
+    """torchrun's options. Several nodes: static rendezvous, which needs no node to recognize itself as MASTER_ADDR; elastic
+    ones: that of c10d, which node 0 holds."""
     options = [f"--nproc-per-node={on.nproc}"]
+    if on.is_elastic:
+        options.append(f"--max-restarts={on.restarts}")
+    if on.is_elastic and on.nnodes > 1:
+        # more nodes than the batch divides among are spares: torchrun lets them wait until one is lost
+        least, most = min(on.worlds, default=on.least) // on.nproc, max(on.worlds, default=on.world) // on.nproc
+        is_host = str(on.node_rank == 0).lower()
+        return options + [
+            f"--nnodes={least}:{most}",
+            "--rdzv-id=twinstack",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={on.master_addr}:{on.master_port}",
+            f"--rdzv-conf=is_host={is_host},last_call_timeout={on.regroup_seconds}",
+            f"--local-addr={local_address(on.master_addr or '')}",
+        ]
     if on.master_addr is not None:
         return options + [
             f"--nnodes={on.nnodes}",
@@ -185,7 +244,7 @@ def torchrun(on: Nodes) -> list[str]:
             f"--master-port={on.master_port}",
             f"--local-addr={local_address(on.master_addr)}",
         ]
-    if on.master_port is not None:
+    if on.master_port is not None and not on.is_elastic:
         return options + ["--master-addr=127.0.0.1", f"--master-port={on.master_port}"]
     return options + ["--standalone", "--local-addr=127.0.0.1"]  # any free port
 
@@ -251,9 +310,19 @@ def environment(on: Nodes, scratch: Path, environ: Mapping[str, str]) -> dict[st
     return defaults | dict(environ) | always
 
 
-def variables_of(run: "Run") -> dict[str, str]:
-    """What CUDA and NCCL read when a process starts, before it reads the config of this run."""
-    variables = {}
+def with_worlds(on: Nodes, run: "Run") -> Nodes:
+    """`on` with the numbers of ranks with which an elastic run can go on, which are noted."""
+    from common.config import views
+    from common.layout import fitting
+
+    worlds = fitting(views(run.whole), run.stack, on.possible_worlds)
+    run.notes.append(f"NNODES={on.least}:{on.nnodes}: train.global_batch divides among {elastic.listed(worlds)}")
+    return on._replace(worlds=tuple(worlds))
+
+
+def variables_of(run: "Run", on: Nodes) -> dict[str, str]:
+    """What CUDA, NCCL and the agent read when a process starts, before it reads the config of this run."""
+    variables = elastic.variables(settings_of(on, run.out)) if on.is_elastic else {}
     ring = run.layout.cp > 1 and run.cfg.megatron.transformer_engine  # sends keys and values beside its attention
     if run.stack == "megatron" and (run.layout.tp > 1 or ring):
         # one queue: kernels begin in the order of their launch, the all-reduce of a layer's input gradient before the GEMM that
@@ -262,6 +331,10 @@ def variables_of(run: "Run") -> dict[str, str]:
     if run.cfg.train.deterministic:
         variables["NCCL_ALGO"] = processes.NCCL_ALGO
     return variables
+
+
+def settings_of(on: Nodes, out: Path) -> elastic.Settings:
+    return elastic.Settings(str(out), on.node_rank, list(on.worlds), f"{on.least}:{on.nnodes}")
 
 
 def cores() -> int:
@@ -276,8 +349,8 @@ class Stop:
 
     first_signal = 0  # the first signal that this process got, in whichever phase
 
-    def __init__(self, agent: subprocess.Popen[bytes]):
-        self.agent = agent
+    def __init__(self, agent: subprocess.Popen[bytes], scratch: Path):
+        self.agent, self.scratch = agent, scratch
         self.signal = 0  # the first signal since then
         self.killed = False  # the ranks were killed, since there was nothing to save
         for number in SIGNALS:
@@ -293,6 +366,7 @@ class Stop:
             return
         import psutil
 
+        (self.scratch / elastic.STOP).touch()
         try:
             ranks = psutil.Process(self.agent.pid).children()
         except psutil.NoSuchProcess:
@@ -338,11 +412,14 @@ def run_ranks(
             start_new_session=True,  # Ctrl-C is for the launcher alone
             preexec_fn=_end_with_launcher,
         )
-        stop = Stop(agent)
+        stop = Stop(agent, scratch)
         failure: Failure | None = None
         ended = _wait(agent, watch.tick)
         while ended is None and failure is None:
             failure = watch.check()
+            if failure and failure.code == EXIT_HANG and on.is_elastic:  # its ranks alone: the agent starts them again
+                _end_round(agent, watch, failure)
+                failure = None
             ended = None if failure else _wait(agent, watch.tick)
         lines: list[str] = []
         if failure:
@@ -354,7 +431,7 @@ def run_ranks(
             if code not in (0, int(reported), 128 + stop.signal):  # else the ranks have printed the reason
                 failure = watch.failure(ended)
                 code = failure.code if failure else code
-        for line in failure.lines if failure else ():
+        for line in failure.lines if failure and failure is not watch.hung else ():
             print(line, file=sys.stderr, flush=True)
         if ended is None:
             _kill(agent)
@@ -370,6 +447,18 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
     return None
+
+
+def _end_round(agent: subprocess.Popen[bytes], watch: Watch, failure: Failure) -> None:
+    """Kill the ranks of a round of an elastic run, stopped ones too."""
+    import psutil
+
+    print("\n".join(failure.lines), file=sys.stderr, flush=True)
+    watch.end_round(failure)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for rank in psutil.Process(agent.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
 
 
 def _kill(agent: subprocess.Popen[bytes]) -> None:
@@ -402,6 +491,12 @@ def exit_code(agent: int, reported: int, stop: Stop) -> int:
     return agent if agent >= 0 else 128 - agent
 
 
+def _steps_missing(run: "Run") -> bool:
+    """Whether the run has not come to its last step: a spare node ends with code 0 however the others end."""
+    newest = checkpoint.latest(run.out)
+    return newest is None or newest.step < run.whole.last_step
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: check, then start the ranks, phase by phase; returns the exit code."""
     module, *rest = (sys.argv[1:] if argv is None else argv) or [""]
@@ -411,7 +506,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         script = module.replace(".", "/") + ".sh"
         example = f"{recipe.replace('.', '/')}/configs/{EXAMPLES[name]}.yaml"
-        print(USAGE.format(script=script, example=example, exit_codes=EXIT_CODES.replace("\n", "\n" + " " * 11)))
+        codes = EXIT_CODES.replace("\n", "\n" + " " * 11)
+        print(USAGE.format(
+            script=script, example=example, exit_codes=codes, restarts=RESTARTS, regroup=REGROUP_SECONDS
+        ))  # fmt: skip
         return 0
     task = importlib.import_module(f"{recipe}.{TASKS.get(name, name)}")
     if "--help-config" in rest:
@@ -429,7 +527,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.launch.dry_run import describe
     from common.preflight import prepare
 
-    run = prepare(command.config, command.out, command.overrides, stack, task, on.world, dry_run=command.dry_run)
+    def prepared() -> "Run":
+        return prepare(
+            command.config, command.out, command.overrides, stack, task, on.world, command.dry_run, on.possible_worlds
+        )
+
+    run = prepared()
+    if on.is_elastic:
+        on = with_worlds(on, run)
     on = free_port(on)
     arguments = [*torchrun(on), "-m", module, command.config, command.out, *command.overrides]
     if command.dry_run:
@@ -440,16 +545,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
+
+    def started(run: "Run") -> int:
+        return run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run, on))
+
     with lock.locked(run.out) if on.node_rank == 0 else contextlib.nullcontext():
-        code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run))
+        code = started(run)
         while code == 0 and not run.is_last_phase:  # each phase continues from the checkpoint of the one before
-            before, run = run, prepare(command.config, command.out, command.overrides, stack, task, on.world)
+            before, run = run, prepared()
             if Stop.first_signal:  # the signal came after the end of the phase before
                 print("stopped between two phases, state saved; the same command continues", file=sys.stderr, flush=True)
                 return 128 + Stop.first_signal
             if run.cfg.train.steps == before.cfg.train.steps:
                 raise BadInput(f"{run.out}: step {before.cfg.train.steps} was not saved there, so the next phase cannot begin")
-            code = run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run))
-        if code == 0 and on.node_rank == 0:
+            code = started(run)
+        if code == 0 and on.node_rank == 0 and not (on.is_elastic and _steps_missing(run)):
             record_finished(run)
     return code

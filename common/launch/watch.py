@@ -21,7 +21,10 @@ from common.launch.heartbeat import Record
 START = 540  # seconds that a rank has at least before its first step: imports and the reading of data show no progress
 NEVER = 1e9  # seconds: longer than any limit
 GRACE = 5  # seconds in which the other ranks of a node may end by themselves once one has failed
-FIRST_FAILURES = "first_failures.json"  # in the scratch folder, by agent.py: [[local rank, process, exit code], ...]
+# In the scratch folder
+FIRST_FAILURES = "first_failures.json"  # by agent.py: [[local rank, process, exit code], ...]
+GROUP = "group.json"  # of an elastic run, by elastic.py: this node's first rank and the one after its last, of this round
+ENDED_FOR_HANG = "ended_for_hang"  # of an elastic run, by the launcher: it has ended the ranks of this round
 STATES = {"stopped": "stopped by a signal", "tracing-stop": "stopped by a debugger", "zombie": "dead", "dead": "dead"}
 # Frames near the top of the stack of a rank that waits for others
 _COLLECTIVE = re.compile(
@@ -40,6 +43,9 @@ class Nodes(Protocol):
 
     @property
     def node_rank(self) -> int: ...
+
+    @property
+    def is_elastic(self) -> bool: ...
 
 
 class Failure(NamedTuple):
@@ -76,6 +82,7 @@ class Watch:
     def __init__(self, scratch: Path, nodes: Nodes, out: Path | None, limit: int):
         self.scratch, self.nodes, self.out, self.limit = scratch, nodes, out, limit
         self.ranks = range(nodes.node_rank * nodes.nproc, (nodes.node_rank + 1) * nodes.nproc)
+        self.round = 0  # of an elastic run: when this round's group was written
         self.host = socket.gethostname()
         self.tick = min(5.0, max(0.2, limit / 8)) if limit else 5.0  # seconds between two checks
         self.idle = 0.0  # seconds since the last progress on this node
@@ -83,9 +90,12 @@ class Watch:
         self.last_check = time.monotonic()
         self.stacks: dict[int, str] | None = None  # since the last progress
         self.peers = Peers(out / "logs/nodes", nodes, self.tick) if out and nodes.nnodes > 1 else None
+        self.hung: Failure | None = None  # of an elastic run: why this round was ended, until the next one begins
 
     def check(self) -> Failure | None:
         """The failure if the run has stopped making progress or has failed on another node, else None. Called once per tick."""
+        if self.nodes.is_elastic:
+            self._follow()
         now = time.monotonic()
         passed = min(now - self.last_check, 2 * self.tick)  # without the time in which the launcher itself was stopped
         self.last_check = now
@@ -111,6 +121,23 @@ class Watch:
         if self.limit and self.idle >= limit and not done and (not self.peers or self.peers.are_idle(limit)):
             return self._hang()
         return None
+
+    def _follow(self) -> None:
+        """Take over this node's ranks from the group of an elastic run, which changes. A node that is lost is forgotten."""
+        try:
+            begin, end = json.loads((self.scratch / GROUP).read_text(encoding="utf-8"))
+            written = (self.scratch / GROUP).stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if written != self.round:
+            self.round, self.ranks, self.idle, self.hung = written, range(begin, end), 0.0, None
+            if self.peers:
+                self.peers.forget()
+
+    def end_round(self, failure: Failure) -> None:
+        """The launcher ends the ranks of this round of an elastic run, which this failure explains."""
+        self.hung, self.idle = failure, 0.0
+        (self.scratch / ENDED_FOR_HANG).touch()
 
     def states(self) -> list[RankState]:
         """The states of the ranks of this node."""
@@ -140,9 +167,9 @@ class Watch:
     def _hang(self) -> Failure:
         lines = [f"error: {self.peers.describe(node)}" for node in self.peers.silent()] if self.peers else []
         lines = lines or _first_lines([f"error: {line}" for line in _culprits(self._all_states())])
+        what = "the run" if self.nodes.is_elastic else "all were ended, nothing was saved; the same command"
         lines += [
-            f"no rank made progress for {self.idle:.0f} s (train.hang_seconds): all were ended, nothing was saved; "
-            "the same command continues from the last checkpoint"
+            f"no rank made progress for {self.idle:.0f} s (train.hang_seconds): {what} continues from the last checkpoint"
         ]
         return Failure(EXIT_HANG, lines)
 
@@ -152,16 +179,20 @@ class Watch:
 
     def failure(self, returncode: int) -> Failure | None:
         """Why torchrun has ended with `returncode` (of Popen); None if the reason is on the screen already."""
+        if self.nodes.is_elastic:
+            self._follow()
+        if self.hung:
+            return self.hung
         first, states = self._first_failures(), {state.rank: state for state in self.states()}
         crashes = {rank: crash for rank in self.ranks if (crash := heartbeat.crash(self.scratch, rank))}
-        causes = _causes({rank: code for rank, (_, code) in first.items()}, crashes)
-        if causes:
-            [code, *_] = causes.values()
-            trace = [crashes[rank].trace.rstrip() for rank in causes if rank in crashes]
+        ended = causes({rank: code for rank, (_, code) in first.items()}, crashes)
+        if ended:
+            [code, *_] = ended.values()
+            trace = [crashes[rank].trace.rstrip() for rank in ended if rank in crashes]
             lines = []
-            for rank, exit_code in causes.items():
+            for rank, exit_code in ended.items():
                 where = f" at {states[rank].record}" if states[rank].record else ""
-                lines.append(f"error: {_name(states[rank], first.get(rank, (0,))[0])} {_how_it_ended(exit_code)}{where}")
+                lines.append(f"error: {_name(states[rank], first.get(rank, (0,))[0])} {how_it_ended(exit_code)}{where}")
             lines = trace + _first_lines(lines)
             # NCCL's watchdog ends a rank with SIGABRT when another rank is lost
             failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT)
@@ -169,8 +200,11 @@ class Watch:
             message = next(iter(crashes.values())).message.splitlines()[0]
             line = f"error: ranks of node {self.nodes.node_rank} ({self.host}) lost the connection to another rank: {message}"
             failure = Failure(EXIT_LOST, [line], False)
+        elif self.nodes.is_elastic and returncode == EXIT_LOST:
+            lost = "error: the run was ended on another node, or node 0, which the others need to find each other, is lost"
+            failure = Failure(EXIT_LOST, [lost], False)
         elif returncode < 0:
-            return Failure(128 - returncode, [f"error: torchrun {_how_it_ended(returncode)}"])
+            return Failure(128 - returncode, [f"error: torchrun {how_it_ended(returncode)}"])
         else:
             return None
         if self.peers and not failure.is_cause:
@@ -224,6 +258,9 @@ class Peers:
         self.count = 0
         self.reports: dict[int, dict[str, Any]] = {}  # {node: the last content of node_K.json that could be read}
         self.changed: dict[int, float] = {}  # {node: when its report changed last}
+        self.forgotten: dict[int, dict[str, Any]] = {}  # {node: a report that does not count}
+        if nodes.is_elastic:
+            self.forget()
         self.write([], 0.0)
 
     def write(self, states: Sequence[RankState], idle: float, failure: Failure | None = None) -> None:
@@ -231,14 +268,21 @@ class Peers:
         self.count += 1
         if failure:  # without its traceback, which is on the screen here
             failure = failure._replace(lines=[line for line in failure.lines if line.startswith("error: ")])
-        nodes = self.nodes
+        nodes, ranks = self.nodes, [state.rank for state in states]
+        first = nodes.node_rank * nodes.nproc
         report = {
-            "count": self.count, "host": socket.gethostname(), "ranks": (nodes.node_rank * nodes.nproc, nodes.nproc),
+            "count": self.count, "host": socket.gethostname(), "ranks": (ranks[0] if ranks else first, nodes.nproc),
             "idle": idle, "states": states, "failure": failure,
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path(nodes.node_rank).write_text(json.dumps(report), encoding="utf-8")
+
+    def forget(self) -> None:
+        """Until another node's report changes, it is one of an earlier launch, or of a node that is lost."""
+        self.read()
+        self.forgotten |= {node: report for node, report in self.reports.items() if report}
+        self.reports = dict.fromkeys(self.reports, {})
 
     def read(self) -> None:
         """Read the reports of the other nodes."""
@@ -249,6 +293,8 @@ class Peers:
                 report = {}  # the run has ended well there
             except (OSError, ValueError):
                 continue  # half written
+            if report == self.forgotten.get(node):
+                report = {}
             if report != self.reports.get(node):
                 self.reports[node], self.changed[node] = report, time.monotonic()
 
@@ -308,7 +354,7 @@ class Peers:
         return self.folder / f"node_{node}.json"
 
 
-def _causes(first: dict[int, int], crashes: dict[int, heartbeat.Crash]) -> dict[int, int]:
+def causes(first: dict[int, int], crashes: dict[int, heartbeat.Crash]) -> dict[int, int]:
     """{rank: exit code} of the ranks of this node that ended the run; empty if all failures here are consequences of another
     node's. first: {rank: exit code} of the ranks that ended by themselves."""
     killed = {rank: code for rank, code in first.items() if code < 0 and code != -signal.SIGABRT}
@@ -387,7 +433,7 @@ def _first_lines(lines: list[str], most: int = 8) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"error: and {len(lines) - most} more, which the details list"]
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
     """How a process ended, in words. code: Popen's return code."""
     if code >= 0:
         return f"ended with exit code {code}"
