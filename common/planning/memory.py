@@ -88,6 +88,11 @@ class Training:
         return self.zero_stage if self.stack == "deepspeed" else 0
 
     @property
+    def frees_gradients(self) -> bool:
+        """Does a rank hold no gradients between steps? DDP's buckets stay, and so do Megatron's."""
+        return self.stack == "baseline" and (self.is_sharded or self.dp == 1)
+
+    @property
     def is_sharded(self) -> bool:
         return self.shard == "full"
 
@@ -308,10 +313,10 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
     if run.stack == "megatron" and not run.fusions:  # the softmax is in fp32
         found["loss"] = forward + logits(work, traits, run) * 4 // run.width
     # of the gradients that `states` counts, those that the step's only micro batch has not made yet
-    absent = states(run, parameters)["gradients"] if run.is_sharded and run.accumulate == 1 else 0
+    absent = states(run, parameters)["gradients"] if run.frees_gradients and run.accumulate == 1 else 0
+    found = {moment: size - absent for moment, size in found.items()}
     if run.is_sharded:  # the last layer is gathered beside it
-        found["head"] += run.width * work.blocks[-1].parameters - absent
-        found["forward"] -= absent
+        found["head"] += run.width * work.blocks[-1].parameters
     if stage not in (None, last):
         found = {}
     # the gradient of tied weights waits for that of the embedding
@@ -329,7 +334,7 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
             size = sum(alive[: number + 1]) + embeddings * tied_weights * run.width
             after = max(other.parameters for other in work.blocks[number:])
             size += sharded_layer(block, traits, run, after, full[number], entry[number])
-            size -= min(sum(alive), absent)  # gradients come as activations go
+        size -= min(sum(alive), absent)  # gradients come as activations go
         found[f"layers {number}"] = size
     return found
 

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
         model = sharding.shard(net, cfg.train.dtype, ranks)
     else:
         init.allocate(net, torch.float32)
-        model = accelerator.prepare(net)
+        # alone, a process needs no DDP, which would add each gradient to a bucket
+        model = accelerator.prepare(net) if ranks.world > 1 else torch.nn.Module.to(net, ranks.device)
     shapes = lora.expected(cfg, task)  # {Hugging Face name: full shape}
 
     # ---- optimizer
