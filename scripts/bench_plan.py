@@ -1,6 +1,6 @@
 """Measure steps of layouts and sizes on this machine's CPU, and how far common/planning/step_time.py is from them.
 
-    python -m scripts.bench_plan [--processes N] [--write]
+    python -m scripts.bench_plan [--processes N] [--out DIR] [--write]
 
 Sixteen runs of tiny models, of one and of two processes with one thread each. The constants of the CPU are measured
 (common/planning/cpu.py) and then fitted to four of the runs, as scripts.plan --calibrate does; the other twelve are predicted.
@@ -93,10 +93,18 @@ def child(folder: Path) -> None:
         words = [case.path, str(out), *FIXED, f"data.train={folder}/corpus/train", *case.overrides]
         in_process.run(f"recipes.gpt.{case.stack}.pretrain", words)
 
+    problems = []
     for number, case in enumerate(CASES):
-        if case.world == world:
-            with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):  # noqa: SIM115  lives as long
-                cpu.undisturbed(partial(run, case, folder / str(number)))
+        out = folder / str(number)
+        if case.world == world and not (out / "hf").is_dir():
+            try:
+                with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):  # noqa: SIM115  lives as long
+                    cpu.undisturbed(partial(run, case, out))
+            except BadInput as error:
+                problems = error.problems
+                shutil.rmtree(out, ignore_errors=True)
+    if problems:
+        raise BadInput(problems)
     os._exit(0)  # worker threads of the stacks outlive a normal exit by seconds
 
 
@@ -133,9 +141,10 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="keep the measurements in docs/planner/cpu.json")
     parser.add_argument("--processes", type=int, choices=WORLDS, help="only these runs; docs/planner/cpu.json has the others")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there, and go on with those that are missing")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_plan_") as folder:
-        found = measured(Path(folder), [args.processes] if args.processes else WORLDS)
+        found = measured(args.out or Path(folder), [args.processes] if args.processes else WORLDS)
     if args.processes:
         before = json.loads(calibration.FILE.read_text(encoding="utf-8"))
         kept = {key: [one for one in before[key] if one[name] != args.processes] for key, name in NUMBERS.items()}

@@ -499,6 +499,7 @@ STEPS = [1.0] * 9
 NO_RUNS = {
     "no folder": (lambda folder: folder / "none", "is no run"),
     "no metrics": (lambda folder: write_run(folder / "a", "baseline", [], []), "has 0 steps after the first 3"),
+    "no numbers": (lambda folder: write_run(folder / "a", "baseline", [], ["x", None, True, 0] * 9), "has 0 steps"),
     "few steps": (lambda folder: write_run(folder / "a", "baseline", [], STEPS[:5]), "has 2 steps after the first 3"),
     "unknown GPU": (lambda folder: write_run(folder / "a", "baseline", [], STEPS, gpu={"name": "RTX"}), "RTX: is not in"),
     "no ranks": (lambda folder: write_run(folder / "a", "baseline", [], STEPS, world=None), "how many ranks"),

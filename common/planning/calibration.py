@@ -140,10 +140,10 @@ def of_run(out: Path) -> Measured:
     if not isinstance(world, int) or world < 1:
         raise BadInput(f"--calibrate {out}: run.json does not say how many ranks there were, and there is no checkpoint")
     whole = _resolved(out / "config.yaml", [], info["family"])
-    rows = [values for values in log.read(out / "metrics.jsonl", whole.last_step) if values.get("ms")]
+    rows = [values for values in log.read(out / "metrics.jsonl", whole.last_step) if is_time(values.get("ms"))]
     last = max((values["step"] for values in rows), default=0)
     begin = max((view.train.steps for view in config.views(whole) if view.train.steps < last), default=0)
-    taken = [float(values["ms"]) / 1e3 for values in rows if values["step"] > begin][WARMUP:]
+    taken = [values["ms"] / 1e3 for values in rows if values["step"] > begin][WARMUP:]
     if len(taken) < LEAST_STEPS:
         raise BadInput(
             f"--calibrate {out}: metrics.jsonl has {len(taken)} steps after the first {WARMUP} of a phase; {LEAST_STEPS} are "
@@ -156,16 +156,24 @@ def of_run(out: Path) -> Measured:
     )  # fmt: skip
 
 
+def is_time(value: Any) -> bool:
+    """Is the value a number of milliseconds?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def of_gpu_check(file: Path) -> list[Measured]:
     """The speed runs of gpu_check.json (scripts/gpu_check.py)."""
     found, runs = read_object(file), []
     if found is None or not isinstance(found.get("parts"), list):
         raise BadInput(f"--calibrate {file}: is not gpu_check.json; give that file, or OUT of a run")
-    device = (found.get("machine", {}).get("gpu") or {}).get("name")
-    if found.get("rehearsal") or not device:
+    try:
+        device = found["machine"]["gpu"]["name"]
+    except (KeyError, TypeError):
+        device = None
+    if found.get("rehearsal") or not isinstance(device, str):
         raise BadInput(f"--calibrate {file}: is a rehearsal on a CPU, whose figures mean nothing")
     for part in found["parts"]:
-        if not str(part.get("part", "")).startswith("speed ") or not part.get("ms"):
+        if not isinstance(part, dict) or not str(part.get("part")).startswith("speed ") or not is_time(part.get("ms")):
             continue
         family = part["part"].split()[1]
         path = ROOT / "recipes" / family / "configs" / f"{part['config']}.yaml"

@@ -26,7 +26,7 @@ from common.planning.workload import Workload, products_of
 
 PRODUCTS, LAYERS = 12, 4  # that are measured, at most
 SECONDS = 0.15  # of each measurement
-ATTEMPTS, PATIENCE, DISTURBED = 4, 90, 0.15  # seconds to wait for idle cores; cores that other processes may use
+ATTEMPTS, PATIENCE, DISTURBED = 3, 30, 0.15  # seconds to wait for idle cores; cores that other processes may use
 COPIED, REDUCED = 2**24, 2**21  # numbers in fp32
 
 Values = dict[str, Any]  # what `measure` finds
