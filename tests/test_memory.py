@@ -137,6 +137,29 @@ def test_peaks_of_simulated_runs(case):
     assert simulated.estimate_of(case)["total"] == pytest.approx(case["peak_bytes"], rel=0.03)
 
 
+STAGES = [case for case in simulated.recorded()["cases"] if any(word.startswith("deepspeed.pp=") for word in case["overrides"])]
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{simulated.label(case)} rank {case['rank']}")
+def test_peaks_of_the_stages_of_deepspeeds_pipeline(case):
+    [pp] = [int(word.partition("=")[2]) for word in case["overrides"] if word.startswith("deepspeed.pp=")]
+    found = simulated.estimate_of(case, case["rank"] * pp // case["world"])
+    assert found["total"] == pytest.approx(case["peak_bytes"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "path, words, reason",
+    [
+        ("gpt/configs/gpt3_1.3b", "baseline.compile=true baseline.recompute=true", "baseline.recompute=true is not estimated"),
+        ("t5/configs/t5_large", "baseline.compile=true baseline.recompute=false", "RMSNorm is not estimated"),
+    ],
+)
+def test_compiled_layers_that_are_not_estimated(path, words, reason):
+    case = {"config": f"recipes/{path}.yaml", "stack": "baseline", "world": 8, "overrides": words.split()}
+    with pytest.raises(BadInput, match=reason):
+        simulated.estimate_of(case)
+
+
 # (config, GPUs, overrides, those without a section of megatron; peak of scripts.simulate in bytes; torch 2.15)
 CONTEXT_PARALLEL = [
     ("gpt/gpt3_1.3b", 4, "cp=2 micro_batch=2 train.global_batch=8", 16_717_122_048),

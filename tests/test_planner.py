@@ -1,5 +1,6 @@
 """The predictor of step times (common/planning/step_time.py) against published rows, and its parts against other formulas."""
 
+import importlib
 import json
 import re
 import statistics
@@ -23,6 +24,7 @@ from common.planning.hardware import Cluster
 from common.planning.step_time import MEGATRON_TE, Plan
 from common.planning.workload import Attention, Block, Workload, products_of
 from common.preflight import task_module
+from common.stacks import stages
 from common.yaml_files import read_yaml
 from scripts import bench_plan, plan as scripts_plan
 
@@ -177,7 +179,7 @@ def test_the_bubble_is_counted_in_the_stacks_own_schedules(pp, vpp, accumulate):
         assert (takes - 3 * accumulate) / takes == pytest.approx(predicted, rel=1e-3)
 
 
-NOT_COUNTED = re.compile("zero1_tp2|fsdp2|ulysses|cp2|vpp2")
+NOT_COUNTED = re.compile("zero1_tp2|fsdp2|tp2_cp2|vpp2")
 
 
 def simulated_pretraining() -> list[str]:
@@ -185,7 +187,7 @@ def simulated_pretraining() -> list[str]:
     keys = [
         key for key in json.loads(GOLDEN.read_text(encoding="utf-8")) if " pretrain " in key and not NOT_COUNTED.search(key)
     ]
-    return [key for key in keys if key.startswith("gpt") or not re.search("tp2|pp2|bert.*distributed", key)]
+    return [key for key in keys if key.startswith("gpt") or not re.search(" pp2|tp2|cp2|bert.*distributed", key)]
 
 
 @pytest.mark.parametrize("key", simulated_pretraining())
@@ -251,6 +253,42 @@ def test_a_pipeline_waits_for_its_largest_stage():
         for layers in ((), (24, 24, 24, 24), (32, 24, 24, 16))
     )
     assert even == same and uneven.gemm == pytest.approx(even.gemm * 32 / 24)
+
+
+def test_deepspeeds_pipeline_hides_nothing():
+    """GPT 1.3B on four stages of two H100s: gradients are reduced and weights gathered after the last backward pass, and the
+    first and the last stage sum the gradient of the embedding. No published row is near."""
+    words = ["deepspeed.pp=4", "deepspeed.micro_batch=2", "train.global_batch=32"]
+    cfg = resolved("recipes/gpt/configs/gpt3_1.3b.yaml", *words)
+    found = search.predict(cfg, "deepspeed", Cluster(hardware.gpu("H100")), 8)
+    vocabulary = 50304 * 2048
+    layers = stages.transformer_layers("parameters", cfg.model.workload(cfg.data).sizes(cfg.model.parameter_count()), 4)
+    assert sum(layers) == 24 and min(layers) < max(layers)
+    held = 12 * 2048**2 * max(layers[0], layers[-1]) + vocabulary
+    moved = 2 * vocabulary + held + held  # all-reduce, scatter to the owners, gather, of 2 bytes over 2 ranks
+    assert found.time["data_parallel"] == pytest.approx(moved / (450e9 * 0.75), rel=1e-9)
+    activation = 2 * 2 * 2048 * 2048
+    assert found.time["pipeline_traffic"] == pytest.approx(8 * 2 * activation / (450e9 * 0.75), rel=1e-9)
+    assert found.near is None and found.time["bubble"] > 0.1 * found.seconds
+
+
+@pytest.mark.parametrize(
+    "family, words",
+    [("gpt", []), ("gpt", ["model.arch=llama"]), ("bert", []), ("bert", ["model.arch=megatron-bert", "objective.pair=none"])],
+)
+def test_the_sizes_of_layers_are_those_that_deepspeed_divides(family: str, words: list[str]):
+    from accelerate import init_empty_weights
+
+    pipeline: Any = importlib.import_module(f"recipes.{family}.deepspeed.pipeline")
+    cfg = resolved(f"recipes/{family}/configs/tiny.yaml", *MODEL[family], *words)
+    with init_empty_weights():
+        net = pipeline.task.hf_model(cfg.model)
+    net.tie_weights()
+    if family == "bert":
+        layers, _ = pipeline._with_pretraining_heads(net)
+    else:
+        layers = (pipeline._gpt2_layers if cfg.model.arch == "gpt2" else pipeline._llama_layers)(net)
+    assert cfg.model.workload(cfg.data).sizes(cfg.model.parameter_count()) == tuple(layer.size() for layer in layers)
 
 
 def test_what_zero_3_keeps_and_offloads():

@@ -34,7 +34,7 @@ from common.config import Config
 from common.errors import BadInput
 from common.layout import layout_for
 from common.planning.workload import Block, Workload, share_of_sequence
-from common.stacks import extra, pipeline
+from common.stacks import extra, pipeline, stages
 
 # What is alive at the peak of the allocator, and what a GPU must have beside it
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations")
@@ -72,10 +72,10 @@ class Training:
     pp: int = 1
     cp: int = 1
     vpp: int = 1  # chunks of layers of a pipeline stage (interleaved schedule)
-    stages: tuple[int, ...] = ()  # layers of each pipeline stage, if they are not equal
+    stages: tuple[int, ...] = ()  # layers of each pipeline stage, if they are not equal; of DeepSpeed's always
     shard: str = "none"  # or full: the baseline by FSDP2
     zero_stage: int = 0
-    offload: str = "none"  # or optimizer: its state is in CPU memory
+    offload: str = "none"  # or what is in CPU memory: optimizer, its state, or all, the weights too
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: bool = False  # of whole layers
@@ -130,12 +130,15 @@ def states(run: Training, parameters: int) -> dict[str, int]:
     moments = {"adamw": 8, "lamb": 8, "adafactor": 0}[run.optimizer]  # Adafactor keeps means of rows and columns: 0.1 %
     if run.zero:  # its masters are fp32 copies, in fp32 too
         share = parameters // run.dp
-        whole_gradients = run.zero == 1 and run.accumulate > 1  # else each is reduced, and freed, as soon as it is there
-        at_once = run.zero == 1 or run.zero == 3 and run.offload == "optimizer"  # accumulated in CPU memory
+        # else each is reduced, and freed, as soon as it is there
+        whole_gradients = run.zero == 1 and (run.accumulate > 1 or run.pp > 1)
+        at_once = run.zero == 1 or run.zero == 3 and run.offload != "none"  # accumulated in CPU memory
+        on_host = run.width * share if run.offload == "all" else 0
         return {
-            "weights": run.width * (share if run.zero == 3 else parameters),
+            "weights": 0 if on_host else run.width * (share if run.zero == 3 else parameters),
             "gradients": run.width * (parameters if whole_gradients else 0 if at_once else share),
-            "optimizer": 12 * share if run.offload == "none" else 0, "host": 0 if run.offload == "none" else 16 * share,
+            "optimizer": 12 * share if run.offload == "none" else 0,
+            "host": 0 if run.offload == "none" else 16 * share + on_host,
         }  # fmt: skip
     if run.stack == "megatron":
         master = 4 if run.dtype == "bf16" else 0
@@ -281,11 +284,18 @@ def kept_chunks(run: Training, size: int, stage: int) -> int:
 
 
 def exchanged(work: Workload, run: Training, stage: int) -> int:
-    """What a stage of Megatron's pipeline keeps beside the activations of its layers: the output of each
-    chunk in flight, what is received ahead of its turn with vpp, and the dropout of the embeddings of earlier micro batches."""
-    if run.pp == 1 or run.stack != "megatron" or (run.vpp == 1 and stage == run.pp - 1):
+    """What a stage of a pipeline keeps beside the activations of its layers: the output of each chunk in flight, what is
+    received, and the dropout of the embeddings of earlier micro batches.
+
+    Megatron receives ahead of its turn with vpp. DeepSpeed copies the input of each micro batch out of its buffer
+    (deepspeed/runtime/pipe/engine.py, pipe_buffers)."""
+    last = stage == run.pp - 1
+    if run.pp == 1 or run.stack == "megatron" and run.vpp == 1 and last:
         return 0
     values = run.micro_batch * work.blocks[0].tokens * work.blocks[0].hidden // run.whole
+    if run.stack == "deepspeed":
+        chunks = chunks_in_flight(run, stage)
+        return values * chunks * (run.residual * ((stage > 0) + (not last)) + (stage == 0 and run.dropout))
     kept = run.residual * (chunks_in_flight(run, stage) + (2 if run.vpp > 1 else 0))
     embedded = min(run.pp if run.vpp == 1 else 2 * run.pp - 1, run.accumulate) if stage == 0 and run.dropout else 0
     return values * (kept + embedded)
@@ -305,6 +315,8 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
     products = parameters - (0 if work.tied else tied_weights)  # the embedding is no product
     copies, copies_of_one = (2 * products, 2 * work.blocks[0].parameters) if run.autocast else (0, 0)
     forward = kept_chunks(run, sum(alive), last) + ends(work, traits, run) + logits(work, traits, run)
+    if run.stack == "deepspeed" and run.pp > 1:  # the last stage has no embeddings
+        forward -= run.dropout * run.micro_batch * work.blocks[0].tokens * work.hidden
     forward += exchanged(work, run, last)
     weight = 0 if run.transformer_engine else tied_weights * run.width
     hidden = int(run.micro_batch * work.logit_tokens) * work.hidden * run.width
@@ -339,6 +351,17 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
     return found
 
 
+def pipeline_activations(work: Workload, traits: Traits, run: Training, parameters: int, stage: int) -> int:
+    """The most that a stage of DeepSpeed's pipeline needs for activations beside all of its gradients. These are allocated in
+    the first backward pass of a step: if no further micro batch comes in, there is one less of them in flight after it."""
+    most, in_flight = max(moments(work, traits, run, parameters, stage).values()), chunks_in_flight(run, stage)
+    if run.accumulate > in_flight:
+        return most
+    later = replace(run, accumulate=in_flight - 1)
+    fewer = max(moments(work, traits, later, parameters, stage).values()) if in_flight > 1 else 0
+    return max(most - states(run, parameters)["gradients"], fewer)
+
+
 def sharded_layer(block: Block, traits: Traits, run: Training, after: int, full: int, entry: int) -> int:
     """What the backward pass of a layer needs beside what all layers have kept, where FSDP2 has gathered the parameters of it
     and of the layer before it, and reduces the gradients of the layer after it, which has `after` parameters, in fp32
@@ -369,6 +392,8 @@ def buffers(work: Workload, run: Training, parameters: int) -> int:
         return run.width * (parameters - work.body)
     if not run.zero:
         return 0
+    if run.pp > 1:  # of activations that are received, and of gradients (pipe_recv_buf, grad_layer)
+        return run.width * run.micro_batch * work.blocks[0].tokens * work.hidden
     buckets = run.width * min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp)) * (2 if run.dp > 1 else 1)
     if run.zero < 3:
         return buckets
@@ -382,6 +407,8 @@ def optimizer_moment(work: Workload, run: Training, parameters: int) -> int:
     held = states(run, parameters)
     start = held["weights"] + held["optimizer"]
     share = parameters // run.dp
+    if run.offload == "all":
+        return start
     if run.zero == 3:  # of SUB_GROUP numbers at a time, the gradients in fp32 and the new weights
         return start + held["gradients"] + 6 * min(SUB_GROUP, share)
     if run.zero:  # the rank's gradients in bf16 and in fp32, and the new weights
@@ -426,12 +453,17 @@ def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = 
     tables = work.vocab * work.hidden
     body = run.parameters - tables * (1 if work.tied else 2)
     parameters = (run.parameters if run.pp == 1 else body // run.pp + tables) // run.tp  # of the first or the last stage
-    if stage is not None:
+    if stage is not None and run.stack == "deepspeed":
+        embedding, *layers, output = work.sizes(run.parameters)
+        parameters = embedding * (stage == 0) + layers[0] * run.stages[stage] + output * (stage == run.pp - 1)
+    elif stage is not None:
         parameters = (body * run.stages[stage] // sum(run.stages) + tables * (stage in (0, run.pp - 1))) // run.tp
     if run.stack == "deepspeed" and run.tp > 1:  # AutoTP leaves the embedding whole
         parameters += tables - tables // run.tp
     found = states(run, parameters) | {"buffers": buffers(work, run, parameters)}
     found["activations"] = max(moments(work, traits, run, parameters, stage).values())
+    if run.stack == "deepspeed" and run.pp > 1 and stage is not None:
+        found["activations"] = pipeline_activations(work, traits, run, parameters, stage)
     peak = sum(found[part] for part in PARTS)
     if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1 and not run.is_sharded:
         # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
@@ -452,19 +484,17 @@ def communicators(run: Training) -> int:
     return 1 + sum(size > 1 for size in own)
 
 
-def estimate_for(cfg: Config, model: Any, stack: str, world: int) -> dict[str, int]:
-    """`estimate` for a resolved model that `cfg` trains on `world` ranks. BadInput as in layout_for, and for a layout whose
-    memory is not estimated."""
-    if stack == "deepspeed" and cfg.deepspeed.pp > 1:
-        raise BadInput(
-            f"the memory of deepspeed.pp={cfg.deepspeed.pp} is not estimated: stages of DeepSpeed may differ in size"
-        )
-    if stack == "deepspeed" and cfg.deepspeed.offload == "all":
-        raise BadInput(
-            "the memory of deepspeed.offload=all is not estimated: which weights are on a GPU changes as it computes"
-        )
-    run, work = training(cfg, model, stack, world), model.workload(cfg.data)
-    return estimate(shared_sequence(work, run.sp), model.traits(), run)
+def estimate_for(cfg: Config, model: Any, stack: str, world: int, stage: int | None = None) -> dict[str, int]:
+    """`estimate` for a resolved model that `cfg` trains on `world` ranks, or `on_stage` for a stage of DeepSpeed's pipeline.
+    BadInput as in layout_for, and for a layout whose memory is not estimated."""
+    work, system = model.workload(cfg.data), getattr(cfg, stack)
+    run = training(cfg, model, stack, world, work)
+    # compiled, GPT-2 style and BERT keep as much as they do without (docs/memory.md); what others keep is the compiler's choice
+    if getattr(system, "compile", False) and (model.traits().rms_norm or run.recompute):
+        which = f"{stack}.recompute=true" if run.recompute else "RMSNorm"
+        raise BadInput(f"the memory of {stack}.compile=true with {which} is not estimated: the compiler chooses what it keeps")
+    work, traits = shared_sequence(work, run.sp), model.traits()
+    return estimate(work, traits, run) if stage is None else on_stage(work, traits, run, stage)
 
 
 def shared_sequence(work: Workload, ranks: int) -> Workload:
@@ -478,15 +508,19 @@ def shared_sequence(work: Workload, ranks: int) -> Workload:
     return replace(work, blocks=tuple(map(part, work.blocks)), logit_tokens=work.logit_tokens / ranks) if ranks > 1 else work
 
 
-def training(cfg: Config, model: Any, stack: str, world: int) -> Training:
+def training(cfg: Config, model: Any, stack: str, world: int, work: Workload) -> Training:
     layout, system = layout_for(cfg, stack, world), getattr(cfg, stack)
     names = ("shard", "zero_stage", "offload", "sequence_parallel", "distributed_optimizer", "vpp", "transformer_engine")
     fusions = getattr(system, "fusions", None)  # the default is that of a GPU
     recompute = extra.granularity(system) if stack == "megatron" else "full" if system.recompute else "none"
-    uneven = getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN
+    of_stages: tuple[int, ...] = ()
+    if getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN:
+        of_stages = tuple(pipeline.stage_layers(model.layers, system))
+    if stack == "deepspeed" and layout.pp > 1:
+        of_stages = stages.transformer_layers(system.partition, work.sizes(model.parameter_count()), layout.pp)
     return Training(
-        stages=tuple(pipeline.stage_layers(model.layers, system)) if uneven else (),
-        stack=stack, parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
+        stack=stack, stages=of_stages,
+        parameters=model.parameter_count(), micro_batch=layout.micro_batch, accumulate=layout.accumulate,
         dtype=cfg.train.dtype, optimizer=cfg.optim.optimizer, dropout=model.dropout > 0,
         dp=layout.dp * layout.sp, tp=layout.tp, sp=layout.sp, pp=layout.pp, cp=layout.cp,
         fusions=fusions is not False, recompute=recompute == "full",

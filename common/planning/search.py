@@ -15,7 +15,7 @@ from common.planning import memory, step_time, validation
 from common.planning.hardware import Cluster
 from common.planning.step_time import Elementwise, Plan, Seconds, Software
 from common.planning.workload import Workload, share_of_sequence
-from common.stacks import pipeline
+from common.stacks import pipeline, stages
 from common.stacks.extra import granularity
 
 HOST = 1.0e-3  # seconds of the CPU per layer and forward pass in eager PyTorch (docs/planner.md)
@@ -68,7 +68,7 @@ def step_of(
 ) -> tuple[Layout, Workload, Plan, Seconds]:
     """The layout that a resolved config gives, and its time. BadInput as in layout_for."""
     shared, work = layout_for(cfg, stack, gpus), cfg.model.workload(cfg.data)
-    plan, software = plan_of(cfg, stack, shared), software_of(cfg, stack, cluster, work, assumed.host)
+    plan, software = plan_of(cfg, stack, shared, work), software_of(cfg, stack, cluster, work, assumed.host)
     if assumed.attention:
         software = replace(software, attention={"flash": "fa2"}.get(assumed.attention, assumed.attention))
     return shared, work, plan, step_time.step_seconds(cluster, software, work, plan)
@@ -106,13 +106,15 @@ def kept_scores(work: Workload, plan: Plan) -> int:
     return int(5 * pairs * plan.micro_batch / plan.tp / (plan.pp * plan.vpp) * min(chunks, plan.accumulate * plan.vpp))
 
 
-def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
+def plan_of(cfg: Config, stack: str, shared: Layout, work: Workload) -> Plan:
     """A stack's keys as those of step_time.py."""
     system = getattr(cfg, stack)
     uneven: tuple[int, ...] = ()
     if getattr(system, "pipeline_layout", pipeline.EVEN) != pipeline.EVEN:
         chunks = pipeline.chunk_layers(cfg.model.layers, system)
         uneven = tuple(sum(chunks[stage :: shared.pp]) for stage in range(shared.pp))
+    elif stack == "deepspeed" and shared.pp > 1:
+        uneven = stages.transformer_layers(system.partition, work.sizes(cfg.model.parameter_count()), shared.pp)
     width = 2 if cfg.train.dtype == "bf16" else 4
     plan: dict[str, Any] = {}
     if stack == "megatron":  # gradients are accumulated and reduced in fp32
@@ -121,15 +123,17 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
             "sequence_parallel": system.sequence_parallel and shared.tp > 1,
         }  # fmt: skip
     elif stack == "deepspeed" and system.zero_stage:
-        shards, parameters = {1: "optimizer", 2: "gradients", 3: "parameters"}, cfg.model.parameter_count() // shared.tp
+        shards = {1: "optimizer", 2: "gradients", 3: "parameters"}
+        parameters = cfg.model.parameter_count() // (shared.tp * shared.pp)
         plan = {
-            "shard": shards[system.zero_stage], "gradient_bytes": width, "kept": min(parameters, memory.LIVE // 2),
+            "shard": shards[system.zero_stage], "gradient_bytes": 4 if shared.sp > 1 else width,  # Ulysses reduces in fp32
+            "kept": min(parameters, memory.LIVE // 2),
             # use_multi_rank_bucket_allreduce of common/stacks/zero.py
             "all_reduced": parameters // shared.dp < 1_000_000 * shared.dp,
-            "offload": system.offload,
+            "offload": system.offload, "sums_embedding": shared.pp > 1 and work.tied,
         }  # fmt: skip
     elif getattr(system, "shard", "none") == "full":  # FSDP2: what is outside the layers is gathered once
-        outside = cfg.model.parameter_count() - cfg.model.workload(cfg.data).body
+        outside = cfg.model.parameter_count() - work.body
         plan = {"shard": "parameters", "gradient_bytes": 4, "kept": outside}
     else:  # fp32 weights under autocast
         plan = {"gradient_bytes": 4, "torch_ddp": True}
@@ -138,8 +142,8 @@ def plan_of(cfg: Config, stack: str, shared: Layout) -> Plan:
         recompute = {"selective": "attention"}.get(granularity(system), granularity(system))
     return Plan(
         dp=shared.dp, tp=shared.tp, pp=shared.pp, cp=shared.cp, sp=shared.sp, vpp=getattr(system, "vpp", 1),
-        micro_batch=shared.micro_batch, accumulate=shared.accumulate, recompute=recompute, layers_of_stages=uneven, width=width,
-        **plan,
+        micro_batch=shared.micro_batch, accumulate=shared.accumulate, width=width, recompute=recompute,
+        layers_of_stages=uneven, **plan,
     )  # fmt: skip
 
 
@@ -150,14 +154,15 @@ def software_of(cfg: Config, stack: str, cluster: Cluster, work: Workload, host:
     kernel = "efficient"  # masks and biases
     if plain:
         kernel = "cudnn" if cfg.model.dropout == 0 and "cudnn" in cluster.gpu.attention else "fa2"
-    traffic = None if is_fused(cfg, stack, cluster) else eager_traffic(cfg, stack)
+    moved = None if is_fused(cfg, stack, cluster) else eager_traffic(cfg, stack)
     if cfg.model.traits().relative_biases:
-        traffic = replace(traffic or step_time.FUSED[work.blocks[0].gated], scores=biases_traffic(cfg, stack))
+        moved = replace(moved or step_time.FUSED[work.blocks[0].gated], scores=biases_traffic(cfg, stack))
     # Megatron's plain loss (megatron/core/tensor_parallel/cross_entropy.py): max, subtract, exp, sum, divide; multiply
     loss = 40.0 if stack == "megatron" and not is_fused(cfg, stack, cluster) else 24.0
     if cluster.gpu.is_cpu:  # its processes compute and communicate on the same cores, and wait for no other device
-        return Software(attention=kernel, ddp_hidden=0.0, elementwise=traffic, loss=loss)
-    return Software(attention=kernel, dp_hidden=0.8, ddp_hidden=DDP_HIDDEN, host=host, elementwise=traffic, loss=loss)
+        return Software(attention=kernel, ddp_hidden=0.0, elementwise=moved, loss=loss)
+    hidden = 0.0 if stack == "deepspeed" and cfg.deepspeed.pp > 1 else 0.8  # its pipeline reduces after the last backward pass
+    return Software(attention=kernel, dp_hidden=hidden, ddp_hidden=DDP_HIDDEN, host=host, elementwise=moved, loss=loss)
 
 
 def is_fused(cfg: Config, stack: str, cluster: Cluster) -> bool:

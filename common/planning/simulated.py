@@ -29,7 +29,7 @@ recorded), in GB (10^9 bytes); torch {torch}. `python -m scripts.plan --simulate
 {count} rows. The estimate is within 3 % of the peak in {close}; the largest error is {worst:+.1%}, the median {median:.1%}.
 What the allocator reserves beside the peak is {unused:.1%} of it in the median and {unused_most:.1%} at most; the estimate
 adds {assumed}.
-With `compile: true` (baseline, DeepSpeed) layers keep less than is estimated here.
+`compile: true` (baseline, DeepSpeed) is estimated for GPT-2 style and BERT without recomputation.
 
 | config | stack | GPUs | layout | peak | reserved | estimate | error |
 |---|---|---|---|---|---|---|---|
@@ -52,11 +52,11 @@ def rows() -> list[dict[str, Any]]:
     return list(highest.values())
 
 
-def estimate_of(case: dict[str, Any]) -> dict[str, int]:
+def estimate_of(case: dict[str, Any], stage: int | None = None) -> dict[str, int]:
     task = task_module(families.of_config(case["config"]), read_yaml(case["config"]))
     cfg = config.load(case["config"], [*case["overrides"], "phases=[]"], task.Config)
     cfg = config.resolve(cfg, task.ResolvedConfig, None)
-    return memory.estimate_for(cfg, cfg.model, case["stack"], case["world"])
+    return memory.estimate_for(cfg, cfg.model, case["stack"], case["world"], stage)
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ The structure is fixed. docs/planner.md compares it with every published row, an
 
 from dataclasses import dataclass, replace
 
+from common.planning import traffic
 from common.planning.hardware import Cluster, Gpu
 from common.planning.workload import Block, Workload, products_of, share_of_sequence
 
@@ -41,6 +42,7 @@ class Software:
     tp_hidden: float = 0.0
     pp_hidden: float = 0.0
     dp_hidden: float = 0.0
+    scattered: bool = False  # tensor-parallel ranks send a part each of what pipeline stages exchange (PTD-P, section 4.1)
     ddp_hidden: float = 0.8  # torch's DistributedDataParallel, without pipeline
     host: float = 0.0  # seconds that the CPU needs to launch a layer's forward pass; 1.5 x that backward
     elementwise: Elementwise | None = None  # default: FUSED
@@ -48,7 +50,7 @@ class Software:
 
 
 # Megatron-LM of 2021: attention as separate kernels; its own data parallelism reduced gradients after the backward pass.
-MEGATRON_2021 = Software(attention="unfused")
+MEGATRON_2021 = Software(attention="unfused", scattered=True)
 # Megatron Core with TransformerEngine, as in the H100 table. tp_hidden is fitted on that table; the others are set.
 MEGATRON_TE = Software(attention="cudnn", tp_hidden=1.0, pp_hidden=0.9, dp_hidden=0.9)
 # Eager PyTorch: about 1.0 ms of the CPU per layer (seen in 2023). That is why small models do not scale.
@@ -76,6 +78,8 @@ class Plan:
     all_reduced: bool = False  # ZeRO 1 and 2 all-reduce small models' gradients, of which each rank then keeps its share
     kept: int = 0  # parameters that ZeRO 3 or FSDP2 gathers once for forward and backward pass
     offload: str = "none"  # what is in the memory of the host: "optimizer", which steps there, or "all", also the weights
+    # stages sum the gradient of a tied embedding. Of DeepSpeed's pipeline; the constants of Megatron's were fitted without it
+    sums_embedding: bool = False
     layers_of_stages: tuple[int, ...] = ()  # of a pipeline with uneven stages; default: even
 
     @property
@@ -118,12 +122,13 @@ def memory_bound(gpu: Gpu, size: float) -> float:
     return size / (gpu.hbm * HBM_SHARE)
 
 
-def collective(size: float, ranks: int, bandwidth: float, kind: str) -> float:
-    """Seconds of a ring: an all-reduce moves 2 (n - 1) / n of the bytes per rank; a gather, a scatter and an all-to-all half of
-    that."""
+def collectives(sizes: traffic.Bytes, ranks: int, bandwidth: float) -> float:
+    """Seconds of rings, one after the other: an all-reduce moves 2 (n - 1) / n of its bytes per rank; a gather, a scatter and
+    an all-to-all half of that."""
     if ranks == 1:
         return 0.0
-    return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks * size / (bandwidth * BUS_SHARE)
+    moved = sum((2 if kind == "all_reduce" else 1) * size for kind, size in sizes.items())
+    return moved * (ranks - 1) / ranks / (bandwidth * BUS_SHARE)
 
 
 @dataclass(frozen=True)
@@ -196,14 +201,15 @@ def layer(cluster: Cluster, software: Software, block: Block, plan: Plan) -> tup
         for i in (0, 1)
     ]
     scores = attention(gpu, software, block, plan)
-    traffic = blocks * collective(plan.width * tokens * h, t, cluster.bandwidth(t, 1), "all-reduce") * (1 - software.tp_hidden)
+    sizes = traffic.tensor_parallel(plan.width * tokens * h, blocks, plan.sequence_parallel)
+    waits = collectives(sizes, t, cluster.bandwidth(t, 1)) * (1 - software.tp_hidden)
     exchanged = sequence_traffic(cluster, block, plan)
     forward = Seconds(
-        gemm=sum(f for f, _ in products), attention=scores[0], tensor_parallel=traffic,
+        gemm=sum(f for f, _ in products), attention=scores[0], tensor_parallel=waits,
         context_parallel=exchanged, elementwise=memory_bound(gpu, moved[0]),
     )  # fmt: skip
     backward = Seconds(
-        gemm=sum(b for _, b in products), attention=scores[1], tensor_parallel=traffic,
+        gemm=sum(b for _, b in products), attention=scores[1], tensor_parallel=waits,
         context_parallel=exchanged, elementwise=memory_bound(gpu, moved[1]),
     )  # fmt: skip
     return (
@@ -215,17 +221,17 @@ def layer(cluster: Cluster, software: Software, block: Block, plan: Plan) -> tup
 def sequence_traffic(cluster: Cluster, block: Block, plan: Plan) -> float:
     """Seconds that the ranks of a sequence exchange activations in a layer's forward pass, and again in its backward pass.
 
-    cp: a rank gathers the keys and values of all positions, and scatters their gradients (SdpaAttention of
-    common/stacks/mcore.py). sp: queries, keys, values and outputs pass through an all-to-all each, of which a rank sends all
-    but its own part (DeepSpeed-Ulysses, arXiv:2309.14509, section 3.2). Nothing hides them.
+    Nothing hides them.
     """
-    tokens = block.tokens * plan.micro_batch  # of this rank
-    gathered = plan.width * 2 * block.kv_inner / plan.tp * tokens * plan.cp
-    exchanged = plan.width * (2 * block.inner + 2 * block.kv_inner) / plan.tp * tokens
-    return (
-        collective(gathered, plan.cp, cluster.bandwidth(plan.cp, plan.tp), "gather")
-        + collective(exchanged, plan.sp, cluster.bandwidth(plan.sp, plan.tp), "all-to-all")
-    )  # fmt: skip
+    positions = block.tokens * plan.micro_batch  # of this rank
+    seconds = 0.0
+    if plan.cp > 1:
+        sizes = traffic.context_parallel(block, positions, plan.width, plan.tp, plan.cp)
+        seconds += collectives(sizes, plan.cp, cluster.bandwidth(plan.cp, plan.tp))
+    if plan.sp > 1:
+        sizes = traffic.ulysses(block, positions, plan.width, plan.tp)
+        seconds += collectives(sizes, plan.sp, cluster.bandwidth(plan.sp, plan.tp))
+    return seconds
 
 
 def output_layer(gpu: Gpu, work: Workload, plan: Plan, loss: float) -> float:
@@ -269,24 +275,33 @@ def step_seconds(cluster: Cluster, software: Software, work: Workload, plan: Pla
             backward = backward + Seconds(attention=memory_bound(cluster.gpu, 13 * scores))
         micro = micro + (forward + backward) * block.count
     head = output_layer(cluster.gpu, work, plan, software.loss)
-    traffic = 0.0
+    sent = 0.0
     if plan.pp > 1:  # an activation and its gradient at each boundary, for each chunk
-        size = plan.width * work.blocks[0].tokens * plan.micro_batch * work.hidden / plan.tp
-        rate = cluster.bandwidth(2, plan.tp * plan.cp * plan.dp) * BUS_SHARE
-        traffic = 2 * plan.vpp * size / rate * (1 - software.pp_hidden)
+        activation = plan.width * work.blocks[0].tokens * plan.micro_batch * work.hidden
+        size = traffic.boundary(activation, plan.tp, plan.sequence_parallel or software.scattered)
+        sent = 2 * plan.vpp * size / (stage_bandwidth(cluster, plan) * BUS_SHARE) * (1 - software.pp_hidden)
     layers = plan.layers_of_stages or (1,) * plan.pp
-    stages = [replace(micro * (max(layers) / sum(layers)), pipeline_traffic=traffic)]  # the largest, and the last
-    stages.append(replace(micro * (layers[-1] / sum(layers)), pipeline_traffic=traffic, logits=head))
-    mean = (micro.total + head) / plan.pp + traffic
+    stages = [replace(micro * (max(layers) / sum(layers)), pipeline_traffic=sent)]  # the largest, and the last
+    stages.append(replace(micro * (layers[-1] / sum(layers)), pipeline_traffic=sent, logits=head))
+    mean = (micro.total + head) / plan.pp + sent
     step = max(stages, key=lambda stage: stage.total) * plan.accumulate
     step = replace(step, bubble=(plan.pp - 1) / plan.vpp * mean, optimizer=_optimizer(cluster.gpu, work, plan))
     compute = step.total - step.optimizer - step.bubble
     return replace(step, data_parallel=_data_parallel(cluster, software, work, plan, constants, compute))
 
 
+def stage_bandwidth(cluster: Cluster, plan: Plan) -> float:
+    """Bytes/s at which a rank sends to its neighbour in the pipeline."""
+    return cluster.bandwidth(2, plan.tp * plan.cp * plan.dp)
+
+
 def rank_parameters(work: Workload, plan: Plan) -> float:
     """Parameters of the fullest rank: its layers and an embedding."""
-    return (work.body / plan.pp + work.vocab * work.hidden + work.head_matrices) / plan.tp
+    outside, stages = work.vocab * work.hidden + work.head_matrices, plan.layers_of_stages
+    if not stages:
+        return (work.body / plan.pp + outside) / plan.tp
+    ends = (0, len(stages) - 1)
+    return max(work.body * layers / sum(stages) + outside * (n in ends) for n, layers in enumerate(stages)) / plan.tp
 
 
 def _optimizer(gpu: Gpu, work: Workload, plan: Plan) -> float:
@@ -301,28 +316,26 @@ def _optimizer(gpu: Gpu, work: Workload, plan: Plan) -> float:
 def _data_parallel(
     cluster: Cluster, software: Software, work: Workload, plan: Plan, constants: Constants, compute: float
 ) -> float:
-    """Seconds of exposed traffic between data-parallel ranks per step. compute: seconds of forward and backward passes."""
-    ranks = plan.copies
+    """Seconds of exposed traffic of gradients and weights per step. compute: seconds of forward and backward passes."""
+    ranks, tied = plan.copies, 0.0
+    if plan.sums_embedding:
+        shared = traffic.tied_embedding(work.vocab / plan.tp, work.hidden, plan.gradient_bytes)
+        tied = collectives(shared, 2, stage_bandwidth(cluster, plan))
     if ranks == 1:
-        return 0.0
+        return tied
     size, rate = rank_parameters(work, plan), cluster.bandwidth(ranks, plan.tp)
+    kept = min(size, plan.kept)
+    sizes = traffic.replicas(size, plan.shard, plan.gradient_bytes, plan.width, plan.accumulate, plan.all_reduced, kept)
     if plan.shard == "parameters":
         # weights are gathered for the forward and the backward pass, gradients scattered, in every micro batch
         inside = ranks * plan.tp <= cluster.gpus_per_node
         card = cluster.gpu.network if cluster.network is None else cluster.network
-        rate = cluster.gpu.nvlink * BUS_SHARE if inside else card * constants.sharded_network
-        kept = min(size, plan.kept)
-        traffic = plan.accumulate * (2 * (2 * size - kept) + plan.gradient_bytes * size) / rate
+        moved = sum(sizes.values()) / (cluster.gpu.nvlink * BUS_SHARE if inside else card * constants.sharded_network)
         if plan.offload == "all":  # a rank's share of the weights comes over PCIe each time that they are gathered
-            traffic += plan.accumulate * 2 * (2 * size - kept) / ranks / (cluster.gpu.pcie * BUS_SHARE)
-        return max(compute, traffic) + constants.sharded_exposed * min(compute, traffic) - compute
+            moved += sizes["all_gather"] / ranks / (cluster.gpu.pcie * BUS_SHARE)
+        return max(compute, moved) + constants.sharded_exposed * min(compute, moved) - compute
     hidden = software.ddp_hidden if plan.torch_ddp else software.dp_hidden
-    if plan.shard == "none":
-        return collective(plan.gradient_bytes * size, ranks, rate, "all-reduce") * (1 - hidden)
-    times = plan.accumulate if plan.shard == "gradients" else 1  # ZeRO 2 scatters in every micro batch
-    kind = "all-reduce" if plan.all_reduced else "scatter"
-    traffic = times * collective(plan.gradient_bytes * size, ranks, rate, kind)
-    return (traffic + collective(plan.width * size, ranks, rate, "gather")) * (1 - hidden)
+    return tied + collectives(sizes, ranks, rate) * (1 - hidden)
 
 
 def mfu(cluster: Cluster, work: Workload, plan: Plan, seconds: float, causal: bool = False, recomputed: bool = False) -> float:

@@ -42,6 +42,7 @@ class Workload:
     logit_tokens: float  # positions per sample for which logits are computed
     head_matrices: int = 0  # parameters of the output head other than the vocabulary's, such as BERT's dense layer
     tied: bool = True  # input and output embedding are one matrix
+    ends: tuple[int, int] = (0, 0)  # parameters before the first layer and after the last one; a tied embedding is in both
 
     @property
     def hidden(self) -> int:
@@ -50,6 +51,13 @@ class Workload:
     @property
     def layers(self) -> int:
         return sum(block.count for block in self.blocks)
+
+    def sizes(self, parameters: int) -> tuple[int, ...]:
+        """Parameters of the embedding, of each layer, and of the output, where all layers are equal and the model has
+        `parameters`, tied ones counted once. Their sum counts tied ones twice."""
+        of_layers = parameters + self.vocab * self.hidden * self.tied - sum(self.ends)
+        assert of_layers % self.layers == 0, f"{self.ends} are not the parameters outside {self.layers} layers"
+        return (self.ends[0], *(self.layers * (of_layers // self.layers,)), self.ends[1])
 
     @property
     def body(self) -> int:

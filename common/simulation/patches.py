@@ -4,6 +4,7 @@ Nothing else is changed: the recipes, the stacks and torch run as they are.
 """
 
 import importlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -277,12 +278,71 @@ def after_imports(stack: str, world: int) -> None:
         # ZeRO 3 compares lists with those of the first rank, which is not there
         utils.get_lst_from_rank0 = lambda lst: lst
         utils.assert_lst_len_same_as_other_ranks = lambda _: None
+        _deepspeed_pipeline()
     if stack == "megatron":
         from common.stacks import mcore
 
         # the names of all stages together, which one stage does not know
         prove = mcore._prove
         mcore._prove = lambda *args: None if _pipeline_size() > 1 else prove(*args)
+
+
+def _deepspeed_pipeline() -> None:
+    """A stage of DeepSpeed's pipeline asks the one before it for the dtypes and shapes that it will send, as numbers on the
+    device, in its first step. Here they are those that the first layer returns for the first micro batch, on the meta device:
+    the other layers return the same shapes. The proof that all stages together have all parameters counts those of the others
+    too, which lie on the meta device. The last stage alone counts targets; without it there is one, to divide by."""
+    import torch
+    from deepspeed.runtime.pipe import p2p
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from common.launch import processes
+    from common.stacks import ds_pipeline, zero
+
+    totals = processes.totals
+    train_batch, recv_tensor_meta, recv = PipelineEngine.train_batch, PipelineEngine._recv_tensor_meta, p2p.recv
+    init, of_all_stages = ds_pipeline.Stage.__init__, zero._of_all_stages
+
+    def totals_of_targets(numbers: Sequence[int], ranks: processes.Ranks, group: Any = None) -> list[int]:
+        return [max(1, total) for total in totals(numbers, ranks, group)]
+
+    def watched_train_batch(engine: Any, fed: Iterator[Any]) -> Any:
+        if engine.pipe_recv_buf is None and not engine.is_first_stage():
+            first = next(fed)
+            engine.module.first_input = [tensor.to("meta") for tensor in first[0]]
+            fed = itertools.chain([first], fed)
+        return train_batch(engine, fed)
+
+    def answered_recv_tensor_meta(engine: Any, stage: int) -> Any:
+        layer = next(one for one in engine.module.entries if isinstance(one, ds_pipeline.Layer))
+        held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        dtype = next(engine.module.parameters()).dtype  # those of other stages have kept fp32
+        on_meta = {n: tensor.to("meta", dtype if tensor.is_floating_point() else None) for n, tensor in held.items()}
+        with torch.no_grad():
+            carried = torch.func.functional_call(layer, on_meta, (tuple(engine.module.first_input),))
+        numbers = [2, len(carried)]  # 2: a tuple (PipelineEngine._send_tensor_meta)
+        for tensor in carried:
+            numbers += [engine.DTYPE_TO_ID[tensor.dtype], tensor.dim(), *tensor.shape]
+
+        def answered(buffer: torch.Tensor, stage: int) -> None:
+            recv(buffer, stage)
+            buffer[: len(numbers)].copy_(torch.tensor(numbers, dtype=buffer.dtype))
+
+        p2p.recv = answered
+        try:
+            return recv_tensor_meta(engine, stage)
+        finally:
+            p2p.recv = recv
+
+    def keeping_init(stage: Any, entries: Any, layout: Any, bounds: Any, net: Any, loss_of: Any) -> None:
+        init(stage, entries, layout, bounds, net, loss_of)
+        stage.entries = list(entries)  # a list: no submodules
+        stage.shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+
+    processes.totals = totals_of_targets
+    PipelineEngine.train_batch, PipelineEngine._recv_tensor_meta = watched_train_batch, answered_recv_tensor_meta
+    setattr(ds_pipeline.Stage, "__init__", keeping_init)  # noqa: B010
+    zero._of_all_stages = lambda engine, shapes: {**getattr(engine.module, "shapes", {}), **of_all_stages(engine, shapes)}
 
 
 def _pipeline_size() -> int:

@@ -88,16 +88,19 @@ class Stage(PipelineModule):  # type: ignore[misc]
         this stage's forward pass of it."""
         self.begin_micro_batch, self.micro_batch, self.results = begin_micro_batch, 0, []
 
-    def _loss(self, carried: Carried, batch: Batch) -> torch.Tensor:
-        loss, result = self.loss_of(carried, batch)
+    def _loss(self, carried: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+        loss, result = self.loss_of(tuple(carried), batch)
+        carried.clear()
         self.results.append(result)
         return loss
 
-    def forward(self, carried: Carried) -> Carried:
+    def forward(self, carried: Carried) -> Carried | list[torch.Tensor]:
+        """The last stage returns a list, which _loss empties: the engine keeps it until two micro batches later, and the logits
+        with it (pipe_buffers in deepspeed/runtime/pipe/engine.py)."""
         self.begin_micro_batch(self.micro_batch)
         self.micro_batch += 1
         output: Carried = super().forward(carried)
-        return output
+        return list(output) if self.stage_id == self.num_stages - 1 else output
 
 
 def build(

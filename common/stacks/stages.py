@@ -1,7 +1,8 @@
 """Which layers each stage of DeepSpeed's pipeline has: deepspeed.partition. Torch-free."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 
@@ -17,6 +18,23 @@ def bounds(partition: str | list[int], sizes: Sequence[int], stages: int) -> lis
     of_stage = [share + (stage < rest) for stage in range(stages)] if isinstance(partition, str) else partition
     ends = [1 + end for end in accumulate(of_stage)]
     return [0, *ends[:-1], len(sizes)]
+
+
+def sizes_of(partition: str | list[int], sizes: tuple[int, ...], stages: int, stage: int) -> tuple[int, ...]:
+    """Those of `sizes` that a stage has; arguments as of `bounds`."""
+    ends = _bounds(partition if isinstance(partition, str) else tuple(partition), sizes, stages)
+    return sizes[ends[stage] : ends[stage + 1]]
+
+
+def transformer_layers(partition: str | list[int], sizes: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """The number of transformer layers of each stage; arguments as of `bounds`."""
+    ends = _bounds(partition if isinstance(partition, str) else tuple(partition), sizes, stages)
+    return tuple(min(end, len(sizes) - 1) - max(begin, 1) for begin, end in pairwise(ends))
+
+
+@cache
+def _bounds(partition: str | tuple[int, ...], sizes: tuple[int, ...], stages: int) -> list[int]:
+    return bounds(partition if isinstance(partition, str) else list(partition), sizes, stages)
 
 
 def _balanced(sizes: Sequence[int], stages: int) -> list[int]:

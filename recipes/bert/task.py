@@ -162,13 +162,20 @@ class ResolvedModel(Model):
             count=self.layers, tokens=data.seq_len, hidden=self.hidden, heads=self.heads, inner=self.hidden,
             kv_inner=self.hidden, ffn=self.ffn, gated=False, attention=(Attention(data.seq_len, data.seq_len, causal=False),),
         )  # fmt: skip
-        return Workload((block,), self.vocab_size, MASK_SHARE * data.seq_len, head_matrices=self.hidden**2)
+        h, v = self.hidden, self.vocab_size
+        embedding = (v + self.positions + 2) * h + (2 * h if self.arch == "bert" else 0)
+        rest = self.parameter_count() - self.layers * self.layer_parameters() - embedding  # heads, pooler, norm
+        return Workload((block,), v, MASK_SHARE * data.seq_len, head_matrices=h**2, ends=(embedding, rest + v * h))
+
+    def layer_parameters(self) -> int:
+        """Parameters of an encoder layer."""
+        h, f = self.hidden, self.ffn
+        return 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
 
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
-        h, f, v = self.hidden, self.ffn, self.vocab_size
-        layer = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h  # attention + biases, MLP + biases, two LayerNorms
-        encoder = self.layers * layer + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
+        h, v = self.hidden, self.vocab_size
+        encoder = self.layers * self.layer_parameters() + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
         mlm_head = h * h + h + 2 * h + v
         pair_head = h * h + h + 2 * h + 2 if self.pair_head else 0
         return encoder + mlm_head + pair_head

@@ -168,7 +168,9 @@ class ResolvedModel(Model):
             kv_inner=self.hidden * self.kv_heads // self.heads, ffn=self.ffn, gated=self.arch == "llama",
             attention=(Attention(data.seq_len, data.seq_len, causal=True),),
         )  # fmt: skip
-        return Workload((block,), self.vocab_size, data.seq_len, tied=self.tied)
+        table, is_gpt2 = self.vocab_size * self.hidden, self.arch == "gpt2"
+        ends = (table + is_gpt2 * self.positions * self.hidden, table + (2 if is_gpt2 else 1) * self.hidden)  # a norm after them
+        return Workload((block,), self.vocab_size, data.seq_len, tied=self.tied, ends=ends)
 
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
