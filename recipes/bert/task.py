@@ -175,7 +175,8 @@ class ResolvedModel(Model):
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
         h, v = self.hidden, self.vocab_size
-        encoder = self.layers * self.layer_parameters() + (v + self.positions + 2) * h + 2 * h  # tables; the norm of either architecture
+        tables_and_norm = (v + self.positions + 2) * h + 2 * h  # the norm of either architecture
+        encoder = self.layers * self.layer_parameters() + tables_and_norm
         mlm_head = h * h + h + 2 * h + v
         pair_head = h * h + h + 2 * h + 2 if self.pair_head else 0
         return encoder + mlm_head + pair_head

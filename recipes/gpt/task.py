@@ -168,9 +168,10 @@ class ResolvedModel(Model):
             kv_inner=self.hidden * self.kv_heads // self.heads, ffn=self.ffn, gated=self.arch == "llama",
             attention=(Attention(data.seq_len, data.seq_len, causal=True),),
         )  # fmt: skip
-        table, is_gpt2 = self.vocab_size * self.hidden, self.arch == "gpt2"
-        ends = (table + is_gpt2 * self.positions * self.hidden, table + (2 if is_gpt2 else 1) * self.hidden)  # a norm after them
-        return Workload((block,), self.vocab_size, data.seq_len, tied=self.tied, ends=ends)
+        table, positions, norm = self.vocab_size * self.hidden, 0, self.hidden
+        if self.arch == "gpt2":
+            positions, norm = self.positions * self.hidden, 2 * self.hidden
+        return Workload((block,), self.vocab_size, data.seq_len, tied=self.tied, ends=(table + positions, norm + table))
 
     def parameter_count(self) -> int:
         """Number of parameters; tied weights count once. Equals the count on the meta device (tests/test_configs.py)."""
