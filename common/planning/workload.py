@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from common.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -42,7 +44,8 @@ class Workload:
     logit_tokens: float  # positions per sample for which logits are computed
     head_matrices: int = 0  # parameters of the output head other than the vocabulary's, such as BERT's dense layer
     tied: bool = True  # input and output embedding are one matrix
-    ends: tuple[int, int] = (0, 0)  # parameters before the first layer and after the last one; a tied embedding is in both
+    # parameters before the first layer and after the last one, a tied embedding in both: for the stages of DeepSpeed's pipeline
+    ends: tuple[int, int] | None = None
 
     @property
     def hidden(self) -> int:
@@ -54,9 +57,10 @@ class Workload:
 
     def sizes(self, parameters: int) -> tuple[int, ...]:
         """Parameters of the embedding, of each layer, and of the output, where all layers are equal and the model has
-        `parameters`, tied ones counted once. Their sum counts tied ones twice."""
+        `parameters`, tied ones counted once. Their sum counts tied ones twice. BadInput if the model does not tell them."""
+        if self.ends is None:
+            raise BadInput("deepspeed.pp: the stages of this model are not planned, as its workload gives no `ends`")
         of_layers = parameters + self.vocab * self.hidden * self.tied - sum(self.ends)
-        assert of_layers % self.layers == 0, f"{self.ends} are not the parameters outside {self.layers} layers"
         return (self.ends[0], *(self.layers * (of_layers // self.layers,)), self.ends[1])
 
     @property

@@ -220,11 +220,12 @@ class _Run:
         reduce_step = processes.reduce_step
 
         def reduced(*args: Any, **kwargs: Any) -> Any:
-            if self.step_trace:
-                self.step_trace.backward_is_over(self.state)
+            self._backward_is_over()
             return reduce_step(*args, **kwargs)
 
         processes.reduce_step = reduced
+        if self.case.stack == "deepspeed":
+            self._watch_pipeline()
         save = checkpoint.save
 
         def saved(*args: Any, **kwargs: Any) -> Any:
@@ -234,6 +235,24 @@ class _Run:
             return path
 
         checkpoint.save = saved
+
+    def _watch_pipeline(self) -> None:
+        """DeepSpeed's pipeline updates the parameters in the call that computes the gradients: it begins with the tied ones."""
+        from deepspeed.runtime.pipe import engine, schedule
+
+        instructions: Any = engine.PipelineEngine._INSTRUCTION_MAP
+        reduce_tied = instructions[schedule.ReduceTiedGrads]
+
+        def reduced_tied(pipeline: Any) -> None:
+            self._backward_is_over()
+            reduce_tied(pipeline)
+
+        instructions[schedule.ReduceTiedGrads] = reduced_tied
+
+    def _backward_is_over(self) -> None:
+        """All gradients are there: the first time in a step counts."""
+        if self.step_trace and not self.step_trace.events_of_backward:
+            self.step_trace.backward_is_over(self.state)
 
     def _load(self, load: Callable[..., None]) -> Callable[..., None]:
         def loaded(model: Any, optimizer_or_shapes: Any, *rest: Any) -> None:

@@ -8,6 +8,7 @@ Letters in shapes are those of tasks/base.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from common.evaluation import glue, labelled, metrics
 from common.huggingface import hf_folder
 from common.json_files import read_object
 from common.paths import find
+from common.planning.workload import Workload
 from common.training import finetuning, init
 
 from . import samples, task
@@ -124,6 +126,9 @@ class ResolvedModel(task.ResolvedModel, Model):
     @property
     def classifier(self) -> str:
         return self.task_head.parameter
+
+    def workload(self, data: Any) -> Workload:
+        return replace(super().workload(data), ends=None)  # the head has no embedding
 
     def parameter_count(self) -> int:
         h = self.hidden
