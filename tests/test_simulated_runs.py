@@ -38,6 +38,7 @@ LAYOUTS = {
     "zero3_recompute": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.recompute=true"]),
     "zero3_offload_all": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.offload=all"]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2"]),
+    "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_ulysses2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
     "zero3_ulysses2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
@@ -52,9 +53,9 @@ LAYOUTS = {
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.recompute=true"]),
 }
 FINETUNED = ("baseline", "fsdp2", "zero1", "zero3", "zero1_tp2", "distributed_optimizer", "tp2_sp", "pp2")
-# Refused before a run starts: T5 has no pipeline, and Ulysses is for GPT.
-REFUSED = {("t5", "zero1_pp2"), ("t5", "pp2"), ("t5", "pp2_vpp2"), ("t5", "tp2_pp2"), ("t5", "cp2"), ("t5", "tp2_cp2")}
-REFUSED |= {(family, f"zero{stage}_ulysses2") for family in ("bert", "t5") for stage in (1, 3)}
+# Refused before a run starts: T5 has no pipeline; Ulysses, and AutoTP at ZeRO 3, are for GPT.
+REFUSED = {("t5", layout) for layout in ("zero1_pp2", "pp2", "pp2_vpp2", "tp2_pp2", "cp2", "tp2_cp2")}
+REFUSED |= {(family, layout) for family in ("bert", "t5") for layout in ("zero1_ulysses2", "zero3_ulysses2", "zero3_tp2")}
 MODEL = {"gpt": ["model.vocab_size=512"], "bert": ["model.vocab_size=640"], "t5": ["model.vocab_size=768"]}
 TEXT = """\
 init: {from: FOLDER}
