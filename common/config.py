@@ -307,6 +307,7 @@ Offload = Annotated[
     Literal["none", "optimizer", "all"],
     BeforeValidator(lambda value: ("optimizer" if value else "none") if isinstance(value, bool) else value),
 ]
+ZEROPP = " Not exact, so not for published results (ZeRO++). Needs a GPU; was not run here."
 TP = "Tensor-parallel ranks, which share each layer's matrices."
 PP = "Pipeline stages, each with its share of the layers."
 
@@ -360,12 +361,36 @@ class DeepSpeed(System):
         "1, 2 or 3), or also the weights, of which a GPU has those that it computes with (all: zero_stage 3). false and true "
         "are read as none and optimizer.",
     )
+    nvme: FilePath | None = Field(
+        default=None,
+        description="With zero_stage 3: a folder on each node's own disk where offloaded state is kept in place of CPU memory. "
+        "Needs libaio. Weights and optimizer state below 1 MiB stay in memory.",
+    )
+    hpz: Positive = Field(
+        default=1,
+        description="With zero_stage 3: ranks, neighbours of one node, that keep a second copy of the weights among them for "
+        "the backward pass (ZeRO++, arXiv:2306.10209); 1: no copy.",
+    )
+    quantized_weights: bool = Field(default=False, description="With zero_stage 3, weights are gathered in 8 bits." + ZEROPP)
+    quantized_gradients: bool = Field(
+        default=False, description="With zero_stage 3, gradients are exchanged in 4 bits." + ZEROPP
+    )
     recompute: bool = Field(default=False, description=RECOMPUTE)
     compile: bool = Field(default=False, description=COMPILE + " Needs tp=1 and zero_stage 0, 1 or 2.")
     extra: dict[str, Any] = Field(
         default={},
         description="Merged last into DeepSpeed's config: the keys of common/stacks/extra.py. Not for published results.",
     )
+
+    @property
+    def zero_plus_plus(self) -> str:
+        """The keys of ZeRO++ that are used: 'deepspeed.hpz=2, deepspeed.quantized_weights=true'."""
+        used = {
+            "hpz": self.hpz > 1,
+            "quantized_weights": self.quantized_weights,
+            "quantized_gradients": self.quantized_gradients,
+        }
+        return ", ".join(f"deepspeed.{key}={written(getattr(self, key))}" for key, is_used in used.items() if is_used)
 
 
 class Megatron(System):
@@ -613,17 +638,13 @@ def _rules(cfg: Config) -> Iterator[str]:
             f"deepspeed.sp={d.sp} needs deepspeed.zero_stage=1 to 3, deepspeed.tp=1, pp=1 and compile=false; "
             "other combinations have not been compared with the plain loop"
         )
-    if cfg.baseline.compile and cfg.baseline.shard == "full":
-        yield (
-            "baseline.compile=true needs baseline.shard=none: FSDP2 gathers the parameters of a layer by hooks, which "
-            "torch.compile does not trace"
-        )
     if cfg.deepspeed.compile and (cfg.deepspeed.zero_stage == 3 or cfg.deepspeed.tp > 1):
         yield (
             "deepspeed.compile=true needs deepspeed.tp=1 and deepspeed.zero_stage=0, 1 or 2: DeepSpeed gathers parameters and "
             "sums activations inside a layer, by code that torch.compile does not trace"
         )
     yield from _pipeline_rules(cfg.deepspeed)
+    yield from _stage3_rules(cfg)
     if cfg.expect:
         from common.evaluation import metrics
 
@@ -655,6 +676,22 @@ def _pipeline_rules(system: DeepSpeed) -> Iterator[str]:
         yield f"{given} with deepspeed.offload={system.offload}: is not tested together; use one of them"
     if system.compile:
         yield f"{given} with deepspeed.compile=true: is not tested together; use one of them"
+
+
+def _stage3_rules(cfg: Config) -> Iterator[str]:
+    """What DeepSpeed reads at stage 3 alone, and what has been compared with the plain loop there."""
+    system, given = cfg.deepspeed, cfg.deepspeed.zero_plus_plus
+    is_plain = system.zero_stage == 3 and system.tp == system.sp == 1 and not hasattr(cfg, "task")
+    if system.nvme is not None and (not is_plain or system.offload == "none"):
+        yield (
+            f"deepspeed.nvme={written(system.nvme)}: needs deepspeed.zero_stage=3, offload=optimizer or all, tp=1, sp=1, and "
+            "pretraining; other combinations have not been compared with the plain loop"
+        )
+    if given and (not is_plain or system.offload != "none"):
+        yield (
+            f"{given}: needs deepspeed.zero_stage=3, offload=none, tp=1, sp=1, and pretraining; other combinations have "
+            "not been compared with the plain loop"
+        )
 
 
 def problems(cfg: Config) -> Iterator[str]:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from common.config import Config, Section
+from common.config import Config, DeepSpeed, Section
 from common.errors import BadInput
-from common.stacks import pipeline
+from common.stacks import host, pipeline
 
 
 class Layout(Section):
@@ -45,6 +45,8 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     replica = math.prod(splits.values())  # ranks that share one micro batch
     product = " x ".join(f"{stack}.{key}={ranks}" for key, ranks in splits.items() if ranks > 1)
     problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
+    if stack == "deepspeed":
+        problems += [*host.problems(system), *_second_copy_problems(system, world)]
     if replica > world:
         lower = " or ".join(key for key, ranks in splits.items() if ranks > 1)
         problems.append(
@@ -133,6 +135,12 @@ def _optimizer_problems(cfg: Config, stack: str) -> Iterator[str]:
         )
     elif stack == "deepspeed" and system.tp > 1:
         yield f"optim.optimizer={name} with deepspeed.tp={system.tp}: it {WHOLE[name]}; use deepspeed.tp=1"
+
+
+def _second_copy_problems(system: DeepSpeed, world: int) -> Iterator[str]:
+    """Ranks that deepspeed.hpz cannot divide into groups (deepspeed/utils/groups.py, _create_zero_param_parallel_group)."""
+    if system.hpz > 1 and world % system.hpz:
+        yield f"{world} processes are not a multiple of deepspeed.hpz={system.hpz}; change NPROC, or deepspeed.hpz"
 
 
 def _divisors(batch: int, dp: int) -> str:

@@ -338,8 +338,9 @@ def same_experiment(cfg: Config, published: Config, stack: str) -> None:
 
 
 def no_extra(cfg: Config, stack: str) -> None:
-    if cfg.dump()[stack].get("extra"):
-        raise NotEvidence(f"{stack}.extra was used")
+    for key in ("extra", "quantized_weights", "quantized_gradients"):  # the last two are not exact
+        if cfg.dump()[stack].get(key):
+            raise NotEvidence(f"{stack}.{key} was used")
 
 
 def with_defaults(cfg: Config) -> Config:

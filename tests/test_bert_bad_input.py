@@ -89,7 +89,6 @@ def test_corpora_and_keys(damage, overrides: str, messages: list[str], home: Pat
 
 LAYOUTS = [
     ("deepspeed", 2, "deepspeed.sp=2", "deepspeed.sp=2: BERT's heads read the first token and the masked ones"),
-    ("deepspeed", 2, "deepspeed.tp=2 deepspeed.zero_stage=3", "deepspeed.tp=2 with deepspeed.zero_stage=3"),
     ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=96", "megatron.tp=3 does not divide model.heads=2"),
     (
         "deepspeed",

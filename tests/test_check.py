@@ -137,6 +137,12 @@ def test_what_is_not_the_published_experiment_is_not_evidence(
     assert row.verdict == "not-run" and row.measured == "-" and reason in row.reason
 
 
+def test_quantized_weights_are_no_evidence(tmp_path: Path) -> None:
+    quantized = ["deepspeed.zero_stage=3", "deepspeed.quantized_weights=true"]
+    row = one(run_folder(tmp_path / "run", CPU, quantized, {2000: 1.88}, 2000, "deepspeed"))
+    assert row.verdict == "not-run" and "deepspeed.quantized_weights was used" in row.reason
+
+
 def test_what_may_differ_does_not_matter(tmp_path: Path) -> None:
     """Systems, intervals, paths of the corpus, another stack's extra, the run's own word on what it should reach."""
     changes = [

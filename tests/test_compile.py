@@ -16,6 +16,10 @@ RUNS = {
     "megatron_bert": ("deepspeed", "tiny", ["deepspeed.recompute=true"]),
     "t5": ("baseline", "tiny", ["baseline.recompute=true"]),
     "t5_v1_1": ("deepspeed", "tiny_v1_1", []),
+    "gpt_fsdp2": ("baseline", "tiny", ["baseline.shard=full", "baseline.recompute=true"]),
+    "llama_fsdp2": ("baseline", "tiny_llama", ["baseline.shard=full"]),
+    "bert_fsdp2": ("baseline", "tiny_postln", ["baseline.shard=full"]),
+    "t5_fsdp2": ("baseline", "tiny", ["baseline.shard=full"]),
 }
 
 
@@ -40,7 +44,8 @@ def test_compiled_runs_have_the_losses_of_plain_ones(
     name: str, drive, settings, bert_settings, t5_settings, tmp_path: Path
 ) -> None:
     stack, tiny, layout = RUNS[name]
-    family = {"gpt": "gpt", "llama": "gpt", "bert": "bert", "megatron_bert": "bert"}.get(name, "t5")
+    of = {"gpt": "gpt", "llama": "gpt", "bert": "bert", "megatron_bert": "bert"}
+    family = of.get(name.removesuffix("_fsdp2"), "t5")
     given = [*{"gpt": settings, "bert": bert_settings, "t5": t5_settings}[family], "train.steps=20", *layout]
     cases = [
         case(stack, tiny, tmp_path / value, [*given, f"{stack}.compile={value}"], family=family) for value in ("false", "true")

@@ -61,6 +61,7 @@ FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
     "zero1_pp2_dp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_pp4": ("deepspeed", ["deepspeed.pp=4", "deepspeed.partition=uniform", "deepspeed.micro_batch=1"]),
     "zero3_tp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
+    "zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", "deepspeed.micro_batch=1"]),
     "zero1_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
     "zero3_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.micro_batch=4"]),

@@ -112,7 +112,6 @@ def test_corpora_keys_and_folders(damage, overrides: str, messages: list[str], h
 
 LAYOUTS = [
     ("deepspeed", 2, "deepspeed.sp=2", "deepspeed.sp=2: transformers computes T5's relative biases of all heads"),
-    ("deepspeed", 2, "deepspeed.tp=2 deepspeed.zero_stage=3", "deepspeed.tp=2 with deepspeed.zero_stage=3"),
     ("deepspeed", 1, "optim.optimizer=adafactor", "optim.optimizer=adafactor with deepspeed.zero_stage=1: it keeps the mean"),
     ("deepspeed", 2, "optim.optimizer=adafactor deepspeed.zero_stage=0 deepspeed.tp=2", "optim.optimizer=adafactor with deep"),
     ("megatron", 1, "optim.optimizer=adafactor", "optim.optimizer=adafactor on megatron: it keeps the mean squares"),

@@ -1,10 +1,14 @@
 """DeepSpeed's configuration, what replaces two of its functions on a GPU, and what tensor parallelism divides."""
 
+import importlib
+
 import pytest
 import torch
+from conftest import ROOT
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.utils import groups
 
+from common import config
 from common.stacks import attention, zero
 from recipes.gpt.deepspeed import gpt2_tp
 
@@ -56,3 +60,28 @@ def test_ranks_drop_different_scores_and_go_on_with_equal_generators(monkeypatch
         states.append(torch.random.get_rng_state())
     assert outputs[1].equal(outputs[2]) and outputs[0].equal(outputs[1]) == (dropout == 0)
     assert states[0].equal(states[1])
+
+
+def test_ranks_drop_different_units_of_a_split_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout, outputs, states = attention.SplitDropout(0.5), [], []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(groups, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        torch.manual_seed(7)
+        outputs.append(dropout(torch.ones(64)))
+        states.append(torch.random.get_rng_state())
+    assert outputs[1].equal(outputs[2]) and not outputs[0].equal(outputs[1]) and states[0].equal(states[1])
+    assert dropout.eval()(torch.ones(64)).equal(torch.ones(64))
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_autotp_draws_dropout_for_the_heads_of_a_rank(family: str) -> None:
+    """Other heads on each rank, and for T5 another part of the MLP, which has dropout."""
+    task, model = (importlib.import_module(f"recipes.{family}.{name}") for name in ("task", "deepspeed.model"))
+    words = ["data.valid=null", "model.vocab_size=512", "model.dropout=0.1", "deepspeed.tp=2"]
+    cfg = config.load(ROOT / f"recipes/{family}/configs/tiny.yaml", words, task.Config)
+    net = model.build(config.resolve(cfg, task.ResolvedConfig, 512), {})
+    names = {module.config._attn_implementation for module in net.modules() if hasattr(module, "config")}
+    assert names == {"twinstack_masked"}
+    split = {name: module.p for name, module in net.named_modules() if isinstance(module, attention.SplitDropout)}
+    inner = [name for name, _ in net.named_modules() if name.endswith("DenseReluDense.dropout")]
+    assert split == dict.fromkeys(inner, 0.1) and bool(split) == (family == "t5")

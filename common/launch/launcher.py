@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +25,8 @@ from common.config import STACKS
 from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
 from common.launch import elastic, heartbeat, lock, processes
 from common.launch.watch import Failure, Watch
+from common.paths import find
+from common.stacks.host import SWAP_FOLDER
 
 if TYPE_CHECKING:
     from common.preflight import Run
@@ -337,6 +339,17 @@ def settings_of(on: Nodes, out: Path) -> elastic.Settings:
     return elastic.Settings(str(out), on.node_rank, list(on.worlds), f"{on.least}:{on.nnodes}")
 
 
+@contextlib.contextmanager
+def swap_folder(run: "Run") -> Iterator[dict[str, str]]:
+    """The variable that names this launch's own folder in deepspeed.nvme."""
+    place = run.cfg.deepspeed.nvme if run.stack == "deepspeed" else None
+    if place is None:
+        yield {}
+        return
+    with lock.scratch_folder(find(place)) as folder:
+        yield {SWAP_FOLDER: folder}
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -547,7 +560,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
     def started(run: "Run") -> int:
-        return run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run, on))
+        with swap_folder(run) as variables:
+            return run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run, on) | variables)
 
     with lock.locked(run.out) if on.node_rank == 0 else contextlib.nullcontext():
         code = started(run)

@@ -105,14 +105,15 @@ def _is_file(path: Path, descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[str]:
-    """A temporary folder for this process. Folders of launchers that were killed are removed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+def scratch_folder(parent: Path | None = None) -> Iterator[str]:
+    """A folder for this process in `parent`, by default the temporary folder. Those of killed launchers are removed."""
+    parent = parent or Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError, _Taken):
             if folder.stat().st_uid == os.getuid() and (folder / NAME).is_file():
                 os.close(_acquire(folder / NAME))
                 shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as name:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent) as name:
         descriptor = None
         with contextlib.suppress(OSError, _Taken):  # without a lock the folder stays if this process is killed
             descriptor = _acquire(Path(name) / NAME)

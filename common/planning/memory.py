@@ -493,6 +493,14 @@ def estimate_for(cfg: Config, model: Any, stack: str, world: int, stage: int | N
     if getattr(system, "compile", False) and (model.traits().rms_norm or run.recompute):
         which = f"{stack}.recompute=true" if run.recompute else "RMSNorm"
         raise BadInput(f"the memory of {stack}.compile=true with {which} is not estimated: the compiler chooses what it keeps")
+    if stack == "deepspeed" and (given := cfg.deepspeed.zero_plus_plus):
+        raise BadInput(f"the memory of {given} is not estimated: a second copy, or copies in 8 or 4 bits, come and go")
+    if stack == "deepspeed" and cfg.deepspeed.nvme is not None:
+        raise BadInput("the memory of deepspeed.nvme is not estimated: its buffers hold what is on its way to the disk")
+    if run.zero == 3 and run.tp > 1 and not all(one.causal for block in work.blocks for one in block.attention):
+        raise BadInput(f"the memory of deepspeed.tp={run.tp} with zero_stage=3 is estimated for GPT alone")
+    if run.is_sharded and system.compile:
+        raise BadInput("the memory of baseline.compile=true with shard=full is not estimated: it was not simulated")
     work, traits = shared_sequence(work, run.sp), model.traits()
     return estimate(work, traits, run) if stage is None else on_stage(work, traits, run, stage)
 

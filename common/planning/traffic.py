@@ -86,6 +86,8 @@ def collectives(cfg: Config, stack: str, world: int, stage: int = 0) -> dict[str
         raise BadInput(f"{stack}: the collectives of vpp and AutoTP are not counted")
     if getattr(getattr(cfg, stack), "shard", "none") != "none" or getattr(getattr(cfg, stack), "extra", {}):
         raise BadInput(f"{stack}: the collectives of FSDP2 and of {stack}.extra are not counted")
+    if stack == "deepspeed" and (given := cfg.deepspeed.zero_plus_plus):
+        raise BadInput(f"the collectives of {given} are not counted")
     found = _megatron(cfg, layout, stage) if stack == "megatron" else _replicas(cfg, stack, layout, stage)
     return {name: int(size) for name, size in found.items() if size and not name.endswith(" of 1")}
 

@@ -4,6 +4,9 @@ DeepSpeed's own checkpoints cannot change stage or rank count in general (stage 
 universal form); ours go through the engine parameter by parameter: deepspeed/utils/tensor_fragment.py.
 """
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +32,8 @@ from common.config import Config
 from common.launch import processes
 from common.launch.processes import Ranks
 from common.layout import Layout
+from common.paths import find
+from common.stacks.host import SWAP_FOLDER
 from common.stacks.parameter_map import Conversion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -196,13 +201,20 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
     """DeepSpeed's JSON configuration. `deepspeed.extra` is merged last."""
     system, on_gpu = cfg.deepspeed, torch.cuda.is_available()
     parameters_per_rank = cfg.model.parameter_count() // (layout.tp * layout.pp)
-    zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(parameters_per_rank, layout.dp)
+    replicas = layout.dp * layout.sp  # ranks whose gradients are summed: those that share a sequence too
+    zero: dict[str, Any] = {"stage": system.zero_stage} | _reduction(parameters_per_rank, replicas)
     # on a CPU there is no second stream; it allocates a second bucket. A pipeline reduces after its last backward pass
-    zero["overlap_comm"] = on_gpu and layout.dp > 1 and layout.pp == 1
+    zero["overlap_comm"] = on_gpu and replicas > 1 and layout.pp == 1
     if system.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if system.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    if system.nvme:
+        _use_nvme(zero, cfg, layout)
+    zero |= {
+        "zero_hpz_partition_size": system.hpz, "zero_quantized_weights": system.quantized_weights,
+        "zero_quantized_gradients": system.quantized_gradients,
+    }  # fmt: skip
     bf16 = cfg.train.dtype == "bf16"
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -223,6 +235,22 @@ def ds_config(cfg: Config, layout: Layout) -> dict[str, Any]:
         # by default AutoTP splits an output that is tied to the embedding over the vocabulary, with a loss of its own
         values["tensor_parallel"] = {"autotp_size": layout.tp, "vocab_parallel_lm_head": False}
     return _merged(values, system.extra)
+
+
+def _use_nvme(zero: dict[str, Any], cfg: Config, layout: Layout) -> None:
+    """Keep what is offloaded in deepspeed.nvme, in a folder that the launcher removes (without a launcher it stays).
+
+    sub_group_size: numbers that are stepped at a time; DeepSpeed pins memory for four times as many.
+    buffer_size: those of a rank's share of the largest parameter, the embedding or a product of the MLP.
+    """
+    folder = os.environ.get(SWAP_FOLDER) or tempfile.mkdtemp(prefix="twinstack_", dir=find(cfg.deepspeed.nvme or ""))
+    work = cfg.model.workload(cfg.data)
+    largest = max(work.vocab * work.hidden, *(block.hidden * block.ffn for block in work.blocks))
+    place = {"device": "nvme", "nvme_path": folder}
+    zero["sub_group_size"] = 100_000_000
+    zero["offload_optimizer"] |= place
+    if "offload_param" in zero:
+        zero["offload_param"] |= place | {"buffer_size": largest // layout.world + 1024}
 
 
 def _reduction(parameters: int, dp: int) -> dict[str, Any]:
@@ -326,8 +354,9 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
             for flat in group["params"]:
                 inner.optimizer.state[flat] = state.adam_state(flat, step)
         if stage == 3:
-            for flat in inner.fp32_partitioned_groups_flat:  # absent from param_groups between steps
-                inner.optimizer.state[flat] = state.adam_state(flat, step)
+            for number, flat in enumerate(inner.fp32_partitioned_groups_flat):  # absent from param_groups between steps
+                with _in_memory(inner, number):
+                    inner.optimizer.state[flat] = state.adam_state(flat, step)
         else:
             _link(inner)
     for name, parameter in named:
@@ -339,6 +368,19 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
     put = _put_stage3 if stage == 3 else _put_stage12
     for parameter, parts in _filled(engine, named, shapes, values, step):
         put(parameter, parts, bool(step))
+    if stage == 3:
+        inner.invalidate_secondary_tensor()  # deepspeed.hpz: copied from the memory in which the model was built
+
+
+@contextlib.contextmanager
+def _in_memory(inner: Any, group: int) -> Iterator[None]:
+    """Stage 3 with deepspeed.nvme: read the optimizer state of a group of parameters, and write it back at the end."""
+    is_swapped = inner._swappable_optimizer_subgroup(group)
+    if is_swapped:
+        inner._optimizer_states_and_gradient_swap_in(group)
+    yield
+    if is_swapped:
+        inner._optimizer_states_and_gradient_swap_out(group)
 
 
 def _conversions(engine: Any) -> dict[str, Conversion]:
@@ -420,7 +462,12 @@ def _put_stage12(parameter: Any, parts: state.Parts, moments: bool) -> None:
 
 def _put_stage3(parameter: Any, parts: state.Parts, moments: bool) -> None:
     weight = _piece(parameter, parts["weight"])
+    is_swapped = parameter.ds_tensor.status.name == "NOT_AVAILABLE"  # its memory is on the disk of deepspeed.nvme
+    if is_swapped:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
     parameter.ds_tensor.data.copy_(weight)
+    if is_swapped:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
     if parameter.ds_status.name == "AVAILABLE":
         parameter.data.copy_(parts["weight"])
     if not parameter.requires_grad:
@@ -432,7 +479,7 @@ def _put_stage3(parameter: Any, parts: state.Parts, moments: bool) -> None:
 
 def _piece(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
     """This rank's equal share of a flat parameter; the last one is padded with zeros."""
-    size, rank = parameter.ds_tensor.numel(), parameter._z3_optimizer._get_param_partition_rank(parameter)
+    size, rank = parameter.ds_tensor.ds_numel, parameter._z3_optimizer._get_param_partition_rank(parameter)
     piece = torch.zeros(size, device=whole.device)
     values = whole.flatten()[rank * size : (rank + 1) * size]
     piece[: values.numel()] = values

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from common.config import Config
 from common.contract import Family
-from common.stacks import zero
+from common.stacks import attention, zero
 from common.training import init
 
 from .. import task
@@ -27,6 +27,8 @@ def build(cfg: Config, ds_config: dict[str, Any], family: Family = task) -> PreT
         with init_empty_weights():
             net = family.hf_model(cfg.model)
         init.allocate(net, zero.weights_dtype(cfg))
+    if cfg.deepspeed.tp > 1:
+        attention.draw_by_rank(net)
     if cfg.deepspeed.recompute:
         net.activation_checkpointing_enable({"use_reentrant": False})
     return net
