@@ -32,22 +32,28 @@ def main() -> int:
     parser.add_argument("--memory", type=float, metavar="GB", help="of the GPU (default: 85, an H100's)")
     parser.add_argument("--top", type=int, default=12, help="kernels and operators to list (default: 12)")
     parser.add_argument("--cases", metavar="FILE", help="a JSON list of cases: the fields of run.Case")
+    parser.add_argument("--report", action="store_true", help="write docs/simulation_report.md; goes on where it ended")
     args = parser.parse_intermixed_args()
-    if not args.cases and not (args.config and args.stack):
-        parser.error("CONFIG and --stack are needed, or --cases FILE")
+    if not (args.cases or args.report) and not (args.config and args.stack):
+        parser.error("CONFIG and --stack are needed, or --cases FILE, or --report")
     from common.simulation import null_gpu
 
     if not null_gpu.is_here():
         _again_with_null_gpu(args.memory)
     from common.simulation import run
 
+    if args.report:
+        from common.simulation import report
+
+        report.record()
+        return 0
     if args.cases:
         return _many(args.cases, args.json)
     case = run.Case(args.config, args.stack, args.world, args.rank, args.steps, args.overrides)
     found = run.run(case._replace(fill=args.fill, save=args.save, out=args.out, data=args.data))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(report(found, args.top)), flush=True)
+    print("\n".join(described(found, args.top)), flush=True)
     if found["fault"]:
         print(found["traceback"], file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -88,7 +94,7 @@ def _many(file: str, result: str | None) -> int:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(found: Mapping[str, Any], top: int) -> list[str]:
+def described(found: Mapping[str, Any], top: int) -> list[str]:
     """The result of common/simulation/run.py as lines of at most 80 characters."""
     who = f"{Path(found['config']).stem}, {found['stack']}, rank {found['rank']} of {found['world']}"
     lines = [f"{who}, optimizer step {found['step']}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.errors import BadInput
 from common.simulation import build, corpus, trace
@@ -18,7 +19,7 @@ LAYERS, HIDDEN, VOCABULARY, SEQ_LEN, GLOBAL_BATCH = 4, 64, 512, 64, 8  # of that
 PARAMETERS = VOCABULARY * HIDDEN + SEQ_LEN * HIDDEN + LAYERS * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * HIDDEN
 BF16 = ["train.dtype=bf16"]
 STAGE = ["megatron.pp=2", "megatron.tp=2", "megatron.sequence_parallel=true"]
-ON_CPU = ("baseline", "zero1", "zero2", "zero3", "bert", "t5")
+ON_CPU = ("baseline", "zero1", "zero2", "zero3", "bert", "t5", "megatron", "distributed")
 # name -> case; `first` and `again` share OUT: the second resumes
 CASES: dict[str, dict[str, Any]] = {
     "baseline": {"stack": "baseline"},
@@ -27,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3": {"stack": "deepspeed", "overrides": ["deepspeed.zero_stage=3"]},
     "bert": {"family": "bert", "stack": "deepspeed"},
     "t5": {"family": "t5", "stack": "deepspeed"},
+    "megatron": {"stack": "megatron"},
+    "distributed": {"stack": "megatron", "overrides": ["megatron.distributed_optimizer=true"]},
     "dp8": {"stack": "baseline", "world": 8, "overrides": ["baseline.micro_batch=1"], "roofline": True, "steps": 3},
     "first": {"stack": "megatron", "world": 8, "rank": 7, "overrides": STAGE, "save": True, "fill": True},
     "again": {"stack": "megatron", "world": 8, "rank": 7, "overrides": STAGE, "save": True},
@@ -130,10 +133,11 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("name", ON_CPU)
 def test_live_bytes_after_two_steps_are_those_of_a_cpu(found: dict[str, Any], on_cpu: dict[str, int], name: str) -> None:
     assert found[name]["fault"] is None
-    # accelerate makes one rank DDP on a CPU and not on a GPU; the gradients in DDP's buckets stay
-    of_ddp = 4 * PARAMETERS if name == "baseline" else 0
     clip = 0 if name == "zero3" else 4  # on a GPU the optimizer keeps the factor that clips, in fp32 (common/training/optim.py)
-    assert found[name]["live_bytes"] == on_cpu[name] - of_ddp + clip
+    # Megatron keeps the states of three generators as tensors on the CPU, those of a GPU's generator too, which are not counted
+    # here (megatron/core/tensor_parallel/random.py, CudaRNGStatesTracker)
+    generators = 3 * torch.get_rng_state().nbytes if CASES[name]["stack"] == "megatron" else 0
+    assert found[name]["live_bytes"] == on_cpu[name] + clip - generators
 
 
 # ---- against arithmetic ----------------------------------------------------------------------------------------------
