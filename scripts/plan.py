@@ -157,6 +157,8 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         print(json.dumps([one.as_json(tokens, args.price) for one in found], indent=1))
         return
     print(f"{args.gpus} x {card.name}, predicted by common/planning/step_time.py (docs/planner.md)")
+    if cfg.train.dtype == "fp32":
+        print("train.dtype=fp32, but products are predicted at the rate of bf16: a step takes\nlonger. Give train.dtype=bf16.")
     shown: list[search.Prediction] = []
     for stack in stacks:
         own = [one for one in found if one.stack == stack]

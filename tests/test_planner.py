@@ -410,6 +410,15 @@ def test_what_other_layout_would_fit():
     assert not own.fits and search.predict(changed, "deepspeed", cluster, 64).fits and 1 <= len(pairs) <= 3, line
 
 
+def test_no_published_row_is_in_fp32():
+    cluster = Cluster(hardware.gpu("A100"))
+    near = [
+        search.predict(resolved("recipes/gpt/configs/gpt3_175b.yaml", f"train.dtype={dtype}"), "megatron", cluster, 1024).near
+        for dtype in ("bf16", "fp32")
+    ]
+    assert near[0] and near[1] is None
+
+
 def test_unfused_attention_and_counted_recompute():
     cfg, cluster = resolved("recipes/gpt/configs/gpt3_13b.yaml", "megatron.recompute=full"), Cluster(hardware.gpu("A100"))
     plain = search.predict(cfg, "megatron", cluster, 64)

@@ -86,13 +86,14 @@ def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assum
         needed = {part: size + kept * (part in ("activations", "total", "required")) for part, size in needed.items()}
     recomputed = assumed.recompute_counted and plan.recompute == "full"
     system = getattr(cfg, stack)
+    is_measured = cfg.train.dtype == "bf16"  # all published rows are; products in fp32 are slower than `Gpu.peak`
     return Prediction(
         stack=stack, layout=system.model_dump(exclude={"extra"}, exclude_defaults=True) | {"micro_batch": shared.micro_batch},
         shared=shared, seconds=time.total, time=vars(time), memory=needed, fits=needed["required"] <= cluster.gpu.memory,
         tokens_per_s=cfg.train.global_batch * cfg.data.sample_tokens / time.total,
         mfu_full=step_time.mfu(cluster, work, plan, time.total, recomputed=recomputed),
         mfu_causal=step_time.mfu(cluster, work, plan, time.total, causal=True, recomputed=recomputed),
-        near=validation.nearest(kind_of(stack, plan), cluster, work), cfg=cfg,
+        near=validation.nearest(kind_of(stack, plan), cluster, work) if is_measured else None, cfg=cfg,
     )  # fmt: skip
 
 
