@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common import families
-from tests import warm
+from tests import layout_table, warm
 from tests.drive import BEGIN, END
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--source", default=os.environ.get("SOURCE"), help="folder of shared texts and data sets")
+    parser.addoption("--record-layouts", action="store_true", help="write tests/layouts.json again (tests/layout_table.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +34,35 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+COMPARED: list[
+    tuple[Path, float, float]
+] = []  # (OUT, differences of loss and gradient norm) that a test found and did not report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Each comparison of a run with a plain loop becomes a row of the test's report, and must be in the tables."""
+    COMPARED.clear()
+    yield
+    rows = [layout_table.row_of(run, item.path.stem, loss, norm) for run, loss, norm in COMPARED]
+    if item.config.getoption("--record-layouts"):
+        item.user_properties.append(("layouts", rows))
+        return
+    known = {layout_table.identity(row) for row in layout_table.recorded()} if rows else set()
+    for row in rows:
+        slow = item.get_closest_marker("slow")
+        assert slow or layout_table.identity(row) in known, (
+            f"not in {layout_table.RECORD.name}: {row}; see tests/layout_table.py"
+        )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--record-layouts"):
+        properties = [p for report in terminalreporter.stats.get("passed", []) for p in report.user_properties]
+        layout_table.record(row for name, rows in properties if name == "layouts" for row in rows)
+        terminalreporter.write_line(f"wrote {layout_table.RECORD}")
 
 
 # Files whose first test makes all their runs, the longest first

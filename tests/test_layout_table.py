@@ -1,0 +1,21 @@
+"""The tables of layouts in the documents are those of tests/layouts.json, which the comparisons with the plain loops filled."""
+
+import pytest
+from test_parity import BF16, LOSS, NORM
+
+from tests import layout_table
+
+
+@pytest.mark.parametrize("path", layout_table.PAGES, ids=lambda path: str(path.relative_to(layout_table.ROOT)))
+def test_documents_show_what_was_measured(path):
+    text = path.read_text(encoding="utf-8")
+    assert layout_table.TABLE.search(text), "a page of layouts has a table"
+    assert layout_table.page(text) == text, "type: python -m tests.layout_table"
+
+
+def test_every_row_is_within_the_bounds():
+    rows = layout_table.recorded()
+    assert len({layout_table.identity(row) for row in rows}) == len(rows) > 100
+    for row in rows:
+        bf16 = "bf16" in row["kind"]
+        assert 0 <= row["loss"] <= (BF16 if bf16 else LOSS) and (bf16 or row["norm"] <= NORM), row
