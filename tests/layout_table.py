@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import config
+from common import config, families
 from common.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +23,7 @@ TABLE = re.compile(  # of a page: the generated lines stand between these two
     r"(<!-- measured: (?P<family>\w+) (?P<what>\w+) \(python -m tests.layout_table\) -->\n).*?(<!-- end of measured -->)", re.S
 )
 STACKS = {"baseline": "baseline", "deepspeed": "DeepSpeed", "megatron": "Megatron"}
+STEPS = 20  # of most comparisons
 ALWAYS = {"baseline": (), "deepspeed": ("zero_stage",), "megatron": ()}  # keys that a row names even at their default
 NOT_COMPARED = {  # hyperparameters that tests set for their own ends
     "data.train", "data.valid", "train.eval_samples", "train.seed", "train.dtype", "train.keep", "model.vocab_size",
@@ -49,15 +50,22 @@ def row_of(run: Path, test: str, loss: float, norm: float) -> Row:
 
 
 def _kind(record: Row, values: dict[str, Any]) -> str:
-    """What was trained: the task, or the hyperparameters in which the run differs from its config in the repository."""
-    dtype = "" if values["train"]["dtype"] == "fp32" else f"train.dtype={values['train']['dtype']} "
-    if "task" in values:
-        adapters = "LoRA" if values.get("lora") else ""
-        return " ".join(filter(None, [dtype.strip(), values["task"]["name"], adapters]))
-    own = config.flat(read_yaml(ROOT / "recipes" / record["family"] / "configs" / f"{record['config']}.yaml"))
+    """What was trained: the task, and the hyperparameters in which the run differs from its config in the repository, or from the
+    defaults of finetuning's data."""
     run = config.flat(values)
-    changed = [f"{key}={config.written(run[key])}" for key in own if key not in NOT_COMPARED and run.get(key) != own[key]]
-    return (dtype + " ".join(key for key in changed if key.partition(".")[0] not in STACKS)).strip()
+    if "task" in values:
+        schema = families.module_of("finetune", record["family"])
+        defaults = config.sections(schema.Config)["data"].model_validate({}).model_dump()
+        own = {f"data.{name}": value for name, value in defaults.items()} | {"train.steps": STEPS}
+        what = [values["task"]["name"], *["LoRA" for _ in [0] if values.get("lora")]]
+    else:
+        schema = families.module_of("task", record["family"])
+        path = ROOT / "recipes" / record["family"] / "configs" / f"{record['config']}.yaml"
+        own = {k: v for k, v in config.flat(config.load(path, [], schema.Config).dump()).items() if k.partition(".")[0] not in STACKS}
+        what = []
+    dtype = [f"train.dtype={values['train']['dtype']}" for _ in [0] if values["train"]["dtype"] != "fp32"]
+    changed = [f"{k}={config.written(run[k])}" for k in own if k not in NOT_COMPARED and k in run and run[k] != own[k]]
+    return " ".join([*dtype, *what, *changed])
 
 
 def identity(row: Row) -> str:
@@ -94,7 +102,7 @@ def tables(family: str, what: str) -> str:
 def _layout(row: Row) -> tuple[str, str, int]:
     """('DeepSpeed', 'zero_stage=2 offload=optimizer micro_batch=2', ranks), as a reader would type it."""
     last = sorted(row["keys"].items(), key=lambda item: item[0] == "micro_batch")
-    return STACKS[row["stack"]], " ".join(f"{key}={config.written(value)}" for key, value in last), row["ranks"]
+    return STACKS[row["stack"]], " ".join(f"{key}={config.written(value)}" for key, value in last).replace("|", r"\|"), row["ranks"]
 
 
 def _order(row: Row) -> tuple[Any, ...]:
