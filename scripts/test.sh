@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all checks of a change: ruff, shellcheck, and the tests that need neither a GPU nor a cluster.
-#   bash scripts/test.sh [--source DIR] [pytest arguments ...]
-# --source (or SOURCE): a folder of texts and datasets that some tests use. For the slow tests, add -m slow.
+#   bash scripts/test.sh [--source DIR] [--record-layouts] [pytest arguments ...]
+# --source (or SOURCE): a folder of texts and datasets that some tests use. --record-layouts: write tests/layouts.json again.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

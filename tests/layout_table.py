@@ -6,6 +6,7 @@
 Recording replaces the rows of a test file as a whole, so record whole files.
 """
 
+import argparse
 import datetime
 import json
 import re
@@ -138,6 +139,7 @@ def page(text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tests.layout_table", description=__doc__.splitlines()[0]).parse_args()
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         path.write_text(page(text), encoding="utf-8")
