@@ -24,10 +24,12 @@ TABLE = re.compile(  # of a page: the generated lines stand between these two
     r"(<!-- measured: (?P<family>\w+) (?P<what>\w+) \(python -m tests.layout_table\) -->\n).*?(<!-- end of measured -->)", re.S
 )
 STACKS = {"baseline": "baseline", "deepspeed": "DeepSpeed", "megatron": "Megatron"}
+LENGTHS = ("seq_len", "target_len", "length_window")  # of finetuning, as long as a test's samples
 STEPS = 20  # of most comparisons
 ALWAYS = {"baseline": (), "deepspeed": ("zero_stage",), "megatron": ()}  # keys that a row names even at their default
 NOT_COMPARED = {  # hyperparameters that tests set for their own ends
     "data.train", "data.valid", "train.eval_samples", "train.seed", "train.dtype", "train.keep", "model.vocab_size",
+    "optim.decay_steps",
 }  # fmt: skip
 Row = dict[str, Any]
 
@@ -51,22 +53,22 @@ def row_of(run: Path, test: str, loss: float, norm: float) -> Row:
 
 
 def _kind(record: Row, values: dict[str, Any]) -> str:
-    """What was trained: the task, and the hyperparameters in which the run differs from its config in the repository, or from the
-    defaults of finetuning's data."""
-    run = config.flat(values)
+    """What was trained: the task, and the hyperparameters in which the run differs from its config in the repository, or from
+    the defaults of finetuning's data."""
     if "task" in values:
-        schema = families.module_of("finetune", record["family"])
-        defaults = config.sections(schema.Config)["data"].model_validate({}).model_dump()
-        own = {f"data.{name}": value for name, value in defaults.items()} | {"train.steps": STEPS}
-        what = [values["task"]["name"], *["LoRA" for _ in [0] if values.get("lora")]]
+        kinds = config.sections(families.module_of("finetune", record["family"]).Config)
+        lengths = {name: values["data"].get(name) for name in LENGTHS}
+        own = {"data": kinds["data"].model_validate({}).model_dump() | lengths, "train": {"steps": STEPS}}
+        what = values["task"]["name"] + (" LoRA" if values.get("lora") else "")
     else:
-        schema = families.module_of("task", record["family"])
         path = ROOT / "recipes" / record["family"] / "configs" / f"{record['config']}.yaml"
-        own = {k: v for k, v in config.flat(config.load(path, [], schema.Config).dump()).items() if k.partition(".")[0] not in STACKS}
-        what = []
-    dtype = [f"train.dtype={values['train']['dtype']}" for _ in [0] if values["train"]["dtype"] != "fp32"]
-    changed = [f"{k}={config.written(run[k])}" for k in own if k not in NOT_COMPARED and k in run and run[k] != own[k]]
-    return " ".join([*dtype, *what, *changed])
+        cfg = config.load(path, [], families.module_of("task", record["family"]).Config)
+        own, what = cfg.dump() | {"model": cfg.model.filled(cfg, values["model"]["vocab_size"])}, ""
+    run, before = config.flat(values), config.flat(own)
+    compared = [key for key in before if key.partition(".")[0] not in STACKS and key not in NOT_COMPARED]
+    changed = [f"{key}={config.written(run[key])}" for key in compared if key in run and run[key] != before[key]]
+    dtype = "" if values["train"]["dtype"] == "fp32" else f"train.dtype={values['train']['dtype']}"
+    return " ".join(filter(None, [dtype, what, *changed]))
 
 
 def identity(row: Row) -> str:
@@ -103,7 +105,8 @@ def tables(family: str, what: str) -> str:
 def _layout(row: Row) -> tuple[str, str, int]:
     """('DeepSpeed', 'zero_stage=2 offload=optimizer micro_batch=2', ranks), as a reader would type it."""
     last = sorted(row["keys"].items(), key=lambda item: item[0] == "micro_batch")
-    return STACKS[row["stack"]], " ".join(f"{key}={config.written(value)}" for key, value in last).replace("|", r"\|"), row["ranks"]
+    keys = " ".join(f"{key}={config.written(value)}" for key, value in last)
+    return STACKS[row["stack"]], keys.replace("|", r"\|"), row["ranks"]  # a bar would end the cell
 
 
 def _order(row: Row) -> tuple[Any, ...]:
