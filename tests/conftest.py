@@ -36,9 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-COMPARED: list[
-    tuple[Path, float, float]
-] = []  # (OUT, differences of loss and gradient norm) that a test found and did not report
+# (OUT, differences of loss and gradient norm) of the comparisons in this test
+COMPARED: list[tuple[Path, float, float]] = []
 
 
 @pytest.hookimpl(wrapper=True)

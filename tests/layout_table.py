@@ -57,8 +57,8 @@ def _kind(record: Row, values: dict[str, Any]) -> str:
     the defaults of finetuning's data."""
     if "task" in values:
         kinds = config.sections(families.module_of("finetune", record["family"]).Config)
-        lengths = {name: values["data"].get(name) for name in LENGTHS}
-        own = {"data": kinds["data"].model_validate({}).model_dump() | lengths, "train": {"steps": STEPS}}
+        lengths = {name: values["data"][name] for name in LENGTHS if name in values["data"]}
+        own = {"data": kinds["data"].model_validate(lengths).model_dump(), "train": {"steps": STEPS}}
         what = values["task"]["name"] + (" LoRA" if values.get("lora") else "")
     else:
         path = ROOT / "recipes" / record["family"] / "configs" / f"{record['config']}.yaml"
