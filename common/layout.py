@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from common.config import Config, DeepSpeed, Section
 from common.errors import BadInput
-from common.stacks import host, pipeline
+from common.stacks import pipeline
 
 
 class Layout(Section):
@@ -46,6 +46,8 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     product = " x ".join(f"{stack}.{key}={ranks}" for key, ranks in splits.items() if ranks > 1)
     problems = [*cfg.model.layout_problems(cfg, stack), *_optimizer_problems(cfg, stack)]
     if stack == "deepspeed":
+        from common.stacks import host
+
         problems += [*host.problems(system), *_second_copy_problems(system, world)]
     if replica > world:
         lower = " or ".join(key for key, ranks in splits.items() if ranks > 1)

@@ -58,7 +58,9 @@ MICRO1: Layouts = {
     "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "fsdp2", "zero1", "zero3", "zero1_pp2", "tp2_sp", "dp2_distributed_optimizer", "zero1_tp2", "pp2")
+REPEATED = ("baseline", "fsdp2", "zero3", "zero1_pp2", "tp2_sp", "zero1_tp2")
+# No mechanism of its own
+RARE = ("zero2", "zero0_tp2", "zero2_tp2", "tp2", "tp2_sp_recompute", "pp2_micro4", "pp2_vpp2_micro4")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
 # The objective's other choices, and LAMB
 VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
@@ -76,14 +78,15 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 BF16_LAYOUTS = ("baseline", "fsdp2", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
-RESUMED = ("baseline", "zero1", "zero3", "tp2_sp", "pp2", "dp2_distributed_optimizer")
+RESUMED = ("baseline", "zero3", "tp2_sp", "pp2")
 # tests/test_resume.py has them in the fast suite: what saves and loads is shared
-SLOW_RESUMED = ("fsdp2", "zero0", "zero2", "tp2", "cp2")
-FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP)] + [("tiny_postln", name) for name in REPEATED]
-SLOW_FP32_ROWS = [("tiny_postln", name) for name in (*TWO_RANKS, *AUTOTP) if name not in REPEATED]
+SLOW_RESUMED = ("fsdp2", "zero0", "zero1", "zero2", "tp2", "cp2", "dp2_distributed_optimizer")
+FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP) if name not in RARE]
+FP32_ROWS += [("tiny_postln", name) for name in REPEATED]
+SLOW_FP32_ROWS = [(arch, name) for arch in ARCHS for name in (*TWO_RANKS, *AUTOTP) if (arch, name) not in FP32_ROWS]
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
-BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS] + [("tiny_postln", name) for name in ("baseline", "zero1")]
-SLOW_BF16_ROWS = [("tiny_postln", name) for name in BF16_LAYOUTS if name not in ("baseline", "zero1")] + [("tiny", "cp2")]
+BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS]
+SLOW_BF16_ROWS = [("tiny_postln", name) for name in BF16_LAYOUTS] + [("tiny", "cp2")]
 EACH = 5  # steps on each stack
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
 

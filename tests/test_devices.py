@@ -62,7 +62,8 @@ def test_two_ranks_of_torchrun_on_one_gpu_are_refused(gpus):
 def test_the_launcher_sets_what_cuda_and_nccl_read_first(stack, tp, cp, transformer_engine, deterministic, expected):
     megatron = SimpleNamespace(transformer_engine=transformer_engine)
     cfg = SimpleNamespace(train=SimpleNamespace(deterministic=deterministic), megatron=megatron)
-    assert launcher.variables_of(SimpleNamespace(stack=stack, layout=SimpleNamespace(tp=tp, cp=cp), cfg=cfg)) == expected
+    run = SimpleNamespace(stack=stack, layout=SimpleNamespace(tp=tp, cp=cp), cfg=cfg)
+    assert launcher.variables_of(run, launcher.Nodes(1, 1, 0, None, None)) == expected
 
 
 def test_segments_grow_in_place_unless_the_user_says_otherwise(tmp_path):

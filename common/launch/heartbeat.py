@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 SCRATCH = "TWINSTACK_SCRATCH"  # environment variable: the launcher's folder on this node
+SWAP_FOLDER = "TWINSTACK_SWAP"  # environment variable: the launcher's folder in deepspeed.nvme
 DUMP_STACKS = signal.SIGUSR1  # a rank that gets it writes the Python stack of each of its threads
 WAITING = "waiting: "  # prefix of the phases in which a rank waits for the others
 DONE = "done"

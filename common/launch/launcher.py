@@ -26,7 +26,6 @@ from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EX
 from common.launch import elastic, heartbeat, lock, processes
 from common.launch.watch import Failure, Watch
 from common.paths import find
-from common.stacks.host import SWAP_FOLDER
 
 if TYPE_CHECKING:
     from common.preflight import Run
@@ -347,7 +346,7 @@ def swap_folder(run: "Run") -> Iterator[dict[str, str]]:
         yield {}
         return
     with lock.scratch_folder(find(place)) as folder:
-        yield {SWAP_FOLDER: folder}
+        yield {heartbeat.SWAP_FOLDER: folder}
 
 
 def cores() -> int:

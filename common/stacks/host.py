@@ -16,7 +16,6 @@ from common.paths import find
 if TYPE_CHECKING:
     from common.config import DeepSpeed
 
-SWAP_FOLDER = "TWINSTACK_SWAP"  # environment variable: the launcher's folder in deepspeed.nvme
 SUBMITS = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"  # as AsyncIOBuilder.is_compatible asks
 
 

@@ -30,10 +30,10 @@ from common.checkpoints.checkpoint import Entry
 from common.checkpoints.parameters import Shapes
 from common.config import Config
 from common.launch import processes
+from common.launch.heartbeat import SWAP_FOLDER
 from common.launch.processes import Ranks
 from common.layout import Layout
 from common.paths import find
-from common.stacks.host import SWAP_FOLDER
 from common.stacks.parameter_map import Conversion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
