@@ -3,7 +3,7 @@
     bash scripts/test.sh --record-layouts    each test that compares a run with a plain loop adds a row to tests/layouts.json
     python -m tests.layout_table             writes the tables of docs/layouts.md and recipes/*/README.md from it
 
-Recording replaces the rows of a test file as a whole, so record whole files.
+Rows that are not measured again stay. To begin anew, delete the file.
 """
 
 import argparse
@@ -81,12 +81,9 @@ def recorded() -> list[Row]:
 
 
 def record(rows: Iterable[Row]) -> None:
-    """Replace the rows of the test files that these rows are of."""
-    new = {identity(row): row for row in rows}
-    files = {row["test"] for row in new.values()}
-    kept = [row for row in recorded() if row["test"] not in files]
-    lines = sorted(json.dumps(row) for row in [*kept, *new.values()])
-    RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    """Add these rows to the file, in place of those of the same layout."""
+    by_layout = {identity(row): row for row in [*recorded(), *rows]}
+    RECORD.write_text("[\n" + ",\n".join(sorted(map(json.dumps, by_layout.values()))) + "\n]\n", encoding="utf-8")
 
 
 def tables(family: str, what: str) -> str:
