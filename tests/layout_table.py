@@ -3,7 +3,7 @@
     bash scripts/test.sh --record-layouts    each test that compares a run with a plain loop adds a row to tests/layouts.json
     python -m tests.layout_table             writes the tables of docs/layouts.md and recipes/*/README.md from it
 
-Rows that are not measured again stay. To begin anew, delete the file.
+Rows that are not measured again stay. To start over, delete the file.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _kind(record: Row, values: dict[str, Any]) -> str:
 
 
 def identity(row: Row) -> str:
-    """What tells a row from the others."""
+    """The fields that identify a row."""
     return json.dumps({key: value for key, value in row.items() if key not in ("loss", "norm", "date")}, sort_keys=True)
 
 

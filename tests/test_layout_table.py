@@ -15,6 +15,12 @@ def test_documents_show_what_was_measured(path):
     assert layout_table.page(text) == text, "type: python -m tests.layout_table"
 
 
+def test_the_readme_tells_the_largest_difference():
+    largest = max(row["loss"] for row in layout_table.recorded() if "bf16" not in row["kind"])
+    text = " ".join((layout_table.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"The largest difference measured there is {largest:.1e}.".replace("e-0", "e-") in text
+
+
 def test_every_row_is_within_the_bounds():
     rows = layout_table.recorded()
     assert len({layout_table.identity(row) for row in rows}) == len(rows) > 100

@@ -29,7 +29,7 @@ class Settings(NamedTuple):
     """What an agent has to know of the run."""
 
     out: str
-    node_rank: int  # NODE_RANK: torchrun numbers the nodes anew in each round
+    node_rank: int  # NODE_RANK: torchrun renumbers the nodes in each round
     worlds: list[int]  # numbers of ranks among which the global batch divides
     asked: str  # NNODES as it was given
 

@@ -209,7 +209,7 @@ measured, and as predicted before and after.
 Here on a CPU ({cpu}): GPT in fp32, one thread per process, the median of the steps after the first {warmup}. The rates of
 products, attention, elementwise kernels, copies and all-reduce are measured (`common/planning/cpu.py`). Then {freedom} factors
 are fitted to the {fitted} rows marked *: {factors}.
-The other rows: {errors}. The errors are those of the seconds. `python -m scripts.bench_plan --write` measures all of it anew.
+The other rows: {errors}. The errors are those of the seconds. `python -m scripts.bench_plan --write` repeats all measurements.
 
 | processes | layout and size | measured, s | before | predicted | error |
 |---|---|---|---|---|---|

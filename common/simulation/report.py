@@ -113,7 +113,7 @@ def _cases_of(config: Config) -> Iterator[Case]:
 
 
 def key(case: Case | Mapping[str, Any]) -> str:
-    """What tells the rows apart."""
+    """The fields that identify a row."""
     values = case._asdict() if isinstance(case, Case) else case
     return json.dumps([values["config"], values["stack"], values["world"], values["rank"], list(values["overrides"])])
 
