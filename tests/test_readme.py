@@ -1,5 +1,6 @@
 """The documents: each command names existing files, its `--help` or `--dry-run` works, and links have targets."""
 
+import functools
 import os
 import re
 import shlex
@@ -59,6 +60,12 @@ def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[
     )
 
 
+@functools.cache
+def help_of(*command: str) -> subprocess.CompletedProcess[str]:
+    """`command --help`: pages repeat commands."""
+    return run([*command, "--help"], {})
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
 def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_settings: list[str], tmp_path: Path) -> None:
     words, env = [of_gpt(word) for word in line.words], dict(line.env)
@@ -75,13 +82,13 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
     elif words[0] == "python":
         assert words[1] == "-m", line.name
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line.name
-        done = run([sys.executable, "-m", words[2], "--help"], {})
+        done = help_of(sys.executable, "-m", words[2])
         assert done.returncode == 0, done.stderr
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert all(option in done.stdout for option in options), (options, done.stdout)
     elif words[0] == "torchrun":
         module = words[words.index("-m") + 1]
-        done = run([sys.executable, "-m", module, "--help"], {})
+        done = help_of(sys.executable, "-m", module)
         assert done.returncode == 0, done.stderr
         assert all(word in done.stdout for word in words[words.index("-m") + 2 :] if word.startswith("--")), done.stdout
     elif words[0] == "bash":
@@ -96,7 +103,7 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
             assert done.returncode == 0, done.stderr
             assert "torchrun" in done.stdout
         else:
-            done = run(["bash", script, "--help"], {})
+            done = help_of("bash", script)
             assert done.returncode == 0, done.stderr
             assert all(word in done.stdout for word in words if word.startswith("--")), done.stdout
     else:
@@ -112,6 +119,43 @@ def test_links_have_targets(document: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     missing = [t for t in targets if "://" not in t and not (ROOT / document).parent.joinpath(t).exists()]
     assert not missing
+
+
+@functools.cache
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    text = re.sub(
+        r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S
+    )  # comments of shell are no headings
+    for heading in re.findall(r"^#+ +(.*)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = sum(slug == a or a.rpartition("-")[0] == slug and a.rpartition("-")[2].isdigit() for a in found)
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_have_headings(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    missing = [
+        f"{target}#{anchor}"
+        for target, anchor in links
+        if "://" not in target and anchor not in anchors((path.parent / target) if target else path)
+    ]
+    assert not missing
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
+    assert [page for page in pages if f"]({page})" not in index] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
