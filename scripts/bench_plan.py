@@ -21,10 +21,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.comparison.layouts import torchrun
 from common.errors import BadInput, exit_cleanly
 from common.launch import in_process, processes
 from common.planning import calibration, cpu
-from scripts.parity import torchrun
 
 THREADS, STEPS = 1, 9
 

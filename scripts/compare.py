@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 from common import config
 from common.checkpoints import checkpoint
+from common.comparison.layouts import name_of
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.preflight import task_module, unusable
 from common.training.log import count
 from common.yaml_files import read_yaml
-from scripts import heldout, plan, plot
+from scripts import heldout, plot
 from scripts.check import read_json, read_lines
 
 COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
@@ -110,7 +111,7 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
 
 def layout_of(run: Path, cfg: config.Config, stack: str) -> str:
     """'megatron tp=2 sp dist-opt, 2 processes'"""
-    name = plan.name_of(cfg, stack)
+    name = name_of(cfg, stack)
     saved = checkpoint.latest(run)
     if saved is None or "layout" not in saved.meta:  # a checkpoint that was imported has no layout
         return name

@@ -35,6 +35,7 @@ from typing import Any
 
 from common import config as configs, families
 from common.checkpoints import run_record
+from common.comparison import layouts
 from common.errors import EXIT_BAD_INPUT, BadInput, exit_cleanly
 from common.launch import in_process, processes
 from common.paths import ROOT
@@ -88,12 +89,12 @@ def parity_of(family: str, folder: Path) -> dict[str, Any]:
     """Compare every layout of one process with the first one, in fp32 and bf16, for each tiny config."""
     processes.quiet()
     rows: list[dict[str, Any]] = []
-    layouts = parity.usual_layouts(families.stacks(family), 1)
+    usual = layouts.usual_layouts(families.stacks(family), 1)
     for path in sorted(configs_of(family).glob("tiny*.yaml")):
         for dtype in ("fp32", "bf16"):
             shared = [f"data.train={folder / family / 'corpus/train'}", "data.valid=null", f"train.dtype={dtype}"]
             out = folder / family / path.stem / dtype
-            cases, left_out = parity.cases_of(str(path), shared, layouts, STEPS_OF_PARITY, 1, out, optional=True)
+            cases, left_out = layouts.cases_of(str(path), shared, usual, STEPS_OF_PARITY, 1, out, optional=True)
             print(*left_out, sep="\n")
             done: list[parity.Row] = []
             while len(done) < len(cases):  # a case that raises ends the loop below; with one process no collective can hang
@@ -361,7 +362,7 @@ def report(results: dict[str, Any]) -> str:
         text.append(f"| {p['part']} | {p['status']} | {p['seconds']:.0f} | {note} |")
     rows = [row for p in results["parts"] for row in p.get("rows", [])]
     if rows:
-        goal = f"loss {parity.LOSS:g} and norm {parity.NORM:g} in fp32, loss {parity.BF16:g} in bf16"
+        goal = f"loss {layouts.LOSS:g} and norm {layouts.NORM:g} in fp32, loss {layouts.BF16:g} in bf16"
         text += [
             "",
             f"## Parity: one process, {STEPS_OF_PARITY} steps, relative to the first layout in fp32 (goal: {goal})",

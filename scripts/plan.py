@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config, families
+from common.comparison.layouts import name_of
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.layout import layout_for
@@ -410,19 +411,6 @@ CHOICES: dict[str, list[dict[str, object]]] = {
     "deepspeed": [{"zero_stage": s, "offload": o} for s, o in ((1, "none"), (2, "none"), (3, "none"), (3, "optimizer"))],
     "megatron": [_megatron(tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 8))],
 }
-SHORT = {"sequence_parallel": "sp", "distributed_optimizer": "dist-opt", "zero_stage": "zero", "recompute": "recompute"}
-
-
-def name_of(cfg: Config, stack: str) -> str:
-    """'megatron tp=2 sp dist-opt'"""
-    values = getattr(cfg, stack).model_dump(exclude={"micro_batch", "extra"})
-    words = []
-    for key, value in values.items():
-        if value is True:
-            words.append(SHORT.get(key, key))
-        elif key == "zero_stage" or value not in (None, False, 1, "none", "even", "parameters"):  # defaults, whatever the key
-            words.append(f"{SHORT.get(key, key)}={value}")
-    return " ".join([stack, *words])
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ CHANGES = {
 PREPARE = """\
 import json, sys
 from pathlib import Path
-from scripts import parity
-config, folder, layouts, overrides = json.loads(sys.argv[1])
-given = parity.parsed(layouts, parity.families.stacks("mine"))
-cases, left_out = parity.cases_of(config, overrides, given, 20, 2, Path(folder), optional=True)
+from common import families
+from common.comparison import layouts
+config, folder, words, overrides = json.loads(sys.argv[1])
+given = layouts.parsed(words, families.stacks("mine"))
+cases, left_out = layouts.cases_of(config, overrides, given, 20, 2, Path(folder), optional=True)
 Path(folder, "cases.json").write_text(json.dumps({"cases": cases, "reference": cases[0], "dtype": "fp32"}))
 print(*left_out, sep="\\n")
 """
