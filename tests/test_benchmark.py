@@ -1,0 +1,174 @@
+"""scripts/benchmark.py: its parts, what it keeps and refuses, and the three forms of its report."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from common.comparison import pictures, render
+from common.comparison.figures import Disagreement, Figure, Options, Picture, Report, Task, tables
+from common.errors import BadInput
+from scripts import benchmark
+
+COMMAND = "python -m scripts.benchmark --parts speed"
+
+
+def figure(subject: str, metric: str, value: object, unit: str = "", **more: object) -> Figure:
+    values = {"section": "Performance / GPT", "kind": "measured", "source": COMMAND} | more
+    return Figure(subject=subject, metric=metric, value=value, unit=unit, **values)  # type: ignore[arg-type]
+
+
+SPEED = [
+    figure("baseline", "tokens/s", 11_123.4),
+    figure("baseline", "of baseline", 1.0, spread=(1.0, 1.0)),
+    figure("deepspeed zero_stage=3 <b>", "tokens/s", 7_123.4),
+    figure("deepspeed zero_stage=3 <b>", "of baseline", 0.6404, spread=(0.61, 0.66)),
+    figure("deepspeed zero_stage=3 <b>", "GB/step", 3, "GB", kind="counted"),
+]
+
+
+def drawing(found: object) -> object:
+    made, axes = pictures.new()
+    axes.bar(["a", "b"], [1, 2])
+    axes.set_ylabel("ratio")
+    return made
+
+
+def report(figures: list[Figure]) -> Report:
+    return Report(COMMAND, "2026-01-01", "abc", "2 cores", {"torch": "2.15"}, figures, ["megatron: left out: no recipe has it"])
+
+
+# ---- figures and tables
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "guessed"}, {"source": " "}, {"value": float("nan")}], ids=["kind", "source", "not finite"]
+)
+def test_a_figure_without_kind_or_source_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="Performance / GPT / a / b"):
+        Figure(**({"section": "Performance / GPT", "subject": "a", "metric": "b", "value": 1.0, "unit": "", "kind": "measured",
+                   "source": COMMAND} | wrong))  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_column_has_one_kind_and_a_cell_one_figure() -> None:
+    [table] = tables(SPEED)
+    assert table.rows == ["baseline", "deepspeed zero_stage=3 <b>"] and table.columns == ["tokens/s", "of baseline", "GB/step"]
+    with pytest.raises(ValueError, match="two figures"):
+        tables([*SPEED, SPEED[0]])
+    with pytest.raises(ValueError, match="measured in '' and predicted in ''"):
+        tables([*SPEED, figure("megatron", "tokens/s", 1.0, kind="predicted")])
+
+
+def test_a_report_is_read_back_whole() -> None:
+    written = report(SPEED).to_json()
+    assert Report.from_json(json.loads(json.dumps(written))) == report(SPEED)
+    assert set(written["figures"][0]) == {"section", "subject", "metric", "value", "unit", "kind", "spread", "source"}
+
+
+# ---- the three forms
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_no_line_too_long_and_no_number_cut(width: int) -> None:
+    wide = SPEED + [figure(row, f"column {i}", 1234.5 + i, "ms") for row in ("baseline", "megatron") for i in range(12)]
+    wide += [figure("baseline", "flags", "micro_batch=4 tp=2 sequence_parallel=true distributed_optimizer=true pp=4 of eight")]
+    text = render.terminal(report(wide), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for value in [render.cell(one) for one in wide if not isinstance(one.value, str)]:
+        assert re.search(rf"(?<![\d,.]){re.escape(value.partition(' ')[0])}(?![\d,.])", text), value
+    assert "megatron: left out: no recipe has it" in text
+
+
+def test_every_table_names_its_kind_and_its_command() -> None:
+    for written in (render.markdown(report(SPEED), []), render.html(report(SPEED), [])):
+        assert "counted" in written and "measured" in written and COMMAND in written
+        assert "0.640 [0.610 .. 0.660]" in written and "megatron: left out" in written
+    assert "<b>abc" not in render.html(report(SPEED), []) and "&lt;b&gt;" in render.html(report(SPEED), [])
+
+
+def test_a_table_with_many_columns_of_few_rows_is_turned() -> None:
+    wide = [figure(row, f"m{i}", i) for row in ("deepspeed", "megatron") for i in range(9)]
+    grid = render.grid(tables(wide)[0])
+    assert grid.head == ["", "deepspeed", "megatron"] and grid.body[3] == ["m3 (measured)", "3", "3"]
+
+
+def test_the_page_needs_no_network_and_its_pictures_take_its_colours(tmp_path: Path) -> None:
+    both = [Picture("bars", "Performance", "Bars.", drawing), Picture("none", "Performance", "None.", lambda found: None)]  # type: ignore[arg-type,return-value]
+    drawn = render.draw(both, SPEED, tmp_path)
+    assert [one.png for one in drawn] == ["bars.png"] and (tmp_path / "bars.png").stat().st_size > 1000
+    page = render.html(report(SPEED), drawn)
+    assert not re.search(r'(src|href)="(?!#)|@import|url\((?!#)', page)
+    assert "currentColor" in page and pictures.INK not in page
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and all(f"#{link}" for link in re.findall(r'href="#([^"]+)"', page))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    assert "![Bars.](bars.png)" in render.markdown(report(SPEED), drawn)
+
+
+# ---- the parts
+
+
+def part(name: str, calls: list[str], fails: Exception | None = None) -> Task:
+    def run(options: Options, folder: Path) -> list[Figure]:
+        calls.append(name)
+        if fails:
+            raise fails
+        return [figure(name, "tokens/s", 1.0)]
+
+    return Task(name, "Performance", 1.0, run)
+
+
+def begin(out: Path, *words: str) -> tuple[Options, Report]:
+    options = Options(out=out, words=words)
+    out.mkdir(exist_ok=True)
+    return options, report([])
+
+
+def test_an_interrupted_report_continues_and_another_commit_begins_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    options, made = begin(tmp_path / "out")
+    with pytest.raises(Disagreement):
+        benchmark.run([part("a", calls), part("b", calls, Disagreement("step 3"))], options, made, None)
+    options, made = begin(tmp_path / "out", "--parts", "a", "b", "--rounds", "3")
+    benchmark.run([part("a", calls)], Options(out=options.out, words=()), made, None)
+    assert calls == ["a", "b"] and [f.subject for f in made.figures] == ["a"]
+    options, made = begin(tmp_path / "out", "--rounds", "5")
+    benchmark.run([part("a", calls)], options, made, None)
+    assert calls == ["a", "b", "a"]  # other rounds are other figures
+    options, made = begin(tmp_path / "out", "--rounds", "5")
+    made.commit = "def"
+    benchmark.run([part("a", calls)], options, made, None)
+    assert calls == ["a", "b", "a", "a"]
+
+
+def test_what_cannot_be_run_is_left_out_with_a_line_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str] = []
+    options, made = begin(tmp_path / "out")
+    parts = [part("a", calls, BadInput("needs --source")), part("b", calls)]
+    benchmark.run(parts, options, made, None)
+    assert made.left_out[-1] == "a: left out: needs --source" and [f.subject for f in made.figures] == ["b"]
+    benchmark.run(parts, options, report([]), None)
+    assert calls == ["a", "b", "a"]
+    made = report([])
+    benchmark.run([part("c", calls)], options, made, 0.001)
+    assert "c" not in calls and made.left_out[-1].startswith("c: left out: needs about 1 s, more than --minutes 0.001")
+    assert "[1/2] a" in capsys.readouterr().out
+
+
+def test_words_that_do_not_change_the_figures() -> None:
+    words = ("--parts", "a", "b", "--rounds", "3", "--out", "x", "--minutes=4", "c.yaml")
+    assert benchmark.without_out(words) == ("--parts", "a", "b", "--rounds", "3", "c.yaml")
+    assert benchmark.part_words(Options(words=benchmark.without_out(words))) == ("--rounds", "3", "c.yaml")
+
+
+def test_bad_input_is_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["nothing.yaml", "--rounds", "0", "--processes", "0", "--minutes", "0", "--source", str(tmp_path / "none")]
+    with pytest.raises(BadInput) as caught:
+        benchmark.options_of(benchmark.parser().parse_args([*words, "--out", str(tmp_path)]))
+    assert len(caught.value.problems) == 5
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
+    there, left_out = benchmark.installed(["baseline", "deepspeed"])
+    assert there == ("baseline",) and left_out == [
+        "deepspeed: left out: deepspeed is not installed; bash scripts/setup.sh installs it"
+    ]
