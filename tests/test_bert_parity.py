@@ -58,7 +58,7 @@ MICRO1: Layouts = {
     "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "fsdp2", "zero3", "zero1_pp2", "tp2_sp", "zero1_tp2")
+REPEATED = ("baseline", "zero3", "zero1_pp2", "tp2_sp")
 # No mechanism of its own
 RARE = ("zero2", "zero0_tp2", "zero2_tp2", "tp2", "tp2_sp_recompute", "pp2_micro4", "pp2_vpp2_micro4")
 FEW = ("baseline", "zero1", "zero3", "tp2_sp", "pp2")
@@ -78,15 +78,16 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 BF16_LAYOUTS = ("baseline", "fsdp2", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
-RESUMED = ("baseline", "zero3", "tp2_sp", "pp2")
+RESUMED = ("baseline", "zero3", "pp2")
 # tests/test_resume.py has them in the fast suite: what saves and loads is shared
-SLOW_RESUMED = ("fsdp2", "zero0", "zero1", "zero2", "tp2", "cp2", "dp2_distributed_optimizer")
+SLOW_RESUMED = ("tp2_sp", "fsdp2", "zero0", "zero1", "zero2", "tp2", "cp2", "dp2_distributed_optimizer")
 FP32_ROWS = [("tiny", name) for name in (*TWO_RANKS, *AUTOTP) if name not in RARE]
 FP32_ROWS += [("tiny_postln", name) for name in REPEATED]
 SLOW_FP32_ROWS = [(arch, name) for arch in ARCHS for name in (*TWO_RANKS, *AUTOTP) if (arch, name) not in FP32_ROWS]
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
-BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS]
-SLOW_BF16_ROWS = [("tiny_postln", name) for name in BF16_LAYOUTS] + [("tiny", "cp2")]
+BF16_ROWS = [("tiny", name) for name in ("baseline", "fsdp2", "zero1", "tp2_sp")]
+SLOW_BF16_ROWS = [(arch, name) for arch in ARCHS for name in BF16_LAYOUTS if (arch, name) not in BF16_ROWS] + [("tiny", "cp2")]
+MOVED_ARCHS, SLOW_MOVED_ARCHS = ARCHS[:1], ARCHS[1:]
 EACH = 5  # steps on each stack
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
 
@@ -117,7 +118,7 @@ def runs(drive, bert_settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
         cases.append(run(stack, "tiny_postln", out / "whole" / name, [*shared, "train.steps=12"]))
         cases += [run(stack, "tiny_postln", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
     total = EACH * len(MOVES)
-    for arch in ARCHS:
+    for arch in MOVED_ARCHS + SLOW_MOVED_ARCHS * with_slow:
         moved = [*bert_settings, f"optim.decay_steps={total}", "train.keep=100"]
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
@@ -199,7 +200,7 @@ def test_dropout_was_on(runs):
     assert whole != without
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", rows([(a,) for a in MOVED_ARCHS], [(a,) for a in SLOW_MOVED_ARCHS]))
 def test_one_run_moves_between_stacks(runs, bert_settings, arch):
     """Through all stacks it follows the reference loop, which stays."""
     total = EACH * len(MOVES)
@@ -215,4 +216,4 @@ def test_every_state_reads_back_and_replicas_are_equal(runs):
     """tests/watch.py: before the first step of each run, and before each save of a Megatron run with tp."""
     for what in ("READBACK", "REPLICATED"):
         lines = re.findall(rf"{what} (\d+) parameters, (\d+) wrong", runs[1])
-        assert len(lines) > 20 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+        assert len(lines) >= 10 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines

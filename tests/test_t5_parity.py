@@ -53,7 +53,7 @@ MICRO1: Layouts = {
     "zero1_tp2_micro1": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2", "deepspeed.micro_batch=1"]),
 }
 # Every layout trains one architecture; the other one goes through a layout of each mechanism, the rest is marked slow.
-REPEATED = ("baseline", "fsdp2", "zero3", "tp2_sp", "zero1_tp2")
+REPEATED = ("baseline", "zero3", "tp2_sp")
 RARE = ("zero2", "zero0_tp2", "zero2_tp2", "tp2", "tp2_sp_recompute")  # no mechanism of its own
 FEW = ("baseline", "fsdp2_recompute", "zero1", "zero3", "tp2_sp", "dp2_micro1")
 # The objective's other choices, and Adafactor
@@ -67,15 +67,16 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 BF16_LAYOUTS = ("baseline", "fsdp2", "zero0", "zero1", "zero3", "tp2_sp", "dp2_distributed_optimizer")
-RESUMED = ("baseline", "zero3", "tp2_sp")
+RESUMED = ("baseline", "tp2_sp")
 # tests/test_resume.py has them in the fast suite: what saves and loads is shared
-SLOW_RESUMED = ("fsdp2", "zero0", "zero1", "zero2", "tp2", "dp2_distributed_optimizer")
+SLOW_RESUMED = ("zero3", "fsdp2", "zero0", "zero1", "zero2", "tp2", "dp2_distributed_optimizer")
 FP32_ROWS = [("tiny_v1_1", name) for name in (*TWO_RANKS, *AUTOTP) if name not in RARE]
 FP32_ROWS += [("tiny", name) for name in REPEATED]
 SLOW_FP32_ROWS = [(arch, name) for arch in ARCHS for name in (*TWO_RANKS, *AUTOTP) if (arch, name) not in FP32_ROWS]
 SLOW_FP32_ROWS += [(arch, name) for arch in ARCHS for name in MICRO1]
-BF16_ROWS = [("tiny_v1_1", name) for name in BF16_LAYOUTS]
-SLOW_BF16_ROWS = [("tiny", name) for name in BF16_LAYOUTS]
+BF16_ROWS = [("tiny_v1_1", name) for name in ("baseline", "fsdp2", "zero1", "tp2_sp")]
+SLOW_BF16_ROWS = [(arch, name) for arch in ARCHS for name in BF16_LAYOUTS if (arch, name) not in BF16_ROWS]
+MOVED_ARCHS, SLOW_MOVED_ARCHS = ("tiny_v1_1",), ("tiny",)
 EACH = 5  # steps on each stack
 # bf16 against the fp32 loop, from stack to stack by design (tests/test_parity.py); at most 3.2e-3 was measured, on a CPU.
 BF16 = 5e-3
@@ -91,7 +92,7 @@ def run(stack: str, config: str, out: Path, overrides: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def seeded(t5_settings) -> dict[str, tuple[list[str], Curve]]:
+def seeded(t5_settings, with_slow) -> dict[str, tuple[list[str], Curve]]:
     """{config, variant, or config + " moved": (overrides, curve of the reference loop)}, each with a seed that keeps clear of
     T5 1.0's ReLUs (plain_t5.py)."""
 
@@ -103,7 +104,8 @@ def seeded(t5_settings) -> dict[str, tuple[list[str], Curve]]:
     moved = [f"train.steps={EACH * len(MOVES)}", f"optim.decay_steps={EACH * len(MOVES)}", "train.keep=100"]
     # of the text of Python 3.12.1, the 43 seeds before this one meet a ReLU at 0
     firsts = {"tiny": 1277, "tiny_v1_1": 1234}
-    return same | {f"{arch} moved": clear(arch, moved, firsts[arch]) for arch in ARCHS}
+    archs = MOVED_ARCHS + SLOW_MOVED_ARCHS * with_slow
+    return same | {f"{arch} moved": clear(arch, moved, firsts[arch]) for arch in archs}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def runs(drive, settings, t5_settings, with_slow, tmp_path_factory) -> tuple[Pat
         shared = [*t5_settings, "model.dropout=0.1", "optim.decay_steps=12", *overrides]
         cases.append(run(stack, "tiny_v1_1", out / "whole" / name, [*shared, "train.steps=12"]))
         cases += [run(stack, "tiny_v1_1", out / "halves" / name, [*shared, f"train.steps={n}"]) for n in (6, 12)]
-    for arch in ARCHS:
+    for arch in MOVED_ARCHS + SLOW_MOVED_ARCHS * with_slow:
         moved = settings[f"{arch} moved"]
         cases += [
             run(stack, arch, out / "moved" / arch, [*moved, f"train.steps={EACH * number}", *overrides])
@@ -207,7 +209,7 @@ def test_dropout_was_on(runs):
     assert whole != without
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", rows([(a,) for a in MOVED_ARCHS], [(a,) for a in SLOW_MOVED_ARCHS]))
 def test_one_run_moves_between_stacks(runs, reference, arch):
     """Through all stacks it follows the reference loop, which stays."""
     expected = reference[f"{arch} moved"]
@@ -221,4 +223,4 @@ def test_every_state_reads_back_and_replicas_are_equal(runs):
     """tests/watch.py: before the first step of each run, and before each save of a Megatron run with tp."""
     for what in ("READBACK", "REPLICATED"):
         lines = re.findall(rf"{what} (\d+) parameters, (\d+) wrong", runs[1])
-        assert len(lines) >= 19 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
+        assert len(lines) >= 10 and all(int(seen) > 0 and wrong == "0" for seen, wrong in lines), lines
