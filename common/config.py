@@ -364,7 +364,8 @@ class DeepSpeed(System):
     nvme: FilePath | None = Field(
         default=None,
         description="With zero_stage 3: a folder on each node's own disk where offloaded state is kept in place of CPU memory. "
-        "Needs libaio; was not run here. Weights and optimizer state below 1 MiB stay in memory.",
+        "Needs libaio and g++: before the first run DeepSpeed builds its aio operator, for minutes. Weights and optimizer "
+        "state below 1 MiB stay in memory.",
     )
     hpz: Positive = Field(
         default=1,
