@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import families
-from common.comparison.figures import Disagreement, Options, Picture, Report, Task, figures_from_json
+from common.comparison.figures import Disagreement, Figure, Options, Picture, Report, Task, figures_from_json
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.json_files import read_object, write_json
@@ -37,6 +37,9 @@ from common.preflight import unusable
 
 # In the order of the report. Each has TASKS and PICTURES.
 SECTIONS = ("performance", "scalability", "balance", "ease", "ecosystem", "claims")
+ORDER = (
+    "Verdict", "Which one for you", "Performance", "Scalability", "Load balance", "Ease of use", "Ecosystem", "Claims",
+)  # fmt: skip
 PACKAGES = {"baseline": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
 EXIT_DISAGREEMENT = 1
 
@@ -227,10 +230,15 @@ def minutes(seconds: float) -> str:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
+def in_order(figures: Sequence[Figure]) -> list[Figure]:
+    """The answers first, then what they rest on; within a section as they came."""
+    return sorted(figures, key=lambda figure: ORDER.index(figure.section.partition(" / ")[0]))
+
+
 def finish(report: Report, options: Options) -> None:
     from common.comparison import render, verdict
 
-    report.figures += verdict.figures(report.figures)
+    report.figures = in_order([*report.figures, *verdict.figures(report.figures)])
     write_json(options.out / "report.json", report.to_json())
     drawn = render.draw(pictures(), report.figures, options.out)
     (options.out / "report.md").write_text(render.markdown(report, drawn), encoding="utf-8")

@@ -172,3 +172,16 @@ def test_bad_input_is_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert there == ("baseline",) and left_out == [
         "deepspeed: left out: deepspeed is not installed; bash scripts/setup.sh installs it"
     ]
+
+
+def test_the_parts_of_this_repository() -> None:
+    names = [task.name for task in benchmark.tasks()]
+    assert len(names) == len(set(names)) and all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+    assert {task.section.partition(" / ")[0] for task in benchmark.tasks()} <= set(benchmark.ORDER)
+    drawn = [picture.name for picture in benchmark.pictures()]
+    assert len(drawn) == len(set(drawn)) and all(picture.draw([]) is None for picture in benchmark.pictures())
+
+
+def test_the_answers_come_first() -> None:
+    last, first = figure("a", "b", 1), figure("a", "b", 1, section="Verdict")
+    assert benchmark.in_order([last, first]) == [first, last]

@@ -150,7 +150,7 @@ def blocks(grid: Grid, width: int) -> list[str]:
     """The lines of a table; its columns in as many blocks as the width needs, each with the first column."""
     columns = [[grid.head[i], *(row[i] for row in grid.body)] for i in range(len(grid.head))]
     first = min(max(len(text) for text in columns[0]), width // 3)
-    sizes = [column_width(column, width - first - GAP) for column in columns[1:]]
+    sizes = [column_width(column, left, width - first - GAP) for column, left in zip(columns[1:], grid.left[1:], strict=True)]
     lines: list[str] = []
     begin = 0
     while begin < len(sizes):
@@ -164,12 +164,11 @@ def blocks(grid: Grid, width: int) -> list[str]:
     return lines
 
 
-def column_width(column: Sequence[str], most: int) -> int:
-    """Wide enough for the longest number and for the words of the head; text wraps at a third of what is there."""
-    words = max(len(word) for word in column[0].split(" "))
-    longest = max((len(text) for text in column[1:]), default=0)
-    unbroken = max((len(word) for text in column for word in re.split(r"(?<!\.) (?!\.)", text)), default=0)
-    return min(most, max(words, min(longest, max(unbroken, most // 3))))
+def column_width(column: Sequence[str], is_text: bool, most: int) -> int:
+    """Wide enough for the longest cell and the words of the head; a column of text may wrap at a third of what is there."""
+    words = max((len(word) for cell in (column if is_text else column[:1]) for word in cell.split()), default=0)
+    longest = max((len(cell) for cell in column[1:]), default=0)
+    return min(most, max(words, min(longest, most // 3) if is_text else longest))
 
 
 def block(columns: Sequence[Sequence[str]], sizes: Sequence[int], left: Sequence[bool]) -> list[str]:
@@ -275,7 +274,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-al
          white-space: nowrap; }
 th { background: var(--head); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .text { text-align: left; white-space: normal; min-width: 9rem; }
-tbody th { text-align: left; position: sticky; left: 0; }
+tbody th { text-align: left; position: sticky; left: 0; max-width: 45vw; }
 .kind { display: block; font-weight: 400; color: var(--quiet); }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; max-width: 46rem; height: auto; color: var(--ink); }
 figcaption, .source, summary { color: var(--quiet); font-size: .875rem; }
