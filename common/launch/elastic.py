@@ -69,6 +69,7 @@ def install(settings: Settings, scratch: Path) -> None:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
+    _number_ranks_by_node(settings.node_rank)
     agent: Any = LocalElasticAgent
     form_group, monitor = agent._rendezvous, agent._monitor_workers
     rounds: list[Group] = []
@@ -113,6 +114,19 @@ def install(settings: Settings, scratch: Path) -> None:
         self._shutdown(timeout=SAVE if joins else 30)
 
     agent._rendezvous, agent._monitor_workers, agent._stop_workers = rendezvous, monitor_workers, stop_workers
+
+
+def _number_ranks_by_node(node_rank: int) -> None:
+    """Give the nodes of a round their ranks in the order of NODE_RANK, so that rank 0, which prints the steps, is on node 0.
+
+    torchrun sorts them by name and process id, and numbers the rendezvous of a process from 0 (`_NodeDesc` in
+    torch/distributed/elastic/rendezvous/dynamic_rendezvous.py); an agent has one rendezvous.
+    """
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    module: Any = dynamic_rendezvous
+    module.DynamicRendezvousHandler._node_desc_generator._local_id = node_rank
+    module._NodeDesc.__lt__ = lambda self, other: (self.local_id, self.addr, self.pid) < (other.local_id, other.addr, other.pid)
 
 
 def has_begun(scratch: Path) -> bool:

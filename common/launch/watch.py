@@ -181,12 +181,13 @@ class Watch:
         """Why torchrun has ended with `returncode` (of Popen); None if the reason is on the screen already."""
         if self.nodes.is_elastic:
             self._follow()
-        if self.hung:
+        no_new_round = self.nodes.is_elastic and returncode == EXIT_LOST
+        if self.hung and not no_new_round:
             return self.hung
         first, states = self._first_failures(), {state.rank: state for state in self.states()}
         crashes = {rank: crash for rank in self.ranks if (crash := heartbeat.crash(self.scratch, rank))}
         ended = causes({rank: code for rank, (_, code) in first.items()}, crashes)
-        if ended:
+        if ended and not self.hung:  # else the launcher has ended them
             [code, *_] = ended.values()
             trace = [crashes[rank].trace.rstrip() for rank in ended if rank in crashes]
             lines = []
@@ -200,7 +201,7 @@ class Watch:
             message = next(iter(crashes.values())).message.splitlines()[0]
             line = f"error: ranks of node {self.nodes.node_rank} ({self.host}) lost the connection to another rank: {message}"
             failure = Failure(EXIT_LOST, [line], False)
-        elif self.nodes.is_elastic and returncode == EXIT_LOST:
+        elif no_new_round:
             lost = "error: the run was ended on another node, or node 0, which the others need to find each other, is lost"
             failure = Failure(EXIT_LOST, [lost], False)
         elif returncode < 0:
