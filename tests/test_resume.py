@@ -133,7 +133,7 @@ def test_replicated_parameters_stay_equal_with_dropout(runs):
 def test_dropout_was_on(runs, settings):
     dropped = losses(runs[0] / "whole/baseline")[1]["loss"]
     without, _ = plain.losses(ROOT / "recipes/gpt/configs/tiny.yaml", [*settings, "train.steps=1"])[0]
-    assert abs(dropped - without) > 100 * LOSS
+    assert abs(dropped - without) > 10 * LOSS
 
 
 @pytest.mark.parametrize("arch", [*MOVED, *slow(SLOW_MOVED)])
