@@ -66,6 +66,9 @@ def main() -> int:
     unknown = [name for name in args.parts if name not in known]
     if unknown:
         raise BadInput([f"--parts {name}: no such part; there are {', '.join(known)}" for name in unknown])
+    if args.redraw:
+        finish(read_report(args.out), args.out)
+        return 0
     options, left_out = options_of(args)
     chosen = [known[name] for name in dict.fromkeys(args.parts)] or list(known.values())
     report = begin(options, left_out)
@@ -74,7 +77,7 @@ def main() -> int:
     except Disagreement as error:
         print(f"error: the losses disagree, so nothing is compared: {error}", file=sys.stderr)
         return EXIT_DISAGREEMENT
-    finish(report, options)
+    finish(report, options.out)
     return 0
 
 
@@ -87,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="to measure (default: the usual ones)")
     p.add_argument("--parts", nargs="+", default=[], metavar="PART", help="of the report (default: all; --list names them)")
     p.add_argument("--list", action="store_true", help="name the parts, with their time on 2 cores, and end")
+    p.add_argument(
+        "--redraw", action="store_true", help="measure nothing: write the tables and pictures of DIR/report.json again"
+    )
     p.add_argument("--minutes", type=float, metavar="N", help="leave out the parts that do not fit into this time")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each layout, in turn (default: 3)")
     p.add_argument("--processes", type=int, metavar="N", help="ranks (default: all GPUs of this machine, else 2)")
@@ -235,17 +241,27 @@ def in_order(figures: Sequence[Figure]) -> list[Figure]:
     return sorted(figures, key=lambda figure: ORDER.index(figure.section.partition(" / ")[0]))
 
 
-def finish(report: Report, options: Options) -> None:
+def read_report(folder: Path) -> Report:
+    values = read_object(folder / "report.json")
+    if values is None:
+        raise BadInput(f"--redraw: {folder}/report.json is not there or cannot be read; run the command without --redraw first")
+    report = Report.from_json(values)
+    report.figures = [figure for figure in report.figures if not figure.section.startswith("Verdict")]
+    return report
+
+
+def finish(report: Report, folder: Path) -> None:
+    """Write report.json, report.md, report.html and the pictures into the folder, and print the tables."""
     from common.comparison import render, verdict
 
     report.figures = in_order([*report.figures, *verdict.figures(report.figures)])
-    write_json(options.out / "report.json", report.to_json())
-    drawn = render.draw(pictures(), report.figures, options.out)
-    (options.out / "report.md").write_text(render.markdown(report, drawn), encoding="utf-8")
-    (options.out / "report.html").write_text(render.html(report, drawn), encoding="utf-8")
+    write_json(folder / "report.json", report.to_json())
+    drawn = render.draw(pictures(), report.figures, folder)
+    (folder / "report.md").write_text(render.markdown(report, drawn), encoding="utf-8")
+    (folder / "report.html").write_text(render.html(report, drawn), encoding="utf-8")
     columns = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80
     print(render.terminal(report, columns))
-    print(f"{options.out}/report.html, report.md, report.json: {len(report.figures)} figures, {len(drawn)} pictures")
+    print(f"{folder}/report.html, report.md, report.json: {len(report.figures)} figures, {len(drawn)} pictures")
 
 
 if __name__ == "__main__":

@@ -185,3 +185,13 @@ def test_the_parts_of_this_repository() -> None:
 def test_the_answers_come_first() -> None:
     last, first = figure("a", "b", 1), figure("a", "b", 1, section="Verdict")
     assert benchmark.in_order([last, first]) == [first, last]
+
+
+def test_a_report_is_drawn_again_from_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadInput, match="report.json is not there"):
+        benchmark.read_report(tmp_path)
+    benchmark.finish(report(SPEED), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"report.json", "report.md", "report.html"} <= set(before)
+    benchmark.finish(benchmark.read_report(tmp_path), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
