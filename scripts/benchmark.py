@@ -36,7 +36,7 @@ from common.json_files import read_object, write_json
 from common.preflight import unusable
 
 # In the order of the report. Each has TASKS and PICTURES.
-SECTIONS = ("performance", "scalability", "balance", "ease", "ecosystem", "claims")
+SECTIONS = ("performance", "scalability", "balance", "ease", "ecosystem", "claims", "choice")
 ORDER = (
     "Verdict", "Which one for you", "Performance", "Scalability", "Load balance", "Ease of use", "Ecosystem", "Claims",
 )  # fmt: skip

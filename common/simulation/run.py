@@ -10,7 +10,6 @@ import gc
 import importlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -340,6 +339,13 @@ def _after(module: Any, name: str, then: Callable[[], None]) -> None:
 
 def run_all(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     """The results of all cases, in their order. This process imports torch and the recipes; each case runs in a fork of it."""
+    prepare(cases)
+    for case in cases:
+        yield forked(case)
+
+
+def prepare(cases: Sequence[Case]) -> None:
+    """Import what these cases need, so that `forked` can run them, and others of the same recipes."""
     patches.before_imports(0, 1)
     processes.quiet()
     import torch
@@ -352,32 +358,28 @@ def run_all(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     torch.cuda.init()  # with this device a fork can go on as it is
     torch.cuda._is_in_bad_fork = lambda: False
     gc.collect()
-    folder = Path(tempfile.mkdtemp(prefix="simulate_"))
-    try:
-        for case in cases:
-            yield _forked(case, folder / "result.json")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forked(case: Case, path: Path) -> dict[str, Any]:
-    path.unlink(missing_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if not child:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: do not outlive a parent that is killed
-        try:
-            found = run(case)
-        except BadInput as error:
-            found = {"fault": "; ".join(error.problems), "bad_input": True}
-        except BaseException as error:
-            found = {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        path.write_text(json.dumps(found), encoding="utf-8")
+def forked(case: Case) -> dict[str, Any]:
+    """The result of a case, in a fork of this process, which `prepare` has prepared."""
+    with tempfile.TemporaryDirectory(prefix="simulate_") as folder:
+        path = Path(folder) / "result.json"
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # a normal exit would wait for threads that the fork has not
-    _, status = os.waitpid(child, 0)
-    if not path.exists():
-        return {"fault": f"the process ended with status {os.waitstatus_to_exitcode(status)}"}
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
+        child = os.fork()
+        if not child:
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: do not outlive a parent that is killed
+            try:
+                found = run(case)
+            except BadInput as error:
+                found = {"fault": "; ".join(error.problems), "bad_input": True}
+            except BaseException as error:
+                found = {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            path.write_text(json.dumps(found), encoding="utf-8")
+            sys.stderr.flush()
+            os._exit(0)  # a normal exit would wait for threads that the fork has not
+        _, status = os.waitpid(child, 0)
+        if not path.exists():
+            return {"fault": f"the process ended with status {os.waitstatus_to_exitcode(status)}"}
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
