@@ -37,7 +37,10 @@ def of_gpt(word: str) -> str:
 
 def lines_of(document: str) -> list[Line]:
     lines = []
-    for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S):
+    page = (ROOT / document).read_text(encoding="utf-8")
+    for block, after in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```\n(<!-- output)?", page, re.M | re.S):
+        if after:  # scripts/document_tour.py runs these: their output stands below them
+            block = "\n".join(line for line in block.splitlines() if "train.sh" not in line or "--dry-run" in line)
         for text in block.replace("\\\n", " ").splitlines():
             for part in text.split("&&"):
                 words = shlex.split(part, comments=True)
