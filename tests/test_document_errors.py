@@ -23,11 +23,15 @@ def test_the_page_is_that_of_the_code() -> None:
     assert PAGE.read_text(encoding="utf-8") == document_errors.page(), "type: python -m scripts.document_errors"
 
 
+def test_every_message_says_what_to_type_or_the_page_does() -> None:
+    assert document_errors.unexplained() == [], "let the message say what to type, or add it to REMEDIES"
+
+
 def templates() -> Iterator[re.Pattern[str]]:
     """The messages of the page as patterns; those that are little more than values are left out."""
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("- "):
-            text = line[2:].strip("` ")
+            text = re.split(r"(?<=`) (?=[A-Z])", line[2:])[0].strip("` ")  # without what the page adds
             parts = re.split(r"\{[\w.]+\}", text)
             if sum(map(len, parts)) >= 8:
                 yield re.compile(".*".join(map(re.escape, parts)), re.S)
