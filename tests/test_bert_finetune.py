@@ -54,7 +54,8 @@ LAYOUTS = {
 }
 ARCH_OF = {"rte": "tiny_postln", "stsb": "tiny", "cola": "tiny", "squad": "tiny_postln", "race": "tiny", "ner": "tiny"}
 OTHERS = ("baseline", "zero3", "tp2_sp", "pp2")  # layouts of the tasks beyond the first two
-PAIRS = [("rte", layout) for layout in LAYOUTS] + [("stsb", layout) for layout in OTHERS]
+AUTOTP = {"zero3_autotp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"])}
+PAIRS = [("rte", layout) for layout in (*LAYOUTS, *AUTOTP)] + [("stsb", layout) for layout in OTHERS]
 ALONE = [("cola", "baseline"), ("cola", "tp2_sp"), *((name, layout) for name in ("squad", "race", "ner") for layout in OTHERS)]
 ALONE += [("squad", "cp2"), ("squad", "zero1_pp2"), ("race", "zero1_pp2")]
 pytestmark = pytest.mark.timeout(900)
@@ -142,7 +143,7 @@ def one(stack: str, path: Path, out: Path, overrides: list[str]) -> dict:
 @pytest.fixture(scope="module")
 def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("finetuned")
-    cases = [one(LAYOUTS[n][0], configs[name], out / name / n, LAYOUTS[n][1]) for name, n in PAIRS + ALONE]
+    cases = [one(LAYOUTS[n][0], configs[name], out / name / n, LAYOUTS[n][1]) for name, n in PAIRS + ALONE if n in LAYOUTS]
     for layout in ("baseline", "zero1", "tp2_sp"):
         stack, more = LAYOUTS[layout]
         shared = [*more, "model.dropout=0.1", "optim.decay_steps=12"]
@@ -151,6 +152,7 @@ def runs(drive, configs, tmp_path_factory) -> tuple[Path, str]:
     cases += [one("baseline", configs["rte"], out / "patient", ["task.patience=1", "optim.lr=1e-12", "train.steps=40"])] * 2
     cases += [one("baseline", configs["rte"], out / "moved", ["train.steps=10", "optim.decay_steps=20"]),
               one("megatron", configs["rte"], out / "moved", ["train.steps=20", "megatron.tp=2"])]  # fmt: skip
+    cases += [one(stack, configs["rte"], out / "rte" / name, more) for name, (stack, more) in AUTOTP.items()]  # its groups stay
     return out, drive(cases, 2)
 
 

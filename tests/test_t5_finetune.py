@@ -45,7 +45,9 @@ LAYOUTS = {
     "zero3": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.micro_batch=4"]),
     "dp2": ("megatron", ["megatron.distributed_optimizer=true"]),
     "tp2_sp": ("megatron", ["megatron.tp=2", "megatron.sequence_parallel=true", "megatron.micro_batch=4"]),
-    "autotp2": ("deepspeed", ["deepspeed.tp=2", "deepspeed.micro_batch=4"]),  # the last: its groups stay
+    # the last two: their groups stay
+    "autotp2": ("deepspeed", ["deepspeed.tp=2", "deepspeed.micro_batch=4"]),
+    "zero3_autotp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2", "deepspeed.micro_batch=4"]),
 }
 RUNS = [("multi30k-en-de", name) for name in LAYOUTS] + [("mrpc", name) for name in ("baseline", "tp2_sp")]
 SPLITS = {"multi30k-en-de": "test", "mrpc": "dev"}

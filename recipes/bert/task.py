@@ -101,11 +101,6 @@ class Model(Section):
                 f"deepspeed.sp={system.sp}: BERT's heads read the first token and the masked ones, which a rank that has a "
                 "part of each sample may lack; use deepspeed.sp=1"
             )
-        if stack == "deepspeed" and system.tp > 1 and system.zero_stage == 3 and hasattr(cfg, "task"):
-            yield (
-                f"deepspeed.tp={system.tp} with deepspeed.zero_stage=3 in finetuning: has not been compared with the plain "
-                "loop; use stage 0 to 2"
-            )
         if getattr(system, "transformer_engine", False) and not find_spec("transformer_engine"):
             yield "megatron.transformer_engine=true: TransformerEngine is not installed; install it, or set it to false"
         tp = getattr(system, "tp", 1)

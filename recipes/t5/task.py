@@ -108,11 +108,6 @@ class Model(Section):
                 f"deepspeed.sp={system.sp}: transformers computes T5's relative biases of all heads at one rank's positions, "
                 "and Ulysses needs those of some heads at all positions; use deepspeed.sp=1"
             )
-        if stack == "deepspeed" and tp > 1 and system.zero_stage == 3 and hasattr(cfg, "task"):
-            yield (
-                f"deepspeed.tp={tp} with deepspeed.zero_stage=3 in finetuning: has not been compared with the plain "
-                "loop; use stage 0 to 2"
-            )
         if self.heads % tp:
             yield f"{stack}.tp={tp} does not divide model.heads={self.heads}"
         if self.resolved_ffn() % tp:
