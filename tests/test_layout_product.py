@@ -4,70 +4,33 @@ The runs are slow, so only layouts that together have every pair of values of tw
 these.
 """
 
-import importlib
 import itertools
 import json
 import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from conftest import ROOT, case, losses
 from test_parity import LOSS, NORM
 
 from common import config, families
+from common.comparison import refusals
+from common.comparison.refusals import CONFIGS, RANKS, Keys, values_of
 from common.config import Config
 from common.errors import BadInput
 from common.layout import layout_for
 from tests import plain, plain_bert, plain_t5
 
 pytestmark = pytest.mark.timeout(7200)  # the first test waits for all runs
-RANKS = 4
 STEPS = 3
 TRIED = 200  # layouts of which one is chosen
 FAST = 1  # of the layouts that are run, per family and stack
-CONFIGS = {"gpt": "tiny_llama", "bert": "tiny", "t5": "tiny_v1_1"}
-VALUES: dict[str, list[Any]] = {  # of keys whose values the schema does not list
-    "micro_batch": [1, 2],
-    "tp": [1, 2, 3],
-    "pp": [1, 2, 3],
-    "cp": [1, 2, 3],
-    "sp": [1, 2, 3],
-    "vpp": [1, 2, 3],
-    "zero_stage": [0, 1, 2, 3],
-    "partition": ["parameters", "uniform", [1, 3], [1, 2], [1, 1, 2]],
-    "pipeline_layout": ["even", "embedding_and_loss", "Ettt|tL", "Et"],
-    "nvme": [None],  # of which the folder and libaio decide
-    "hpz": [1, 2],
-    "extra": [{}],
-    "fusions": [None],
-    "transformer_engine": [False, True],
-}
 WORDS = 60  # of a message, at most
-Keys = dict[str, Any]
 
 
-def values_of(name: str, annotation: Any) -> list[Any]:
-    """The values of a key that the product has."""
-    if name in VALUES:
-        return VALUES[name]
-    if annotation is bool:
-        return [False, True]
-    choices = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-    if get_origin(choices) is Literal:
-        return list(get_args(choices))
-    raise AssertionError(f"{name}: add its values to VALUES")
-
-
-@cache
-def start(family: str) -> Config:
-    """The family's tiny config."""
-    tiny = ROOT / f"recipes/{family}/configs/{CONFIGS[family]}.yaml"
-    return config.load(
-        tiny, ["data.valid=null", "model.vocab_size=512"], importlib.import_module(f"recipes.{family}.task").Config
-    )
+start = cache(refusals.start)
 
 
 def product(family: str, stack: str) -> Iterator[tuple[Keys, list[str]]]:

@@ -1,0 +1,24 @@
+"""Write docs/claims.md: what articles claim about DeepSpeed and Megatron, where it comes from, and whether it is true.
+
+python -m scripts.document_claims
+
+The claims and their sources are in common/comparison/claims.py; a test compares the page with it.
+"""
+
+import argparse
+
+from common.comparison import claims
+from common.paths import ROOT
+
+PAGE = ROOT / "docs/claims.md"
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m scripts.document_claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    PAGE.write_text(claims.page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
