@@ -35,15 +35,14 @@ from typing import Any
 
 from common import config as configs, families
 from common.checkpoints import run_record
-from common.comparison import layouts
+from common.comparison import layouts, measuring
 from common.errors import EXIT_BAD_INPUT, BadInput, exit_cleanly
-from common.launch import in_process, processes
+from common.launch import processes
 from common.paths import ROOT
 from common.planning import flops, memory
 from common.preflight import task_module
 from common.yaml_files import read_yaml
 from scripts import parity
-from scripts.bench_speed import Enough
 
 CORPUS_MB = 2
 SPEED_SIZES = (0.35e9, 1.3e9)  # parameters
@@ -151,7 +150,8 @@ def speed(family: str, name: str, stack: str, folder: Path, rehearsal: bool) -> 
         seconds: list[float] = []
         tokens_of: list[int] = []
         with contextlib.suppress(torch.OutOfMemoryError):
-            seconds, tokens_of = timed(module, str(path), out, overrides)
+            timing = measuring.timed(module, [str(path), str(out), *overrides], WARMUP + STEPS)
+            seconds, tokens_of = timing.seconds[WARMUP:], timing.tokens[WARMUP:]
         if not seconds:
             notes.append(f"micro batch {micro}: out of memory")
             forget()
@@ -202,38 +202,6 @@ def simulate(family: str, folder: Path) -> dict[str, Any]:
              "difference": difference}
         )  # fmt: skip
     return {"ok": not problems, "simulated": simulated} | ({"error": "; ".join(problems)} if problems else {})
-
-
-def timed(module: str, config: str, out: Path, overrides: Sequence[str]) -> tuple[list[float], list[int]]:
-    """Seconds and tokens of STEPS steps of a recipe's own loop, after WARMUP; nothing is saved."""
-    recipe = importlib.import_module(module)
-    marks: list[float] = []
-    tokens_of: list[int] = []
-
-    class Stopwatch(recipe.Log):
-        def begin_step(self) -> None:
-            if self.device.type == "cuda":
-                import torch
-
-                torch.cuda.synchronize(self.device)
-            marks.append(time.perf_counter())
-            if len(marks) > WARMUP + STEPS:
-                raise Enough
-            super().begin_step()
-
-        def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
-            tokens_of.append(tokens)
-            super().step(step, loss, grad_norm, lr, tokens, **parts)
-
-    plain, recipe.Log = recipe.Log, Stopwatch
-    try:
-        in_process.run(module, [config, str(out), *overrides])
-    except Enough:
-        pass
-    finally:
-        recipe.Log = plain
-    seconds = [after - before for before, after in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
-    return seconds, tokens_of[WARMUP:]
 
 
 def forget() -> None:

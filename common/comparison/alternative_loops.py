@@ -1,10 +1,8 @@
-"""What scripts/bench_speed.py compares the recipes with: transformers.Trainer, and a minimal loop over Megatron Core."""
+"""What alternatives.py compares the recipes with: transformers.Trainer, and a minimal loop over Megatron Core."""
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,12 +66,16 @@ class RecordingTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.loss_of, self.last_loss = loss_of, torch.zeros(())
 
-    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[Any]:
+        dataset: Any = self.train_dataset
+        return torch.utils.data.SequentialSampler(dataset)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss: Any
         if self.loss_of is None:
-            loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss = self.loss_of(model, inputs)
         self.last_loss = loss.detach()
@@ -104,21 +106,6 @@ def trainer(
     return step_by_step(loop)
 
 
-def finetuning_trainer(run: "Run", steps: int) -> Step:
-    """transformers.Trainer that finetunes BERT on MRPC with batches of samples of similar length."""
-    cfg = run.cfg
-    net = transformers.AutoModelForSequenceClassification.from_pretrained(cfg.init.from_, num_labels=2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.init.from_)
-    lines = (Path(cfg.task.data) / "msr_paraphrase_train.txt").read_text(encoding="utf-8-sig").splitlines()[1:]
-    samples = []
-    for label, _, _, first, second in (line.split("\t") for line in lines):
-        ids = tokenizer(first, second, truncation=True, max_length=cfg.data.seq_len)
-        samples.append({**ids, "labels": int(label)})
-    more = {"train_sampling_strategy": "group_by_length"}
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-    return step_by_step(transformers.Trainer(net, arguments(run, steps, **more), train_dataset=samples, data_collator=collate))
-
-
 def arguments(run: "Run", steps: int, **more: Any) -> transformers.TrainingArguments:
     """The recipe's settings as those of a Trainer; everything else is as it comes."""
     optim, cuda = run.cfg.optim, torch.cuda.is_available()
@@ -132,8 +119,8 @@ def arguments(run: "Run", steps: int, **more: Any) -> transformers.TrainingArgum
     )  # fmt: skip
 
 
-def step_by_step(loop: transformers.Trainer) -> Step:
-    """A Trainer, in a thread of its own, that makes one step per call. The loss is nan unless it is a RecordingTrainer."""
+def step_by_step(loop: RecordingTrainer) -> Step:
+    """A Trainer, in a thread of its own, that makes one step per call."""
     stepping, failures = StepByStep(), []
     loop.add_callback(stepping)
     threads = torch.get_num_threads()
@@ -156,7 +143,7 @@ def step_by_step(loop: transformers.Trainer) -> Step:
         stepping.done.acquire()
         if failures:
             raise failures[0]
-        return float(loop.last_loss) if isinstance(loop, RecordingTrainer) else math.nan
+        return float(loop.last_loss)
 
     return step
 
