@@ -145,6 +145,7 @@ def search(cell: Cell) -> Found:
         found = run.forked(case)
         if found["fault"] and "OutOfMemoryError" not in found["fault"]:
             raise BadInput(found["fault"])
+        print(f"{cell.command(layers, 0)}: {found['fault'] or 'fits'}", flush=True)
         if not found["fault"]:
             reserved[layers] = max(phase["reserved_bytes"] for phase in found["phases"].values())
         return not found["fault"]
