@@ -226,6 +226,11 @@ class Train(Section):
     eval_samples: Positive | None = Field(default=None, description="Validation samples per evaluation. Default: all.")
     save_every: Count = Field(default=0, description="Steps between checkpoints; 0: after the last step only.")
     keep: Positive = Field(default=2, description="Checkpoints that are kept, the newest ones.")
+    log_every: Positive = Field(
+        default=1,
+        description="Steps between lines on the screen, which have the mean time of these steps; the last step has a line too. "
+        "metrics.jsonl has every step.",
+    )
     # NCCL by default ends every rank after 10 minutes and names none
     hang_seconds: Count = Field(
         default=540,

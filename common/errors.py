@@ -5,6 +5,8 @@ import io
 import sys
 from collections.abc import Callable
 
+from common import screen
+
 # The exit codes of every command; --help of the launch scripts prints EXIT_CODES. Any other code is a bug, which shows its
 # traceback. A bare `torchrun -m` exits with 1 in place of each of these.
 EXIT_BAD_INPUT = 2
@@ -54,7 +56,7 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except BadInput as error:
         for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
+            print(screen.error_line(f"error: {line}"), file=sys.stderr)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:
         sys.stderr.close()
@@ -67,7 +69,7 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
             line = f"{where}{error.strerror}; make room there, or choose another folder, and try again"
         else:
             raise
-        print(f"error: {printable(line)}", file=sys.stderr)
+        print(screen.error_line(f"error: {printable(line)}"), file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = EXIT_SIGINT

@@ -25,7 +25,7 @@ from common.comparison.layouts import name_of
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
 from common.preflight import task_module, unusable
-from common.training.log import count
+from common.screen import count
 from common.yaml_files import read_yaml
 from scripts import heldout, plot
 from scripts.check import read_json, read_lines

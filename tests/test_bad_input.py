@@ -1119,7 +1119,7 @@ processes.run(main)
 SEEN_BY_ONE: list[tuple[str, int, list[str]]] = [
     ("input", 2, ["error: corpus/train.idx is missing", "error: and so is its other half"]),
     ("disk", 2, ["error: out/metrics.jsonl: No space left on device; correct that: the checkpoints are whole, and the same"]),
-    ("fault", 1, ["RuntimeError: a fault of our own"]),
+    ("fault", 1, ["\nRuntimeError: a fault of our own", "\nfailed with exit code 1: rank 1: RuntimeError: a fault of our own"]),
 ]
 
 

@@ -178,11 +178,12 @@ def test_a_broken_rank_shows_its_traceback_and_one_line(tmp_path: Path) -> None:
     assert re.search(r"^error: rank 1 of node 0 \(.*, process \d+\) ended with exit code 1 at the start ", errors, re.M)
     assert errors.count("error: rank") == errors.count("Traceback") == 1
     assert "rank one is broken" in details(errors)
+    assert errors.splitlines()[-1] == "failed with exit code 1: rank 1: RuntimeError: rank one is broken"
 
 
 def details(errors: str) -> str:
     """What the file that these last words name holds."""
-    return Path(re.search(r"^details: (.*)\n\Z", errors, re.M)[1]).read_text()
+    return Path(re.search(r"^details: (.*)\nfailed with exit code .*\n\Z", errors, re.M)[1]).read_text()
 
 
 def stop(folder: Path, rank: int, number: int) -> float:
@@ -198,10 +199,11 @@ def test_a_killed_rank_is_the_first_line_and_ends_the_launch_soon(tmp_path: Path
     begin = stop(tmp_path, 1, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 137 and time.monotonic() - begin < 15
-    first, second = errors.splitlines()
+    first, second, last = errors.splitlines()
     where = rf"\({re.escape(socket.gethostname())}, process {(tmp_path / 'pid_1').read_text()}\)"
     assert re.match(rf"error: rank 1 of node 0 {where} was killed by SIGKILL \(out of memory\?\) at step \d+ \(", first)
     assert "Connection closed by peer" in details(errors) and second.startswith("details: ")
+    assert last == f"failed with exit code 137: {first.removeprefix('error: ')}"
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
 
@@ -223,7 +225,8 @@ def test_a_stopped_rank_is_named_within_the_limit(tmp_path: Path) -> None:
     begin = stop(tmp_path, 1, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 4 and 1.5 < time.monotonic() - begin < 15
-    first, second, _ = errors.splitlines()
+    first, second, _, last = errors.splitlines()
+    assert last == f"failed with exit code 4: {first.removeprefix('error: ')}"
     assert re.match(r"error: rank 1 of node 0 \(.*, process \d+\) hangs: stopped by a signal, at step \d+ \(.* since 20", first)
     assert "train.hang_seconds" in second and "nothing was saved" in second
     assert re.search(r"rank 0: stacks\n(?:.*\n){1,9}.* in _meet", details(errors))  # where the other one waits
@@ -419,7 +422,7 @@ def test_a_rank_that_stops_is_named_and_the_same_command_continues(
     how = "hangs: stopped by a signal," if number == signal.SIGSTOP else "was killed by SIGKILL"
     assert re.match(rf"error: rank 1 of node 0 \(.*, process {victim.pid}\) {how}.* at step \d+ ", errors), errors
     assert process.returncode == (4 if number == signal.SIGSTOP else 137) and time.monotonic() - begin < 40
-    assert "Traceback" not in errors and len(errors.splitlines()) <= 3
+    assert "Traceback" not in errors and len(errors.splitlines()) <= 4
     assert "Current thread" in details(errors) or "exception" in details(errors)  # of the other rank
 
     lines = training_lines(out)

@@ -94,5 +94,5 @@ def test_a_copied_recipe_trains_without_an_edit(settings, tmp_path):
     env.pop("PYTHONPATH", None)
     done = subprocess.run([*command, "train.steps=3"], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "step  3/3" in done.stdout and (checkout / "out/mine/hf/model.safetensors").is_file()
+    assert "step    3 100%" in done.stdout and (checkout / "out/mine/hf/model.safetensors").is_file()
     assert not (checkout / "out/mine/step_3/transformer.h.3.ln_1.weight.safetensors").exists()

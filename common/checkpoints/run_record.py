@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 CODE = ("common", "data", "recipes", "scripts")  # folders of the code that a run may execute
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate")
-NO_LONGER_READ = ("hang_seconds", "save_every", "keep", "deterministic")  # by a finished run, of the section `train`
+NO_LONGER_READ = (
+    "hang_seconds",
+    "save_every",
+    "keep",
+    "log_every",
+    "deterministic",
+)  # by a finished run, of the section `train`
 FASTER = ("transformer-engine", "apex", "flash-attn")  # the stacks call their kernels where they are installed
 LEFTOVERS = (
     *("step_*.tmp", "step_*.old.tmp", "hf.tmp", "hf.old.tmp", "adapter.tmp", "adapter.old.tmp"),

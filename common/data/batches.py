@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import BadInput
-from common.launch import heartbeat, processes
+from common.launch import heartbeat, processes, startup
 from common.layout import Layout
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def prefetch(run: "Run", step: int, dp_rank: int, sp_rank: int = 0) -> Iterator[
         pending = begin(step + 1)
         for following in range(step + 2, run.cfg.train.steps + 2):
             micro_batches = pending.result()
+            if following == step + 2:
+                startup.done("first batch")
             if following <= run.cfg.train.steps:
                 pending = begin(following)
             yield micro_batches

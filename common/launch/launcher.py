@@ -11,21 +11,24 @@ import glob
 import importlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.checkpoints import checkpoint
 from common.config import STACKS
 from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EXIT_SIGTERM, BadInput, shortened
-from common.launch import elastic, heartbeat, lock, processes
+from common.launch import elastic, heartbeat, lock, processes, startup
 from common.launch.watch import Failure, Watch
 from common.paths import find
+from common.screen import duration, error_line, field
 
 if TYPE_CHECKING:
     from common.preflight import Run
@@ -444,14 +447,17 @@ def run_ranks(
                 failure = watch.failure(ended)
                 code = failure.code if failure else code
         for line in failure.lines if failure and failure is not watch.hung else ():
-            print(line, file=sys.stderr, flush=True)
+            print(error_line(line) if line.startswith("error: ") else line, file=sys.stderr, flush=True)
         if ended is None:
             _kill(agent)
         elif failure is None and code == EXIT_BAD_INPUT:  # perhaps on this node alone, which has printed it
             failure = Failure(code, lines)
+        is_told = failure is not None and ended is not None and code == EXIT_BAD_INPUT
         details = watch.close(failure, code)
         if details:
             print(details, file=sys.stderr, flush=True)
+        if failure and not is_told:
+            print(error_line(failure.last_words), file=sys.stderr, flush=True)
         return code
 
 
@@ -544,6 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.config, command.out, command.overrides, stack, task, on.world, command.dry_run, on.possible_worlds
         )
 
+    begin = time.time()
     run = prepared()
     if on.is_elastic:
         on = with_worlds(on, run)
@@ -559,8 +566,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
     def started(run: "Run") -> int:
-        with swap_folder(run) as variables:
-            return run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables_of(run, on) | variables)
+        _announce(run, on)
+        variables = variables_of(run, on) | {
+            startup.LAUNCHED: "0" if on.is_elastic else str(begin), startup.HEADER: str(run.layout.world)
+        }  # fmt: skip
+        with swap_folder(run) as swap:
+            return run_ranks(arguments, on, run.out, run.cfg.train.hang_seconds, variables | swap)
 
     with lock.locked(run.out) if on.node_rank == 0 else contextlib.nullcontext():
         code = started(run)
@@ -574,4 +585,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = started(run)
         if code == 0 and on.node_rank == 0 and not (on.is_elastic and _steps_missing(run)):
             record_finished(run)
+            if run.resume is None or run.resume.step < run.whole.last_step:  # else that is all it says
+                print(closing(run, time.time() - begin), flush=True)
     return code
+
+
+def _announce(run: "Run", on: Nodes) -> None:
+    """Say what is started: on node 0 what the run is, on the others where to look."""
+    from common.training import log
+
+    ranks = f"{on.nproc} process{'es' * (on.nproc > 1)}"
+    if on.node_rank:
+        text = f"{ranks} of the run; node 0 ({on.master_addr}) prints its progress, and this node its own errors"
+        print(field(f"node {on.node_rank}", f"{text}. Files: {run.out}"), flush=True)
+        return
+    where = f" on each of {on.nnodes} nodes" if on.nnodes > 1 else ""
+    print(log.header(run), flush=True)
+    print(field("start", f"{ranks}{where}: importing torch and {run.stack}, which takes seconds"), flush=True)
+
+
+def closing(run: "Run", seconds: float) -> str:
+    """The last lines of a run: its losses, where its files are, and what to type next."""
+    from common.training import log
+
+    out = run.out
+    last: dict[str, Any] = {}
+    for line in log.read(out / "metrics.jsonl", run.whole.last_step):
+        last |= {key: value for key, value in line.items() if key in ("step", "loss", "valid_loss")}
+    losses = [f"{name} {last[key]:.4f}" for key, name in (("loss", "loss"), ("valid_loss", "validation loss")) if key in last]
+    files = ["metrics.jsonl", "tensorboard", "hf", "adapter", "best", "eval.json", "predictions"]
+    steps = checkpoint.finished(out)
+    present = [name for name in files if (out / name).exists()] + [steps[-1].name for _ in steps[:1]]
+    lines = [
+        field("done", ", ".join([f"{last.get('step', 0):,} steps", *losses, f"{duration(seconds)} in all"])),
+        field("files", f"{out}/: {', '.join(present)}"),
+    ]
+    quickstart = run.whole.quickstart
+    prompt = quickstart.prompt if quickstart and quickstart.prompt else "TEXT"
+    is_pretraining = "task" not in type(run.whole).model_fields
+    following = [f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"] if is_pretraining else []
+    following += [f"python -m scripts.check {out}"] if run.whole.expect else []
+    following += [f"tensorboard --logdir {out}/tensorboard"]
+    return "\n".join([*lines, *(f"{field('next' * (not i), '')}{command}" for i, command in enumerate(following))])

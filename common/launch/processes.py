@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
-from common.launch import heartbeat, lock
+from common.launch import heartbeat, lock, startup
 from common.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def start() -> Ranks:
     import torch
     import torch.distributed as dist
 
+    startup.begin()
     _die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _remember)
@@ -93,6 +94,7 @@ def start() -> Ranks:
             dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound, store=store, rank=0, world_size=1)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed reads these although the group exists
         heartbeat.beat("preparation")
+    startup.done(startup.processes(dist.get_world_size(), device))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

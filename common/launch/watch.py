@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from common.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_LOST
+from common.errors import EXIT_BAD_INPUT, EXIT_HANG, EXIT_LOST, printable, shortened
 from common.launch import heartbeat
 from common.launch.heartbeat import Record
 
@@ -54,6 +54,13 @@ class Failure(NamedTuple):
     code: int  # exit code
     lines: list[str]  # for the screen
     is_cause: bool = True  # False: a consequence of what happened on another node
+    reason: str = ""  # the line that matters, where it is not the first of `lines` that begins with error:
+
+    @property
+    def last_words(self) -> str:
+        """How the run failed, in one line."""
+        first = next((line.removeprefix("error: ") for line in self.lines if line.startswith("error: ")), "")
+        return f"failed with exit code {self.code}: {self.reason or first or ' '.join(self.lines)}"
 
 
 class RankState(NamedTuple):
@@ -196,7 +203,9 @@ class Watch:
                 lines.append(f"error: {_name(states[rank], first.get(rank, (0,))[0])} {how_it_ended(exit_code)}{where}")
             lines = trace + _first_lines(lines)
             # NCCL's watchdog ends a rank with SIGABRT when another rank is lost
-            failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT)
+            [rank, *_] = ended
+            reason = f"rank {rank}: {shortened(printable(crashes[rank].message))}" if rank in crashes else ""
+            failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT, reason)
         elif crashes:
             message = next(iter(crashes.values())).message.splitlines()[0]
             line = f"error: ranks of node {self.nodes.node_rank} ({self.host}) lost the connection to another rank: {message}"

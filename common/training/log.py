@@ -1,21 +1,24 @@
-"""What a run reports, on rank 0 only: a header, one aligned line per step, OUT/metrics.jsonl and TensorBoard."""
+"""What a run reports, on rank 0 only: a header, a line per train.log_every steps, OUT/metrics.jsonl and TensorBoard."""
 
 import json
 import os
 import resource
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from common import screen
+from common.config import Section, written
 from common.contract import Family
 from common.json_files import is_count
-from common.launch import heartbeat
+from common.launch import heartbeat, startup
 from common.launch.processes import Ranks
 from common.planning import flops
 from common.preflight import Run
+from common.training import trackers
+from common.yaml_files import to_yaml
 
 
 class Log:
@@ -31,9 +34,14 @@ class Log:
         self.gpu = _gpu_name(ranks)
         if not self.first:
             return
+        startup.done(f"model and optimizer with their values ({_origin(run)})")
         self.file = _open_metrics(run.out / "metrics.jsonl", self.first_step)
-        self.board = _tensorboard(run.out / "tensorboard", self.first_step)
-        print(header(run, self.gpu), flush=True)
+        self.trackers = trackers.started(run.out, self.first_step, _texts(run, task))
+        if os.environ.get(startup.HEADER) != str(ranks.world):
+            print(header(run), flush=True)
+        self.row = Row(run.whole.last_step, flops.peak_tflops(self.gpu) is not None)
+        self.every, self.lines = run.cfg.train.log_every, 0  # steps per line on the screen; lines so far
+        self.steps, self.seconds, self.tokens = 0, 0.0, 0  # since the last of these lines
 
     def begin_step(self) -> None:
         self.current += 1
@@ -42,52 +50,55 @@ class Log:
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
         """Log one optimizer step. loss: mean over the targets of the global batch; grad_norm: before clipping; tokens: tokens
-        in the global batch without padding; parts: further values for the line, such as the parts of the loss."""
+        in the global batch without padding; parts: further values for metrics.jsonl, such as the parts of the loss."""
         if not self.first:
             return
         seconds = time.perf_counter() - self.step_start
-        rate = tokens / seconds
-        parts |= {"padding": 1 - tokens / self.run.tokens_per_step}
         memory = peak_memory(self.device)
-        values = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **parts, "ms": seconds * 1e3,
-                  "tokens_per_s": rate, "mem_bytes": memory}  # fmt: skip
-        mfu = flops.mfu(self.flops_per_token, rate, self.gpu, self.run.layout.world)
-        shown = "" if mfu is None else f"  mfu {mfu:.0%}"
-        total = self.run.whole.last_step
-        eta = (time.perf_counter() - self.start) / max(1, step - self.first_step) * (total - step)
-        width = len(str(total))
-        print(
-            f"step  {step:>{width}}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {seconds * 1e3:.0f} ms  "
-            f"{count(rate)} tok/s{shown}  mem {memory / 2**30:.1f} GiB  eta {duration(eta)}",
-            flush=True,
-        )
+        values = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **parts,
+                  "padding": 1 - tokens / self.run.tokens_per_step, "ms": seconds * 1e3, "tokens_per_s": tokens / seconds,
+                  "mem_bytes": memory}  # fmt: skip
         self._write(values)
+        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + seconds, self.tokens + tokens
+        if step % self.every == 0 or step == self.run.cfg.train.steps:
+            self._show(step, loss, grad_norm, lr, memory)
+        elif step == self.first_step + 1:
+            startup.done(f"first step, loss {loss:.4f}")
+
+    def _show(self, step: int, loss: float, grad_norm: float, lr: float, memory: int) -> None:
+        """Print the line of a step, with the mean time of the steps since the last one."""
+        if self.lines % HEADING_EVERY == 0 and (self.lines == 0 or screen.has_colour(sys.stdout)):
+            print(screen.styled(self.row.heading(), "dim"))
+        rate, world = self.tokens / self.seconds, self.run.layout.world
+        speed = flops.mfu(self.flops_per_token, rate, self.gpu, world) if self.row.has_mfu else None
+        speed = self.flops_per_token * rate / 1e12 / world if speed is None else speed
+        left = (time.perf_counter() - self.start) / max(1, step - self.first_step) * (self.row.total - step)
+        line = self.row.line(step, loss, grad_norm, lr, self.seconds / self.steps, rate, speed, memory, left)
+        print(line, flush=True)
+        self.lines += 1
+        self.steps, self.seconds, self.tokens = 0, 0.0, 0
 
     def valid(self, step: int, loss: float, tokens: int, **parts: float) -> None:
         """Log the validation loss (mean over `tokens` targets) after `step`, with the perplexity if the loss has one part."""
         if not self.first:
             return
-        width = len(str(self.run.whole.last_step))
         more = [f"{name} {value:.4f}" for name, value in parts.items()] or [f"ppl {_perplexity(loss):.4g}"]
-        print("  ".join([f"valid {step:>{width}}  loss {loss:.4f}", *more]), flush=True)
+        print(self.row.valid(step, loss, more), flush=True)
         named = {f"valid_{name}": value for name, value in parts.items()}
         self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens, **named})
-
-    def say(self, text: str) -> None:
-        if self.first:
-            print(text, flush=True)
 
     def _write(self, values: dict[str, Any]) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            if name != "step":
-                self.board.add_scalar(name, value, values["step"])
+        rest = {name: value for name, value in values.items() if name != "step"}
+        for tracker in self.trackers:
+            tracker.write(values["step"], rest)
 
     def close(self) -> None:
         if self.first:
             self.file.close()
-            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def _open_metrics(path: Path, step: int) -> TextIO:
@@ -142,38 +153,102 @@ def read(path: Path, last_step: int) -> Iterator[dict[str, Any]]:
             yield from (values for line in file if (values := parsed(line)) and values["step"] <= last_step)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    threading.excepthook = _report_thread
-    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
-
-
-def _report_thread(args: "threading.ExceptHookArgs") -> None:
-    """Report any exception of a thread except OSError: TensorBoard's thread stores a failed write (a full disk) and raises it
-    at the next call, so one report is enough."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
+def _texts(run: Run, task: Family) -> dict[str, str]:
+    """What a tracker shows of a run as Markdown: what the model is, and the config."""
+    rows = {**task.model_card(run.cfg.model), **{name: run.record.get(name) for name in ("stack", "commit", "config")}}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    return {"model": f"| | |\n|---|---|\n{table}", "config": f"```yaml\n{to_yaml(run.whole.dump())}```"}
 
 
-def header(run: Run, gpu: str | None) -> str:
-    """The lines at the start of a log: model, data, step, layout, hardware, versions, commit and initial weights."""
+HEADING_EVERY = 25  # lines of steps, on a terminal
+
+
+class Row:
+    """The lines of steps, at most screen.WIDTH columns wide for up to 10 million steps.
+
+    Their columns: step, share of all steps, loss, norm of the gradients, learning rate, ms per step, tokens per s of all ranks,
+    TFLOP/s or (has_mfu) MFU per GPU, peak memory in GiB, time left.
+    """
+
+    def __init__(self, total: int, has_mfu: bool):
+        self.total, self.has_mfu = total, has_mfu
+        self.digits = max(4, len(str(total)))
+        self.widths = (self.digits + 5, 5, 9, 8, 9, 7, 8, 7 if has_mfu else 9, 6, 7)
+
+    def heading(self) -> str:
+        speed = "MFU" if self.has_mfu else "TFLOP/s"
+        names = (f"of {self.total}", "done", "loss", "norm", "lr", "ms", "tok/s", speed, "GiB", "left")
+        return self._joined(names)
+
+    def line(
+        self, step: int, loss: float, grad_norm: float, lr: float, seconds: float, rate: float, speed: float, memory: int,
+        left: float,
+    ) -> str:  # fmt: skip
+        """seconds: per step; speed: the MFU from 0 to 1, or TFLOP/s per GPU; memory: bytes; left: seconds."""
+        ms = _number(seconds * 1e3, 1 if seconds < 0.1 else 0)
+        shown = (
+            f"step {step:>{self.digits}}", f"{step * 100 // self.total}%",
+            _number(loss, 4), _number(grad_norm, 3), f"{lr:.2e}", ms, screen.count(rate),
+            f"{speed:.1%}" if self.has_mfu else f"{speed:.3g}",
+            f"{memory / 2**30:.1f}", screen.duration(left),
+        )  # fmt: skip
+        return self._joined(shown)
+
+    def valid(self, step: int, loss: float, more: Sequence[str]) -> str:
+        """The line of a validation. more: 'ppl 12.3', or the parts of the loss and the scores."""
+        first = f"valid {step:>{self.digits - 1}}      loss {loss:.4f}"
+        lines, room = [""], screen.WIDTH - len(first)
+        for text in more:
+            lines = [*lines[:-1], f"{lines[-1]}  {text}"] if len(lines[-1]) + 2 + len(text) <= room else [*lines, f"  {text}"]
+        return f"\n{'':{len(first)}}".join([screen.styled(first, "bold") + lines[0], *lines[1:]])
+
+    def _joined(self, cells: Sequence[str]) -> str:
+        """Right-aligned. A cell that is too wide is not cut: it moves those behind it."""
+        return "".join(f"{cell:>{width}}" if len(cell) < width or not i else f" {cell}"
+                       for i, (cell, width) in enumerate(zip(cells, self.widths, strict=True)))  # fmt: skip
+
+
+def _number(value: float, decimals: int) -> str:
+    """In at most 7 characters: with fewer decimals if it is large, with an exponent if it is very large or very small."""
+    if value and abs(value) < 10 ** (1 - decimals) or abs(value) >= 1e7:
+        return f"{value:.1e}"
+    return next(text for places in range(decimals, -1, -1) if len(text := f"{value:.{places}f}") <= 7 or not places)
+
+
+def header(run: Run) -> str:
+    """The lines at the start of a run: model, data, step, layout, versions, commit and initial values. Torch-free."""
     cfg, layout, record = run.cfg, run.layout, run.record
-    versions = "  ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = record["data"] | {"tokenizer": record["tokenizer"]}
     lines = {
         "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameter_count():,} parameters, "
         f"vocabulary {cfg.model.vocab_size:,}",
-        "data": "  ".join(f"{name} {str(value)[:12]}" for name, value in hashes.items()),
+        "data": ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value) + " (hashes)",
         "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
-        f"{cfg.train.dtype}, seed {cfg.train.seed}",
-        "layout": f"{run.stack}: {layout.shares}  {getattr(cfg, run.stack).model_dump_json()}",
-        "on": f"{layout.world} x {gpu}" if gpu else f"CPU ({os.cpu_count()} cores)",
-        "versions": f"python {sys.version.split()[0]}  {versions}",
+        f"{cfg.train.dtype}, seed {cfg.train.seed}; {run.whole.last_step:,} steps",
+        "layout": f"{run.stack}: {layout.shares}",
+        "settings": _changed_keys(getattr(cfg, run.stack)),
+        "versions": f"python {sys.version.split()[0]}, {versions}",
         "commit": record["commit"],
-        "from": str(run.resume.path) if run.resume else f"init.from={cfg.init.from_}",
+        "from": _origin(run),
+        "out": str(run.out),
     }
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    return "\n".join(screen.field(name, text) for name, text in lines.items())
+
+
+def _changed_keys(section: Section) -> str:
+    """'zero_stage=3 offload=all': the keys whose value is not the default."""
+    values, fields = section.model_dump(), type(section).model_fields
+    changed = {key: value for key, value in values.items() if value != fields[key].default}
+    return " ".join(f"{key}={written(value)}" for key, value in changed.items()) or "the defaults"
+
+
+def _origin(run: Run) -> str:
+    """Where the weights of a run come from, when it starts or continues."""
+    if run.resume:
+        return f"step {run.resume.step:,}: {run.resume.path}"
+    start = run.cfg.init.from_
+    return f"drawn from seed {run.cfg.train.seed}" if start == "scratch" else f"init.from={start}"
 
 
 def _gpu_name(ranks: Ranks) -> str | None:
@@ -196,20 +271,3 @@ def _perplexity(loss: float) -> float:
     import math
 
     return math.exp(min(loss, 50.0))
-
-
-def count(number: float) -> str:
-    """18600 -> '18.6k'"""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """77 -> '1m17s'"""
-    whole = int(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours >= 24:
-        return f"{hours // 24}d{hours % 24}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"

@@ -1,0 +1,165 @@
+"""What a run shows on the screen: its lines, their width, their cost, and colour on a terminal only."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import ROOT, launch_script, losses
+
+from common import screen
+from common.launch import startup
+from common.training import log, trackers
+
+LARGE = dict(loss=10.8262, grad_norm=123.4567, lr=6e-4, seconds=987.654, rate=3.517e5, memory=int(139.8 * 2**30), left=8.6e5)
+
+
+@pytest.mark.parametrize("total", [20, 600_000, 9_999_999])
+@pytest.mark.parametrize(("has_mfu", "speed"), [(True, 0.4567), (False, 438.123), (False, 0.000123)])
+def test_the_line_of_a_step_fits_and_cuts_no_digit(total: int, has_mfu: bool, speed: float) -> None:
+    row = log.Row(total, has_mfu)
+    lines = [row.heading(), row.line(total, speed=speed, **LARGE), row.line(1, 2.3e-5, 3.3e-4, 1e-9, 2e-3, 9.0, speed, 0, 5.0)]
+    assert all(len(line) <= screen.WIDTH for line in lines), lines
+    assert len({len(line) for line in lines}) == 1  # aligned
+    number, share, loss, norm, lr, ms, tokens, _, memory, left = lines[1].removeprefix("step").split()
+    assert (number, share, loss, norm, lr) == (str(total), "100%", "10.8262", "123.457", "6.00e-04")
+    assert (ms, tokens, memory, left) == ("987654", "351.7k", "139.8", "9d22h")
+    assert lines[2].split()[3:5] == ["2.3e-05", "3.3e-04"]
+
+
+def test_a_value_that_is_too_wide_moves_the_others_and_is_whole() -> None:
+    line = log.Row(10, False).line(1, 1234567.0, 9876543.0, 1e-3, 1234.5, 1.0, 1234.0, 2**50, 1.0)
+    assert {"1234567", "9876543", "1234500", "1.23e+03", "1048576.0"} <= set(line.split()), line
+
+
+def test_many_parts_of_a_validation_are_wrapped() -> None:
+    parts = [f"a_rather_long_name_{i} {i}.0000" for i in range(6)]
+    text = log.Row(100, False).valid(10, 1.5, parts)
+    assert all(len(line) <= screen.WIDTH for line in text.splitlines()) and all(part in text for part in parts)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "env", "expected"), [
+    (Terminal(), {}, True), (io.StringIO(), {}, False),
+    (Terminal(), {"NO_COLOR": "1"}, False), (Terminal(), {"TERM": "dumb"}, False),
+])  # fmt: skip
+def test_colour_is_for_a_terminal_that_wants_it(
+    stream: Any, env: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert (screen.styled("a", "red", stream) != "a") is expected
+
+
+def a_log(out: Path, every: int, steps: int) -> log.Log:
+    """The log of rank 0 of a run that is not there."""
+    train = SimpleNamespace(log_every=every, steps=steps)
+    run = SimpleNamespace(out=out, cfg=SimpleNamespace(train=train), tokens_per_step=512, layout=SimpleNamespace(world=2))
+    one = log.Log.__new__(log.Log)
+    one.run, one.first, one.device, one.gpu = run, True, SimpleNamespace(type="cpu"), None
+    one.first_step = one.current = one.lines = one.steps = one.tokens = 0
+    one.seconds, one.start, one.flops_per_token, one.every = 0.0, time.perf_counter(), 1e6, every
+    one.row = log.Row(steps, False)
+    out.mkdir(exist_ok=True)
+    one.file, one.trackers = log._open_metrics(out / "metrics.jsonl", 0), trackers.started(out, 0, {})
+    return one
+
+
+def write_steps(one: log.Log, steps: int) -> float:
+    """Log these steps; the seconds of the fastest hundred, per step."""
+    times = []
+    for step in range(1, steps + 1):
+        one.begin_step()
+        begin = time.perf_counter()
+        one.step(step, 2.5, 0.5, 1e-3, 512)
+        times.append(time.perf_counter() - begin)
+    one.close()
+    return min(sum(times[i : i + 100]) / 100 for i in range(0, steps, 100))
+
+
+def test_log_every_100_prints_a_hundredth_of_the_lines_and_keeps_every_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(a_log(tmp_path, 100, 1000), 1000)
+    printed = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[1]) for line in printed if line.startswith("step ")] == list(range(100, 1001, 100))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, 1001))
+
+
+def test_a_step_costs_less_than_a_tenth_of_a_millisecond(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_steps(a_log(tmp_path, 1, 2000), 2000) < 1e-4
+
+
+def seen(command: list[Any], seconds: float, **env: str) -> tuple[int, float, str]:
+    """Run a command on a terminal of its own: its exit code, the seconds until its first character, and all that it showed."""
+    own, other = pty.openpty()
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [*map(str, command)], stdin=other, stdout=other, stderr=other, cwd=ROOT, env=os.environ | {"TERM": "xterm"} | env
+    )
+    os.close(other)
+    shown, first = b"", 0.0
+    while time.monotonic() - begin < seconds and select.select([own], [], [], seconds)[0]:
+        try:
+            shown += os.read(own, 65536)
+        except OSError:  # all have closed it
+            break
+        first = first or time.monotonic() - begin
+    os.close(own)
+    return process.wait(), first, shown.decode().replace("\r\n", "\n")
+
+
+def test_a_run_on_a_terminal(settings: list[str], tmp_path: Path) -> None:
+    """Header at once, the parts of the start with seconds, steps, done and what to type next; again: that it is finished."""
+    command = ["bash", launch_script("baseline"), ROOT / "recipes/gpt/configs/tiny.yaml", tmp_path / "run", *settings]
+    command += ["train.steps=6", "train.log_every=3"]
+    env = {"NPROC": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    code, first, shown = seen(command, 120, **env, NO_COLOR="")
+    assert code == 0, shown
+    print(f"first line after {first:.2f} s")
+    assert "\033[2m" in shown  # colour
+    plain = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", shown)
+    names = [line.split()[0] for line in plain.splitlines() if line[:1].strip()]
+    assert names[:2] == ["model", "data"] and plain.count("\nstart ") == 5 and "first step, loss" in plain, plain
+    assert [line.split()[1] for line in plain.splitlines() if line.startswith("step  ")][-2:] == ["3", "6"], plain
+    assert "done      6 steps, loss " in plain and f"next      python -m scripts.generate {tmp_path}/run/hf" in plain
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
+    code, _, shown = seen([*command, "train.log_every=2"], 60, **env, NO_COLOR="1")
+    assert code == 0 and shown.startswith(f"complete: {tmp_path}/run is at its last step, 6") and "\033" not in shown
+
+
+def test_nothing_is_said_of_the_start_without_a_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.delenv(startup.LAUNCHED, raising=False)
+    startup.begin()
+    startup.done("first batch")
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "EVERY", 0)
+    with screen.progress("saving", 4, "parameters") as report:
+        report(2)
+    assert re.fullmatch(r"saving    2 of 4 parameters, \d+s left\n", capsys.readouterr().out)
+    with screen.progress("saving", 4, "parameters", shown=False) as report:
+        report(2)
+    assert capsys.readouterr().out == ""
+    code = "from common import screen\nwith screen.progress('saving', 4, 'parameters') as f: f(2)"
+    _, _, shown = seen([sys.executable, "-c", code], 30, NO_COLOR="")
+    assert "2/4" in shown and shown.rstrip("\n").endswith(("\033[2K", "\033[?25h")), shown
