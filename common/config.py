@@ -247,6 +247,23 @@ class Train(Section):
         return {"steps", "global_batch"}
 
 
+class Tracking(Section):
+    """Where the curves of a run go beside metrics.jsonl and TensorBoard."""
+
+    csv: bool = Field(
+        default=False, description="Also write OUT/train.csv and OUT/valid.csv: a row per step, and one per evaluation."
+    )
+    wandb: NonEmpty | None = Field(
+        default=None,
+        description="Project of Weights & Biases (`bash scripts/setup.sh wandb`). With WANDB_MODE=offline in the environment "
+        "the run stays in OUT/wandb.",
+    )
+
+    @classmethod
+    def resume_keys(cls) -> Set[str]:
+        return cls.model_fields.keys()
+
+
 class Init(Section):
     """Where the weights come from."""
 
@@ -462,6 +479,7 @@ class Config(Section):
     init: Init = Init()
     expect: dict[str, Expect] = Field(default={}, description="Published scores by name, TASK_METRIC.")
     quickstart: Quickstart | None = None
+    log: Tracking = Tracking()
     baseline: Baseline = Baseline()
     deepspeed: DeepSpeed = DeepSpeed()
     megatron: Megatron = Megatron()

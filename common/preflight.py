@@ -4,7 +4,7 @@ The launch script runs them on the host, where an error is the last thing on the
 """
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import re
 import tempfile
@@ -122,6 +122,8 @@ def prepare[C: Config](
         if dataset is not None:
             dataset.limit_ids(None if unknown else cfg.model.vocab_size, key)
     problems += _init_problems(cfg, task, notes, bool(unknown))
+    if cfg.log.wandb and not importlib.util.find_spec("wandb"):
+        problems.append(f"log.wandb={cfg.log.wandb}: wandb is not installed; type bash scripts/setup.sh wandb, or leave it out")
 
     world = max(fitting(config.views(whole), stack, worlds), default=world)
     layout = None

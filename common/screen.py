@@ -1,11 +1,12 @@
-"""What commands put on the screen: colour and bars on a terminal, plain lines elsewhere. Torch-free."""
+"""What commands put on the screen: colour and bars on a terminal, plain lines elsewhere; tables. Torch-free."""
 
 import contextlib
 import os
+import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TextIO
 
 WIDTH = 80  # columns of what runs print
@@ -81,3 +82,72 @@ def progress(what: str, total: int, unit: str, shown: bool = True) -> Iterator[C
     with Progress(*columns, transient=True, console=Console(highlight=False)) as bars:
         task = bars.add_task("", total=total)
         yield lambda done: bars.update(task, completed=done)
+
+
+def width() -> int:
+    """Columns of the terminal (or COLUMNS), 80 where the output goes to a file."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: Set[int], columns: int | None = None) -> str:
+    """A table in at most `columns` columns (default: those of the terminal) of which no cell is cut.
+
+    words: the columns of text, left-aligned, whose cells may be wrapped between words. The others, numbers, are right-aligned.
+    Where the longest words do not fit beside each other, each row becomes a block of lines.
+    """
+    columns = columns or width()
+    natural = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    least = [_longest_word([headings[i], *(row[i] for row in rows if i in words)]) for i in range(len(headings))]
+    least = [max(n, 0 if i in words else max((len(row[i]) for row in rows), default=0)) for i, n in enumerate(least)]
+    gap = 2 if sum(least) + 2 * (len(headings) - 1) <= columns else 1  # blanks between columns
+    room = columns - gap * (len(headings) - 1)
+    if sum(least) > room:
+        return _blocks(headings, rows, columns)
+    widths = list(natural)
+    while sum(widths) > room:  # the widest column that can be narrower
+        narrowed = max((i for i in range(len(widths)) if widths[i] > least[i]), key=lambda i: widths[i])
+        widths[narrowed] -= 1
+
+    def lines(cells: Sequence[str]) -> list[str]:
+        wrapped = [_wrapped(cell, size) for cell, size in zip(cells, widths, strict=True)]
+        height = max(map(len, wrapped))
+        padded = [part + [""] * (height - len(part)) for part in wrapped]
+        aligned = [
+            [
+                f"{part:<{size}}" if i in words else f"{part:>{size}}"
+                for i, (part, size) in enumerate(zip(line, widths, strict=True))
+            ]
+            for line in zip(*padded, strict=True)
+        ]
+        return [(" " * gap).join(line).rstrip() for line in aligned]
+
+    return "\n".join([*(styled(line, "dim") for line in lines(headings)), *(line for row in rows for line in lines(row))])
+
+
+def _blocks(headings: Sequence[str], rows: Sequence[Sequence[str]], columns: int) -> str:
+    """Below each row's first cell the others, each behind its heading."""
+    blocks: list[str] = []
+    for first, *rest in rows:
+        blocks.append(first)
+        pairs = [f"{name} {cell}" for name, cell in zip(headings[1:], rest, strict=True) if cell]
+        blocks += together(pairs, columns - 4, "    ")
+    return "\n".join(blocks)
+
+
+def together(pieces: Iterable[str], columns: int, indent: str = "") -> list[str]:
+    """Lines of as many pieces as `columns` have room for, two blanks between them. No piece is cut."""
+    lines = [""]
+    for piece in pieces:
+        longer = f"{lines[-1]}  {piece}" if lines[-1] else piece
+        lines = [*lines[:-1], longer] if len(longer) <= columns else [*lines, piece]
+    return [indent + line for line in lines if line]
+
+
+def _longest_word(cells: Iterable[str]) -> int:
+    return max((len(word) for cell in cells for word in cell.split()), default=0)
+
+
+def _wrapped(cell: str, size: int) -> list[str]:
+    lead = len(cell) - len(cell.lstrip(" *"))  # the lines below an indented first one are indented further
+    indent = " " * (lead + 2) if lead else ""
+    return textwrap.wrap(cell, size, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]

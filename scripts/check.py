@@ -3,7 +3,9 @@
 python -m scripts.check RUN...     OUT folders of pretrain.sh, and of the finetune.sh runs that start from them (an OUT of
                                    scripts.seeds stands for the runs of all its seeds), or records of docs/results
 python -m scripts.check --all      every recipes/FAMILY/configs/NAME.yaml that has `expect`, on every stack of that family, from
-                                   the records in docs/results/FAMILY/NAME/STACK (scripts/publish.py writes them)
+                                   the records in docs/results/FAMILY/NAME/STACK (scripts/publish.py writes them); with the
+                                   hours that scripts.plan predicts for each on 8 H100
+--json                             the rows as JSON
 
 `expect` holds TASK_METRIC: {value, tolerance, source}. The names and their units are in common/evaluation/metrics.py. There are
 three kinds of scores. val_loss (validation after the last step), best_val_loss (the lowest) and parameters come from the run
@@ -31,23 +33,24 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from common import config
+from common import config, screen
 from common.config import STACKS, Config, Expect
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
+from common.planning import hardware, search
 from common.preflight import task_module
 from common.training import log
 from common.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = 3.0
-WIDTH = 80
 VERDICTS = ("pass", "fail", "undecided", "not-run")
 SYSTEMS = {"expect", "quickstart", *STACKS}  # sections of a config that do not decide the loss
 
@@ -107,11 +110,17 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--all", action="store_true", help="every config with `expect`, from docs/results")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
     if args.all == bool(args.runs):
         raise BadInput("give RUN folders, or --all")
     rows = all_rows(ROOT) if args.all else run_rows([Path(run) for run in args.runs])
-    print(table(rows))
+    costs = {name: cost_of(name, ROOT) for name in dict.fromkeys(row.config for row in rows)} if args.all else {}
+    if args.json:
+        predicted = {name: cost._asdict() for name, cost in costs.items()}
+        print(json.dumps({"rows": [row._asdict() for row in rows], "cost": predicted}, indent=1))
+    else:
+        print(table(rows, costs))
     return 1 if any(row.verdict == "fail" for row in rows) else 0
 
 
@@ -132,6 +141,54 @@ def all_rows(root: Path) -> list[Row]:
                 run = results / path.stem / stack
                 rows += judge(run, claim, stack, finetunings, root) if run.is_dir() else not_run(claim, stack, "no run")
     return rows
+
+
+class Cost(NamedTuple):
+    """What a run of a config takes on its fastest stack, predicted for the config's own layouts on H100."""
+
+    hours: float | None = None  # None: not predicted
+    gpus: int = 8
+    needs_gpu: bool = False
+
+    def __str__(self) -> str:
+        if self.hours is None:
+            return "cost not predicted"
+        text = f"{self.hours:.2g} h" if self.hours < 100 else f"{self.hours / 24:,.0f} days"
+        text = text if self.hours >= 1 else f"{math.ceil(self.hours * 60)} min"
+        return f"about {text} on {self.gpus} x H100"
+
+
+def cost_of(name: str, root: Path) -> Cost:
+    """The cost of FAMILY/CONFIG, all phases, on 8 GPUs, or fewer if its batch does not divide among them. It needs GPUs if it
+    is in bf16, or takes them an hour."""
+    family, _, stem = name.partition("/")
+    path = root / "recipes" / family / "configs" / f"{stem}.yaml"
+    values = read_yaml(path)
+    try:
+        task = task_module(family, values)
+        vocabulary = [] if (values.get("model") or {}).get("vocab_size") else ["model.vocab_size=50304"]  # GPT-2's, rounded up
+        cfg = config.resolve(config.load(path, vocabulary, task.Config), task.ResolvedConfig, None)
+    except BadInput:  # a finetuning config, whose shapes are in init.from
+        return Cost()
+    stacks = list(stacks_of(root / "recipes" / family))
+    for gpus in (8, 4, 2, 1):
+        predicted = [seconds for stack in stacks if (seconds := seconds_of(cfg, stack, gpus)) is not None]
+        if predicted:
+            hours = min(predicted) / 3600
+            return Cost(hours, gpus, cfg.train.dtype == "bf16" or hours >= 1)
+    return Cost(needs_gpu=cfg.train.dtype == "bf16")
+
+
+def seconds_of(cfg: Config, stack: str, gpus: int) -> float | None:
+    """Of all steps of a resolved config on these GPUs; None if its layout cannot be, or is not predicted."""
+    cluster, begin, total = hardware.Cluster(hardware.gpu("H100"), 8, None), 0, 0.0
+    try:
+        for phase in config.views(cfg):
+            steps, begin = phase.train.steps - begin, phase.train.steps
+            total += steps * search.predict(phase, stack, cluster, gpus).seconds
+    except BadInput:
+        return None
+    return total
 
 
 def stacks_of(recipe: Path) -> Iterator[str]:
@@ -574,13 +631,20 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The printed table: each config, below it each published number, below that one line per verdict with its stacks."""
-    lines, last_name = [], None
+def table(rows: Sequence[Row], costs: Mapping[str, Cost] = {}) -> str:
+    """The printed table: each config, below it each published number, below that one line per verdict with its stacks. With
+    costs, that of each config is behind its name, and each family has a line of its own."""
+    lines: list[str] = []
+    last_name = last_family = ""
     headings = {row[:3]: [other for other in rows if other[:3] == row[:3]] for row in rows}
     for (name, metric, published), group in headings.items():
-        lines += [name] if name != last_name else []
-        last_name = name
+        family = name.partition("/")[0]
+        if costs and family != last_family:
+            own = [row for row in rows if row.config.startswith(f"{family}/")]
+            reached = f"{sum(row.verdict == 'pass' for row in own)} of {len(own)} rows reached"
+            lines += [*([""] if lines else []), screen.styled(f"{family}: {reached}", "bold")]
+        lines += [name + (f"  {costs[name]}" if name in costs else "")] if name != last_name else []
+        last_name, last_family = name, family
         lines += wrapped(f"  {metric}  {published}", 4)
         stacks: dict[tuple[str, str, str], list[str]] = {}
         for row in group:
@@ -588,11 +652,32 @@ def table(rows: Sequence[Row]) -> str:
         for (decision, measured, reason), names in stacks.items():
             lines += wrapped(f"    {decision:<9}  {measured:>8}  {', '.join(names)}  {reason}".rstrip(), 25)
     counts = {decision: sum(row.verdict == decision for row in rows) for decision in VERDICTS}
-    return "\n".join([*lines, ", ".join(f"{count} {decision}" for decision, count in counts.items() if count)])
+    last = ", ".join(f"{count} {decision}" for decision, count in counts.items() if count)
+    return "\n".join([*lines, *(["", *wrapped(summary(rows, costs), 2)] if costs else [last])])
+
+
+def summary(rows: Sequence[Row], costs: Mapping[str, Cost]) -> str:
+    """'3 of 108 rows reached, 1 config of 18; 105 not run: need GPUs'"""
+    names = list(dict.fromkeys(row.config for row in rows))
+    whole = sum(all(row.verdict == "pass" for row in rows if row.config == name) for name in names)
+    counts = Counter(row.verdict for row in rows)
+    text = f"{counts['pass']} of {len(rows)} rows reached, {whole} config{'s' * (whole != 1)} of {len(names)}"
+    text += "".join(f"; {counts[decision]} {decision}" for decision in ("fail", "undecided") if counts[decision])
+    reasons = Counter(why_not_run(row, costs) for row in rows if row.verdict == "not-run")
+    if not reasons:
+        return text
+    several = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    return f"{text}; {counts['not-run']} not run: {several if len(reasons) > 1 else next(iter(reasons))}"
+
+
+def why_not_run(row: Row, costs: Mapping[str, Cost]) -> str:
+    if row.reason.startswith("no evaluator"):
+        return "have no evaluator here"
+    return "need GPUs" if row.reason == "no run" and costs[row.config].needs_gpu else "have no evidence"
 
 
 def wrapped(line: str, indent: int) -> list[str]:
-    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return textwrap.wrap(line, screen.width(), subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

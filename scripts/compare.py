@@ -1,6 +1,6 @@
 """Compare runs: do they have one loss curve, and what did each cost? Prints a table; --out writes table.md and curves.png.
 
-python -m scripts.compare RUN RUN... [--out DIR] [--no-export]
+python -m scripts.compare RUN RUN... [--out DIR] [--no-export] [--json]
 
 Each RUN is an OUT folder of pretrain.sh. The other runs are compared with the first. Columns:
 
@@ -13,13 +13,16 @@ peak memory          of the first process: resident set on a CPU, PyTorch's allo
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import statistics
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import config
+from common import config, screen
 from common.checkpoints import checkpoint
 from common.comparison.layouts import name_of
 from common.config import STACKS
@@ -32,6 +35,7 @@ from scripts.check import read_json, read_lines
 
 COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
            "tokens/s", "x", "peak memory")  # fmt: skip
+ON_SCREEN = (*COLUMNS[:4], "valid. loss", "export loss", "tokens/s", "x", "peak GiB")
 WARM_UP = 0.1  # of a run's steps, left out of its speed
 
 
@@ -55,6 +59,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png; created if needed")
     parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")
+    parser.add_argument("--json", action="store_true", help="print numbers and notes as JSON in place of the table")
     args = parser.parse_args()
     out = Path(args.out) if args.out else None
     problem = out and unusable(out)
@@ -72,12 +77,17 @@ def main() -> None:
     if problems:
         raise BadInput(problems)
     rows, notes = [row(run, runs[0]) for run in runs], footnotes(runs)
-    show(rows, notes)
+    if args.json:
+        print(json.dumps({"runs": [as_json(run, runs[0]) for run in runs], "notes": notes}, indent=1))
+    else:
+        cells = [[*row[:-1], row[-1].removesuffix(" GiB")] for row in rows]
+        print(screen.table(ON_SCREEN, cells, words={0, 1, 3}))
+        print("\n".join(textwrap.fill(note, max(40, screen.width()), break_on_hyphens=False) for note in ["", *notes]))
     if out:
         out.mkdir(parents=True, exist_ok=True)
         plot.draw({name: plot.curves(path) for name, path in paths.items()}, out / "curves.png")
         (out / "table.md").write_text(markdown(rows, notes), encoding="utf-8")
-        print(f"{out / 'table.md'}  {out / 'curves.png'}")
+        print(f"{out / 'table.md'}  {out / 'curves.png'}", file=sys.stderr if args.json else sys.stdout)
 
 
 def summary(name: str, run: Path, with_export: bool) -> Summary:
@@ -135,6 +145,17 @@ def row(run: Summary, first: Summary) -> list[str]:
     ]  # fmt: skip
 
 
+def as_json(run: Summary, first: Summary) -> dict[str, Any]:
+    """The row of a run as numbers: losses in nats, memory in bytes."""
+    largest = None if run is first else difference(run, first)
+    return {
+        "run": run.name, "layout": run.layout, "steps": run.steps,
+        "largest_difference": largest and {"value": largest[0], "step": largest[1]},
+        "validation_loss": run.valid, "export_loss": run.export, "tokens_per_s": run.tokens_per_s,
+        "tokens_per_s_ratio": run.tokens_per_s / first.tokens_per_s, "peak_memory_bytes": run.memory,
+    }  # fmt: skip
+
+
 def footnotes(runs: list[Summary]) -> list[str]:
     """The notes below the table: which runs are not comparable, then machine, versions and commits."""
     notes, first = [], runs[0]
@@ -166,21 +187,6 @@ def machine() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{today}, {os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
-
-
-def show(rows: list[list[str]], notes: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*COLUMNS, show_edge=False)
-    for cells in rows:
-        table.add_row(*cells)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False)
 
 
 def markdown(rows: list[list[str]], notes: list[str]) -> str:

@@ -23,8 +23,11 @@ import argparse
 import json
 import math
 import os
+import sys
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import families
+from common import families, screen
 from common.data.text_files import read_text
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
@@ -110,6 +113,7 @@ def main() -> None:
     p.add_argument("--length-penalty", metavar="A", type=float, default=0.6, help=help_text)
     p.add_argument("--tokens", metavar="N", type=int, default=128, help="most tokens to generate (default: %(default)s)")
     p.add_argument("--out", metavar="DIR", type=Path, help="folder of eval.json (default: MODEL)")
+    p.add_argument("--json", action="store_true", help="print the results as JSON in place of lines")
     args = p.parse_args()
     folder = export_of(Path(args.model))
     family = (read_object(folder / "twinstack.json") or {}).get("family")
@@ -134,12 +138,24 @@ def main() -> None:
             scores = [row | {"protocol": f"{row['protocol']}, {args.dtype}"} for row in scores]
         results += [metrics.row(name, **row) for row in scores]
         if ranks.rank == 0:
-            for row in scores:
-                print(f"{name:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} {row['protocol']}", flush=True)
-            print(f"{'':<14} {time.perf_counter() - begin:.0f} s", flush=True)
+            if not args.json:
+                print("\n".join([*lines_of(name, scores), f"{'':<14} {time.perf_counter() - begin:.0f} s"]), flush=True)
     if ranks.rank == 0:
         write(out / "eval.json", recorded, results)
-        print(f"results   {out / 'eval.json'}")
+        if args.json:
+            print(json.dumps(results, indent=1))
+        print(f"results   {out / 'eval.json'}", file=sys.stderr if args.json else sys.stdout)
+
+
+def lines_of(task: str, scores: list[Result]) -> list[str]:
+    """A line for each score, with its protocol behind it, or below it where the screen is narrow."""
+    lines = []
+    for row in scores:
+        first = f"{task:<14} {row['metric']:<22} {row['value']:>12.4f}  n {row['n']:<9,} "
+        is_wide = len(first) + len(row["protocol"]) <= screen.width()
+        below = textwrap.wrap(row["protocol"], max(20, screen.width() - 15), break_long_words=False, break_on_hyphens=False)
+        lines += [first + row["protocol"]] if is_wide else [first.rstrip(), *(f"{'':<14} {line}" for line in below)]
+    return lines
 
 
 def export_of(model: Path) -> Path:
@@ -275,10 +291,11 @@ def summed_losses(model: Model, tokens: np.ndarray, windows: list[language.Windo
     windows = windows[: model.limit]
     batches = [windows[i : i + model.batch] for i in range(0, len(windows), model.batch)]
     bos = bos_id(model.net, model.tokenizer) if model.args.bos else None
-    return language.shared_out(
-        batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device, bound, bos), model.ranks,
-        progress("windows", len(windows), model), each=2 if bound else 1,
-    )  # fmt: skip
+    with progress("windows", len(windows), model) as report:
+        return language.shared_out(
+            batches, lambda batch: language.window_losses(model.net, tokens, batch, model.ranks.device, bound, bos),
+            model.ranks, report, each=2 if bound else 1,
+        )  # fmt: skip
 
 
 def text_tokens(model: Model, text: str) -> np.ndarray:
@@ -351,7 +368,8 @@ def score_last_words(model: Model, texts: list[str], out: Path | None) -> list[R
             remedy = "give --seq-len" if not room or model.length < room else f"the model has {room} positions, --limit is left"
             raise BadInput(f"lambada: passage {long} is longer than the window of {model.length} tokens; {remedy}")
         batches = [passages[i : i + model.batch] for i in range(0, len(passages), model.batch)]
-        right = language.shared_out(batches, score, model.ranks, progress(name, len(passages), model))
+        with progress(f"passages, {name}", len(passages), model) as report:
+            right = language.shared_out(batches, score, model.ranks, report)
         rows.append({"metric": "accuracy" if name == "lambada-strict" else "last_token_accuracy", "value": right.mean().item(),
                      "n": len(right), "protocol": name + limit_note(len(texts), whole, "passages")})  # fmt: skip
         if out and name == "lambada-strict":
@@ -378,8 +396,8 @@ def score_generated(name: str, model: Model, examples: text.Examples, out: Path 
     inputs, references = examples.inputs[: model.limit], examples.references[: model.limit]
     labels = None if examples.labels is None else examples.labels[: model.limit]
     search = text.Search(how.beams, how.length_penalty, how.tokens, model.batch)
-    report = progress("inputs", len(inputs), model)
-    written = text.write(model.net, model.tokenizer, inputs, model.length, search, model.ranks, report)
+    with progress("inputs", len(inputs), model) as report:
+        written = text.write(model.net, model.tokenizer, inputs, model.length, search, model.ranks, report)
     if out:
         (out / "predictions").mkdir(parents=True, exist_ok=True)
         (out / f"predictions/{name}.txt").write_text("\n".join(written) + "\n", encoding="utf-8")
@@ -401,11 +419,11 @@ def score_generated(name: str, model: Model, examples: text.Examples, out: Path 
 
 def score_head(model: Model, task: Any, out: Path | None) -> list[Result]:
     size = len(task.examples)
-    report = progress("examples", min(model.limit or size, size), model)
-    predictions = heads.predict(model.net, task, model.batch, model.limit, model.ranks, report)
+    with progress("examples", min(model.limit or size, size), model) as report:
+        predictions = heads.predict(model.net, task, model.batch, model.limit, model.ranks, report)
     files = heads.write_predictions(task, predictions, out) if out else []
     if heads.is_unanswered(task):
-        print(*(f"written   {file}" for file in files), sep="\n")
+        print(*(f"written   {file}" for file in files), sep="\n", file=sys.stderr if model.args.json else sys.stdout)
         return []
     return heads.scores(task, predictions)
 
@@ -420,18 +438,12 @@ EVALUATE: dict[str, Callable[[Model, Any, Path | None], list[Result]]] = {
 }  # fmt: skip
 
 
-def progress(what: str, number: int, model: Model) -> Callable[[int], None]:
-    """A function to call with the number of each batch. On rank 0 it prints the progress every 10 s."""
-    begin = shown = time.monotonic()
-
-    def report(batch: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if model.ranks.rank == 0 and batch and now - shown >= 10:
-            done, shown = batch * model.batch, now
-            print(f"  {done:>8,} of {number:,} {what}  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
-
-    return report
+@contextmanager
+def progress(what: str, number: int, model: Model) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of each batch; rank 0 shows the progress."""
+    shown = model.ranks.rank == 0 and not model.args.json
+    with screen.progress("evaluate", number, what, shown) as report:
+        yield lambda batch: report(min(batch * model.batch, number))
 
 
 def read_results(path: Path) -> list[Result]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import config, families
+from common import config, families, screen
 from common.comparison.layouts import name_of
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
@@ -53,7 +53,9 @@ def main() -> None:
         "--dense-attention", choices=("unfused", "flash"), help="kernels of the attention (default: what the stack chooses)"
     )
     parser.add_argument("--recompute-counted", action="store_true", help="MFU counts recomputed layers twice, as PTD-P does")
-    parser.add_argument("--json", action="store_true", help="print all predictions as JSON, the best first")
+    parser.add_argument(
+        "--json", action="store_true", help="print the memory, or with --gpu all predictions, the best first, as JSON"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the config with the best layouts there")
     parser.add_argument("--validate", action="store_true", help="print and write docs/planner.md and docs/memory.md")
     parser.add_argument(
@@ -80,7 +82,7 @@ def main() -> None:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
-    needing = ("network", "price", "scale", "write", "dense_attention", "own", "json", "recompute_counted", "simulate")
+    needing = ("network", "price", "scale", "write", "dense_attention", "own", "recompute_counted", "simulate")
     wanting = [name.replace("_", "-") for name in needing if getattr(args, name) not in (None, False)]
     if args.plot and not args.scale:
         raise BadInput(f"--plot {args.plot}: draws --scale N,N,...; give it")
@@ -105,12 +107,18 @@ def main() -> None:
     if args.gpu or args.calibrate:
         predictions(cfg, args)
     else:
-        memory_table(cfg, task, args.gpus)
+        memory_table(cfg, task, args.gpus, args.json)
 
 
-def memory_table(cfg: Config, task: Any, gpus: int) -> None:
+def memory_table(cfg: Config, task: Any, gpus: int, as_json: bool) -> None:
     """Print tokens and FLOPs of a run, and the memory of the usual layouts of each stack in each phase."""
-    model = cfg.model
+    model, stacks = cfg.model, families.stacks(task.FAMILY)
+    if as_json:
+        phases = [
+            {"seq_len": phase.data.seq_len, "layouts": list(memory_rows(phase, gpus, stacks))} for phase in config.views(cfg)
+        ]
+        print(json.dumps({"parameters": model.parameter_count(), "gpus": gpus, "phases": phases}, indent=1))
+        return
     print(f"parameters     {model.parameter_count():,}")
     begin, in_all, flops_in_all = 0, 0, 0.0
     for phase in config.views(cfg):
@@ -126,8 +134,9 @@ def memory_table(cfg: Config, task: Any, gpus: int) -> None:
     views = config.views(cfg)
     for number, phase in enumerate(views, 1):
         which = f", phase {number} ({phase.data.seq_len} tokens per sample)" if len(views) > 1 else ""
-        print(f"\nGB (10^9 bytes) on each of {gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout")
-        table(phase, gpus, families.stacks(task.FAMILY))
+        text = f"GB (10^9 bytes) on each of {gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout"
+        print("\n" + textwrap.fill(text, screen.width(), break_on_hyphens=False))
+        print(table(list(memory_rows(phase, gpus, stacks))))
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -371,24 +380,43 @@ def validate(simulate: bool) -> None:
         path.write_text(page, encoding="utf-8")
 
 
-def table(cfg: Config, gpus: int, stacks: Sequence[str]) -> None:
-    """Print a row for each layout of these stacks: what each part takes on a GPU at the peak, what it needs beside it, and on
-    which GPU all of it fits."""
-    parts = {part: COLUMNS.get(part, part) for part in (*memory.PARTS, "total", *memory.BESIDE, "required")}
-    width = {part: max(8, len(name) + 2) for part, name in parts.items()}
-    columns = f"{'layout':<40} micro accum" + "".join(f"{name:>{width[part]}}" for part, name in parts.items())
-    print(columns + "".join(f"{size:>7}" for size in CARDS))
+def memory_rows(cfg: Config, gpus: int, stacks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """For each layout of these stacks: what each part takes on a GPU at the peak, in bytes, what it needs beside it, and on
+    which GPUs all of it fits; or why the config's own layout cannot be."""
     for layout, stack, changed in layouts(cfg, stacks):
         try:
             shared = layout_for(changed, stack, gpus)
             estimate = memory.estimate_for(changed, cfg.model, stack, gpus)
         except BadInput as error:
             if layout.startswith("*"):
-                print(f"{layout:<40} cannot: {error.problems[0]}")
+                yield {"layout": layout, "cannot": error.problems[0]}
             continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
-        row = f"{layout:<40} {shared.micro_batch:>5} {shared.accumulate:>5}"
-        row += "".join(f"{estimate[part] / 1e9:>{width[part]}.2f}" for part in parts)
-        print(row + "".join(f"{'fits' if estimate['required'] <= gpu(name).memory else '-':>7}" for name in CARDS.values()))
+        parts = {part: int(estimate[part]) for part in (*memory.PARTS, "total", *memory.BESIDE, "required")}
+        fits = [size for size, name in CARDS.items() if estimate["required"] <= gpu(name).memory]
+        yield {
+            "layout": layout,
+            "micro_batch": shared.micro_batch,
+            "accumulate": shared.accumulate,
+            "bytes": parts,
+            "fits": fits,
+        }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of memory_rows in GB; on a screen of fewer than 160 columns without the parts of the memory."""
+    parts = [*memory.PARTS, "total", *memory.BESIDE, "required"] if screen.width() >= 160 else ["total", "required"]
+    headings = ("layout", "micro", "accum", *(COLUMNS.get(part, part) for part in parts), *CARDS)
+    cells, others = [], []
+    for row in rows:
+        if "cannot" in row:
+            others.append(textwrap.fill(f"{row['layout']} cannot: {row['cannot']}", screen.width(), subsequent_indent="    "))
+            continue
+        sizes = [f"{row['bytes'][part] / 1e9:.2f}" for part in parts]
+        fits = ["fits" if size in row["fits"] else "-" for size in CARDS]
+        cells.append([row["layout"], str(row["micro_batch"]), str(row["accumulate"]), *sizes, *fits])
+    if len(parts) == 2:
+        others.append("The parts of the memory: on a screen of 160 columns (COLUMNS=160), or by --json.")
+    return "\n".join([*([screen.table(headings, cells, words={0})] if cells else []), *others])
 
 
 def layouts(cfg: Config, stacks: Sequence[str]) -> Iterator[tuple[str, str, Config]]:

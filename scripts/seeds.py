@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from common import screen
 from common.errors import BadInput, exit_cleanly
 from common.json_files import write_json
 from common.launch import lock
@@ -33,6 +34,7 @@ def main() -> int:
     p.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the config")
     p.add_argument("--seeds", nargs="+", metavar="N", default=["1", "2", "3"], help="default: 1 2 3")
     p.add_argument("--dry-run", action="store_true", help="check the first run; start nothing")
+    p.add_argument("--json", action="store_true", help="print the scores as JSON; what the runs print goes to stderr")
     args = p.parse_intermixed_args()
     words = [word for word in args.seeds if "=" not in word]
     overrides = args.overrides + [word for word in args.seeds if "=" in word]  # given after --seeds
@@ -53,17 +55,17 @@ def run_all(args: argparse.Namespace, overrides: list[str], seeds: list[int]) ->
     for seed in seeds:
         run = args.out / f"seed_{seed}"
         words = [args.config, str(run), *overrides, f"train.seed={seed}", *(["--dry-run"] if args.dry_run else [])]
-        code = run_one(["bash", str(args.script), *words])
+        code = run_one(["bash", str(args.script), *words], sys.stderr if args.json else None)
         if code or args.dry_run:
             return code
     rows = summary({seed: args.out / f"seed_{seed}" for seed in seeds})
     write_json(args.out / "seeds.json", rows)
-    print(table(rows))
-    print(f"results   {args.out / 'seeds.json'}")
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    print(f"results   {args.out / 'seeds.json'}", file=sys.stderr if args.json else sys.stdout)
     return 0
 
 
-def run_one(command: list[str]) -> int:
+def run_one(command: list[str], stdout: TextIO | None = None) -> int:
     """Run a command and return its exit code. A signal to this process is passed on to the run, which saves its state and ends.
     If the run finished all the same, the code is that of the signal, so that no other run begins."""
     signals: list[int] = []
@@ -77,7 +79,8 @@ def run_one(command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, pass_on)
-    process = subprocess.Popen(command, process_group=0)  # its own group, so that Ctrl-C reaches it once, through this process
+    # its own group, so that Ctrl-C reaches it once, through this process
+    process = subprocess.Popen(command, process_group=0, stdout=stdout)
     for number in signals:  # those that arrived before the process existed
         process.send_signal(number)
     code = process.wait()
@@ -116,11 +119,10 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     columns = ("median", "least", "greatest", "mean", "sigma")
-    lines = [f"{'task':<8} {'metric':<22}" + "".join(f" {name:>8}" for name in columns)]
-    for row in rows:
-        numbers = ("-" if row[name] is None else f"{row[name]:.4f}" for name in columns)
-        lines.append(f"{row['task']:<8} {row['metric']:<22}" + "".join(f" {number:>8}" for number in numbers))
-    return "\n".join(lines)
+    cells = [
+        [row["task"], row["metric"], *("-" if row[name] is None else f"{row[name]:.4f}" for name in columns)] for row in rows
+    ]
+    return screen.table(("task", "metric", *columns), cells, words={0, 1})
 
 
 if __name__ == "__main__":

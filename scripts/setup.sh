@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create or update .venv: `bash scripts/setup.sh [test|dev|fast]`. Returns at once if nothing has changed.
+# Create or update .venv: `bash scripts/setup.sh [test|dev|fast|wandb]`. Returns at once if nothing has changed.
 # Uses $PYTHON, or else the first Python 3.12 or newer that it finds.
 set -euo pipefail
 
@@ -50,7 +50,7 @@ case $extra in
     exit 0
     ;;
 esac
-case $extra in "" | test | dev | fast) ;; *) fail "unknown extra $extra; the extras are test, dev and fast" ;; esac
+case $extra in "" | test | dev | fast | wandb) ;; *) fail "unknown extra $extra; the extras are test, dev, fast and wandb" ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python

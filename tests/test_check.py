@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -519,7 +520,17 @@ def test_all_of_this_tree() -> None:
     assert max(map(len, lines)) <= 80
     expected = sum(len(families.stacks(families.of_config(path))) * len(read_yaml(path)["expect"]) for path in expecting())
     passing = families.stacks("gpt")
-    assert lines[-1] == f"{len(passing)} pass, {expected - len(passing)} not-run"
+    last = " ".join(" ".join(lines[lines.index("", len(lines) - 4) + 1 :]).split())  # it may be wrapped
+    count, not_run = len(expecting()), expected - len(passing)
+    assert last.startswith(f"{len(passing)} of {expected} rows reached, 1 config of {count}; {not_run} not run: "), last
+    assert re.search(r"\d+ need GPUs", last) and "fail" not in last
+    costs = {line.split()[0]: line for line in lines if " x H100" in line}
+    assert len(costs) == count and re.search(r"  about \d+ h on 8 x H100$", costs["gpt/gpt2_124m"])
+    headings = [line for line in lines if re.match(r"\w+: ", line)]
+    assert [line.partition(":")[0] for line in headings] == sorted({families.of_config(path) for path in expecting()})
+    assert sum(int(line.split()[3]) for line in headings) == expected and f"gpt: {len(passing)} of " in "\n".join(headings)
+    found = json.loads(command("scripts.check", "--all", "--json").stdout)
+    assert len(found["rows"]) == expected and len(found["cost"]) == count and found["rows"][0]["verdict"] == "not-run"
     assert lines.count(f"    pass         1.8970  {', '.join(passing)}") == 1
     assert {line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "} >= {"pass", "not-run"}
 
@@ -564,6 +575,19 @@ def test_plan() -> None:
     rows = [line for line in done.stdout.splitlines() if line.lstrip("* ").startswith(("baseline", "deepspeed", "megatron"))]
     assert sum(row.startswith("*") for row in rows) == len(families.stacks("gpt")) and len(rows) > 4
     assert max(len(line) for line in done.stdout.splitlines()) < 160
+
+
+def test_plan_fits_the_screen_and_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("scripts.plan", "recipes/gpt/configs/gpt3_1.3b.yaml", "--gpus", "64")
+    for columns, peak in (("80", r"peak  required"), ("160", r"weights +grads +optim .*peak .*required")):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = command(*words).stdout.splitlines()
+        assert max(map(len, lines)) <= int(columns) and sum(bool(re.search(peak, line)) for line in lines) == 1, lines
+    [phase] = json.loads(command(*words, "--json").stdout)["phases"]
+    own = next(row for row in phase["layouts"] if row["layout"].startswith("* megatron"))
+    required = f"{own['bytes']['required'] / 1e9:.2f}"
+    assert any(line.startswith("* megatron") and required in line.split() for line in lines)
+    assert own["fits"] == ["40 GB", "80 GB", "141 GB"]
 
 
 PLAN_BAD = [

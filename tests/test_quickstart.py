@@ -262,7 +262,14 @@ def test_compare_tells_differences_and_speed(tmp_path: Path) -> None:
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "| two | deepspeed zero=1 | 3 | 5.0e-01 at step 2 | 2.50000 | - | 1.0k | 1.00 | 1.00 GiB |" in table
     assert "Another experiment: two differs from one in optim.lr." in table
-    assert "5.0e-01 at step 2" in done.stdout and (out / "curves.png").is_file()
+    assert (out / "curves.png").is_file() and max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert {"5.0e-01", "2.50000", "1.0k", "1.00"} <= set(done.stdout.split())  # whole
+    found = json.loads(module("compare", one, two, "--no-export", "--json").stdout)
+    assert found["runs"][1] | {"layout": ""} == {
+        "run": "two", "layout": "", "steps": 3, "largest_difference": {"value": 0.5, "step": 2}, "validation_loss": 2.5,
+        "export_loss": None, "tokens_per_s": 1000.0, "tokens_per_s_ratio": 1.0, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    assert found["notes"][0] == "Another experiment: two differs from one in optim.lr."
 
 
 def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:

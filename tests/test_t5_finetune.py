@@ -237,11 +237,11 @@ from common.training import finetuning
 
 def main(argv):
     ranks = processes.start()
-    tell = finetuning.progress(100, 10, ranks)
-    assert not tell(0)
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert tell(1) == (ranks.rank == 1)
+    with finetuning.progress(100, 10, ranks) as tell:
+        assert not tell(0)
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert tell(1) == (ranks.rank == 1)
     try:
         finetuning.exit_if_signaled(ranks, 7)
     except processes.Stopped as stopped:

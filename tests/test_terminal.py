@@ -19,6 +19,7 @@ from conftest import ROOT, launch_script, losses
 from common import screen
 from common.launch import startup
 from common.training import log, trackers
+from scripts import compare
 
 LARGE = dict(loss=10.8262, grad_norm=123.4567, lr=6e-4, seconds=987.654, rate=3.517e5, memory=int(139.8 * 2**30), left=8.6e5)
 
@@ -76,7 +77,7 @@ def a_log(out: Path, every: int, steps: int) -> log.Log:
     one.seconds, one.start, one.flops_per_token, one.every = 0.0, time.perf_counter(), 1e6, every
     one.row = log.Row(steps, False)
     out.mkdir(exist_ok=True)
-    one.file, one.trackers = log._open_metrics(out / "metrics.jsonl", 0), trackers.started(out, 0, {})
+    one.file, one.trackers = log._open_metrics(out / "metrics.jsonl", 0), [trackers.TensorBoard(out / "tensorboard", 0, {})]
     return one
 
 
@@ -141,6 +142,25 @@ def test_a_run_on_a_terminal(settings: list[str], tmp_path: Path) -> None:
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     code, _, shown = seen([*command, "train.log_every=2"], 60, **env, NO_COLOR="1")
     assert code == 0 and shown.startswith(f"complete: {tmp_path}/run is at its last step, 6") and "\033" not in shown
+
+
+ROWS = [
+    ["baseline", "baseline, 2 processes", "400", "-", "4.78980", "4.78980", "18.6k", "1.00", "0.85"],
+    ["megatron", "megatron tp=2 sp dist-opt, 2 processes", "600,000", "2.4e-04 at step 399,123", "4.78981", "4.78982",
+     "351.7k", "18.91", "139.85"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [200, 160, 80, 60, 20])
+def test_a_table_fits_and_cuts_nothing(columns: int) -> None:
+    text = screen.table(compare.ON_SCREEN, ROWS, {0, 1, 3}, columns)
+    assert max(map(len, text.splitlines())) <= max(columns, 60)  # where there is room for its longest piece
+    words = text.split()
+    for row in ROWS:
+        assert all(word in words for cell in row for word in cell.split()), text
+    if columns >= 80:  # right-aligned numbers: each column ends where its heading's does
+        first, last = (line for line in text.splitlines() if "4.78980" in line or "4.78981" in line)
+        assert [m.end() for m in re.finditer(r"4\.7898\d", first)] == [m.end() for m in re.finditer(r"4\.7898\d", last)]
 
 
 def test_nothing_is_said_of_the_start_without_a_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common import screen
 from common.checkpoints import integrity, parameters
 from common.checkpoints.parameters import Shapes
 from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, BadInput
@@ -105,16 +106,18 @@ def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, An
         except OSError as error:
             fault = EXIT_BAD_INPUT, _disk_error(tmp, "be created", error)
     dist.barrier()
-    for name, parts in entries:
-        heartbeat.beat("saving")
-        if parts is not None and fault is None:
-            try:  # a fault is raised once all ranks are through the collectives
-                if all(map(integrity.is_finite, parts.values())):
-                    written[name] = _write(tmp / f"{name}.safetensors", parts)
-                else:
-                    fault = EXIT_NOT_FINITE, f"{name} is NaN or infinite after step {meta['step']}: stopped, nothing saved"
-            except OSError as error:
-                fault = EXIT_BAD_INPUT, _disk_error(tmp / f"{name}.safetensors", "be written", error)
+    with screen.progress("saving", len(shapes), "parameters", first) as report:
+        for number, (name, parts) in enumerate(entries, 1):
+            heartbeat.beat("saving")
+            if parts is not None and fault is None:
+                try:  # a fault is raised once all ranks are through the collectives
+                    if all(map(integrity.is_finite, parts.values())):
+                        written[name] = _write(tmp / f"{name}.safetensors", parts)
+                    else:
+                        fault = EXIT_NOT_FINITE, f"{name} is NaN or infinite after step {meta['step']}: stopped, nothing saved"
+                except OSError as error:
+                    fault = EXIT_BAD_INPUT, _disk_error(tmp / f"{name}.safetensors", "be written", error)
+            report(number)
     heartbeat.wait("save")
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (written, fault))

@@ -175,7 +175,7 @@ def finished(run: "Run") -> str | None:
 def _without_systems(cfg: Config) -> dict[str, Any]:
     """The values of a config without those that a finished run no longer looks at: layouts, and how often it saves."""
     values = cfg.dump()
-    rest = {key: value for key, value in values.items() if key not in (*config.STACKS, "expect")}
+    rest = {key: value for key, value in values.items() if key not in (*config.STACKS, "expect", "log")}
     return rest | {"train": {k: v for k, v in rest["train"].items() if k not in NO_LONGER_READ}}
 
 

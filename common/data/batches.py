@@ -1,11 +1,13 @@
 """Which samples a rank reads: training by step (invariant 3), validation once through the dataset."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import screen
 from common.errors import BadInput
 from common.launch import heartbeat, processes, startup
 from common.layout import Layout
@@ -84,15 +86,17 @@ def for_validation(
     samples = min(limit or len(dataset), len(dataset))
     together = layout.micro_batch * layout.dp
     order = dataset.batch_order(range(samples))
-    groups = -(-samples // (together * layout.group))
-    for first in range(0, groups * layout.group * together, together):
-        heartbeat.beat("evaluation")
-        positions = np.arange(layout.micro_batch) + first + dp_rank * layout.micro_batch
-        batch = collate_checked(dataset, order[np.minimum(positions, samples - 1)])
-        for name in [name for name in batch if name.endswith("_mask")]:  # which targets count: (B, ...) bool
-            real = (positions < samples).reshape(-1, *[1] * (batch[name].ndim - 1))
-            batch[name] = batch[name] & real
-        yield sequence_part(batch, sp_rank, layout.sp)
+    steps = -(-samples // (together * layout.group)) * layout.group
+    with screen.progress("valid", steps, "batches", os.environ.get("RANK", "0") == "0") as report:
+        for step in range(steps):
+            heartbeat.beat("evaluation")
+            positions = np.arange(layout.micro_batch) + step * together + dp_rank * layout.micro_batch
+            batch = collate_checked(dataset, order[np.minimum(positions, samples - 1)])
+            for name in [name for name in batch if name.endswith("_mask")]:  # which targets count: (B, ...) bool
+                real = (positions < samples).reshape(-1, *[1] * (batch[name].ndim - 1))
+                batch[name] = batch[name] & real
+            yield sequence_part(batch, sp_rank, layout.sp)
+            report(step + 1)
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: "torch.device | str") -> "dict[str, torch.Tensor]":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from common import screen
 from common.checkpoints import checkpoint, integrity, parameters
 from common.checkpoints.checkpoint import Checkpoint
 from common.contract import Family
@@ -138,11 +139,18 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str,
         size += sizes[name]
     index: dict[str, str] = {}
     written: dict[str, dict[str, int]] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: shapes[name] for name in names}
-        written[file] = write_tensors(folder / file, tensors, lambda name: source.read(name, ("weight",))["weight"])
-        index |= dict.fromkeys(names, file)
+    with screen.progress("export", len(shapes), "parameters") as report:
+        begun: list[str] = []
+
+        def read(name: str) -> "torch.Tensor":
+            begun.append(name)
+            report(len(begun) - 1)
+            return source.read(name, ("weight",))["weight"]
+
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            written[file] = write_tensors(folder / file, {name: shapes[name] for name in names}, read)
+            index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

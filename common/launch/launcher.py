@@ -613,7 +613,7 @@ def closing(run: "Run", seconds: float) -> str:
     for line in log.read(out / "metrics.jsonl", run.whole.last_step):
         last |= {key: value for key, value in line.items() if key in ("step", "loss", "valid_loss")}
     losses = [f"{name} {last[key]:.4f}" for key, name in (("loss", "loss"), ("valid_loss", "validation loss")) if key in last]
-    files = ["metrics.jsonl", "tensorboard", "hf", "adapter", "best", "eval.json", "predictions"]
+    files = "metrics.jsonl train.csv valid.csv tensorboard wandb hf adapter best eval.json predictions".split()
     steps = checkpoint.finished(out)
     present = [name for name in files if (out / name).exists()] + [steps[-1].name for _ in steps[:1]]
     lines = [

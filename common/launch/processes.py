@@ -1,5 +1,6 @@
 """The start and end of every process of a run: device, process group, signals, random states, exit codes."""
 
+import contextlib
 import ctypes
 import datetime
 import logging
@@ -37,6 +38,7 @@ NOISE = (
 )  # fmt: skip
 
 _signal = 0  # the signal that asked this process to save and stop
+_before_exit: list[Callable[[], None]] = []
 
 
 class Ranks(NamedTuple):
@@ -137,6 +139,11 @@ def _device() -> "torch.device":
         )
     os.environ["LOCAL_RANK"] = str(local % visible)
     return torch.device("cuda", local % visible)
+
+
+def before_exit(function: Callable[[], None]) -> None:
+    """Call this function, and no earlier one, when `run` ends this process, also after Stopped and bad input."""
+    _before_exit[:] = [function]
 
 
 def _remember(number: int, _frame: object) -> None:
@@ -293,6 +300,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         if _recorded() != EXIT_BAD_INPUT:  # else another rank has reported the reason, and its end broke a collective here
             raise
         code = EXIT_BAD_INPUT
+    for function in _before_exit:
+        with contextlib.suppress(OSError):  # a full disk, which the run has reported
+            function()
     first = bool(code) and _record(code, lines)
     if code != EXIT_BAD_INPUT:  # all ranks stop together, on every node
         first = os.environ.get("RANK", "0") == "0"

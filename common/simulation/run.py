@@ -110,7 +110,7 @@ class _Run:
         case, given = self.case, list(self.case.overrides)
         cfg = config.load(case.config, given, self.task.Config)
         last = self.done + case.steps + self._is_timed
-        given += [f"train.steps={last}", "train.save_every=0", "train.eval_every=0", "phases=[]"]
+        given += [f"train.steps={last}", "train.save_every=0", "train.eval_every=0", "phases=[]", "log.wandb=null"]
         if self.kind == "pretrain" and not case.data and not any(word.startswith("data.train=") for word in given):
             vocabulary = cfg.model.vocab_size or corpus.SMALLEST
             given += ["data.valid=null", "data.tokenizer=null", f"model.vocab_size={vocabulary}"]

@@ -5,17 +5,17 @@ OUT/predictions/   its predictions, in the formats of the benchmarks
 OUT/eval.json      its metrics: a list of {task, metric, value, n, protocol}
 """
 
+import contextlib
 import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from common import config
+from common import config, screen
 from common.config import Count, Positive, Section
 from common.contract import Dataset, FinetuningFamily
 from common.data import batches
@@ -255,21 +255,18 @@ def write_results(run: Run, checkpoint: str, results: Results) -> None:
 # ---- after the last step ---------------------------------------------------------------------------------------------
 
 
-def progress(number: int, size: int, ranks: Ranks) -> Callable[[int], bool]:
-    """A function to call before each batch while `number` texts are generated in batches of `size`. On rank 0 it prints the
-    progress every 10 s. It returns True after a signal: then no more texts must be generated (exit_if_signaled)."""
-    begin = shown = time.monotonic()
+@contextlib.contextmanager
+def progress(number: int, size: int, ranks: Ranks) -> Iterator[Callable[[int], bool]]:
+    """A function to call before each batch, with its number, while `number` texts are generated in batches of `size`. Rank 0
+    shows the progress. It returns True after a signal: then no more texts must be generated (exit_if_signaled)."""
+    with screen.progress("writing", number, "texts", ranks.rank == 0) as show:
 
-    def report(done_batches: int) -> bool:
-        nonlocal shown
-        heartbeat.beat("writing")
-        now = time.monotonic()
-        if ranks.rank == 0 and done_batches and now - shown >= 10:
-            done, shown = done_batches * size, now
-            print(f"  {done:>8,} of {number:,} written  eta {(now - begin) / done * (number - done):.0f} s", flush=True)
-        return bool(processes.stop_requested())
+        def report(done_batches: int) -> bool:
+            heartbeat.beat("writing")
+            show(min(done_batches * size, number))
+            return bool(processes.stop_requested())
 
-    return report
+        yield report
 
 
 def exit_if_signaled(ranks: Ranks, step: int) -> None:

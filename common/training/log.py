@@ -13,7 +13,7 @@ from common import screen
 from common.config import Section, written
 from common.contract import Family
 from common.json_files import is_count
-from common.launch import heartbeat, startup
+from common.launch import heartbeat, processes, startup
 from common.launch.processes import Ranks
 from common.planning import flops
 from common.preflight import Run
@@ -36,7 +36,9 @@ class Log:
             return
         startup.done(f"model and optimizer with their values ({_origin(run)})")
         self.file = _open_metrics(run.out / "metrics.jsonl", self.first_step)
-        self.trackers = trackers.started(run.out, self.first_step, _texts(run, task))
+        before = read(run.out / "metrics.jsonl", self.first_step)
+        self.trackers = trackers.started(run, self.first_step, _texts(run, task), before)
+        processes.before_exit(self.close)
         if os.environ.get(startup.HEADER) != str(ranks.world):
             print(header(run), flush=True)
         self.row = Row(run.whole.last_step, flops.peak_tflops(self.gpu) is not None)
@@ -95,7 +97,8 @@ class Log:
             tracker.write(values["step"], rest)
 
     def close(self) -> None:
-        if self.first:
+        """Write what is left. A run that is stopped comes here from processes.run."""
+        if self.first and not self.file.closed:
             self.file.close()
             for tracker in self.trackers:
                 tracker.close()
@@ -197,9 +200,7 @@ class Row:
     def valid(self, step: int, loss: float, more: Sequence[str]) -> str:
         """The line of a validation. more: 'ppl 12.3', or the parts of the loss and the scores."""
         first = f"valid {step:>{self.digits - 1}}      loss {loss:.4f}"
-        lines, room = [""], screen.WIDTH - len(first)
-        for text in more:
-            lines = [*lines[:-1], f"{lines[-1]}  {text}"] if len(lines[-1]) + 2 + len(text) <= room else [*lines, f"  {text}"]
+        lines = screen.together(more, screen.WIDTH - len(first) - 2, "  ")
         return f"\n{'':{len(first)}}".join([screen.styled(first, "bold") + lines[0], *lines[1:]])
 
     def _joined(self, cells: Sequence[str]) -> str:

@@ -1,8 +1,13 @@
 """Where the values of a run go beside OUT/metrics.jsonl: to trackers, which get them a step at a time."""
 
+import csv
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
+
+from common.errors import BadInput
+from common.preflight import Run
 
 Values = dict[str, float]  # a line of metrics.jsonl without its step
 
@@ -29,7 +34,7 @@ class TensorBoard:
     """Event files in `folder`, where the events after `step`, of a run that is continued there, no longer count."""
 
     def __init__(self, folder: Path, step: int, texts: dict[str, str]):
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _report_thread
@@ -54,6 +59,61 @@ def _report_thread(args: "threading.ExceptHookArgs") -> None:
         threading.__excepthook__(args)
 
 
-def started(folder: Path, step: int, texts: dict[str, str]) -> list[Any]:
-    """The trackers of a run that begins after `step`. texts: Markdown by name, such as its config."""
-    return [TensorBoard(folder / "tensorboard", step, texts)]
+class Csv:
+    """OUT/train.csv, with a row per step, and OUT/valid.csv, with one per evaluation. Both are written again at every start,
+    from `before`: the steps and values of metrics.jsonl so far."""
+
+    def __init__(self, folder: Path, before: Iterable[dict[str, Any]]):
+        self.folder = folder
+        self.files: dict[str, tuple[TextIO, csv.DictWriter[str]]] = {}
+        for name in ("train.csv", "valid.csv"):
+            (folder / name).unlink(missing_ok=True)
+        for line in before:
+            self.write(line["step"], {key: value for key, value in line.items() if key != "step"})
+
+    def write(self, step: int, values: Values) -> None:
+        name = "valid.csv" if "valid_loss" in values else "train.csv"
+        row = {"step": step, **values}
+        if name not in self.files:
+            file: TextIO = open(self.folder / name, "w", encoding="utf-8", newline="")  # noqa: SIM115  open until the run ends
+            self.files[name] = file, csv.DictWriter(file, list(row), restval="")
+            self.files[name][1].writeheader()
+        file, writer = self.files[name]
+        writer.writerow({key: row.get(key, "") for key in writer.fieldnames})
+        file.flush()
+
+    def close(self) -> None:
+        for file, _ in self.files.values():
+            file.close()
+
+
+class WandB:
+    """A run of Weights & Biases, which a continued run goes on with. Steps that it has already, from after the checkpoint, it
+    leaves as they are. Texts and config are those of the last start."""
+
+    def __init__(self, run: Run, texts: dict[str, str]):
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project=run.cfg.log.wandb, dir=str(run.out), name=run.out.name, id=run.record["id"], resume="allow",
+                config={"config": run.whole.dump(), "run": run.record}, notes=texts["model"],
+                settings=wandb.Settings(console="off", quiet=True),
+            )  # fmt: skip
+        except (wandb.Error, OSError) as error:  # no key, no network
+            reason = " ".join(str(error).split())
+            raise BadInput(f"log.wandb={run.cfg.log.wandb}: {reason}; WANDB_MODE=offline keeps the run on this disk") from None
+
+    def write(self, step: int, values: Values) -> None:
+        self.run.log({grouped(name): value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def started(run: Run, step: int, texts: dict[str, str], before: Iterable[dict[str, Any]]) -> list[Tracker]:
+    """The trackers of a run that begins after `step`. texts: Markdown by name; before: the lines of metrics.jsonl so far."""
+    trackers: list[Tracker] = [TensorBoard(run.out / "tensorboard", step, texts)]
+    trackers += [Csv(run.out, before)] if run.cfg.log.csv else []
+    trackers += [WandB(run, texts)] if run.cfg.log.wandb else []
+    return trackers

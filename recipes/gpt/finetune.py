@@ -383,18 +383,18 @@ def after_export(run: Run, ranks: Ranks) -> None:
     net = net.to(ranks.device).eval()
     stop_ids = pretrained.reset_generation_config(net)
     written = torch.zeros(len(selected), t.max_new_tokens, dtype=torch.int64, device=ranks.device)  # ids + 1; 0: no token
-    report = finetuning.progress(len(selected), 1, ranks)
-    for number in range(ranks.rank, len(selected), ranks.world):
-        if report(number):
-            break
-        question = selected[number]
-        ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
-        output = net.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            eos_token_id=sorted(question.end_ids | stop_ids) or None,
-            max_new_tokens=min(t.max_new_tokens, cfg.model.positions - len(question.ids)),
-        )[0, ids.shape[1] :]  # fmt: skip
-        written[number, : len(output)] = output + 1
+    with finetuning.progress(len(selected), 1, ranks) as report:
+        for number in range(ranks.rank, len(selected), ranks.world):
+            if report(number):
+                break
+            question = selected[number]
+            ids = torch.tensor([question.ids], device=ranks.device)  # (1, T)
+            output = net.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                eos_token_id=sorted(question.end_ids | stop_ids) or None,
+                max_new_tokens=min(t.max_new_tokens, cfg.model.positions - len(question.ids)),
+            )[0, ids.shape[1] :]  # fmt: skip
+            written[number, : len(output)] = output + 1
     dist.all_reduce(written)  # exact: the other ranks add zeros to a row
     finetuning.exit_if_signaled(ranks, step)
     if ranks.rank == 0:

@@ -247,8 +247,8 @@ def after_export(run: Run, ranks: Ranks) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(ranks.device).eval()
     pretrained.reset_generation_config(net)
-    report = finetuning.progress(len(pairs.inputs), t.generation_batch_size, ranks)
-    written = text.write(net, tokenizer, pairs.inputs, cfg.data.seq_len, search, ranks, report)
+    with finetuning.progress(len(pairs.inputs), t.generation_batch_size, ranks) as report:
+        written = text.write(net, tokenizer, pairs.inputs, cfg.data.seq_len, search, ranks, report)
     finetuning.exit_if_signaled(ranks, step)
     if ranks.rank == 0:
         (run.out / "predictions").mkdir(exist_ok=True)
