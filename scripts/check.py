@@ -663,14 +663,14 @@ def summary(rows: Sequence[Row], costs: Mapping[str, Cost]) -> str:
     counts = Counter(row.verdict for row in rows)
     text = f"{counts['pass']} of {len(rows)} rows reached, {whole} config{'s' * (whole != 1)} of {len(names)}"
     text += "".join(f"; {counts[decision]} {decision}" for decision in ("fail", "undecided") if counts[decision])
-    reasons = Counter(why_not_run(row, costs) for row in rows if row.verdict == "not-run")
-    if not reasons:
+    hindrances = Counter(hindrance(row, costs) for row in rows if row.verdict == "not-run")
+    if not hindrances:
         return text
-    several = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-    return f"{text}; {counts['not-run']} not run: {several if len(reasons) > 1 else next(iter(reasons))}"
+    several = ", ".join(f"{number} {what}" for what, number in hindrances.most_common())
+    return f"{text}; {counts['not-run']} not run: {several if len(hindrances) > 1 else next(iter(hindrances))}"
 
 
-def why_not_run(row: Row, costs: Mapping[str, Cost]) -> str:
+def hindrance(row: Row, costs: Mapping[str, Cost]) -> str:
     if row.reason.startswith("no evaluator"):
         return "have no evaluator here"
     return "need GPUs" if row.reason == "no run" and costs[row.config].needs_gpu else "have no evidence"

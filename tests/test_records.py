@@ -13,7 +13,7 @@ from test_check import CPU, command, run_folder
 
 from common.checkpoints import run_record
 from common.errors import BadInput
-from common.training.log import count
+from common.screen import count
 from scripts import check
 
 RESULTS = ROOT / "docs/results"

@@ -54,13 +54,13 @@ class Failure(NamedTuple):
     code: int  # exit code
     lines: list[str]  # for the screen
     is_cause: bool = True  # False: a consequence of what happened on another node
-    reason: str = ""  # the line that matters, where it is not the first of `lines` that begins with error:
+    in_short: str = ""  # the line that matters, where it is not the first of `lines` that begins with error:
 
     @property
     def last_words(self) -> str:
         """How the run failed, in one line."""
         first = next((line.removeprefix("error: ") for line in self.lines if line.startswith("error: ")), "")
-        return f"failed with exit code {self.code}: {self.reason or first or ' '.join(self.lines)}"
+        return f"failed with exit code {self.code}: {self.in_short or first or ' '.join(self.lines)}"
 
 
 class RankState(NamedTuple):
@@ -204,8 +204,8 @@ class Watch:
             lines = trace + _first_lines(lines)
             # NCCL's watchdog ends a rank with SIGABRT when another rank is lost
             [rank, *_] = ended
-            reason = f"rank {rank}: {shortened(printable(crashes[rank].message))}" if rank in crashes else ""
-            failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT, reason)
+            in_short = f"rank {rank}: {shortened(printable(crashes[rank].message))}" if rank in crashes else ""
+            failure = Failure(128 - code if code < 0 else code, lines, code != -signal.SIGABRT, in_short)
         elif crashes:
             message = next(iter(crashes.values())).message.splitlines()[0]
             line = f"error: ranks of node {self.nodes.node_rank} ({self.host}) lost the connection to another rank: {message}"
