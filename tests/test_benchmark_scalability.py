@@ -155,15 +155,15 @@ def test_figures_of_the_bytes() -> None:
     tables(figures)
     of = {(f.subject, f.metric): f.value for f in select(figures, communication.SENT)}
     size = SIZES["gpt3_1.3b"] / 1e9
-    assert of["baseline", "8"] == pytest.approx(2 * 4 * size * 7 / 8, rel=1e-9)
-    assert of["deepspeed zero=1", "8"] == pytest.approx(2 * 2 * size * 7 / 8, rel=1e-9)
-    assert of["deepspeed zero=1", "64"] == pytest.approx(3 * 2 * size * 63 / 64, rel=1e-9)  # all-reduced
-    assert of["megatron dist-opt", "512"] == pytest.approx((4 + 2) * size * 511 / 512, rel=1e-9)
+    assert of["baseline", "8 ranks"] == pytest.approx(2 * 4 * size * 7 / 8, rel=1e-9)
+    assert of["deepspeed zero=1", "8 ranks"] == pytest.approx(2 * 2 * size * 7 / 8, rel=1e-9)
+    assert of["deepspeed zero=1", "64 ranks"] == pytest.approx(3 * 2 * size * 63 / 64, rel=1e-9)  # all-reduced
+    assert of["megatron dist-opt", "512 ranks"] == pytest.approx((4 + 2) * size * 511 / 512, rel=1e-9)
     activation = 2 * 8 * 2048 * 2048 / 1e9
     passed = {(f.subject, f.metric): f.value for f in select(figures, communication.THEORY)}
     assert all(abs(passed[s, "simulated"] / passed[s, "theory"] - 1) < 0.03 for s, _ in passed)  # type: ignore[operator]
     # 8 micro batches: 4 all-reduces per layer, the embedding's and the head's, and 3 numbers per token
-    assert of["megatron tp=8", "8"] == pytest.approx(8 * (24 * 4 + 2) * activation * 2 * 7 / 8, rel=0.01)
+    assert of["megatron tp=8", "8 ranks"] == pytest.approx(8 * (24 * 4 + 2) * activation * 2 * 7 / 8, rel=0.01)
     assert communication.draw(figures) and communication.draw([]) is None
     alone = communication.bytes_counted(Options(stacks=("deepspeed",)), Path())
     assert {f.subject.split()[0] for f in alone} == {"deepspeed"}
@@ -322,7 +322,27 @@ def test_a_cell_of_the_largest_model_names_the_run_that_fits() -> None:
     assert figures[1].value is None and "it hangs" in figures[1].source
 
 
+def test_the_smaller_gpu_is_asked_where_the_larger_one_was_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An A100 has 0.1 GiB less than an H100."""
+    asked: dict[str, list[str]] = {}
+
+    def searched(groups: dict[str, Any], folder: Path) -> dict[str, list[largest_model.Found]]:
+        asked.update({name: [largest_model.subject_of(cell) for cell in cells] for name, (cells, _) in groups.items()})
+        return {
+            name: [largest_model.Found(c.start - ("A100" in name), room - 10**7 if c.stack == "megatron" else 1) for c in cells]
+            for name, (cells, room) in groups.items() if cells
+        }  # fmt: skip
+
+    monkeypatch.setattr(largest_model, "searched", searched)
+    monkeypatch.setattr(build, "preload", lambda: "")
+    [table] = tables(largest_model.largest_model(Options(stacks=("deepspeed", "megatron")), tmp_path))
+    assert asked["H100_1"] == ["1 GPU: deepspeed zero=1", "1 GPU: megatron"] and asked["A100_1"] == ["1 GPU: megatron"]
+    sizes = [[table.cells[row, name].value for name in largest_model.GPUS.values()] for row in asked["H100_1"]]
+    assert sizes[0][0] == sizes[0][1] and sizes[1][0] > sizes[1][1]  # type: ignore[operator]
+    assert table.cells["8 GPUs: deepspeed zero=3 offload=all (2 TB of host memory)", "H100 80 GB"].value is None
+
+
 def test_without_a_null_gpu_the_part_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(BadInput, match=r"needs g\+\+"):
         largest_model.largest_model(Options(), tmp_path)

@@ -15,7 +15,7 @@ from common.comparison.planned import GPU, Best
 
 SECTION = "Which one for you"
 PART = "python -m scripts.benchmark --parts which_one"
-SIMPLER = ("baseline", "deepspeed", "megatron")  # plain PyTorch first; then by the packages and keys that a stack adds
+SIMPLER = ("baseline", "deepspeed", "megatron")
 
 
 class Model(NamedTuple):
@@ -41,11 +41,13 @@ ON_16 = {
     "BERT 1.3B": Model("recipes/bert/configs/megatron_1.3b.yaml"),
     "GPT 13B": Model("recipes/gpt/configs/gpt3_13b.yaml"),
 }
-RULE = (
-    "The fastest predicted layout that fits the GPU, and 2 TB of host memory per node, for the global batch of the config. "
-    "either: each stack whose fastest layout takes longer by at most the larger of the two errors below; the simpler first: "
-    f"{', '.join(SIMPLER)}."
-)
+RULES = {
+    "the answer": "the fastest predicted layout, with the config's global batch",
+    "fits": "by the estimate of memory, with at most 2 TB of host memory per node",
+    "either": "each stack whose fastest layout takes longer by at most the larger of the two errors",
+    "order": "the simpler first: baseline (PyTorch alone), deepspeed (the same model class), megatron (a class of its own)",
+    "error": "the largest of the published rows that are near (same kind and GPU, up to 3 x the parameters); else as below",
+}
 
 
 def which_one(options: Options, folder: Path) -> list[Figure]:
@@ -110,9 +112,9 @@ def on_16(name: str, model: Model, stacks: Sequence[str]) -> list[Figure]:
     for stack in best.stacks:
         one, metric = best.of.get(stack), f"{stack} s/step"
         if one is None:
-            found.append(Figure(section, name, metric, None, "s", "predicted", f"{best.none[stack]}: {source}"))
+            found.append(Figure(section, name, metric, None, "", "predicted", f"{best.none[stack]}: {source}"))
         else:
-            found.append(planned.predicted(section, name, metric, one.seconds, "s", source, planned.error_of(one)))
+            found.append(planned.predicted(section, name, metric, one.seconds, "", source, planned.error_of(one)))
     return found
 
 
@@ -123,13 +125,9 @@ def rules() -> list[Figure]:
     rest = max(error for kind, error in known.items() if kind != "deepspeed pipeline")
     rows = {f"published rows of {kind}": error for kind, error in known.items()} | {"layouts without published rows": rest}
     return [
-        Figure(section, "the answer", "rule", RULE, "", "counted", PART),
-        Figure(
-            section, "the error", "rule", "The largest of the published rows that are near (same kind and GPU, up to 3 x the "
-            "parameters); where none is, that of its kind below.", "", "counted", source,
-        ),
+        *(Figure(section, name, "rule", text, "", "counted", PART) for name, text in RULES.items()),
         *(Figure(section, name, "largest error", 100 * error, "%", "counted", source) for name, error in rows.items()),
-    ]  # fmt: skip
+    ]
 
 
 TASKS = (Task("which_one", SECTION, 30, which_one),)

@@ -5,10 +5,10 @@ tests/test_benchmark_scalability.py holds both to the collectives of simulated r
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.comparison import pictures, planned
 from common.comparison.figures import Figure, Options, Picture, Task, select
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 SECTION = "Scalability"
 SENT = f"{SECTION} / GB that a rank sends per step, GPT 1.3B"
-BY_MICRO_BATCHES = f"{SECTION} / GB that a rank sends per step, by micro batches"
+BY_MICRO_BATCHES = f"{SECTION} / GB that a rank of 64 sends per step, by micro batches"
 THEORY = f"{SECTION} / Counted and theory"
 PART = "python -m scripts.benchmark --parts bytes_counted"
 SIMULATED = ROOT / "docs/planner/simulation_report.json"
 CONFIG = "recipes/gpt/configs/gpt3_1.3b.yaml"
 SAMPLES = 8  # of a rank and step, in one micro batch
 RANKS = (2, 4, 8, 16, 64, 512)
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES, MANY = (1, 2, 4, 8), 64  # of ranks
 NODE = 8  # ranks that tp and pp divide at most
 LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("baseline", {"shard": "none"}),
@@ -123,47 +123,65 @@ def command_of(row: dict[str, Any]) -> str:
                      *row["overrides"]])  # fmt: skip
 
 
-def beside_theory() -> list[Figure]:
-    """What simulated runs sent, in parameters or activations, beside the formulas of the papers."""
-    found: list[Figure] = []
+class Beside(NamedTuple):
+    """What a simulated run sent, in the unit that the subject names, beside a formula of a paper."""
 
-    def add(subject: str, theory: float, counted: float, row: dict[str, Any], paper: str) -> None:
-        found.append(Figure(THEORY, subject, "theory", theory, "", "counted", paper))
-        found.append(Figure(THEORY, subject, "simulated", counted, "", "counted", command_of(row)))
+    subject: str
+    theory: float
+    simulated: float
+    row: dict[str, Any]
+    paper: str
 
-    zero, sp = "ZeRO, arXiv:1910.02054, section 7.2", "arXiv:2205.05198, section 4.2.2"
-    for subject, theory, config, stack, words, (op, dtype), micro in (
-        ("DDP: gradients reduced, parameters", 2, "gpt3_1.3b", "baseline", (), ("all_reduce", "fp32"), 1),
-        ("ZeRO 1, 1.3B: parameters", 2, "gpt3_1.3b", "deepspeed", (), ("reduce", "bf16"), 1),
-        ("ZeRO 2, 2.5B: parameters and micro batch", 2, "megatron_2.5b", "deepspeed", (), ("reduce", "bf16"), 2),
-        ("ZeRO 3, 13B: parameters and micro batch", 3, "gpt3_13b", "deepspeed", ("deepspeed.zero_stage=3",),
-         ("reduce_scatter", "bf16"), 2),
-        ("FSDP2, 13B: parameters and micro batch", 3, "gpt3_13b", "baseline", ("baseline.shard=full",),
-         ("reduce_scatter", "fp32"), 2),
-        ("Distributed optimizer, 1.3B: parameters", 2, "gpt3_1.3b", "megatron", (), ("reduce_scatter", "fp32"), 1),
+
+def of_parameters() -> Iterator[Beside]:
+    """What ranks send that hold copies of the model, or share it, with as many ranks that (n - 1) / n is 1."""
+    paper = "ZeRO, arXiv:1910.02054, section 7.2"
+    once, each = 1, 2  # micro batches in which gradients are reduced
+    for subject, theory, config, stack, words, op, reductions in (
+        ("DDP, 1.3B: x parameters", 2, "gpt3_1.3b", "baseline", (), "all_reduce", once),
+        ("ZeRO 1, 1.3B: x parameters", 2, "gpt3_1.3b", "deepspeed", (), "reduce", once),
+        ("ZeRO 2, 2.5B, one micro batch: x parameters", 2, "megatron_2.5b", "deepspeed", (), "reduce", each),
+        ("ZeRO 3, 13B, one micro batch: x parameters", 3, "gpt3_13b", "deepspeed", ("deepspeed.zero_stage=3",),
+         "reduce_scatter", each),
+        ("FSDP2, 13B, one micro batch: x parameters", 3, "gpt3_13b", "baseline", ("baseline.shard=full",),
+         "reduce_scatter", each),
+        ("distributed optimizer, 1.3B: x parameters", 2, "gpt3_1.3b", "megatron", (), "reduce_scatter", once),
     ):  # fmt: skip
         row = row_of(config, stack, words)
-        parameters = planned.resolved(row["config"], row["overrides"]).model.parameter_count()
-        reduced = size_of(row, op, dtype, 8) / (4 if dtype == "fp32" else 2) * (2 if op == "all_reduce" else 1)
-        # ZeRO 1 and 2 gather the weights once per step, ZeRO 3 and FSDP2 in each micro batch
-        gathers = micro if theory == 3 else 1
+        dtype, width = ("bf16", 2) if stack == "deepspeed" else ("fp32", 4)  # of the gradients
+        reduced = size_of(row, op, dtype, 8) / width / reductions * (2 if op == "all_reduce" else 1)
+        gathers = each if theory == 3 else once
         gathered = size_of(row, "all_gather", "bf16", 8) / 2 / gathers
-        add(subject, theory, (reduced / micro + gathered) / parameters, row, zero)
+        parameters = planned.resolved(row["config"], row["overrides"]).model.parameter_count()
+        yield Beside(subject, theory, (reduced + gathered) / parameters, row, paper)
+
+
+def of_activations() -> Iterator[Beside]:
+    """What ranks send that share a layer or a pipeline."""
     row = row_of("gpt3_13b", "megatron")
     cfg = planned.resolved(row["config"], row["overrides"])
-    tp = cfg.megatron.tp
-    activation = 2 * cfg.data.seq_len * cfg.megatron.micro_batch * cfg.model.hidden
-    times = 2 * cfg.model.layers * activation
-    scattered = size_of(row, "reduce_scatter", "bf16", tp) - 2 * activation  # without that of the output layer
-    gathered = size_of(row, "all_gather", "bf16", tp) - 2 * 3 * activation
-    add("tp + sp, 13B: scatters per layer and micro batch", 4, scattered / times, row, sp)
-    add("tp + sp, 13B: gathers, of them 2 again for weight gradients", 6, gathered / times, row, sp)
+    layout = layout_for(cfg, "megatron", row["world"])
+    activation = 2 * cfg.data.seq_len * layout.micro_batch * cfg.model.hidden * layout.accumulate  # bytes, of all micro batches
+    # outside the layers the output scatters once; the embedding gathers once, the output twice
+    scattered = size_of(row, "reduce_scatter", "bf16", layout.tp) / activation - 1
+    gathered = size_of(row, "all_gather", "bf16", layout.tp) / activation - 3
+    paper = "arXiv:2205.05198, section 4.2.2: a scatter and a gather for each of 4 all-reduces"
+    yield Beside("tp=4 sp, 13B: scatters per layer and micro batch", 4, scattered / cfg.model.layers, row, paper)
+    paper += ", and 2 gathers more for the gradients of weights"
+    yield Beside("tp=4 sp, 13B: gathers per layer and micro batch", 6, gathered / cfg.model.layers, row, paper)
     row = row_of("gpt3_175b", "megatron")
     cfg = planned.resolved(row["config"], row["overrides"])
     layout = layout_for(cfg, "megatron", row["world"])
-    activation = 2 * cfg.data.seq_len * layout.micro_batch * cfg.model.hidden // layout.tp
-    passed = size_of(row, "send", "bf16", layout.pp) / activation / layout.accumulate
-    add("pp, 175B: activations per boundary and micro batch, each way", 1, passed, row, "arXiv:2104.04473, section 3.2")
+    activation = 2 * cfg.data.seq_len * layout.micro_batch * cfg.model.hidden // layout.tp * layout.accumulate
+    passed = size_of(row, "send", "bf16", layout.pp) / activation
+    yield Beside("pp=8, 175B: activations per boundary and micro batch", 1, passed, row, "arXiv:2104.04473, section 3.2")
+
+
+def beside_theory() -> list[Figure]:
+    found = []
+    for one in (*of_parameters(), *of_activations()):
+        found.append(Figure(THEORY, one.subject, "theory", one.theory, "", "counted", one.paper))
+        found.append(Figure(THEORY, one.subject, "simulated", one.simulated, "", "counted", command_of(one.row)))
     return found
 
 
@@ -172,26 +190,15 @@ def beside_theory() -> list[Figure]:
 
 def bytes_counted(options: Options, folder: Path) -> list[Figure]:
     found = []
-    for stack, keys in LAYOUTS:
-        if stack in options.stacks:
-            found += [
-                Figure(SENT, label(stack, keys), f"{ranks}", gigabytes_of(stack, keys, ranks), "GB", "counted", PART)
-                for ranks in RANKS
-            ]
-    for stack, keys in LAYOUTS:
-        if stack in options.stacks and not {"tp", "pp"} & set(keys):
-            found += [
-                Figure(
-                    BY_MICRO_BATCHES,
-                    label(stack, keys),
-                    f"{micro}",
-                    gigabytes_of(stack, keys, 64, micro),
-                    "GB",
-                    "counted",
-                    PART,
-                )
-                for micro in MICRO_BATCHES
-            ]
+    chosen = [(stack, keys) for stack, keys in LAYOUTS if stack in options.stacks]
+    for stack, keys in chosen:
+        for ranks in RANKS:
+            size = gigabytes_of(stack, keys, ranks)
+            found.append(Figure(SENT, label(stack, keys), f"{ranks} ranks", size, "GB", "counted", PART))
+    for stack, keys in chosen:
+        for micro in () if {"tp", "pp"} & set(keys) else MICRO_BATCHES:
+            size = gigabytes_of(stack, keys, MANY, micro)
+            found.append(Figure(BY_MICRO_BATCHES, label(stack, keys), f"{micro}", size, "GB", "counted", PART))
     return [*found, *(beside_theory() if set(options.stacks) >= {"baseline", "deepspeed", "megatron"} else [])]
 
 
@@ -213,7 +220,11 @@ def draw(figures: Sequence[Figure]) -> "Drawing | None":
     styles, drawn = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), dict.fromkeys(pictures.STACK_COLOURS, 0)
     for row in rows:
         stack = row.split()[0]
-        points = [(int(f.metric), float(f.value)) for f in select(figures, SENT) if f.subject == row and f.value is not None]
+        points = [
+            (int(f.metric.split()[0]), float(f.value))
+            for f in select(figures, SENT)
+            if f.subject == row and f.value is not None
+        ]
         ranks, gigabytes = zip(*points, strict=True)
         colour, style = pictures.STACK_COLOURS[stack], styles[drawn[stack] % len(styles)]
         axes.plot(ranks, gigabytes, linestyle=style, color=colour, marker=".", label=row)

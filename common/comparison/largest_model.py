@@ -145,6 +145,7 @@ def search(cell: Cell) -> Found:
         found = run.forked(case)
         if found["fault"] and "OutOfMemoryError" not in found["fault"]:
             raise BadInput(found["fault"])
+        print(f"{' '.join(case.overrides)}: {found['fault'] or 'fits'}", flush=True)  # for FOLDER/NAME.log
         if not found["fault"]:
             reserved[layers] = max(phase["reserved_bytes"] for phase in found["phases"].values())
         return not found["fault"]
@@ -207,31 +208,34 @@ def largest_model(options: Options, folder: Path) -> list[Figure]:
     from common.simulation import build
 
     build.preload()  # CannotSimulate, with the reason
-    chosen = {1: ONE, 8: EIGHT}
-    groups = {
-        f"{gpus}": ([placed(stack, keys, gpus, capacity("H100", gpus)) for stack, keys in rows if stack in options.stacks],
-                    capacity("H100", gpus))
-        for gpus, rows in chosen.items()
-    }  # fmt: skip
-    found = searched(groups, folder)
-    # with as much memory as the allocator had, it does the same; otherwise the smaller GPU is asked too
-    again = {
-        f"{name} A100": ([c for c, f in zip(cells, found[name], strict=True) if f.reserved > capacity("A100", c.gpus)],
-                         capacity("A100", cells[0].gpus))
-        for name, (cells, _) in groups.items()
-    }  # fmt: skip
-    smaller = searched(again, folder)
+    cells = {
+        gpus: [placed(stack, keys, gpus, capacity("H100", gpus)) for stack, keys in rows if stack in options.stacks]
+        for gpus, rows in ((1, ONE), (8, EIGHT))
+    }
+    first = on_gpu("H100", cells, folder)
+    # a smaller GPU that has what the allocator took gives the same answer; otherwise it is asked
+    unsure = {
+        gpus: [cell for cell in of if first[subject_of(cell)].reserved > capacity("A100", gpus)] for gpus, of in cells.items()
+    }
+    second = first | on_gpu("A100", unsure, folder)
     figures = []
-    for name, (cells, _) in groups.items():
-        others = dict(
-            zip([json.dumps(asdict(c)) for c in again[f"{name} A100"][0]], smaller.get(f"{name} A100", []), strict=True)
-        )
-        for cell, one in zip(cells, found[name], strict=True):
-            figures += row(cell, {"H100": one, "A100": others.get(json.dumps(asdict(cell)), one)})
+    for cell in (*cells[1], *cells[8]):
+        name = subject_of(cell)
+        figures += row(cell, {"H100": first[name], "A100": second[name]})
     if "deepspeed" in options.stacks:
         for gpus, keys in OFFLOADED:
             figures += offloaded(placed("deepspeed", keys, gpus, capacity("H100", gpus)))
     return figures
+
+
+def on_gpu(gpu: str, cells: dict[int, list[Cell]], folder: Path) -> dict[str, Found]:
+    """What is found for cells, which are given by number of GPUs; by their subject."""
+    found = searched({f"{gpu}_{gpus}": (of, capacity(gpu, gpus)) for gpus, of in cells.items()}, folder)
+    return {
+        subject_of(cell): one
+        for gpus, of in cells.items() if of
+        for cell, one in zip(of, found[f"{gpu}_{gpus}"], strict=True)
+    }  # fmt: skip
 
 
 def row(cell: Cell, found: dict[str, Found]) -> list[Figure]:
@@ -241,7 +245,8 @@ def row(cell: Cell, found: dict[str, Found]) -> list[Figure]:
         size = cell.parameters(one.layers) / 1e9 if one.layers else None
         source = cell.command(one.layers, capacity(gpu, cell.gpus)) if one.layers else f"not found: {one.reason}"
         figures.append(Figure(SECTION, subject, GPUS[gpu], size, "billion parameters", "counted", source))
-    shape = f"{found['H100'].layers} x {cell.hidden}"
+    layers = found["H100"].layers
+    shape = f"{layers} x {cell.hidden}" if layers else None
     return [
         *figures, Figure(SECTION, subject, "layers x width", shape, "", "counted", PART),
         Figure(SECTION, subject, "estimate", cell.parameters(cell.start) / 1e9, "billion parameters", "predicted", PART),

@@ -20,7 +20,7 @@ KINDS = {
     "predicted": "for the hardware that is named; [a .. b] or the text gives the error",
     "cited": "published by others, with the date",
 }
-FOLDED = "Timeline"  # tables of this name are the data of a picture: not printed on a terminal, folded on a page
+DRAWN_ONLY = ("Timeline", ", curves")  # tables of these names are the data of a picture: they are in report.json alone
 WIDEST = 7  # columns of a table on a page; a wider one of few rows is turned on its side
 GAP = 2  # blanks between two columns on a terminal
 
@@ -131,15 +131,18 @@ def sources(table: Table) -> list[tuple[str, str]]:
     return [("all" if everything else "; ".join(what), source) for source, what in found.items()]
 
 
+def shown_tables(report: Report) -> list[Table]:
+    return [table for table in tables(report.figures) if not any(name in table.section for name in DRAWN_ONLY)]
+
+
 # ---- a terminal ------------------------------------------------------------------------------------------------------
 
 
 def terminal(report: Report, width: int = 80) -> str:
     """The report in at most `width` columns: a table that is wider is continued in further blocks, and no number is cut."""
     lines = []
-    for table in tables(report.figures):
-        if FOLDED not in table.section:
-            lines += ["", table.section, "-" * min(width, len(table.section)), *blocks(grid(table), width)]
+    for table in shown_tables(report):
+        lines += ["", table.section, "-" * min(width, len(table.section)), *blocks(grid(table), width)]
     lines += ["", *(wrapped for line in report.left_out for wrapped in textwrap.wrap(line, width, subsequent_indent="  "))]
     facts = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines += textwrap.wrap(f"{report.date}, {report.hardware}. {facts}. Commit {report.commit}.", width)
@@ -191,17 +194,14 @@ def block(columns: Sequence[Sequence[str]], sizes: Sequence[int], left: Sequence
 def markdown(report: Report, drawn: Sequence[Drawn]) -> str:
     lines = [*introduction(report), ""]
     part = None
-    for table in tables(report.figures):
+    for table in shown_tables(report):
         name, _, title = table.section.partition(" / ")
         if name != part:
             lines += pictures_after(drawn, part)
             lines += [f"## {name}", ""]
             part = name
         lines += [f"### {title}", ""] if title else []
-        folded = FOLDED in table.section
-        lines += ["<details><summary>The figures of the picture</summary>", ""] if folded else []
         lines += [*markdown_table(grid(table)), ""]
-        lines += ["</details>", ""] if folded else []
         lines += markdown_sources(table)
     lines += pictures_after(drawn, part)
     lines += ["## What was not run", "", *(f"- {line}" for line in report.left_out or ["Every part was run."]), ""]
@@ -213,7 +213,7 @@ def introduction(report: Report) -> list[str]:
     return [
         "# DeepSpeed or Megatron Core?", "",
         f"Made on {report.date} by `{report.command}` at commit {report.commit}, on {report.hardware}. {facts}.", "",
-        "Each column says what kind of figure it holds:", "",
+        "Each column says what kind of figure it holds. What only the pictures show is in report.json.", "",
         *(f"- **{kind}** {meaning}" for kind, meaning in KINDS.items()),
     ]  # fmt: skip
 
@@ -283,7 +283,7 @@ code { overflow-wrap: anywhere; }
 
 
 def html(report: Report, drawn: Sequence[Drawn]) -> str:
-    found = tables(report.figures)
+    found = shown_tables(report)
     names = list(dict.fromkeys(table.section.partition(" / ")[0] for table in found))
     parts = ["".join(html_table(table) for table in found if table.section.partition(" / ")[0] == name) for name in names]
     sections = [
@@ -300,7 +300,7 @@ def html(report: Report, drawn: Sequence[Drawn]) -> str:
         f"<title>DeepSpeed or Megatron Core?</title><style>{STYLE}</style></head><body>"
         f"<h1>DeepSpeed or Megatron Core?</h1><p>Made on {text(report.date)} by <code>{text(report.command)}</code> at commit "
         f"{text(report.commit)}, on {text(report.hardware)}. {text(facts)}.</p><nav>{links}</nav>"
-        f"<p>Each column says what kind of figure it holds:</p><ul>{kinds}</ul>"
+        f"<p>Each column says what kind of figure it holds. What only the pictures show is in report.json.</p><ul>{kinds}</ul>"
         f"{''.join(sections)}<section><h2>What was not run</h2><ul>{left_out}</ul></section></body></html>\n"
     )
 
@@ -329,8 +329,6 @@ def html_table(table: Table) -> str:
         rows.append(f"<tr><th>{html_head(row[0])}</th>{''.join(cells)}</tr>")
     body = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     heading = f"<h3>{text(title)}</h3>" if title else ""
-    if FOLDED in table.section:
-        body = f"<details><summary>The figures of the picture</summary>{body}</details>"
     return heading + body + html_sources(table)
 
 

@@ -1,12 +1,169 @@
-"""The verdict of a report: the heads of the articles that compare the stacks, with figures in place of adjectives.
+"""The verdict of a report: the heads of the articles that compare DeepSpeed and Megatron, with figures in place of adjectives.
 
-Every figure here is taken from another table of the same report. Pros and cons follow from them by the rules in RULES.
+Every figure here is taken from another table of the same report, with its source. Which stack a figure is in favour of, and so
+the pros and cons, follow by RULE alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
-from common.comparison.figures import Figure
+from common.comparison.figures import Figure, Kind, tables
+
+SECTION = "Verdict"
+PARTS = "python -m scripts.benchmark --parts"
+COMPARED = ("deepspeed", "megatron")
+STACKS = ("baseline", *COMPARED)
+TENTH = 0.05  # on either side of a figure without a spread
+RULE = (
+    "A figure is in favour of a stack if it is better than the other's, and their spreads (measured) or errors (predicted) do "
+    "not overlap; figures without a spread must differ by a tenth. A pro of one stack is a con of the other."
+)
+
+Find = Callable[[Sequence[Figure], str], Figure | None]
+
+
+class Head(NamedTuple):
+    """A row: what is compared, which figure of a stack it takes, and which is better."""
+
+    name: str
+    kind: Kind
+    better: Literal["higher", "lower"]
+    find: Find
+
+
+def at(section: str, subject: str, metric: str) -> Find:
+    """The figure of one cell; {stack} stands for the name of the stack."""
+
+    def find(figures: Sequence[Figure], stack: str) -> Figure | None:
+        wanted = tuple(text.format(stack=stack) for text in (section, subject, metric))
+        return next((f for f in figures if (f.section, f.subject, f.metric) == wanted and f.value is not None), None)
+
+    return find
+
+
+def best_row(section: str, metric: str, begin: str, choose: Callable[..., Figure | None]) -> Find:
+    """The greatest (max) or least (min) figure of a column among the rows that begin with `begin`, with {stack} as above."""
+
+    def find(figures: Sequence[Figure], stack: str) -> Figure | None:
+        column = [f for f in figures if (f.section, f.metric) == (section, metric) and isinstance(f.value, int | float)]
+        return choose((f for f in column if is_of(f.subject, begin.format(stack=stack))), key=lambda f: f.value, default=None)
+
+    return find
+
+
+def silent_mistakes(figures: Sequence[Figure], stack: str) -> Figure | None:
+    """How many of the ten mistakes the stack alone trains on."""
+    rows = [f for f in figures if (f.section, f.metric) == ("Ease of use / Ten mistakes without these recipes", stack)]
+    seen = [f for f in rows if isinstance(f.value, str)]
+    if not seen:
+        return None
+    count = sum(str(f.value).startswith("trains on") for f in seen)
+    return Figure(SECTION, stack, "", count, "", "measured", seen[0].source)
+
+
+def is_of(subject: str, begin: str) -> bool:
+    return subject == begin or subject.startswith((f"{begin} ", f"{begin},"))
+
+
+LARGEST = "Scalability / Largest GPT per GPU"
+HEADS = (
+    *(
+        Head(f"Performance: {label} here, its fastest layout, x the baseline", "measured", "higher",
+             at(f"Performance / {label}, best", "{stack}", "ratio"))
+        for label in ("GPT", "BERT", "T5", "BERT finetuning")
+    ),
+    *(
+        Head(f"Performance: GPT {size} on {gpus} H100, MFU in %", "predicted", "higher",
+             at(f"Scalability / GPT {size} on H100, one global batch", f"{gpus} GPUs", "{stack} MFU %"))
+        for size, gpus in (("1.3B", "8"), ("13B", "64"))
+    ),
+    Head("Scalability: GPT 175B on 1,024 H100, MFU in %", "predicted", "higher",
+         at("Scalability / GPT 175B on H100, one global batch", "1,024 GPUs", "{stack} MFU %")),
+    *(
+        Head(f"Scalability: largest GPT on {number} H100 80 GB, in billions of parameters", "counted", "higher",
+             best_row(LARGEST, "H100 80 GB", f"{number} GPU{'s' * (number > 1)}: {{stack}}", max))
+        for number in (1, 8)
+    ),
+    Head("Load balance: idle share of its best pipeline here, in %", "measured", "lower",
+         best_row("Load balance / Pipelines", "bubble", "{stack}", min)),
+    Head("Ease of use: lines of a GPT recipe that the plain loop has not", "counted", "lower",
+         at("Ease of use / Lines of a recipe", "gpt {stack}", "pretrain added")),
+    Head("Ease of use: lines of its own modules beside it", "counted", "lower",
+         at("Ease of use / Lines of a recipe", "gpt {stack}", "lines in them")),
+    Head("Ease of use: more lines for an architecture that transformers has", "counted", "lower",
+         at("Ease of use / Change of architecture", "{stack}", "added")),
+    Head("Ease of use: silent traps found", "counted", "lower", at("Ease of use / Silent traps by stack", "{stack}", "traps")),
+    Head("Ease of use: mistakes of ten that it trains on", "measured", "lower", silent_mistakes),
+    Head("Ease of use: MB to install beyond the baseline", "counted", "lower",
+         at("Ease of use / Packages", "{stack}, beyond it", "size")),
+    Head("Ecosystem: runs of layouts held to a plain loop here", "counted", "higher",
+         at("Ecosystem / Checked here", "runs compared", "{stack}")),
+    Head("Ecosystem: releases in a year", "cited", "higher", at("Ecosystem / The projects", "releases in a year", "{stack}")),
+)  # fmt: skip
+KINDS: dict[Kind, str] = {
+    "measured": "Measured here", "predicted": "Predicted for H100", "counted": "Counted", "cited": "Cited",
+}  # fmt: skip
 
 
 def figures(found: Sequence[Figure]) -> list[Figure]:
-    return []
+    """One table for each kind: a row for each head for which the report has a figure; then pros and cons, and their rule."""
+    made: list[Figure] = []
+    favours: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
+    for kind, title in KINDS.items():
+        for head in (head for head in HEADS if head.kind == kind):
+            cells = {stack: head.find(found, stack) for stack in STACKS}
+            if not any(cells[stack] for stack in COMPARED):
+                continue
+            made += [row(title, head, stack, cell) for stack, cell in cells.items()]
+            source = next(cell.source for cell in cells.values() if cell)
+            favours[kind][head.name] = verdict = in_favour(head, cells)
+            made.append(Figure(f"{SECTION} / {title}", head.name, "in favour of", verdict or None, "", kind, source))
+    return [*made, *pros_and_cons(favours)] if made else []
+
+
+def row(title: str, head: Head, stack: str, cell: Figure | None) -> Figure:
+    section = f"{SECTION} / {title}"
+    if cell is None:
+        return Figure(section, head.name, stack, None, "", head.kind, f"no such figure of {stack} in this report")
+    return Figure(section, head.name, stack, cell.value, "", head.kind, cell.source, cell.spread)
+
+
+def in_favour(head: Head, cells: dict[str, Figure | None]) -> str:
+    """The stack that a figure is in favour of by RULE, "neither", or "" where one of the two has none."""
+    first, second = (bounds(cells[stack]) for stack in COMPARED)
+    if not first or not second:
+        return ""
+    if head.better == "lower":
+        first, second = (-first[1], -first[0]), (-second[1], -second[0])
+    return COMPARED[0] if first[0] > second[1] else COMPARED[1] if second[0] > first[1] else "neither"
+
+
+def bounds(figure: Figure | None) -> tuple[float, float] | None:
+    if figure is None or not isinstance(figure.value, int | float):
+        return None
+    around = abs(figure.value) * TENTH
+    return figure.spread or (figure.value - around, figure.value + around)
+
+
+def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
+    section, source = f"{SECTION} / Pros and cons", "the tables above, by the rule below"
+    for stack, other in (COMPARED, COMPARED[::-1]):
+        for what, winner in (("pros", stack), ("cons", other)):
+            for kind, names in favours.items():
+                won = [name for name, favour in names.items() if favour == winner]
+                if names:
+                    yield Figure(section, f"{stack}: {what}", kind, "; ".join(won) or "none", "", kind, source)
+    yield Figure(f"{SECTION} / Rule", "in favour of", "rule", RULE, "", "counted", "common/comparison/verdict.py")
+
+
+def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
+    """The rows of the verdict as one Markdown table, with the kind of each row."""
+    lines = ["| | kind | baseline | DeepSpeed | Megatron Core | in favour of |", "|---|---|---:|---:|---:|---|"]
+    from common.comparison.render import cell
+
+    for table in tables(f for f in figures if f.section in {f"{SECTION} / {title}" for title in KINDS.values()}):
+        for name in table.rows:
+            kind = table.cells[name, "in favour of"].kind
+            cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, "in favour of")]
+            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    return lines
