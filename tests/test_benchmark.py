@@ -162,6 +162,13 @@ def test_words_that_do_not_change_the_figures() -> None:
     assert benchmark.part_words(Options(words=benchmark.without_out(words))) == ("--rounds", "3", "c.yaml")
 
 
+def test_the_command_of_a_report_has_no_path_of_this_machine() -> None:
+    for words in (("--source", "/home/me/data"), ("--source=/home/me/data",)):
+        assert re.fullmatch(
+            r"python -m scripts.benchmark --source[ =]DIR --rounds 3", Options(words=(*words, "--rounds", "3")).command
+        )
+
+
 def test_bad_input_is_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["nothing.yaml", "--rounds", "0", "--processes", "0", "--minutes", "0", "--source", str(tmp_path / "none")]
     with pytest.raises(BadInput) as caught:

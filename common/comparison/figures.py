@@ -79,7 +79,10 @@ class Options:
 
     @property
     def command(self) -> str:
-        return " ".join(["python -m scripts.benchmark", *self.words])
+        """The command that makes the report, with DIR for a folder of this machine."""
+        words = ["DIR" if before == "--source" else word for before, word in zip(("", *self.words), self.words, strict=False)]
+        words = ["--source=DIR" if word.startswith("--source=") else word for word in words]
+        return " ".join(["python -m scripts.benchmark", *words])
 
 
 class Disagreement(Exception):

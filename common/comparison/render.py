@@ -192,6 +192,7 @@ def block(columns: Sequence[Sequence[str]], sizes: Sequence[int], left: Sequence
 
 
 def markdown(report: Report, drawn: Sequence[Drawn]) -> str:
+    """Each `png` of `drawn` is the path of a picture from the page."""
     lines = [*introduction(report), ""]
     part = None
     for table in shown_tables(report):

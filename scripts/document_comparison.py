@@ -1,0 +1,71 @@
+"""Write docs/comparison.md, docs/comparison/report.html and the verdict in README.md from docs/comparison/report.json.
+
+    python -m scripts.document_comparison
+    python -m scripts.document_comparison --measure [arguments of scripts.benchmark]
+
+With --measure, scripts.benchmark first measures on this machine; it takes about 25 minutes on 2 cores.
+"""
+
+import re
+import sys
+
+from common.comparison import render, verdict
+from common.comparison.figures import Report, tables
+from common.errors import exit_cleanly
+from common.paths import ROOT
+from scripts import benchmark
+
+FOLDER = ROOT / "docs/comparison"
+PAGE = ROOT / "docs/comparison.md"
+README = ROOT / "README.md"
+BLOCK = re.compile(
+    r"(<!-- generated: verdict \(python -m scripts\.document_comparison\) -->\n).*?(<!-- end of generated -->)", re.S
+)
+CHOICES = "Which one for you / GPT on H100"
+
+
+def main() -> int:
+    if "-h" in sys.argv or "--help" in sys.argv:
+        print(__doc__)
+        return 0
+    if sys.argv[1:2] == ["--measure"]:
+        sys.argv[1:] = [*sys.argv[2:], "--out", str(FOLDER.relative_to(ROOT))]
+        code = benchmark.main()
+        if code:
+            return code
+    else:
+        benchmark.finish(benchmark.read_report(FOLDER), FOLDER)
+    (FOLDER / "report.md").unlink()  # PAGE is the same, with paths from its folder
+    report = benchmark.read_report(FOLDER)
+    PAGE.write_text(page(report), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8"), report), encoding="utf-8")
+    print(PAGE, README, sep="\n")
+    return 0
+
+
+def page(report: Report) -> str:
+    """docs/comparison.md"""
+    shown = with_verdict(report)
+    drawn = [render.Drawn(p, "", f"{FOLDER.name}/{p.name}.png") for p in benchmark.pictures() if p.draw(shown.figures)]
+    return render.markdown(shown, drawn)
+
+
+def readme(text: str, report: Report) -> str:
+    """README.md with the verdict of a report: the figures, then the stack for some models and numbers of GPUs."""
+    shown = with_verdict(report)
+    lines = [*verdict.shown_in_readme(shown.figures), ""]
+    for table in tables(shown.figures):
+        if table.section == CHOICES:
+            lines += [*render.markdown_table(render.grid(table)), ""]
+    lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
+    return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)
+
+
+def with_verdict(report: Report) -> Report:
+    figures = [f for f in report.figures if not f.section.startswith(verdict.SECTION)]
+    ordered = benchmark.in_order([*figures, *verdict.figures(figures)])
+    return Report(report.command, report.date, report.commit, report.hardware, report.versions, ordered, report.left_out)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
