@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import families
+from common.comparison import verdict
 from common.comparison.figures import Disagreement, Figure, Options, Picture, Report, Task, figures_from_json
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
@@ -54,7 +55,7 @@ def tasks() -> list[Task]:
 
 
 def pictures() -> list[Picture]:
-    return [picture for section in sections() for picture in section.PICTURES]
+    return [*verdict.PICTURES, *(picture for section in sections() for picture in section.PICTURES)]
 
 
 def main() -> int:
@@ -252,7 +253,7 @@ def read_report(folder: Path) -> Report:
 
 def finish(report: Report, folder: Path) -> None:
     """Write report.json, report.md, report.html and the pictures into the folder, and print the tables."""
-    from common.comparison import render, verdict
+    from common.comparison import render
 
     report.figures = in_order([*report.figures, *verdict.figures(report.figures)])
     write_json(folder / "report.json", report.to_json())

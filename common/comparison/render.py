@@ -20,7 +20,7 @@ KINDS = {
     "predicted": "for the hardware that is named; [a .. b] or the text gives the error",
     "cited": "published by others, with the date",
 }
-DRAWN_ONLY = ("Timeline", ", curves")  # tables of these names are the data of a picture: they are in report.json alone
+DRAWN_ONLY = "Timeline"  # tables of this name are the data of a picture: they are in report.json alone
 WIDEST = 7  # columns of a table on a page; a wider one of few rows is turned on its side
 GAP = 2  # blanks between two columns on a terminal
 
@@ -132,7 +132,7 @@ def sources(table: Table) -> list[tuple[str, str]]:
 
 
 def shown_tables(report: Report) -> list[Table]:
-    return [table for table in tables(report.figures) if not any(name in table.section for name in DRAWN_ONLY)]
+    return [table for table in tables(report.figures) if DRAWN_ONLY not in table.section]
 
 
 # ---- a terminal ------------------------------------------------------------------------------------------------------

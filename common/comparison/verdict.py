@@ -5,9 +5,12 @@ the pros and cons, follow by RULE alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from common.comparison.figures import Figure, Kind, tables
+from common.comparison.figures import Figure, Kind, Picture, Table, tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 SECTION = "Verdict"
 PARTS = "python -m scripts.benchmark --parts"
@@ -154,6 +157,51 @@ def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
                 if names:
                     yield Figure(section, f"{stack}: {what}", kind, "; ".join(won) or "none", "", kind, source)
     yield Figure(f"{SECTION} / Rule", "in favour of", "rule", RULE, "", "counted", "common/comparison/verdict.py")
+
+
+def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
+    """GPT's losses on each other, and beside them the speed and the memory of each layout."""
+    from common.comparison.pictures import INK, STACK_COLOURS, new
+
+    found = {table.section: table for table in tables(figures) if table.section.startswith("Performance / GPT")}
+    names = ("Performance / GPT, Timeline of the loss", "Performance / GPT", "Performance / GPT, memory")
+    if not all(name in found for name in names):
+        return None
+    losses, speed, memory = (found[name] for name in names)
+    rows = speed.rows
+    drawing, (left, middle, right) = new(1, 3, height=0.9 + 0.2 * len(rows))
+    for place, row in enumerate(losses.rows):
+        values = [number(losses, row, metric) for metric in losses.columns if metric.startswith("step ")]
+        colour = STACK_COLOURS.get(row.split()[0], INK)
+        left.plot(range(1, len(values) + 1), values, color=colour, linewidth=5 - 4 * place / len(losses.rows), alpha=0.6)
+    left.set(title=f"{len(losses.rows)} layouts, one loss", xlabel="step")
+    colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
+    for axes, table, metric, title in ((middle, speed, "ratio", "speed, x baseline"), (right, memory, "peak", "MB per rank")):
+        axes.barh(range(len(rows)), [number(table, row, metric) for row in rows], color=colours)
+        axes.set_yticks(range(len(rows)), [row.removeprefix("megatron ").removeprefix("deepspeed ") for row in rows])
+        axes.set_title(title)
+        axes.invert_yaxis()
+    right.set_yticks([])
+    for axes in (left, middle, right):
+        axes.title.set_fontsize(8)
+        axes.tick_params(labelsize=7)
+    bars = {row.split()[0]: bar for row, bar in zip(rows, middle.patches, strict=True)}
+    drawing.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    return drawing
+
+
+def number(table: Table, row: str, metric: str) -> float:
+    """The value of a cell; 0 for one that is empty."""
+    figure = table.cells.get((row, metric))
+    return float(figure.value) if figure and isinstance(figure.value, int | float) else 0.0
+
+
+PICTURES = (
+    Picture(
+        "at_a_glance", SECTION, "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the "
+        "speed of each layout on this machine (measured). Right, the memory of a rank at its peak on a GPU (predicted).", at_a_glance,
+    ),
+)  # fmt: skip
 
 
 def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
