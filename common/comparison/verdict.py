@@ -196,12 +196,11 @@ def number(table: Table, row: str, metric: str) -> float:
     return float(figure.value) if figure and isinstance(figure.value, int | float) else 0.0
 
 
-PICTURES = (
-    Picture(
-        "at_a_glance", SECTION, "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the "
-        "speed of each layout on this machine (measured). Right, the memory of a rank at its peak on a GPU (predicted).", at_a_glance,
-    ),
-)  # fmt: skip
+CAPTION = (
+    "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the speed of each layout on this "
+    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted)."
+)
+PICTURES = (Picture("at_a_glance", SECTION, CAPTION, at_a_glance),)
 
 
 def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
