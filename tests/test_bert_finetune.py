@@ -428,6 +428,11 @@ def test_seeds_have_a_median(configs, tmp_path: Path):
     env = os.environ | {"NPROC": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command[:-1], "--seeds", "7", "8", command[-1]], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    again = subprocess.run(  # finished runs are only read
+        [*command[:-1], "--seeds", "7", "8", command[-1], "--json"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert json.loads(again.stdout) == json.loads((tmp_path / "out/seeds.json").read_text())
+    assert "complete: " in again.stderr and max(map(len, done.stdout.splitlines()[-2:])) <= 160
     [row] = json.loads((tmp_path / "out/seeds.json").read_text())
     values = [json.loads((tmp_path / f"out/seed_{n}/eval.json").read_text())[0]["value"] for n in (7, 8)]
     assert list(row["values"].values()) == values and row["median"] == sum(values) / 2

@@ -277,6 +277,11 @@ def test_weights_that_are_not_the_models_are_refused(run: Path, data: Path, tmp_
     assert "its config.json cannot be read" in evaluate(*text, code=2)
 
 
+def test_json_is_all_that_is_printed(run: Path, data: Path, tmp_path: Path):
+    printed = evaluate(run, "lambada", "--data", data, "--limit", 2, "--json", "--out", tmp_path)
+    assert json.loads(printed) == json.loads((tmp_path / "eval.json").read_text())
+
+
 def test_where_results_cannot_go(run: Path, data: Path, tmp_path: Path):
     (tmp_path / "a/eval.json").mkdir(parents=True)
     (tmp_path / "b").mkdir()

@@ -99,7 +99,7 @@ def test_every_stage_says_what_it_does(small: tuple[Path, list[str], str]) -> No
     stages = re.findall(rf"^\[(\d)/{4 + len(stacks)} +\d+s\] (\w+): .+", output, re.M)
     assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *stacks, "sample", "compare"], 1)]
     assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", output, re.M)) == len(stacks)
-    assert len(re.findall(r"^step +1/4 ", output, re.M)) == len(stacks), "progress is on the screen"
+    assert len(re.findall(r"^step +1 +25% ", output, re.M)) == len(stacks), "progress is on the screen"
 
 
 def test_three_runs_are_one_curve_and_their_exports_reach_it(small: tuple[Path, list[str], str]) -> None:
