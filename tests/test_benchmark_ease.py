@@ -86,8 +86,10 @@ def test_a_layout_needs_all_the_keys_that_are_counted(stack: str) -> None:
         key = name.split()[1].partition("=")[0]
         for word in words:
             rest = [other for other in words if other != word]
-            assert word.startswith(f"{stack}.{key}=") or not accepted(rest), (name, word)
+            is_own = word.startswith(f"{stack}.{key}=") or key == "sequence_parallel"  # accepted without tp, and does nothing
+            assert is_own or not accepted(rest), (name, word)
     known = {"deepspeed pp": "pp=2", "deepspeed hpz": "zero_stage=3 hpz=2", "megatron vpp": "pp=2 vpp=2"}
+    known["megatron sequence_parallel"] = "tp=2 sequence_parallel=true"
     assert {name: cells[name] for name in known if name.startswith(stack)} == {
         name: written for name, written in known.items() if name.startswith(stack)
     }
@@ -154,6 +156,10 @@ def test_the_figures_are_one_kind_and_unit_a_column(tmp_path: Path, monkeypatch:
     lines = found["Ease of use / Lines of ten mistakes"].cells
     assert lines["misspelt key", "megatron here"].value == 1 and lines["misspelt key", "megatron alone"].value == 26
     assert lines["NaN in the first weights", "megatron alone"].value is None
+    figures = [figure for table in found.values() for figure in table.cells.values()]
+    drawing = mistakes.draw(figures)
+    assert drawing is not None and {text.get_text() for text in drawing.axes[0].texts} == {"trains on"}
+    assert mistakes.draw([]) is None
     assert all(figure.source.strip() for table in found.values() for figure in table.cells.values())
     assert not any("baseline" in subject for subject in found["Ease of use / Silent traps"].rows)
 

@@ -26,6 +26,7 @@ from common.stacks import extra
 SECTION = "Ease of use"
 SCRIPTS = ("pretrain.py", "finetune.py")
 STACK_CODE = ROOT / "common/stacks"
+FAMILY = "gpt"  # has all layouts of both stacks
 OWN_RECIPE = ROOT / "docs/own_recipe.md"
 DISTRIBUTIONS = {"baseline": ("accelerate", "transformers"), "deepspeed": ("deepspeed",), "megatron": ("megatron-core",)}
 
@@ -184,11 +185,13 @@ def _stack_of(path: str) -> str:
 
 
 def layouts(stacks: Iterable[str]) -> Iterator[Figure]:
-    """The fewest keys, beside the micro batch, that switch a layout on, of those that GPT's checks accept."""
+    """The fewest keys, beside the micro batch, that switch a layout on, of those that the checks accept for FAMILY."""
     for stack in stacks:
         best: dict[str, refusals.Keys] = {}
-        cfg = refusals.start("gpt")
+        cfg = refusals.start(FAMILY)
         for keys in refusals.layouts(stack):  # the smallest first
+            if keys.get("sequence_parallel") and keys.get("tp", 1) == 1:
+                continue  # is accepted, and does nothing
             new = {_choice(stack, key, value) for key, value in keys.items() if key != "micro_batch"} - best.keys()
             if new and not refusals.problems(cfg, stack, keys):
                 best |= dict.fromkeys(new, keys)
@@ -272,4 +275,9 @@ def installed_bytes(name: str) -> int:
 
 
 TASKS: tuple[Task, ...] = (Task("ease_of_use", SECTION, 45, run),)
-PICTURES: tuple[Picture, ...] = ()
+PICTURES: tuple[Picture, ...] = (
+    Picture(
+        "ease_mistakes", SECTION, "Lines that a user reads after each of ten mistakes, with these recipes and without them.",
+        mistakes.draw,
+    ),
+)  # fmt: skip

@@ -164,7 +164,8 @@ def installed(stacks: Iterable[str]) -> Iterator[Figure]:
             "TensorFlow or Keras": sum(1 for _ in foreign_files(package_folder(stack))),
         }
         for row, value in rows.items():
-            yield _figure("Installed packages", row, stack, value, "counted", COMMAND)
+            source = COMMAND if value is not None else f"{name} has no folder of them; {COMMAND}"
+            yield _figure("Installed packages", row, stack, value, "counted", source)
 
 
 def package_folder(stack: str) -> Path:

@@ -4,15 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.comparison.figures import Figure
+from common.comparison import pictures
+from common.comparison.figures import Figure, tables
 from common.errors import BadInput
 from common.paths import ROOT
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
 SECTION = "Ease of use"
+LINES = f"{SECTION} / Lines of ten mistakes"
 COMMAND = "python -m scripts.benchmark --parts ease_of_use"
 CONFIG = """\
 model: {{arch: gpt2, layers: 4, hidden: 64, heads: 4, vocab_size: 128}}
@@ -52,6 +57,8 @@ MISTAKES = (
     Mistake("byte", "a changed byte in a checkpoint", ""),
 )  # fmt: skip
 
+FOUND_BY_RANKS = ("nan", "byte")
+
 
 def figures(stacks: Iterable[str], folder: Path) -> Iterator[Figure]:
     chosen = [stack for stack in stacks if stack != "baseline"]
@@ -63,6 +70,8 @@ def figures(stacks: Iterable[str], folder: Path) -> Iterator[Figure]:
             for row in (row for row in attempts if (row["mistake"], row["stack"]) == (mistake.name, stack)):
                 lines = row["lines"] if row["code"] else None
                 source = COMMAND if row["code"] else f"no error, so no lines; {COMMAND}"
+                if row["where"] == "here" and mistake.name in FOUND_BY_RANKS:
+                    source = f"of one rank, which finds it; {COMMAND}"
                 yield Figure(
                     f"{SECTION} / Lines of ten mistakes",
                     mistake.says,
@@ -119,3 +128,37 @@ def by_ranks(stacks: Iterable[str], folder: Path) -> Iterator[dict[str, Any]]:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NNODES")} | ENVIRONMENT
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def draw(figures: Sequence[Figure]) -> "Drawing | None":
+    """A dot for each mistake and stack, a cross without these recipes, or the words that it trains on."""
+    table = next((table for table in tables(figures) if table.section == LINES), None)
+    if table is None:
+        return None
+    drawing, axes = pictures.new(height=0.4 * len(table.rows) + 0.8)
+    for column in table.columns:
+        stack, where = column.split()
+        for row, subject in enumerate(table.rows):
+            figure = table.cells.get((subject, column))
+            if figure is None:
+                continue
+            colour = pictures.STACK_COLOURS[stack]
+            at = row + (0.15 if stack == "megatron" else -0.15)  # both stacks of one mistake stand apart
+            if figure.value is None:
+                axes.text(200, at, "trains on", color=colour, va="center", fontsize=8)
+            else:
+                marker = "o" if where == "here" else "x"
+                axes.plot(figure.value, at, marker, color=colour)
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, 900)
+    axes.set_xticks([1, 10, 100], ["1", "10", "100"])
+    axes.set_xlabel("lines")
+    axes.set_yticks(range(len(table.rows)), table.rows)
+    axes.invert_yaxis()
+    handles = [
+        axes.plot([], [], marker, color=pictures.STACK_COLOURS[stack], label=f"{stack}, {words}")[0]
+        for stack in dict.fromkeys(column.split()[0] for column in table.columns)
+        for marker, words in (("o", "these recipes"), ("x", "without them"))
+    ]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor=pictures.INK)
+    return drawing

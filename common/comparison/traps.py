@@ -87,6 +87,13 @@ TRAPS: tuple[Trap, ...] = (
         ("common/stacks/extra.py", "with `round_robin_gradients`"),
     ),
     Trap(
+        "deepspeed",
+        "relative biases under AutoTP",
+        "T5's are sliced without a mark: their gradients are missing in the norm",
+        "tests/test_t5_parity.py::test_follows_the_reference_loop",
+        ("common/stacks/zero.py", "AutoTP slices embeddings (T5's relative biases) without saying so"),
+    ),
+    Trap(
         "megatron",
         "weight decay",
         "biases and norms decay too: wd_mult is applied by Megatron's own scheduler alone",
@@ -162,6 +169,13 @@ TRAPS: tuple[Trap, ...] = (
         "its output weights are tied at construction whatever the configuration says",
         "tests/test_t5_convert.py::test_exports_load_untied_and_write_the_same_text",
         ("recipes/t5/modeling.py", "transformers 5 ties them at construction"),
+    ),
+    Trap(
+        "libraries",
+        "padding_idx in BERT",
+        "the embedding's gradient of that id is dropped, wherever the id occurs",
+        "tests/test_bert_parity.py::test_follows_the_reference_loop",
+        ("recipes/bert/task.py", "Otherwise the classes would drop the gradient of that id"),
     ),
     Trap(
         "libraries",
