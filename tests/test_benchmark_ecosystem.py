@@ -1,5 +1,6 @@
 """common/comparison/ecosystem.py and claims.py: each cell's test exists, each source is dated, the page is what is written."""
 
+import inspect
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from common import families
 from common.comparison import claims, ease, ecosystem
 from common.comparison.figures import Options, tables
 from common.config import STACKS
+from common.training import trackers
 from scripts import benchmark, document_claims
 
 EVERY_STACK = ("STACKS", "LAYOUTS", "recipes/*/*/", "families.stacks", "STACKS_OF")
@@ -43,16 +45,14 @@ def test_each_checked_cell_has_a_test_that_runs_its_stack(stack: str) -> None:
         text_of(test)
 
 
-def test_every_stack_logs_to_tensorboard_and_none_to_wandb() -> None:
-    from common.training import log
-
-    assert "tensorboard" in Path(log.__file__).read_text(encoding="utf-8")
+def test_every_stack_logs_to_the_same_trackers() -> None:
+    """tests/test_trackers.py has what they write."""
+    source = inspect.getsource(trackers.started)
+    assert "TensorBoard(" in source and "WandB(" in source
     scripts = [path for name in ("pretrain.py", "finetune.py") for path in ROOT.glob(f"recipes/*/*/{name}")]
     assert len(scripts) >= 2 * len(families.stacks("gpt"))
     for path in scripts:
         assert "log = Log(run" in path.read_text(encoding="utf-8"), path
-    code = [*ROOT.glob("common/training/*.py"), *ROOT.glob("recipes/**/*.py")]
-    assert not [path for path in code if re.search(r"^\s*(import|from) wandb", path.read_text(encoding="utf-8"), re.M)]
 
 
 def test_optimizers_are_those_that_some_layout_takes() -> None:

@@ -38,7 +38,7 @@ _YES = {  # row: test of each stack
     "weights come from transformers": "tests/test_convert.py::test_hf_to_every_stack_and_back_is_bitwise",
     "resumes a run of another stack": "tests/test_resume.py::test_one_run_moves_between_stacks",
     "resumes bit for bit": "tests/test_resume.py::test_two_halves_are_one_run_bit_for_bit",
-    "TensorBoard": "tests/test_benchmark_ecosystem.py::test_every_stack_logs_to_tensorboard_and_none_to_wandb",
+    "TensorBoard, W&B": "tests/test_benchmark_ecosystem.py::test_every_stack_logs_to_the_same_trackers",
     "CPU": PARITY,
     "bf16": "tests/test_parity.py::test_bf16_stays_near_fp32",
     "SLURM": "tests/test_recipes.py::test_launch_scripts_are_one_text",
@@ -52,7 +52,6 @@ CHECKED: dict[str, dict[str, Checked]] = {
         "deepspeed": Checked(True, ADAPTERS),
         "megatron": Checked(False, "tests/test_gpt_finetune.py::test_what_is_refused"),
     },
-    "W&B": dict.fromkeys(config.STACKS, Checked(False, _YES["TensorBoard"])),
     "lm-eval": dict.fromkeys(
         config.STACKS, Checked(None, "not run here: its tasks come from the hub; docs/evaluation.md has its command")
     ),
