@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import ROOT
 
 PAGE = (ROOT / "docs/coming_from.md").read_text(encoding="utf-8")
-SECTIONS = "model|data|optim|train|init|baseline|deepspeed|megatron|objective"
+SECTIONS = "model|log|data|optim|train|init|baseline|deepspeed|megatron|objective"
 
 
 def rows(heading: str) -> list[list[str]]:
