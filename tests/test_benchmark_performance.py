@@ -134,6 +134,7 @@ def test_a_disagreement_ends_the_comparison(corpus, tmp_path, monkeypatch):
 
 
 def test_stacks_and_layouts_that_are_asked_for():
+    assert performance.short('megatron:tp=1,pp=2,sequence_parallel=false,recompute="none"') == "megatron pp=2"
     some = performance.layouts_of("gpt", figures.Options(stacks=("baseline", "megatron")))
     assert {layout.stack for layout in some} == {"baseline", "megatron"}
     given = performance.layouts_of("gpt", figures.Options(layouts=("deepspeed:zero_stage=2",)))

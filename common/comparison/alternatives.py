@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from common.preflight import Run
 
 GOALS = {"trainer": 1.10, "tuned": 1.0, "minimal": 0.97}  # ratios that the recipes are to reach
-WARMUP = 3  # rounds
+WARMUP = 2  # rounds
 # Vocabularies of the published models, except GPT's, where a vocabulary of 50,257 would take half of the step
 VOCABULARIES = {"gpt": 4096, "bert": 30_522, "t5": 32_128}
-ON_CPU = small.Shape(layers=4, hidden=256, heads=4, seq_len=128, batch=8, micro_batch=8, vocab=0)
+ON_CPU = small.Shape(layers=4, hidden=192, heads=4, seq_len=128, batch=8, micro_batch=8, vocab=0)
 ON_GPU = small.Shape(layers=12, hidden=1024, heads=16, seq_len=512, batch=16, micro_batch=16, vocab=0)
 # Trainer's loss is the recipe's, in nats: GPT's class shifts the labels itself, and has one target less per sample
 SAME = {"gpt": 0.02, "bert": 1e-4, "t5": 1e-4}
@@ -109,7 +109,11 @@ def measure(family: str, stack: str, steps: int, overrides: Sequence[str]) -> di
 
     class Interleaved(Log):
         def begin_step(self) -> None:
-            rounds.before_step(self.run, self.device)
+            try:
+                rounds.before_step(self.run, self.device)
+            except Enough:
+                self.close()  # else TensorBoard's thread writes while the folder is deleted
+                raise
             super().begin_step()
 
         def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
@@ -178,12 +182,9 @@ def check(result: dict[str, Any]) -> None:
 
 
 def run(family: str, options: Options, folder: Path) -> list[Figure]:
-    import torch
-
     if options.configs:
         raise BadInput("configs are given; without, it measures small models")
-    cuda = torch.cuda.is_available()
-    shape = (ON_GPU if cuda else ON_CPU)._replace(vocab=VOCABULARIES[family])
+    shape = (ON_GPU if small.has_gpu() else ON_CPU)._replace(vocab=VOCABULARIES[family])
     small.make_corpus(family, folder / "corpus")
     found = []
     for stack in [stack for stack in families.stacks(family) if stack in options.stacks]:

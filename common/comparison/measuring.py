@@ -102,6 +102,7 @@ class Record:
     norms: list[float] = field(default_factory=list)  # of the gradients, before clipping
     saved_bytes: int = 0
     peak_bytes: int | None = None  # of PyTorch's allocator, on the GPU that needs the most; None on a CPU
+    gpu: str | None = None  # its name
     disagreement: str = ""  # with the curve of the reference
 
 
@@ -201,7 +202,7 @@ def run_case(job: Job, number: int, case: Case) -> Record:
     if cuda:
         peak = torch.tensor(torch.cuda.max_memory_allocated() - before, device="cuda")
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        record.peak_bytes = int(peak)
+        record.peak_bytes, record.gpu = int(peak), torch.cuda.get_device_name()
     dist.barrier()  # the first rank has written its metrics
     values = metrics(out)
     record.losses = [values[step]["loss"] for step in sorted(values)]
@@ -212,7 +213,7 @@ def run_case(job: Job, number: int, case: Case) -> Record:
     dist.barrier()
     if is_first_rank():
         for folder in [*out.glob("step_*"), *([out] if number else [])]:  # the curve of the first round stays
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return record
 
 

@@ -36,6 +36,7 @@ STEPS = {"cpu": 8, "cuda": 20}  # of a run
 # the level from the third step on (tests/test_benchmark_performance.py). eps: with 1e-8, Adam takes a full step for a gradient
 # that is only rounding error, and right curves part by as much.
 TELLING = ("optim.lr=1e-3", "optim.eps=1e-5", "optim.warmup_steps=2", "optim.weight_decay=0.1")
+IN_BF16 = ("train.dtype=bf16", "optim.lr=1e-4", "optim.warmup_steps=2")  # the level for bf16 is wide
 MB = 1e6
 
 
@@ -56,9 +57,8 @@ def pretraining(family: str, options: Options, folder: Path) -> list[Figure]:
     works = [Work(f"{label_of(family)} {path.stem}", path, []) for path in given]
     if not options.configs and family in LABELS:
         small.make_corpus(family, folder / "corpus", IDS)
-        shape = ON_GPU if has_gpu() else ON_CPU
-        more = ["train.dtype=bf16"] if has_gpu() else []
-        overrides = [*small.overrides_of(family, shape, folder / "corpus"), *TELLING, *more]
+        shape, more = (ON_GPU, IN_BF16) if small.has_gpu() else (ON_CPU, TELLING)
+        overrides = [*small.overrides_of(family, shape, folder / "corpus"), *more]
         works = [Work(label_of(family), small.config_of(family), overrides)]
     if not works:
         raise BadInput(f"no config of recipes/{family} is given")
@@ -77,37 +77,22 @@ def mrpc(options: Options, folder: Path) -> list[Figure]:
     if data is None or not data.is_dir():
         raise BadInput("--source DIR, a folder that holds glue/MRPC, is not given")
     small.make_corpus("bert", folder / "corpus", MRPC_IDS)
-    small_bert(folder / "corpus/tokenizer", folder / "bert", ON_CPU)
+    small.make_bert(folder / "corpus/tokenizer", folder / "bert", ON_CPU)
     overrides = [
         f"init.from={folder / 'bert'}", f"task.data={data.resolve()}", *TELLING,
-        *(f"{stack}.micro_batch=8" for stack in configs.STACKS),
+        "train.global_batch=16", *(f"{stack}.micro_batch=4" for stack in configs.STACKS),
     ]  # fmt: skip
     work = Work("BERT on MRPC", small.config_of("bert").parent / "finetune_mrpc.yaml", overrides)
     return compared(work, options, "performance_mrpc", folder / "runs")
 
 
-def small_bert(tokenizer_folder: Path, folder: Path, shape: small.Shape) -> None:
-    """A Hugging Face folder of an untrained BERT with this tokenizer."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    from common.data import tokenizer
-
-    tokens = tokenizer.load(tokenizer_folder)
-    model = BertConfig(
-        vocab_size=tokens.size, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.hidden,
-    )  # fmt: skip
-    BertForMaskedLM(model).save_pretrained(folder)
-    tokens.save(folder)
-
-
 def compared(work: Work, options: Options, part: str, folder: Path) -> list[Figure]:
     """Run the layouts, and return the figures of their tables. Disagreement if their curves differ."""
     path, family = str(work.config.resolve()), families.of_config(work.config)
-    steps = STEPS["cuda" if has_gpu() else "cpu"]
+    steps = STEPS["cuda" if small.has_gpu() else "cpu"]
     overrides = [*work.overrides, *no_dropout(path, work.overrides)]
     cases, left_out = cases_module.cases_of(
-        path, overrides, layouts_of(family, options), steps, options.processes, folder, optional=not options.layouts
+        path, overrides, layouts_of(family, options), steps, options.processes, folder, optional=True
     )
     # one step more than is timed: the last one saves, and the run ends before the next
     more = [f"train.steps={steps + 1}", f"train.save_every={steps}"]
@@ -149,22 +134,12 @@ def first_steps(cases: Sequence[Case], nproc: int, folder: Path) -> dict[str, fl
     """Seconds from the start of torchrun to the end of the first step, by case: of the first layout of each stack."""
     seconds = {}
     for case in {case.module: case for case in reversed(cases)}.values():
-        alone = case._replace(out=str(folder / "run"))
+        alone = case._replace(out=str(folder / stack_of(case)))
         begin = time.time()
         made = measuring.launch(measuring.Job([(0, alone)], alone, "fp32", 1), nproc, folder)
         if made and not made[0].reason:
             seconds[case.name] = made[0].timing.first_at - begin
     return seconds
-
-
-def has_gpu() -> bool:
-    return gpu_name() is not None
-
-
-def gpu_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def label_of(family: str) -> str:
@@ -203,7 +178,7 @@ class Tables:
         ]
         for line in left_out:
             name, _, reason = line.partition(": ")
-            speed.append(self.figure("", name, "speed", None, "tokens/s", "measured", source=f"refused: {reason}"))
+            speed.append(self.figure("", short(name), "speed", None, "tokens/s", "measured", source=f"refused: {reason}"))
         return [*speed, *self.best(starts), *(f for case in self.runs for f in self.memory(case)), *self.curves()]
 
     def figure(
@@ -219,16 +194,16 @@ class Tables:
         def row(metric: str, value: Value, unit: str, spread: tuple[float, float] | None = None, why: str = "") -> Figure:
             return self.figure("", case.name, metric, value, unit, "measured", spread, why)
 
-        seconds, tokens = self.seconds(case.name), self.tokens(case.name)
+        seconds, rates = self.seconds(case.name), self.rates(case.name)
         median, (low, high) = statistics.median(seconds), quartiles(seconds)
-        rate = tokens / median
+        rate = statistics.median(rates)
         ratio, spread = self.ratio(case.name)
         found = [
             row("ratio", ratio, f"of {self.reference}", spread),
-            row("speed", rate, "tokens/s", (tokens / high, tokens / low)),
+            row("speed", rate, "tokens/s", quartiles(rates)),
             row("step", median * 1e3, "ms", (low * 1e3, high * 1e3)),
         ]
-        gpu = gpu_name()
+        gpu = self.records[case.name][0].gpu
         for kind, per_token in self.flops_per_token(case).items():
             mfu = flops.mfu(per_token, rate, gpu, self.world)
             why = "" if mfu is not None else f"common/planning/flops.py has no published peak of {gpu or 'a CPU'}"
@@ -247,7 +222,7 @@ class Tables:
             own = [case for case in self.runs if stack_of(case) == stack]
             best = max(own, key=lambda case: self.ratio(case.name)[0]).name
             ratio, spread = self.ratio(best)
-            rate = self.tokens(best) / statistics.median(self.seconds(best))
+            rate = statistics.median(self.rates(best))
             start = next((starts[case.name] for case in own if case.name in starts), None)
             row = partial(self.figure, "best", stack, kind="measured")
             found += [
@@ -300,8 +275,10 @@ class Tables:
     def seconds(self, name: str) -> list[float]:
         return [s for record in self.records[name] for s in record.timing.seconds[WARMUP:]]
 
-    def tokens(self, name: str) -> float:
-        return statistics.mean(t for record in self.records[name] for t in record.timing.tokens[WARMUP:])
+    def rates(self, name: str) -> list[float]:
+        """Tokens per second of each step; when finetuning, steps have unequal numbers of tokens."""
+        timings = [record.timing for record in self.records[name]]
+        return [t / s for one in timings for t, s in zip(one.tokens[WARMUP:], one.seconds[WARMUP:], strict=True)]
 
     def ratio(self, name: str) -> tuple[float, tuple[float, float] | None]:
         """Speed of a layout relative to the reference: the median over pairs of the same step of the same round, and what
@@ -333,6 +310,13 @@ class Tables:
 
 def stack_of(case: Case) -> str:
     return case.module.split(".")[2]
+
+
+def short(name: str) -> str:
+    """megatron:tp=1,pp=2,recompute="none" -> megatron pp=2"""
+    stack, _, rest = name.partition(":")
+    words = [word for word in rest.split(",") if word.partition("=")[2].strip('"') not in ("1", "false", "none")]
+    return " ".join([stack, *words])
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
