@@ -21,7 +21,7 @@ from common.errors import BadInput
 from common.paths import ROOT
 from common.planning import hardware, memory
 
-SECTION = "Scalability / Largest GPT per GPU"
+SECTION = "Scalability / Largest GPT, micro batch 1, recomputed, on the null GPU"
 PART = "python -m scripts.benchmark --parts largest_model"
 CONFIG = "recipes/gpt/configs/gpt3_1.3b.yaml"
 GPUS = {"H100": "H100 80 GB", "A100": "A100 80 GB"}

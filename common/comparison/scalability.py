@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.comparison import communication, largest_model, pictures, planned
+from common.comparison import communication, largest_model, pictures, planned, scaling
 from common.comparison.figures import Figure, Options, Picture, Task, select
 from common.comparison.planned import GPU, Best
 from common.config import STACKS
@@ -115,7 +115,9 @@ def draw_table_2(figures: Sequence[Figure]) -> "Drawing | None":
     return drawing
 
 
-TASKS = (*largest_model.TASKS, *communication.TASKS, Task("scaling_predicted", SECTION, 25, scaling_predicted))
+TASKS = (
+    *scaling.TASKS, *largest_model.TASKS, *communication.TASKS, Task("scaling_predicted", SECTION, 25, scaling_predicted),
+)  # fmt: skip
 PICTURES = (
     Picture(
         "scaling_predicted", SECTION,
