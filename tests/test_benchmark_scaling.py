@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.comparison import scaling
+from common.comparison import scaling, small
 from common.comparison.figures import Disagreement, Options, tables
 from common.comparison.layouts import Case
 from common.errors import BadInput
@@ -55,6 +55,18 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         scaling.scaling_measured(options, tmp_path)
     with pytest.raises(BadInput, match="--processes 2 or more"):
         scaling.scaling_measured(Options(processes=1), tmp_path)
+
+
+@pytest.mark.parametrize("processes, batch", [(2, 8), (3, 24), (8, 8)])
+def test_the_small_model_divides_among_all_processes(
+    processes: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "make_corpus", lambda *_: None)
+    monkeypatch.setattr(small, "has_gpu", lambda: False)
+    path, overrides, samples = scaling.workload_of(Options(processes=processes), tmp_path)
+    assert samples == batch
+    runs = scaling.runs_of(Options(processes=processes), path, overrides, samples, tmp_path)
+    assert {run.processes for run in runs} == set(scaling.counts(processes))
 
 
 @pytest.mark.slow

@@ -196,12 +196,12 @@ def workload_of(options: Options, folder: Path) -> tuple[str, list[str], int]:
         if batch % options.processes:
             raise BadInput(f"{path}: train.global_batch={batch} does not divide among {options.processes} processes")
         return path, overrides, batch
-    gpu = performance.has_gpu()
-    shape = performance.ON_GPU if gpu else performance.ON_CPU
+    on_cpu, on_gpu = (performance.ON_CPU, performance.TELLING), (performance.ON_GPU, performance.IN_BF16)
+    shape, more = on_gpu if small.has_gpu() else on_cpu
     batch = math.lcm(shape.batch, options.processes)
     small.make_corpus("gpt", folder / "corpus", performance.IDS)
     overrides = small.overrides_of("gpt", shape._replace(batch=batch), folder / "corpus")
-    return str(small.config_of("gpt")), [*overrides, *performance.TELLING, *(["train.dtype=bf16"] if gpu else [])], batch
+    return str(small.config_of("gpt")), [*overrides, *more], batch
 
 
 def figures(speeds: Sequence[Speed], title: str, batch_of: Callable[[int], int], most: int, source: str) -> list[Figure]:
