@@ -7,6 +7,7 @@ step of the same round, so that the machine's drift affects both alike.
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +29,17 @@ LABELS = {"gpt": "GPT", "bert": "BERT", "t5": "T5"}
 # is small, and a step takes 50 ms or more. On a GPU the model fills it.
 ON_CPU = small.Shape(layers=4, hidden=192, heads=4, seq_len=128, batch=8, micro_batch=2, vocab=768)
 MRPC_IDS = 2048  # its input embedding alone has gradients, which are smaller
+FINETUNED = (
+    "baseline", "baseline:shard=full", "deepspeed:zero_stage=1", "deepspeed:zero_stage=2", "deepspeed:zero_stage=3",
+    "megatron:distributed_optimizer=true", "megatron:distributed_optimizer=false,tp=2",
+)  # fmt: skip
 IDS = 640  # of the tokenizer, without T5's 100 sentinels
 ON_GPU = small.Shape(layers=12, hidden=1024, heads=16, seq_len=512, batch=64, micro_batch=8, vocab=32_128)
 WARMUP = 2  # steps of a run whose seconds do not count
-STEPS = {"cpu": 8, "cuda": 20}  # of a run
-# Within 8 steps they tell a wrong update from a right one: weight decay on the norms changes the gradients' norm by more than
-# the level from the third step on (tests/test_benchmark_performance.py). eps: with 1e-8, Adam takes a full step for a gradient
-# that is only rounding error, and right curves part by as much.
+STEPS = {"cpu": 7, "cuda": 20}  # of a run
+# Within these steps they tell a wrong update from a right one: weight decay on the norms changes the gradients' norm by more
+# than the level from the third step on (tests/test_benchmark_performance.py). eps: with 1e-8, Adam takes a full step for a
+# gradient that is only rounding error, which grows in a comparison.
 TELLING = ("optim.lr=1e-3", "optim.eps=1e-5", "optim.warmup_steps=2", "optim.weight_decay=0.1")
 IN_BF16 = ("train.dtype=bf16", "optim.lr=1e-4", "optim.warmup_steps=2")  # the level for bf16 is wide
 MB = 1e6
@@ -80,14 +85,19 @@ def mrpc(options: Options, folder: Path) -> list[Figure]:
     small.make_bert(folder / "corpus/tokenizer", folder / "bert", ON_CPU)
     overrides = [
         f"init.from={folder / 'bert'}", f"task.data={data.resolve()}", *TELLING,
-        "train.global_batch=16", *(f"{stack}.micro_batch=4" for stack in configs.STACKS),
+        "data.seq_len=64", "train.global_batch=16", *(f"{stack}.micro_batch=4" for stack in configs.STACKS),
     ]  # fmt: skip
     work = Work("BERT on MRPC", small.config_of("bert").parent / "finetune_mrpc.yaml", overrides)
-    return compared(work, options, "performance_mrpc", folder / "runs")
+    usual = tuple(word for word in FINETUNED if word.partition(":")[0] in options.stacks)
+    chosen = replace(options, layouts=options.layouts or usual)
+    return compared(work, chosen, "performance_mrpc", folder / "runs", starts=False)
 
 
-def compared(work: Work, options: Options, part: str, folder: Path) -> list[Figure]:
-    """Run the layouts, and return the figures of their tables. Disagreement if their curves differ."""
+def compared(work: Work, options: Options, part: str, folder: Path, starts: bool = True) -> list[Figure]:
+    """Run the layouts, and return the figures of their tables. Disagreement if their curves differ.
+
+    starts: measure the time to the first step too, in new processes.
+    """
     path, family = str(work.config.resolve()), families.of_config(work.config)
     steps = STEPS["cuda" if small.has_gpu() else "cpu"]
     overrides = [*work.overrides, *no_dropout(path, work.overrides)]
@@ -102,8 +112,8 @@ def compared(work: Work, options: Options, part: str, folder: Path) -> list[Figu
     level = "fp32" if configs.load(path, overrides, schema).train.dtype == "fp32" else "bf16"
     timed = cases if level == "fp32" else cases[1:]  # the first is the reference in fp32
     records = measuring.measure(cases, timed, options.rounds, level, steps, options.processes, folder / "job")
-    starts = first_steps(timed, options.processes, folder / "start")
-    return Tables(work, options, part, timed, records, level).figures(starts, left_out)
+    seconds = first_steps(timed, options.processes, folder / "start") if starts else {}
+    return Tables(work, options, part, timed, records, level).figures(seconds, left_out)
 
 
 def layouts_of(family: str, options: Options) -> list[Layout]:
@@ -227,8 +237,10 @@ class Tables:
             row = partial(self.figure, "best", stack, kind="measured")
             found += [
                 row("layout", best, ""), row("ratio", ratio, f"of {self.reference}", spread=spread),
-                row("speed", rate, "tokens/s"), row("start", start, "s", source="" if start else "its processes failed"),
+                row("speed", rate, "tokens/s"),
             ]  # fmt: skip
+            if starts:
+                found.append(row("start", start, "s", source="" if start else "its processes failed"))
         return found
 
     def memory(self, case: Case) -> list[Figure]:
