@@ -4,7 +4,7 @@
 
 Each mistake is made in processes of its own, two ranks over gloo on CPUs, forked from this one, which has imported the stacks.
 They train a model of two layers for three steps, as the documentation of each stack shows it. One line of JSON per attempt goes
-to standard output: mistake, stack, exit code, lines that all ranks wrote to standard error, and the last of them.
+to standard output: mistake, stack, exit code, lines of the error on all ranks, and what the stack does in its place.
 """
 
 import argparse

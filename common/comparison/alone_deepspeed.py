@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.comparison.forked import LENGTH, POSITIONS, STEPS, VOCAB, does, flip, loaded
+from common.comparison.forked import LENGTH, POSITIONS, STEPS, VOCAB, differences, does, flip
 
 
 def deepspeed_config(**over: Any) -> dict[str, Any]:
@@ -40,13 +40,19 @@ def deepspeed_train(config: dict[str, Any], net: Any = None, first_id: int = 0, 
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     if load:
         engine.load_checkpoint(str(load))
+    deepspeed_steps(engine, first_id)
+    return engine
+
+
+def deepspeed_steps(engine: Any, first_id: int = 0) -> None:
+    import torch
+
     ids = torch.arange(first_id, first_id + LENGTH).expand(2, -1)
     for _ in range(STEPS * engine.gradient_accumulation_steps()):
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
     does(f"trains on, loss {loss.item():.2f}")
-    return engine
 
 
 def deepspeed_key() -> None:
@@ -120,7 +126,9 @@ def deepspeed_byte(folder: Path) -> None:
     deepspeed = deepspeed_start()
     engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(net.parameters()), config=deepspeed_config())
     engine.load_checkpoint(str(folder))
-    loaded(saved, net.transformer.wte.weight)
+    changed = differences(saved, net.transformer.wte.weight)
+    deepspeed_steps(engine)
+    does(f"trains on, from {changed} changed weight")
 
 
 DEEPSPEED: dict[str, Callable[[Path], object]] = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.comparison.forked import LENGTH, POSITIONS, RANKS, STEPS, VOCAB, does, flip, loaded
+from common.comparison.forked import LENGTH, POSITIONS, RANKS, STEPS, VOCAB, differences, does, flip
 
 
 def megatron_start(tp: int = 1, pp: int = 1, vpp: int | None = None) -> None:
@@ -107,7 +107,9 @@ def megatron_byte(folder: Path) -> None:
         dist_checkpointing.save(net.sharded_state_dict(), str(folder))
         flip(folder, saved)
         megatron_load(folder, net)
-        loaded(saved, net.embedding.word_embeddings.weight)
+        changed = differences(saved, net.embedding.word_embeddings.weight)
+        megatron_train(net)
+        does(f"trains on, from {changed} changed weight")
 
 
 MEGATRON: dict[str, Callable[[Path], object]] = {

@@ -92,6 +92,6 @@ def flip(folder: Path, weight: Any) -> None:
     dist.barrier()
 
 
-def loaded(saved: Any, weight: Any) -> None:
-    changed = int((saved != weight.detach()).sum())
-    does(f"loads {changed} changed weight" if changed else "loads the weights as they were")
+def differences(saved: Any, weight: Any) -> int:
+    """How many elements of a weight are not as they were saved."""
+    return int((saved != weight.detach()).sum())
