@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.comparison import choice, communication, largest_model, planned, scalability
+from common.comparison import choice, communication, largest_model, planned, scalability, verdict
 from common.comparison.figures import Figure, Options, select, tables
 from common.comparison.layouts import SHORT
 from common.errors import BadInput
@@ -340,6 +340,14 @@ def test_the_smaller_gpu_is_asked_where_the_larger_one_was_full(monkeypatch: pyt
     sizes = [[table.cells[row, name].value for name in largest_model.GPUS.values()] for row in asked["H100_1"]]
     assert sizes[0][0] == sizes[0][1] and sizes[1][0] > sizes[1][1]  # type: ignore[operator]
     assert table.cells["8 GPUs: deepspeed zero=3 offload=all (2 TB of host memory)", "H100 80 GB"].value is None
+
+
+def test_the_verdict_finds_these_tables() -> None:
+    """By their names, which it repeats."""
+    assert verdict.LARGEST == largest_model.SECTION
+    found = scalability.predicted_on("175B", 1024, ("deepspeed", "megatron"))
+    [head] = [one for one in verdict.HEADS if "175B on 1,024" in one.name]
+    assert all(head.find(found, stack) for stack in ("deepspeed", "megatron"))
 
 
 def test_without_a_null_gpu_the_part_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from common.errors import BadInput
 from common.paths import ROOT
 from common.planning import hardware, memory
 
-SECTION = "Scalability / Largest GPT, micro batch 1, recomputed, on the null GPU"
+SECTION = "Scalability / Largest GPT per GPU"
 PART = "python -m scripts.benchmark --parts largest_model"
 CONFIG = "recipes/gpt/configs/gpt3_1.3b.yaml"
 GPUS = {"H100": "H100 80 GB", "A100": "A100 80 GB"}
+SHAPE = "layers x width; micro batch 1, recomputed"
 STEPS = 2  # in the second the optimizer has its state
 # (layers, width, heads): GPT-3 (arXiv:2005.14165, table 2.1) to 13B, then PTD-P (arXiv:2104.04473, table 1)
 SERIES = (
@@ -248,7 +249,7 @@ def row(cell: Cell, found: dict[str, Found]) -> list[Figure]:
     layers = found["H100"].layers
     shape = f"{layers} x {cell.hidden}" if layers else None
     return [
-        *figures, Figure(SECTION, subject, "layers x width", shape, "", "counted", PART),
+        *figures, Figure(SECTION, subject, SHAPE, shape, "", "counted", PART),
         Figure(SECTION, subject, "estimate", cell.parameters(cell.start) / 1e9, "billion parameters", "predicted", PART),
     ]  # fmt: skip
 
@@ -259,7 +260,7 @@ def offloaded(cell: Cell) -> list[Figure]:
     why = "not simulated: a rank would keep its offloaded states in the memory of this machine"
     return [
         *(Figure(SECTION, subject, name, None, "billion parameters", "counted", why) for name in GPUS.values()),
-        Figure(SECTION, subject, "layers x width", None, "", "counted", why),
+        Figure(SECTION, subject, SHAPE, None, "", "counted", why),
         Figure(SECTION, subject, "estimate", cell.parameters(cell.start) / 1e9, "billion parameters", "predicted", PART),
     ]
 
