@@ -200,7 +200,8 @@ def figures_of(result: dict[str, Any], options: Options) -> list[Figure]:
     part = f"alternatives_{family}"
     source = options.command if "--parts" in options.words else f"{options.command} --parts {part}"
     trainer = "Trainer + DeepSpeed" if stack == "deepspeed" else "Trainer"
-    names = {"trainer": trainer, "tuned": f"{trainer}, same kernels", "minimal": "loop by hand on megatron-core"}
+    as_it_comes = f"{trainer}, tied embeddings" if family == "t5" else trainer  # transformers 5 ties those of every T5
+    names = {"trainer": as_it_comes, "tuned": f"{trainer}, same kernels", "minimal": "loop by hand on megatron-core"}
     found = []
     for key, value in result["ratio"].items():
         low, high = result["spread"][key]
