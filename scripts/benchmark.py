@@ -68,7 +68,7 @@ def main() -> int:
     if unknown:
         raise BadInput([f"--parts {name}: no such part; there are {', '.join(known)}" for name in unknown])
     if args.redraw:
-        finish(read_report(args.out), args.out)
+        finish(read_report(args.out), args.out, args.all)
         return 0
     options, left_out = options_of(args)
     chosen = [known[name] for name in dict.fromkeys(args.parts)] or list(known.values())
@@ -78,7 +78,7 @@ def main() -> int:
     except Disagreement as error:
         print(f"error: the losses disagree, so nothing is compared: {error}", file=sys.stderr)
         return EXIT_DISAGREEMENT
-    finish(report, options.out)
+    finish(report, options.out, args.all or bool(args.parts))
     return 0
 
 
@@ -251,8 +251,8 @@ def read_report(folder: Path) -> Report:
     return report
 
 
-def finish(report: Report, folder: Path) -> None:
-    """Write report.json, report.md, report.html and the pictures into the folder, and print the tables."""
+def finish(report: Report, folder: Path, with_all: bool = False) -> None:
+    """Write report.json, report.md, report.html and the pictures into the folder; print the answers, or all tables."""
     from common.comparison import render
 
     report.figures = in_order([*report.figures, *verdict.figures(report.figures)])
@@ -261,7 +261,7 @@ def finish(report: Report, folder: Path) -> None:
     (folder / "report.md").write_text(render.markdown(report, drawn), encoding="utf-8")
     (folder / "report.html").write_text(render.html(report, drawn), encoding="utf-8")
     columns = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80
-    print(render.terminal(report, columns))
+    print(render.terminal(report, columns, () if with_all else ORDER[:2]))
     print(f"{folder}/report.html, report.md, report.json: {len(report.figures)} figures, {len(drawn)} pictures")
 
 

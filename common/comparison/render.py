@@ -138,10 +138,13 @@ def shown_tables(report: Report) -> list[Table]:
 # ---- a terminal ------------------------------------------------------------------------------------------------------
 
 
-def terminal(report: Report, width: int = 80) -> str:
-    """The report in at most `width` columns: a table that is wider is continued in further blocks, and no number is cut."""
+def terminal(report: Report, width: int = 80, sections: Sequence[str] = ()) -> str:
+    """The report, or these sections of it, in at most `width` columns: a wider table is continued in further blocks, and no
+    number is cut."""
     lines = []
     for table in shown_tables(report):
+        if sections and table.section.partition(" / ")[0] not in sections:
+            continue
         lines += ["", table.section, "-" * min(width, len(table.section)), *blocks(grid(table), width)]
     lines += ["", *(wrapped for line in report.left_out for wrapped in textwrap.wrap(line, width, subsequent_indent="  "))]
     facts = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -275,7 +278,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-al
          white-space: nowrap; }
 th { background: var(--head); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .text { text-align: left; white-space: normal; min-width: 9rem; }
-tbody th { text-align: left; position: sticky; left: 0; max-width: 45vw; }
+tbody th { text-align: left; vertical-align: top; position: sticky; left: 0; max-width: 45vw; }
 .kind { display: block; font-weight: 400; color: var(--quiet); }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; max-width: 46rem; height: auto; color: var(--ink); }
 figcaption, .source, summary { color: var(--quiet); font-size: .875rem; }

@@ -103,6 +103,7 @@ HEADS = (
          at("Ecosystem / Checked here", "runs compared", "{stack}")),
     Head("Ecosystem: releases in a year", "cited", "higher", at("Ecosystem / The projects", "releases in a year", "{stack}")),
 )  # fmt: skip
+PLACES: dict[Kind, str] = {"measured": "here", "predicted": "on H100", "counted": "in the code", "cited": "by others"}
 KINDS: dict[Kind, str] = {
     "measured": "Measured here", "predicted": "Predicted for H100", "counted": "Counted", "cited": "Cited",
 }  # fmt: skip
@@ -155,7 +156,7 @@ def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
             for kind, names in favours.items():
                 won = [name for name, favour in names.items() if favour == winner]
                 if names:
-                    yield Figure(section, f"{stack}: {what}", kind, "; ".join(won) or "none", "", kind, source)
+                    yield Figure(section, f"{stack}: {what}", PLACES[kind], "; ".join(won) or "none", "", kind, source)
     yield Figure(f"{SECTION} / Rule", "in favour of", "rule", RULE, "", "counted", "common/comparison/verdict.py")
 
 
