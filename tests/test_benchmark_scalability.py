@@ -163,7 +163,7 @@ def test_figures_of_the_bytes() -> None:
     passed = {(f.subject, f.metric): f.value for f in select(figures, communication.THEORY)}
     assert all(abs(passed[s, "simulated"] / passed[s, "theory"] - 1) < 0.03 for s, _ in passed)  # type: ignore[operator]
     # 8 micro batches: 4 all-reduces per layer, the embedding's and the head's, and 3 numbers per token
-    assert of["megatron tp=8", "8 ranks"] == pytest.approx(8 * (24 * 4 + 2) * activation * 2 * 7 / 8, rel=0.01)
+    assert of["megatron tp<=8", "8 ranks"] == pytest.approx(8 * (24 * 4 + 2) * activation * 2 * 7 / 8, rel=0.01)
     assert communication.draw(figures) and communication.draw([]) is None
     alone = communication.bytes_counted(Options(stacks=("deepspeed",)), Path())
     assert {f.subject.split()[0] for f in alone} == {"deepspeed"}

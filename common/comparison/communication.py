@@ -207,8 +207,8 @@ def gigabytes_of(stack: str, keys: dict[str, Any], ranks: int, micro_batches: in
 
 
 def label(stack: str, keys: dict[str, Any]) -> str:
-    """As on 8 ranks: 'megatron tp=8 sp'."""
-    return name_of(planned.resolved(CONFIG, overrides_of(stack, keys, NODE)), stack)
+    """'megatron tp<=8 sp': on fewer ranks than a node, tp and pp are as many."""
+    return name_of(planned.resolved(CONFIG, overrides_of(stack, keys, NODE)), stack).replace(f"p={NODE}", f"p<={NODE}")
 
 
 def draw(figures: Sequence[Figure]) -> "Drawing | None":
