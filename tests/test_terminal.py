@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, launch_script, losses
 
 from common import screen
-from common.launch import startup
+from common.launch import launcher, startup
 from common.training import log, trackers
 from scripts import compare
 
@@ -142,6 +142,12 @@ def test_a_run_on_a_terminal(settings: list[str], tmp_path: Path) -> None:
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     code, _, shown = seen([*command, "train.log_every=2"], 60, **env, NO_COLOR="1")
     assert code == 0 and shown.startswith(f"complete: {tmp_path}/run is at its last step, 6") and "\033" not in shown
+
+
+def test_another_node_says_where_to_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher._announce(SimpleNamespace(out=tmp_path), launcher.Nodes(8, 2, 1, "node0", 29500))
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("node 1 8 processes of the run; node 0 (node0) prints its progress") and str(tmp_path) in text
 
 
 ROWS = [
