@@ -219,7 +219,7 @@ def section(family: str) -> str:
 
 
 TASKS = tuple(
-    Task(f"alternatives_{family}", section(family), 50, partial(run, family))
+    Task(f"alternatives_{family}", section(family), 55, partial(run, family))
     for family in families.names() if family in VOCABULARIES
 )  # fmt: skip
 

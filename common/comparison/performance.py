@@ -350,7 +350,7 @@ def farthest(run: Sequence[float], first: Sequence[float]) -> float:
 
 TASKS = (
     *(
-        Task(f"performance_{family}", f"Performance / {label_of(family)}", {"t5": 120}.get(family, 150),
+        Task(f"performance_{family}", f"Performance / {label_of(family)}", 115,
              partial(pretraining, family))
         for family in families.names()
     ),
