@@ -46,8 +46,7 @@ EXIT_DISAGREEMENT = 1
 
 
 def sections() -> list[Any]:
-    names = [f"common.comparison.{name}" for name in SECTIONS]
-    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    return [importlib.import_module(f"common.comparison.{name}") for name in SECTIONS]
 
 
 def tasks() -> list[Task]:
