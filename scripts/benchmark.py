@@ -73,7 +73,7 @@ def main() -> int:
     chosen = [known[name] for name in dict.fromkeys(args.parts)] or list(known.values())
     report = begin(options, left_out)
     try:
-        run(chosen, options, report, args.minutes)
+        run(chosen, options, report, args.minutes, args.keep)
     except Disagreement as error:
         print(f"error: the losses disagree, so nothing is compared: {error}", file=sys.stderr)
         return EXIT_DISAGREEMENT
@@ -90,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="to measure (default: the usual ones)")
     p.add_argument("--parts", nargs="+", default=[], metavar="PART", help="of the report (default: all; --list names them)")
     p.add_argument("--list", action="store_true", help="name the parts, with their time on 2 cores, and end")
+    p.add_argument("--all", action="store_true", help="print all tables, not the verdict and the choice of a stack alone")
+    p.add_argument("--keep", action="store_true", help="keep parts of other commits too; the report says which")
     p.add_argument(
         "--redraw", action="store_true", help="measure nothing: write the tables and pictures of DIR/report.json again"
     )
@@ -135,9 +137,11 @@ def options_of(args: argparse.Namespace) -> tuple[Options, list[str]]:
 
 
 def without_out(words: Sequence[str]) -> tuple[str, ...]:
-    """The words of a command without --out DIR, --minutes N: what decides the figures."""
+    """The words of a command without --out DIR, --minutes N, --all and --keep: what decides the figures."""
     kept, skip = [], False
     for word in words:
+        if word in ("--all", "--keep"):
+            continue
         if not skip and not word.startswith(("--out=", "--minutes=")):
             skip = word in ("--out", "--minutes")
             kept += [] if skip else [word]
@@ -178,11 +182,13 @@ def begin(options: Options, left_out: list[str]) -> Report:
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 
-def run(chosen: Sequence[Task], options: Options, report: Report, limit: float | None) -> None:
-    """Run the parts in their order, and add their figures to the report. A part that is there is not run again."""
+def run(chosen: Sequence[Task], options: Options, report: Report, limit: float | None, keep: bool = False) -> None:
+    """Run the parts in their order, and add their figures to the report. A part that is there is not run again, with `keep`
+    neither if another commit has measured it."""
     (options.out / "parts").mkdir(exist_ok=True)
     request = {"words": list(part_words(options)), "commit": report.commit, "hardware": report.hardware}
-    parts = {task.name: kept(options, task, request) for task in chosen}
+    parts = {task.name: kept(options, task, request, keep) for task in chosen}
+    commits: dict[str, list[str]] = {}
     begin, spent, planned = time.monotonic(), 1.0, 1.0  # seconds; spent / planned: this machine beside the one of the estimates
     for number, task in enumerate(chosen, 1):
         part, head = parts[task.name], f"[{number}/{len(chosen)}] {task.name}"
@@ -201,8 +207,16 @@ def run(chosen: Sequence[Task], options: Options, report: Report, limit: float |
             took = time.monotonic() - begin_part
             spent, planned = spent + took, planned + task.seconds
             print(f"  {part['left_out'] or f'{len(part["figures"])} figures'}, {minutes(took)}", flush=True)
+        commits.setdefault(part.get("request", request)["commit"], []).append(task.name)
         report.figures += figures_from_json(part["figures"])
         report.left_out += [f"{task.name}: left out: {part['left_out']}"] if part["left_out"] else []
+    report.commit = of_parts(commits)
+
+
+def of_parts(commits: dict[str, list[str]]) -> str:
+    """{commit: its parts} -> 'a1b2', or 'a1b2; ecosystem, claims: c3d4' if not all parts are of one."""
+    first, *others = sorted(commits, key=lambda commit: -len(commits[commit]))
+    return "; ".join([first, *(f"{', '.join(commits[commit])}: {commit}" for commit in others)])
 
 
 def part_words(options: Options) -> tuple[str, ...]:
@@ -214,10 +228,13 @@ def part_words(options: Options) -> tuple[str, ...]:
     return tuple(words)
 
 
-def kept(options: Options, task: Task, request: dict[str, Any]) -> dict[str, Any] | None:
+def kept(options: Options, task: Task, request: dict[str, Any], any_commit: bool) -> dict[str, Any] | None:
     """The figures of a part that was run before, by the same command at the same commit on the same machine."""
     part = read_object(options.out / "parts" / f"{task.name}.json")
-    return part if part and part.get("request") == request and not part["left_out"] else None
+    if not part or part["left_out"]:
+        return None
+    wanted = request | ({"commit": part["request"]["commit"]} if any_commit else {})
+    return part if part["request"] == wanted else None
 
 
 def run_task(task: Task, options: Options) -> dict[str, Any]:

@@ -140,6 +140,9 @@ def test_an_interrupted_report_continues_and_another_commit_begins_again(tmp_pat
     made.commit = "def"
     benchmark.run([part("a", calls)], options, made, None)
     assert calls == ["a", "b", "a", "a"]
+    made.commit = "ghi"
+    benchmark.run([part("a", calls), part("c", calls)], options, made, None, keep=True)
+    assert calls == ["a", "b", "a", "a", "c"] and made.commit == "def; c: ghi"
 
 
 def test_what_cannot_be_run_is_left_out_with_a_line_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +160,7 @@ def test_what_cannot_be_run_is_left_out_with_a_line_and_tried_again(tmp_path: Pa
 
 
 def test_words_that_do_not_change_the_figures() -> None:
-    words = ("--parts", "a", "b", "--rounds", "3", "--out", "x", "--minutes=4", "c.yaml")
+    words = ("--parts", "a", "b", "--rounds", "3", "--out", "x", "--minutes=4", "c.yaml", "--all", "--keep")
     assert benchmark.without_out(words) == ("--parts", "a", "b", "--rounds", "3", "c.yaml")
     assert benchmark.part_words(Options(words=benchmark.without_out(words))) == ("--rounds", "3", "c.yaml")
 
@@ -202,3 +205,13 @@ def test_a_report_is_drawn_again_from_its_figures(tmp_path: Path, capsys: pytest
     assert {"report.json", "report.md", "report.html"} <= set(before)
     benchmark.finish(benchmark.read_report(tmp_path), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_command_line_of_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(benchmark, "tasks", lambda: [part("a", calls), part("b", calls, Disagreement("step 3"))])
+    monkeypatch.setattr("sys.argv", ["benchmark", "--parts", "a", "--out", str(tmp_path)])
+    assert benchmark.main() == 0 and (tmp_path / "report.html").is_file()
+    monkeypatch.setattr("sys.argv", ["benchmark", "--out", str(tmp_path / "other"), "--all"])
+    assert benchmark.main() == 1 and not (tmp_path / "other/report.json").exists()
+    assert "the losses disagree, so nothing is compared: step 3" in capsys.readouterr().err

@@ -25,6 +25,7 @@ SECTION = "Load balance / Tokens of data-parallel ranks"
 RANKS = (2, 8)
 STEPS, BATCH = 200, 32
 MAX_MB = 2  # of text
+BOOKS_VOCAB = 4096  # ids of the tokenizer of the books
 
 
 class Data(NamedTuple):
@@ -108,7 +109,7 @@ def _command(family: str, corpus: Path, source: Path | None) -> list[str]:
     module, _, *words = cfg.quickstart.corpus_words
     books = source / "gutenberg" if source else None
     if books and books.is_dir():
-        module, words = "data.text", [*words, "--source", str(books)]
+        module, words = "data.text", [*words, "--source", str(books), "--vocab-size", str(BOOKS_VOCAB)]
     return ["-m", module, str(corpus), *words, "--max-mb", str(MAX_MB)]
 
 
