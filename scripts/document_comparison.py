@@ -1,11 +1,13 @@
-"""Write docs/comparison.md, docs/comparison/report.html and the verdict in README.md from docs/comparison/report.json.
+"""Write docs/comparison.md with its pictures, and the verdict in README.md, from docs/comparison/report.json.gz.
 
     python -m scripts.document_comparison
     python -m scripts.document_comparison --measure [arguments of scripts.benchmark]
 
-With --measure, scripts.benchmark first measures on this machine; it takes about 25 minutes on 2 cores.
+With --measure, scripts.benchmark first measures on this machine, about 20 minutes on 2 cores, into out/comparison.
 """
 
+import gzip
+import json
 import re
 import sys
 
@@ -16,6 +18,8 @@ from common.paths import ROOT
 from scripts import benchmark
 
 FOLDER = ROOT / "docs/comparison"
+REPORT = FOLDER / "report.json.gz"  # of report.json, which is larger than a file here may be
+MEASURED = ROOT / "out/comparison"
 PAGE = ROOT / "docs/comparison.md"
 README = ROOT / "README.md"
 BLOCK = re.compile(
@@ -29,18 +33,27 @@ def main() -> int:
         print(__doc__)
         return 0
     if sys.argv[1:2] == ["--measure"]:
-        sys.argv[1:] = [*sys.argv[2:], "--out", str(FOLDER.relative_to(ROOT))]
+        sys.argv[1:] = [*sys.argv[2:], "--out", str(MEASURED.relative_to(ROOT))]
         code = benchmark.main()
         if code:
             return code
-    else:
-        benchmark.finish(benchmark.read_report(FOLDER), FOLDER)
-    (FOLDER / "report.md").unlink()  # PAGE is the same, with paths from its folder
-    report = benchmark.read_report(FOLDER)
+        write(benchmark.read_report(MEASURED))
+    report = read()
+    render.draw(benchmark.pictures(), with_verdict(report).figures, FOLDER)
     PAGE.write_text(page(report), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8"), report), encoding="utf-8")
     print(PAGE, README, sep="\n")
     return 0
+
+
+def write(report: Report) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    text = json.dumps(report.to_json(), separators=(",", ":"))
+    REPORT.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read() -> Report:
+    return Report.from_json(json.loads(gzip.decompress(REPORT.read_bytes())))
 
 
 def page(report: Report) -> str:

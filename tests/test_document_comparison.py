@@ -1,4 +1,4 @@
-"""docs/comparison.md, and the verdict in the README, are what docs/comparison/report.json gives."""
+"""docs/comparison.md, and the verdict in the README, are what docs/comparison/report.json.gz gives."""
 
 import re
 import shlex
@@ -7,16 +7,13 @@ import pytest
 
 from common.comparison import render
 from common.comparison.figures import Report
-from common.json_files import read_object
 from common.paths import ROOT
 from scripts import benchmark, document_comparison
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    values = read_object(document_comparison.FOLDER / "report.json")
-    assert values is not None
-    return Report.from_json(values)
+    return document_comparison.read()
 
 
 def test_the_page_and_the_readme_show_the_report(report: Report) -> None:

@@ -122,7 +122,7 @@ def _make(arguments: Sequence[str]) -> None:
 def balance_data(options: Options, folder: Path) -> list[Figure]:
     source = "python -m scripts.benchmark --parts balance_data"
     if options.source:
-        source += f" --source {options.source}"
+        source += " --source DIR"
     figures = []
     for data in corpora(options, folder):
         for ranks in RANKS:

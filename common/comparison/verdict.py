@@ -178,6 +178,7 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
         colour = STACK_COLOURS.get(row.split()[0], INK)
         left.plot(range(1, len(values) + 1), values, color=colour, linewidth=5 - 4 * place / len(losses.rows), alpha=0.6)
     left.set(title=f"{len(losses.rows)} layouts, one loss", xlabel="step")
+    left.xaxis.get_major_locator().set_params(integer=True)
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
     for axes, table, metric, title in ((middle, speed, "ratio", "speed, x baseline"), (right, memory, "peak", "MB per rank")):
         axes.barh(range(len(rows)), [number(table, row, metric) for row in rows], color=colours)
