@@ -25,6 +25,15 @@ README = ROOT / "README.md"
 BLOCK = re.compile(
     r"(<!-- generated: verdict \(python -m scripts\.document_comparison\) -->\n).*?(<!-- end of generated -->)", re.S
 )
+BROWSER = f"""
+## In a browser
+
+`report.html`, which `python -m scripts.benchmark` writes beside its other files, on a screen and on a phone:
+
+![The first screen of report.html, 1,400 pixels wide]({FOLDER.name}/page_1400.png)
+
+![The first screen of report.html, 390 pixels wide]({FOLDER.name}/page_390.png)
+"""
 CHOICES = "Which one for you / GPT on H100"
 
 
@@ -60,7 +69,7 @@ def page(report: Report) -> str:
     """docs/comparison.md"""
     shown = with_verdict(report)
     drawn = [render.Drawn(p, "", f"{FOLDER.name}/{p.name}.png") for p in benchmark.pictures() if p.draw(shown.figures)]
-    return render.markdown(shown, drawn)
+    return render.markdown(shown, drawn) + BROWSER
 
 
 def readme(text: str, report: Report) -> str:

@@ -272,7 +272,7 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 62rem; color: var(--ink); background: var(--page);
        font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
-nav a { margin-right: 1rem; } a { color: inherit; }
+nav a { margin-right: 1rem; display: inline-block; } a { color: inherit; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; text-align: right;
          white-space: nowrap; }
