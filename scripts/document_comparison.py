@@ -75,7 +75,8 @@ def page(report: Report) -> str:
 def readme(text: str, report: Report) -> str:
     """README.md with the verdict of a report: the figures, then the stack for some models and numbers of GPUs."""
     shown = with_verdict(report)
-    lines = [*verdict.shown_in_readme(shown.figures), ""]
+    lines = [f"![{verdict.CAPTION}]({FOLDER.relative_to(ROOT)}/at_a_glance.png)", ""]
+    lines += [*verdict.shown_in_readme(shown.figures), ""]
     for table in tables(shown.figures):
         if table.section == CHOICES:
             lines += [*render.markdown_table(render.grid(table)), ""]
