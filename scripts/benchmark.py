@@ -174,6 +174,10 @@ def begin(options: Options, left_out: list[str]) -> Report:
     options.out.mkdir(parents=True, exist_ok=True)
     hardware = machine().partition(", ")[2]
     versions = {name: version for name, version in run_record.versions().items() if version}
+    left_out = [
+        *left_out,
+        *(["GPUs: this machine has none; figures of GPUs are predicted, counted or cited"] * ("no GPU" in hardware)),
+    ]
     return Report(
         options.command, datetime.date.today().isoformat(), run_record.commit(), hardware, versions, left_out=list(left_out)
     )
@@ -214,9 +218,9 @@ def run(chosen: Sequence[Task], options: Options, report: Report, limit: float |
 
 
 def of_parts(commits: dict[str, list[str]]) -> str:
-    """{commit: its parts} -> 'a1b2', or 'a1b2; ecosystem, claims: c3d4' if not all parts are of one."""
+    """{commit: its parts} -> 'a1b2', or 'a1b2; part ecosystem, claims at c3d4' if not all parts are of one."""
     first, *others = sorted(commits, key=lambda commit: -len(commits[commit]))
-    return "; ".join([first, *(f"{', '.join(commits[commit])}: {commit}" for commit in others)])
+    return "; ".join([first, *(f"part {', '.join(commits[commit])} at {commit}" for commit in others)])
 
 
 def part_words(options: Options) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 python -m scripts.document_claims
 
-The claims and their sources are in common/comparison/claims.py; a test compares the page with it.
+The claims and their sources are in common/comparison/claims.py, our figures in docs/comparison; a test compares the page with
+both.
 """
 
 import argparse
 
 from common.comparison import claims
 from common.paths import ROOT
+from scripts import document_comparison
 
 PAGE = ROOT / "docs/claims.md"
 
@@ -17,7 +19,7 @@ def main() -> None:
     argparse.ArgumentParser(
         prog="python -m scripts.document_claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    PAGE.write_text(claims.page(), encoding="utf-8")
+    PAGE.write_text(claims.page(document_comparison.read().figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import re
 import sys
 
 from common.comparison import render, verdict
-from common.comparison.figures import Report, tables
+from common.comparison.figures import Report, Table, tables
+from common.config import STACKS
 from common.errors import exit_cleanly
 from common.paths import ROOT
 from scripts import benchmark
@@ -34,7 +35,7 @@ BROWSER = f"""
 
 ![The first screen of report.html, 390 pixels wide]({FOLDER.name}/page_390.png)
 """
-CHOICES = "Which one for you / GPT on H100"
+CHOICES, ON_16 = "Which one for you / GPT on H100", "Which one for you / 16 x H100"
 
 
 def main() -> int:
@@ -75,13 +76,23 @@ def page(report: Report) -> str:
 def readme(text: str, report: Report) -> str:
     """README.md with the verdict of a report: the figures, then the stack for some models and numbers of GPUs."""
     shown = with_verdict(report)
-    lines = [f"![{verdict.CAPTION}]({FOLDER.relative_to(ROOT)}/at_a_glance.png)", ""]
+    found = {table.section: table for table in tables(shown.figures)}
+    lines = [*render.markdown_table(render.grid(found[CHOICES])), ""]
+    lines += [*taken(found[ON_16]), ""]
+    lines += [f"![{verdict.CAPTION}]({FOLDER.relative_to(ROOT)}/at_a_glance.png)", ""]
     lines += [*verdict.shown_in_readme(shown.figures), ""]
-    for table in tables(shown.figures):
-        if table.section == CHOICES:
-            lines += [*render.markdown_table(render.grid(table)), ""]
     lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
     return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)
+
+
+def taken(table: Table) -> list[str]:
+    """The stacks for a model on 16 GPUs, with what each takes."""
+    lines = []
+    for row in table.rows:
+        seconds = {stack: table.cells.get((row, f"{stack} s/step")) for stack in STACKS}
+        times = ", ".join(f"{stack} {render.cell(figure)}" for stack, figure in seconds.items())
+        lines.append(f"- {row} on 16 H100: {render.cell(table.cells[row, 'take'])} (s per step, predicted: {times})")
+    return lines
 
 
 def with_verdict(report: Report) -> Report:

@@ -142,7 +142,7 @@ def test_an_interrupted_report_continues_and_another_commit_begins_again(tmp_pat
     assert calls == ["a", "b", "a", "a"]
     made.commit = "ghi"
     benchmark.run([part("a", calls), part("c", calls)], options, made, None, keep=True)
-    assert calls == ["a", "b", "a", "a", "c"] and made.commit == "def; c: ghi"
+    assert calls == ["a", "b", "a", "a", "c"] and made.commit == "def; part c at ghi"
 
 
 def test_what_cannot_be_run_is_left_out_with_a_line_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,9 +44,13 @@ ON_16 = {
 RULES = {
     "the answer": "the fastest predicted layout, with the config's global batch",
     "fits": "by the estimate of memory, with at most 2 TB of host memory per node",
-    "either": "each stack whose fastest layout takes longer by at most the larger of the two errors",
+    "either": "the prediction cannot tell these apart; the first is the simplest. Each stack whose fastest layout takes longer "
+    "by at most the larger of the two errors",
     "order": "the simpler first: baseline (PyTorch alone), deepspeed (the same model class), megatron (a class of its own)",
-    "error": "the largest of the published rows that are near (same kind and GPU, up to 3 x the parameters); else as below",
+    "error": "the largest of the published rows that are near (same kind and GPU, up to 3 x the parameters), some of which the "
+    "predictor was fitted to; else as below. No published row is of BERT, or of ZeRO 1 or 2: they get the error of the others",
+    "layout": "zero is deepspeed.zero_stage, micro is micro_batch, dist-opt is megatron.distributed_optimizer, sp is "
+    "sequence_parallel; a key that is not named is off. --write FILE of the command writes the config",
 }
 
 

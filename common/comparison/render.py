@@ -95,7 +95,8 @@ def is_text(figures: Iterable[Figure]) -> bool:
 
 def heading(table: Table, metric: str) -> str:
     first = table.column(metric)[0]
-    return f"{metric}{', ' if first.unit else ''}{first.unit} ({first.kind})"
+    unit = "" if first.unit in ("", metric) else f", {first.unit}"
+    return f"{metric}{unit} ({first.kind})"
 
 
 class Grid(NamedTuple):
@@ -217,7 +218,8 @@ def introduction(report: Report) -> list[str]:
     return [
         "# DeepSpeed or Megatron Core?", "",
         f"Made on {report.date} by `{report.command}` at commit {report.commit}, on {report.hardware}. {facts}.", "",
-        "Each column says what kind of figure it holds. What only the pictures show is in report.json.", "",
+        "Each column says what kind of figure it holds. What only the pictures show is in report.json. In commands, DIR is a "
+        "folder of real data (`--help`).", "",
         *(f"- **{kind}** {meaning}" for kind, meaning in KINDS.items()),
     ]  # fmt: skip
 
@@ -244,8 +246,9 @@ def markdown_sources(table: Table) -> list[str]:
 
 
 def quoted(source: str) -> str:
-    """A command as code, a publication as text."""
-    return f"`{source}`" if is_command(source) else source
+    """A command as code, what follows it after a semicolon and a publication as text."""
+    command, semicolon, rest = source.partition("; ")
+    return f"`{command}`{semicolon}{rest}" if is_command(source) else source
 
 
 def is_command(source: str) -> bool:
@@ -344,7 +347,8 @@ def html_head(cell: str) -> str:
 
 def html_sources(table: Table) -> str:
     def written(source: str) -> str:
-        return f"<code>{text(source)}</code>" if is_command(source) else text(source)
+        command, semicolon, rest = source.partition("; ")
+        return f"<code>{text(command)}</code>{text(semicolon + rest)}" if is_command(source) else text(source)
 
     found = sources(table)
     if len(found) == 1:

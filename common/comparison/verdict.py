@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 SECTION = "Verdict"
+BETTER, UNCLEAR = "the better of the two", "no clear difference"
 PARTS = "python -m scripts.benchmark --parts"
 COMPARED = ("deepspeed", "megatron")
 STACKS = ("baseline", *COMPARED)
 TENTH = 0.05  # on either side of a figure without a spread
 RULE = (
-    "A figure is in favour of a stack if it is better than the other's, and their spreads (measured) or errors (predicted) do "
-    "not overlap; figures without a spread must differ by a tenth. A pro of one stack is a con of the other."
+    "DeepSpeed or Megatron is the better of the two if their spreads (measured) or errors (predicted) do not overlap; figures "
+    "without a spread must differ by a tenth. A pro of one is a con of the other."
 )
 
 Find = Callable[[Sequence[Figure], str], Figure | None]
@@ -30,7 +31,7 @@ class Head(NamedTuple):
 
     name: str
     kind: Kind
-    better: Literal["higher", "lower"]
+    better: Literal["higher", "lower", ""]  # "": neither is better
     find: Find
 
 
@@ -56,6 +57,15 @@ def best_row(section: str, metric: str, begin: str, choose: Callable[..., Figure
     return find
 
 
+def published(values: dict[str, float], source: str) -> Find:
+    """Figures of others, by stack."""
+
+    def find(figures: Sequence[Figure], stack: str) -> Figure | None:
+        return Figure(SECTION, stack, "", values[stack], "", "cited", source) if stack in values and figures else None
+
+    return find
+
+
 def silent_mistakes(figures: Sequence[Figure], stack: str) -> Figure | None:
     """How many of the ten mistakes the stack alone trains on."""
     rows = [f for f in figures if (f.section, f.metric) == ("Ease of use / Ten mistakes without these recipes", stack)]
@@ -71,12 +81,9 @@ def is_of(subject: str, begin: str) -> bool:
 
 
 LARGEST = "Scalability / Largest GPT per GPU"
+HERE = "on the machine of this report"
+NEAREST = "modelscope/ms-swift, quick start of its Megatron backend, read in 2026: Megatron 9.04 s, ZeRO 2 10.32 s per step"
 HEADS = (
-    *(
-        Head(f"Performance: {label} here, its fastest layout, x the baseline", "measured", "higher",
-             at(f"Performance / {label}, best", "{stack}", "ratio"))
-        for label in ("GPT", "BERT", "T5", "BERT on MRPC")
-    ),
     *(
         Head(f"Performance: GPT {size} on {gpus} H100, MFU in %", "predicted", "higher",
              at(f"Scalability / GPT {size} on H100, one global batch", f"{gpus} GPUs", "{stack} MFU %"))
@@ -84,30 +91,39 @@ HEADS = (
     ),
     Head("Scalability: GPT 175B on 1,024 H100, MFU in %", "predicted", "higher",
          at("Scalability / GPT 175B on H100, one global batch", "1,024 GPUs", "{stack} MFU %")),
+    Head("Scalability: largest GPT on 1 H100 with 2 TB of CPU memory, in billions of parameters", "predicted", "higher",
+         best_row(LARGEST, "estimate", "1 GPU: {stack}", max)),
     *(
-        Head(f"Scalability: largest GPT on {number} H100 80 GB, in billions of parameters", "counted", "higher",
-             best_row(LARGEST, "H100 80 GB", f"{number} GPU{'s' * (number > 1)}: {{stack}}", max))
+        Head(f"Performance: {label} {HERE}, its fastest layout, x the baseline", "measured", "higher",
+             at(f"Performance / {label}, best", "{stack}", "ratio"))
+        for label in ("GPT", "BERT", "T5", "BERT on MRPC")
+    ),
+    Head(f"Load balance: idle share of a 1F1B pipeline {HERE}, in its best partition, in %", "measured", "lower",
+         best_row("Load balance / Pipelines", "bubble", "{stack}", min, without="vpp")),
+    Head("Ease of use: of ten mistakes, those that the library alone trains on with", "measured", "lower", silent_mistakes),
+    *(
+        Head(f"Scalability: largest GPT on {number} H100 80 GB, without offload, in billions of parameters", "counted",
+             "higher", best_row(LARGEST, "H100 80 GB", f"{number} GPU{'s' * (number > 1)}: {{stack}}", max))
         for number in (1, 8)
     ),
-    Head("Load balance: idle share of a 1F1B pipeline here, in its best partition, in %", "measured", "lower",
-         best_row("Load balance / Pipelines", "bubble", "{stack}", min, without="vpp")),
-    Head("Ease of use: lines of a GPT recipe that the plain loop has not", "counted", "lower",
+    Head("Ease of use: lines that a GPT recipe adds to the plain loop", "counted", "lower",
          at("Ease of use / Lines of a recipe", "gpt {stack}", "pretrain added")),
-    Head("Ease of use: lines of its own modules beside it", "counted", "lower",
+    Head("Ease of use: lines in the modules that GPT needs for this stack", "counted", "lower",
          at("Ease of use / Lines of a recipe", "gpt {stack}", "lines in them")),
-    Head("Ease of use: more lines for an architecture that transformers has", "counted", "lower",
+    Head("Ease of use: lines for a change of the architecture, beside those for all stacks", "counted", "lower",
          at("Ease of use / Change of architecture", "{stack}", "added")),
     Head("Ease of use: silent traps found", "counted", "lower", at("Ease of use / Silent traps by stack", "{stack}", "traps")),
-    Head("Ease of use: mistakes of ten that it trains on", "measured", "lower", silent_mistakes),
-    Head("Ease of use: MB to install beyond the baseline", "counted", "lower",
+    Head("Ease of use: MB to install beyond the baseline's 5.6 GB", "counted", "",
          at("Ease of use / Packages", "{stack}, beyond it", "size")),
-    Head("Ecosystem: runs of layouts held to a plain loop here", "counted", "higher",
+    Head("Ecosystem: runs of layouts held to a plain loop in this repository", "counted", "",
          at("Ecosystem / Checked here", "runs compared", "{stack}")),
+    Head("Performance: Qwen2.5-14B on 8 A800, 8,192 tokens, s per step", "cited", "lower",
+         published({"deepspeed": 10.32, "megatron": 9.04}, NEAREST)),
     Head("Ecosystem: releases in a year", "cited", "higher", at("Ecosystem / The projects", "releases in a year", "{stack}")),
 )  # fmt: skip
 PLACES: dict[Kind, str] = {"measured": "here", "predicted": "on H100", "counted": "in the code", "cited": "by others"}
 KINDS: dict[Kind, str] = {
-    "measured": "Measured here", "predicted": "Predicted for H100", "counted": "Counted", "cited": "Cited",
+    "predicted": "Predicted for H100", "measured": "Measured here", "counted": "Counted", "cited": "Cited",
 }  # fmt: skip
 
 
@@ -123,7 +139,7 @@ def figures(found: Sequence[Figure]) -> list[Figure]:
             made += [row(title, head, stack, cell) for stack, cell in cells.items()]
             source = next(cell.source for cell in cells.values() if cell)
             favours[kind][head.name] = verdict = in_favour(head, cells)
-            made.append(Figure(f"{SECTION} / {title}", head.name, "in favour of", verdict or None, "", kind, source))
+            made.append(Figure(f"{SECTION} / {title}", head.name, BETTER, verdict or None, "", kind, source))
     return [*made, *pros_and_cons(favours)] if made else []
 
 
@@ -135,13 +151,13 @@ def row(title: str, head: Head, stack: str, cell: Figure | None) -> Figure:
 
 
 def in_favour(head: Head, cells: dict[str, Figure | None]) -> str:
-    """The stack that a figure is in favour of by RULE, "neither", or "" where one of the two has none."""
+    """The stack whose figure is better by RULE, UNCLEAR, or "" where one of the two has none, or neither is better."""
     first, second = (bounds(cells[stack]) for stack in COMPARED)
-    if not first or not second:
+    if not first or not second or not head.better:
         return ""
     if head.better == "lower":
         first, second = (-first[1], -first[0]), (-second[1], -second[0])
-    return COMPARED[0] if first[0] > second[1] else COMPARED[1] if second[0] > first[1] else "neither"
+    return COMPARED[0] if first[0] > second[1] else COMPARED[1] if second[0] > first[1] else UNCLEAR
 
 
 def bounds(figure: Figure | None) -> tuple[float, float] | None:
@@ -159,7 +175,10 @@ def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
                 won = [name for name, favour in names.items() if favour == winner]
                 if names:
                     yield Figure(section, f"{stack}: {what}", PLACES[kind], "; ".join(won) or "none", "", kind, source)
-    yield Figure(f"{SECTION} / Rule", "in favour of", "rule", RULE, "", "counted", "common/comparison/verdict.py")
+    yield Figure(f"{SECTION} / Rule", BETTER, "rule", RULE, "", "counted", "common/comparison/verdict.py")
+
+
+SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
 
 
 def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
@@ -177,10 +196,13 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
         values = [number(losses, row, metric) for metric in losses.columns if metric.startswith("step ")]
         colour = STACK_COLOURS.get(row.split()[0], INK)
         left.plot(range(1, len(values) + 1), values, color=colour, linewidth=5 - 4 * place / len(losses.rows), alpha=0.6)
-    left.set(title=f"{len(losses.rows)} layouts, one loss", xlabel="step")
+    left.set(title=f"{len(losses.rows)} layouts, one loss\n(measured)", xlabel="step")
     left.xaxis.get_major_locator().set_params(integer=True)
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
-    for axes, table, metric, title in ((middle, speed, "ratio", "speed, x baseline"), (right, memory, "peak", "MB per rank")):
+    for axes, table, metric, title in (
+        (middle, speed, "ratio", "speed, x baseline\n(measured)"),
+        (right, memory, "peak", "MB per rank\n(predicted)"),
+    ):
         axes.barh(range(len(rows)), [number(table, row, metric) for row in rows], color=colours)
         axes.set_yticks(range(len(rows)), [row.removeprefix("megatron ").removeprefix("deepspeed ") for row in rows])
         axes.set_title(title)
@@ -202,19 +224,20 @@ def number(table: Table, row: str, metric: str) -> float:
 
 CAPTION = (
     "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the speed of each layout on this "
-    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted)."
+    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted): of so small a model, DeepSpeed's buffers "
+    "are a large part."
 )
 PICTURES = (Picture("at_a_glance", SECTION, CAPTION, at_a_glance),)
 
 
 def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
     """The rows of the verdict as one Markdown table, with the kind of each row."""
-    lines = ["| | kind | baseline | DeepSpeed | Megatron Core | in favour of |", "|---|---|---:|---:|---:|---|"]
+    lines = [f"| | kind | baseline | DeepSpeed | Megatron Core | {BETTER} |", "|---|---|---:|---:|---:|---|"]
     from common.comparison.render import cell
 
     for table in tables(f for f in figures if f.section in {f"{SECTION} / {title}" for title in KINDS.values()}):
         for name in table.rows:
-            kind = table.cells[name, "in favour of"].kind
-            cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, "in favour of")]
+            kind = table.cells[name, BETTER].kind
+            cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, BETTER)]
             lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
     return lines
