@@ -224,8 +224,8 @@ def number(table: Table, row: str, metric: str) -> float:
 
 CAPTION = (
     "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the speed of each layout on this "
-    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted): of so small a model, DeepSpeed's buffers "
-    "are a large part."
+    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted); in so small a model, DeepSpeed's "
+    "buffers are a large part."
 )
 PICTURES = (Picture("at_a_glance", SECTION, CAPTION, at_a_glance),)
 
