@@ -6,6 +6,7 @@
 With --measure, scripts.benchmark first measures on this machine, about 20 minutes on 2 cores, into out/comparison.
 """
 
+import argparse
 import gzip
 import json
 import re
@@ -39,11 +40,13 @@ CHOICES, ON_16 = "Which one for you / GPT on H100", "Which one for you / 16 x H1
 
 
 def main() -> int:
-    if "-h" in sys.argv or "--help" in sys.argv:
-        print(__doc__)
-        return 0
-    if sys.argv[1:2] == ["--measure"]:
-        sys.argv[1:] = [*sys.argv[2:], "--out", str(MEASURED.relative_to(ROOT))]
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.document_comparison", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measure", nargs=argparse.REMAINDER, metavar="WORD", help="measure first, by scripts.benchmark")
+    words = parser.parse_args().measure
+    if words is not None:
+        sys.argv[1:] = [*words, "--out", str(MEASURED.relative_to(ROOT))]
         code = benchmark.main()
         if code:
             return code

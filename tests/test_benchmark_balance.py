@@ -208,9 +208,10 @@ def test_the_passes_of_a_pipeline(slow_runs, name, chunks):
         for share in timeline.shares(step):
             assert share.compute + share.exchange + share.idle == pytest.approx(end - begin)
             assert share.idle > -1e-6
-        assert timeline.bubble(timeline.simulated(timeline.order_of(step), timeline.median_seconds([step]))) < timeline.bubble(
-            step
-        )
+        # the medians leave out the jitter of single passes, which are of 2 ms here beside those of the slow rank; equal stages
+        # would idle for 0.2 of the time or less
+        predicted = timeline.bubble(timeline.simulated(timeline.order_of(step), timeline.median_seconds([step])))
+        assert timeline.bubble(step) > 0.35 and predicted == pytest.approx(timeline.bubble(step), abs=0.1)
     figures = balance.figures_of(balance.pipeline_cells(case, steps), "command")
     assert len(tables(figures)) == 4
     drawn = [picture.name for picture in balance.PICTURES if picture.draw(figures)]

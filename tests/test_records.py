@@ -82,9 +82,8 @@ def test_the_commit_of_a_run_says_whether_its_code_was_committed(tmp_path: Path,
 
 
 def test_the_documents_show_these_tables() -> None:
-    documents = {ROOT / f"recipes/{family}/README.md": family for family in ("gpt", "bert", "t5")} | {ROOT / "README.md": "gpt"}
-    for document, family in documents.items():
-        assert (RESULTS / family / "quickstart/table.md").read_text() in document.read_text()
+    for family in ("gpt", "bert", "t5"):
+        assert (RESULTS / family / "quickstart/table.md").read_text() in (ROOT / f"recipes/{family}/README.md").read_text()
 
 
 def test_the_medians_in_the_table_of_minilm() -> None:
