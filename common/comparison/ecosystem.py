@@ -157,7 +157,7 @@ def installed(stacks: Iterable[str]) -> Iterator[Figure]:
         about = metadata.metadata(name)
         rows: dict[str, Value] = {
             "version": metadata.version(name),
-            "licence": about.get("License-Expression") or about.get("License") or "not told",
+            "licence": about.get("License-Expression") or about.get("License") or "not given",
             "accelerators": _count(stack, "accelerator/*_accelerator.py", ("abstract", "real")),
             "loggers": _count(stack, "monitor/*.py", ("__init__", "config", "monitor", "utils")),
             "TensorFlow or Keras": sum(1 for _ in foreign_files(package_folder(stack))),
