@@ -21,7 +21,7 @@ VALIDATORS = ("common/config.py", "common/stacks/pipeline.py", "common/yaml_file
 COLLECTED = re.compile(
     r"(problems?|refused|faults|missing|left_out|differences|changed|reasons?|message)$"
 )  # names of messages
-TELLS = re.compile(  # names of functions that return or yield messages
+GIVES_MESSAGES = re.compile(  # names of functions that return or yield messages
     r"problem|rules|unusable|unfit|damage|explain|quantized|why|too_|refus|differ|no_such|not_floats|_not_the|is_called|other_run"
 )
 NO_MESSAGES = (
@@ -299,9 +299,9 @@ def messages(root: Path = ROOT) -> list[Message]:
 def _of_file(tree: ast.Module, validates: bool) -> Iterator[tuple[int, str]]:
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         returns = ast.unparse(function.returns) if function.returns else ""
-        tells = bool(TELLS.search(function.name)) and "str" in returns
+        gives_messages = bool(GIVES_MESSAGES.search(function.name)) and "str" in returns
         for node in _own(function):
-            for value in _values(node, tells, validates):
+            for value in _values(node, gives_messages, validates):
                 for text in _texts(value):
                     text = text.removeprefix("error: ")
                     if " " in text and re.search(r"[a-z]{2}", re.sub(r"\{.*?\}", "", text)):
@@ -318,7 +318,7 @@ def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
             waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef)]
 
 
-def _values(node: ast.AST, tells: bool, validates: bool) -> Iterator[ast.expr]:
+def _values(node: ast.AST, gives_messages: bool, validates: bool) -> Iterator[ast.expr]:
     """The expressions at a node whose value is a message, or a list of them."""
     match node:
         case ast.Call(func=ast.Name(id=name), args=args) if name in RAISED:
@@ -341,7 +341,7 @@ def _values(node: ast.AST, tells: bool, validates: bool) -> Iterator[ast.expr]:
             yield value
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if COLLECTED.search(name):
             yield value
-        case ast.Return(value=ast.expr() as value) | ast.Yield(value=ast.expr() as value) if tells:
+        case ast.Return(value=ast.expr() as value) | ast.Yield(value=ast.expr() as value) if gives_messages:
             yield value
 
 

@@ -113,7 +113,7 @@ HEADS = (
     Head("Ease of use: lines for a change of the architecture, beside those for all stacks", "counted", "lower",
          at("Ease of use / Change of architecture", "{stack}", "added")),
     Head("Ease of use: silent traps found", "counted", "lower", at("Ease of use / Silent traps by stack", "{stack}", "traps")),
-    Head("Ease of use: MB to install beyond the baseline's 5.6 GB", "counted", "",
+    Head("Ease of use: MB to install beyond the baseline", "counted", "",
          at("Ease of use / Packages", "{stack}, beyond it", "size")),
     Head("Ecosystem: runs of layouts held to a plain loop in this repository", "counted", "",
          at("Ecosystem / Checked here", "runs compared", "{stack}")),
