@@ -277,7 +277,7 @@ def finish(report: Report, folder: Path, with_all: bool = False) -> None:
 
     report.figures = in_order([*report.figures, *verdict.figures(report.figures)])
     write_json(folder / "report.json", report.to_json())
-    drawn = render.draw(pictures(), report.figures, folder)
+    drawn = render.draw(pictures(), report, folder)
     (folder / "report.md").write_text(render.markdown(report, drawn), encoding="utf-8")
     (folder / "report.html").write_text(render.html(report, drawn), encoding="utf-8")
     columns = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80

@@ -52,7 +52,7 @@ def main() -> int:
             return code
         write(benchmark.read_report(MEASURED))
     report = read()
-    render.draw(benchmark.pictures(), with_verdict(report).figures, FOLDER)
+    render.draw(benchmark.pictures(), with_verdict(report), FOLDER)
     PAGE.write_text(page(report), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8"), report), encoding="utf-8")
     print(PAGE, README, sep="\n")
@@ -82,7 +82,7 @@ def readme(text: str, report: Report) -> str:
     found = {table.section: table for table in tables(shown.figures)}
     lines = [*render.markdown_table(render.grid(found[CHOICES])), ""]
     lines += [*taken(found[ON_16]), ""]
-    lines += [f"![{verdict.CAPTION}]({FOLDER.relative_to(ROOT)}/at_a_glance.png)", ""]
+    lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), ""]
     lines += [*verdict.shown_in_readme(shown.figures), ""]
     lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
     return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common.comparison import pictures, render
+from common import pictures
+from common.comparison import render
 from common.comparison.figures import Disagreement, Figure, Options, Picture, Report, Task, tables
 from common.errors import BadInput
 from scripts import benchmark
@@ -94,8 +95,11 @@ def test_a_table_with_many_columns_of_few_rows_is_turned() -> None:
 
 
 def test_the_page_needs_no_network_and_its_pictures_take_its_colours(tmp_path: Path) -> None:
-    both = [Picture("bars", "Performance", "Bars.", drawing), Picture("none", "Performance", "None.", lambda found: None)]  # type: ignore[arg-type,return-value]
-    drawn = render.draw(both, SPEED, tmp_path)
+    both = [
+        Picture("bars", "Performance", "Two bars", "tiny on {hardware}", "Bars.", drawing),
+        Picture("none", "Performance", "None", "tiny", "None.", lambda found: None),
+    ]  # type: ignore[arg-type,return-value]
+    drawn = render.draw(both, report(SPEED), tmp_path)
     assert [one.png for one in drawn] == ["bars.png"] and (tmp_path / "bars.png").stat().st_size > 1000
     page = render.html(report(SPEED), drawn)
     assert not re.search(r'(src|href)="(?!#)|@import|url\((?!#)', page)
@@ -103,7 +107,7 @@ def test_the_page_needs_no_network_and_its_pictures_take_its_colours(tmp_path: P
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and all(f"#{link}" for link in re.findall(r'href="#([^"]+)"', page))
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
-    assert "![Bars.](bars.png)" in render.markdown(report(SPEED), drawn)
+    assert "[![Bars.](bars.png)](bars.svg)" in render.markdown(report(SPEED), drawn)
 
 
 # ---- the parts

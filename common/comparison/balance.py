@@ -336,8 +336,13 @@ TASKS = (
 
 PICTURES = tuple(
     Picture(
-        f"timeline_{name}", PIPELINES, f"{what}: the step of median duration, by the clock on each stage.", partial(draw, own)
-    )
+        f"timeline_{name}",
+        PIPELINES,
+        f"A step of {what.partition(',')[0]}",
+        "a small GPT on 2 stages, measured on {hardware}",
+        f"{what}: the step of median duration, by the clock on each stage.",
+        partial(draw, own),
+    )  # fmt: skip
     for name, what, own in (
         ("deepspeed", "DeepSpeed's pipeline", "deepspeed "),
         ("megatron_1f1b", "Megatron's 1F1B", "megatron (?!vpp=)"),

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.comparison import pictures, planned
+from common import pictures
+from common.comparison import planned
 from common.comparison.figures import Figure, Options, Picture, Task, select
 from common.comparison.layouts import name_of
 from common.config import Config
@@ -232,14 +233,15 @@ def draw(figures: Sequence[Figure]) -> "Drawing | None":
     axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GB sent per rank and step", xticks=RANKS)
     axes.set_xticklabels([str(ranks) for ranks in RANKS])
     axes.minorticks_off()
-    axes.legend(fontsize=7, labelcolor=pictures.INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    drawing.legend(loc="outside lower center", ncols=2)
     return drawing
 
 
 TASKS = (Task("bytes_counted", SECTION, 10, bytes_counted),)
 PICTURES = (
     Picture(
-        "bytes_sent", SENT,
+        "bytes_sent", SENT, "GB that a rank sends per step of GPT 1.3B",
+        f"{Path(CONFIG).stem}, {SAMPLES} samples per rank; counted, the same on any hardware",
         "Bytes that a rank sends per step of GPT 1.3B, 8 samples per rank: those of data parallelism approach a multiple of "
         "the model, those of tensor parallelism are activations, which grow with the samples of a replica.", draw,
     ),

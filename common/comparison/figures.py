@@ -54,12 +54,13 @@ class Figure:
 class Picture(NamedTuple):
     """A plot, drawn from the figures of a report alone, so that report.json is all that it needs.
 
-    `draw` returns a new matplotlib figure, or None where the figures that it needs are not there. Colours: `Colours` of
-    common/comparison/pictures.py, which read on a light and on a dark page.
+    `draw` returns a new figure of common/pictures.py, or None where the figures that it needs are not there.
     """
 
     name: str  # of its file, such as timeline_deepspeed
     section: str  # after whose tables it stands
+    title: str
+    about: str  # config, and hardware: {hardware} is that of the report, {date} is added
     caption: str  # what it shows, in one sentence
     draw: "Callable[[Sequence[Figure]], Drawing | None]"
 

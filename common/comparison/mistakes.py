@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.comparison import pictures
+from common import pictures
 from common.comparison.figures import Figure, tables
 from common.errors import BadInput
 from common.paths import ROOT
@@ -145,7 +145,7 @@ def draw(figures: Sequence[Figure]) -> "Drawing | None":
             colour = pictures.STACK_COLOURS[stack]
             at = row + (0.15 if stack == "megatron" else -0.15)  # both stacks of one mistake stand apart
             if figure.value is None:
-                axes.text(200, at, "trains on", color=colour, va="center", fontsize=8)
+                axes.text(200, at, "trains on", color=colour, va="center")
             else:
                 marker = "o" if where == "here" else "x"
                 axes.plot(figure.value, at, marker, color=colour)
@@ -160,5 +160,5 @@ def draw(figures: Sequence[Figure]) -> "Drawing | None":
         for stack in dict.fromkeys(column.split()[0] for column in table.columns)
         for marker, words in (("o", "these recipes"), ("x", "without them"))
     ]
-    drawing.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor=pictures.INK)
+    drawing.legend(handles=handles, loc="outside lower center", ncols=2)
     return drawing

@@ -19,7 +19,7 @@ def named(figures: Sequence[Figure], ending: str) -> list[Table]:
 
 def speed_and_memory(figures: Sequence[Figure]) -> "Drawing | None":
     """A row of plots for each comparison: speed relative to the reference with its spread, and the memory of a rank by kind."""
-    from common.comparison.pictures import INK, OTHER_COLOURS, STACK_COLOURS, new
+    from common.pictures import INK, OTHER_COLOURS, STACK_COLOURS, new
 
     found = [
         (memory, speed) for memory in named(figures, ", memory")
@@ -29,7 +29,7 @@ def speed_and_memory(figures: Sequence[Figure]) -> "Drawing | None":
         return None
     rows = max(len(speed.column("ratio")) for _, speed in found)
     drawing, grid = new(len(found), 2, height=len(found) * (0.9 + 0.17 * rows) + 0.4)
-    colours = [*OTHER_COLOURS, "#999999", "#882255"]  # not those of the stacks
+    colours = [*OTHER_COLOURS, "#999999", "#8c6bb1"]  # not those of the stacks
     for (memory, speed), axes in zip(found, grid.reshape(-1, 2), strict=True):
         ratios = speed.column("ratio")
         names = [figure.subject for figure in ratios]
@@ -39,7 +39,7 @@ def speed_and_memory(figures: Sequence[Figure]) -> "Drawing | None":
             axes[0].barh(place, value, xerr=around, color=STACK_COLOURS.get(figure.subject.split()[0], INK), ecolor=INK)
         axes[0].axvline(1, color=INK, linewidth=0.8, linestyle=":")
         axes[0].set_yticks(range(len(names)), names)
-        axes[0].set_title(title(speed), fontsize=9, loc="left")
+        axes[0].set_title(title(speed))
         axes[0].set_xlabel(f"speed, {ratios[0].unit}")
         left = [0.0] * len(names)
         for part, colour in zip(PARTS, colours, strict=False):
@@ -51,13 +51,13 @@ def speed_and_memory(figures: Sequence[Figure]) -> "Drawing | None":
         for one in axes:
             one.invert_yaxis()
     handles, labels = grid.reshape(-1, 2)[0][1].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False, labelcolor=INK)
+    drawing.legend(handles, labels, loc="outside lower center", ncols=3)
     return drawing
 
 
 def curves(figures: Sequence[Figure]) -> "Drawing | None":
     """The loss of every step of every layout, on each other, one plot for each comparison."""
-    from common.comparison.pictures import STACK_COLOURS, new
+    from common.pictures import STACK_COLOURS, new, whole_numbers
 
     found = named(figures, ", Timeline of the loss")
     if not found:
@@ -73,8 +73,9 @@ def curves(figures: Sequence[Figure]) -> "Drawing | None":
             style = {"linewidth": 5.0 - 4.0 * place / len(table.rows), "alpha": 0.6}  # the later ones lie within the first
             losses = [number(table, name, step) for step in steps]
             axes.plot(range(1, len(steps) + 1), losses, color=STACK_COLOURS.get(name.split()[0]), **style)
-        axes.set_title(f"{title(table)}: {len(table.rows)} layouts", fontsize=9, loc="left")
+        axes.set_title(f"{title(table)}: {len(table.rows)} layouts")
         axes.set_xlabel("step")
+        whole_numbers(axes)
         axes.set_ylabel("loss")
     return drawing
 
@@ -91,8 +92,14 @@ def title(table: Table) -> str:
 
 PICTURES = (
     Picture(
-        "performance", SECTION, "Speed of each layout relative to plain data parallelism, with what nine of ten steps lie "
+        "performance", SECTION, "Speed and memory of each layout",
+        "a small model of each family; speed on {hardware}; states counted, activations predicted",
+        "Speed of each layout relative to plain data parallelism, with what nine of ten steps lie "
         "within, beside the memory of a rank by kind (states counted, activations predicted).", speed_and_memory,
     ),
-    Picture("performance_curves", SECTION, "The losses of all layouts at every step: one curve for each comparison.", curves),
+    Picture(
+        "performance_curves", SECTION, "The losses of all layouts, drawn on each other",
+        "a small model of each family, measured on {hardware}",
+        "The losses of all layouts at every step: one curve for each comparison.", curves,
+    ),
 )  # fmt: skip

@@ -4,15 +4,14 @@ All three show the same tables, and no figure without its kind and the command o
 """
 
 import html as escaping
-import io
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common import pictures as style
 from common.comparison.figures import Figure, Picture, Report, Table, Value, tables
-from common.comparison.pictures import INK
 
 KINDS = {
     "measured": "on this machine, in this report; [a .. b] is its spread",
@@ -31,20 +30,17 @@ class Drawn(NamedTuple):
     png: str  # name of the file beside the report
 
 
-def draw(pictures: Iterable[Picture], figures: Sequence[Figure], folder: Path) -> list[Drawn]:
-    """Draw the pictures whose figures are there, and write FOLDER/NAME.png of each."""
-    import matplotlib.pyplot as plt
-
+def draw(pictures: Iterable[Picture], report: Report, folder: Path) -> list[Drawn]:
+    """Draw the pictures whose figures are there, and write FOLDER/NAME.png and NAME.svg of each."""
     drawn = []
     for picture in pictures:
-        drawing = picture.draw(figures)
+        drawing = picture.draw(report.figures)
         if drawing is None:
             continue
-        drawing.savefig(folder / f"{picture.name}.png", dpi=160)
-        text = io.StringIO()
-        drawing.savefig(text, format="svg")
-        plt.close(drawing)
-        drawn.append(Drawn(picture, inline(text.getvalue(), picture.name), f"{picture.name}.png"))
+        style.label(drawing, picture.title, f"{picture.about.format(hardware=report.hardware)}, {report.date}")
+        style.save(drawing, folder / f"{picture.name}.png")
+        svg = (folder / f"{picture.name}.svg").read_text(encoding="utf-8")
+        drawn.append(Drawn(picture, inline(svg, picture.name), f"{picture.name}.png"))
     return drawn
 
 
@@ -52,7 +48,7 @@ def inline(svg: str, name: str) -> str:
     """An SVG file as an element of a page: its text and axes take the page's colour, and its ids are its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(INK, "currentColor")
+    svg = svg.replace(style.INK, "currentColor")
     svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)
@@ -259,8 +255,13 @@ def pictures_after(drawn: Sequence[Drawn], section: str | None) -> list[str]:
     lines = []
     for one in drawn:
         if section is not None and one.picture.section.partition(" / ")[0] == section:
-            lines += [f"![{one.picture.caption}]({one.png})", "", f"*{one.picture.caption}*", ""]
+            lines += [linked(one.picture.caption, one.png), "", f"*{one.picture.caption}*", ""]
     return lines
+
+
+def linked(caption: str, png: str) -> str:
+    """A picture that opens its SVG, whose text is sharp at any size."""
+    return f"[![{caption}]({png})]({png.removesuffix('png')}svg)"
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------

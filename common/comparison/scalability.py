@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.comparison import communication, largest_model, pictures, planned, scaling
+from common import pictures
+from common.comparison import communication, largest_model, planned, scaling
 from common.comparison.figures import Figure, Options, Picture, Task, select
 from common.comparison.planned import GPU, Best
 from common.config import STACKS
@@ -84,11 +85,10 @@ def draw_predicted(figures: Sequence[Figure]) -> "Drawing | None":
             bounds = [f.spread for f in found if f.spread]
             plot.fill_between(gpus, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.15, lw=0)
         plot.set(xscale="log", title=f"GPT {size}", xlabel="GPUs", xlim=(GPUS[0] / 1.3, GPUS[-1] * 1.3), ylim=(0, 60))
-        plot.title.set_color(pictures.INK)
         plot.set_xticks([8, 64, 512, 4096], ["8", "64", "512", "4,096"])
         plot.minorticks_off()
     (axes if len(sizes) == 1 else axes[0]).set_ylabel("MFU, %")
-    (axes if len(sizes) == 1 else axes[0]).legend(labelcolor=pictures.INK, fontsize=8)
+    (axes if len(sizes) == 1 else axes[0]).legend()
     return drawing
 
 
@@ -109,9 +109,8 @@ def draw_table_2(figures: Sequence[Figure]) -> "Drawing | None":
                 values = [float(f.value or 0) for f in found]
                 plot.plot(gpus, values, style, color=pictures.STACK_COLOURS[stack], label=f"{kind}, {metric}")
         plot.set(title=f"GPT {model} on A100", xlabel="GPUs", ylim=(0, 200))
-        plot.title.set_color(pictures.INK)
     axes[0].set_ylabel("TFLOP/s per GPU")
-    axes[0].legend(labelcolor=pictures.INK, fontsize=8)
+    axes[0].legend()
     return drawing
 
 
@@ -120,12 +119,14 @@ TASKS = (
 )  # fmt: skip
 PICTURES = (
     Picture(
-        "scaling_predicted", SECTION,
+        "scaling_predicted", SECTION, "MFU of the fastest layout of each stack, predicted",
+        f"{', '.join(SIZES.values())}; predicted for {GPU}",
         f"Predicted MFU of the fastest layout of each stack on {GPU}, with the predictor's error, at the global batch of each "
         "config. Where a line ends, no layout fits or the batch does not divide.", draw_predicted,
     ),
     Picture(
-        "scaling_table_2", SECTION,
+        "scaling_table_2", SECTION, "Table 2 of PTD-P, and its prediction",
+        "GPT on up to 2,240 A100; published in 2021, predicted",
         "PTD-P's table 2 (2021): points are published, lines predicted. PTD is tensor and pipeline parallelism of Megatron-LM.",
         draw_table_2,
     ),

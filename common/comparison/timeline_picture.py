@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.comparison import pictures
+from common import pictures
 from common.comparison.figures import Figure, Table, select, tables
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def draw(names: str, figures: Sequence[Figure]) -> "Drawing | None":
         for subject in table.rows:
             begin, end = (_number(table.cells[subject, metric]) for metric in ("begin", "end"))
             _box(axis, subject, begin, end, colour, last, _chunks(table))
-        axis.set_title(name + (f", bubble {bubbles[name]:.0f} %" if name in bubbles else ""), loc="left", fontsize=9)
+        axis.set_title(name + (f", bubble {bubbles[name]:.0f} %" if name in bubbles else ""))
         axis.set(xlim=(0, last), ylim=(stages - 0.5, -0.5), yticks=range(stages))
         axis.set_yticklabels([f"stage {stage}" for stage in range(stages)])
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -79,6 +79,6 @@ def _box(axis: Any, subject: str, begin: float, end: float, colour: str, last: f
     height = 0.84 / chunks
     low = row - 0.42 + height * (int(chunk[0].split()[1]) - 1 if chunk else 0)
     face, ink = (_light(colour), "black") if kind == "forward" else (colour, "white")
-    axis.broken_barh([(begin, end - begin)], (low, height), facecolor=face, edgecolor="white", linewidth=0.5)
+    axis.broken_barh([(begin, end - begin)], (low, height), facecolor=face, edgecolor=pictures.INK, linewidth=0.5)
     if end - begin > NARROWEST * last:
         axis.text((begin + end) / 2, low + height / 2, number, ha="center", va="center_baseline", fontsize=7, color=ink)

@@ -183,7 +183,7 @@ SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
 
 def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     """GPT's losses on each other, and beside them the speed and the memory of each layout."""
-    from common.comparison.pictures import INK, STACK_COLOURS, new
+    from common.pictures import INK, SMALL, STACK_COLOURS, new, whole_numbers
 
     found = {table.section: table for table in tables(figures) if table.section.startswith("Performance / GPT")}
     names = ("Performance / GPT, Timeline of the loss", "Performance / GPT", "Performance / GPT, memory")
@@ -197,7 +197,7 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
         colour = STACK_COLOURS.get(row.split()[0], INK)
         left.plot(range(1, len(values) + 1), values, color=colour, linewidth=5 - 4 * place / len(losses.rows), alpha=0.6)
     left.set(title=f"{len(losses.rows)} layouts, one loss\n(measured)", xlabel="step")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(left)
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
     for axes, table, metric, title in (
         (middle, speed, "ratio", "speed, x baseline\n(measured)"),
@@ -209,10 +209,9 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
         axes.invert_yaxis()
     right.set_yticks([])
     for axes in (left, middle, right):
-        axes.title.set_fontsize(8)
-        axes.tick_params(labelsize=7)
+        axes.title.set_fontsize(SMALL)
     bars = {row.split()[0]: bar for row, bar in zip(rows, middle.patches, strict=True)}
-    drawing.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    drawing.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=3)
     return drawing
 
 
@@ -227,7 +226,8 @@ CAPTION = (
     "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted); in so small a model, DeepSpeed's "
     "buffers are a large part."
 )
-PICTURES = (Picture("at_a_glance", SECTION, CAPTION, at_a_glance),)
+ABOUT = "a small GPT on {hardware}; memory predicted for a GPU"
+PICTURES = (Picture("at_a_glance", SECTION, "A small GPT: one loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
 
 
 def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
