@@ -77,6 +77,7 @@ def svg(drawing: "Drawing") -> str:
 def save(drawing: "Drawing", path: Path) -> None:
     """Write the picture; beside a PNG the same as SVG, whose text stays sharp at any size. Errors of writing are raised."""
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     try:
         if path.suffix == ".svg":
@@ -84,6 +85,8 @@ def save(drawing: "Drawing", path: Path) -> None:
             return
         drawing.savefig(path, dpi=DPI)
         if path.suffix == ".png":
+            with Image.open(path) as image:  # 128 colours and their transparency: half of the bytes
+                image.quantize(128, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
             path.with_suffix(".svg").write_text(svg(drawing), encoding="utf-8")
     finally:
         plt.close(drawing)

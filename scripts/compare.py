@@ -14,8 +14,6 @@ peak memory          of the first process: resident set on a CPU, PyTorch's allo
 import argparse
 import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import textwrap
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import config, screen
-from common.checkpoints import checkpoint
+from common.checkpoints import checkpoint, run_record
 from common.comparison.layouts import name_of
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
@@ -85,7 +83,7 @@ def main() -> None:
         print("\n".join(textwrap.fill(note, max(40, screen.width()), break_on_hyphens=False) for note in ["", *notes]))
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        plot.draw({name: plot.curves(path) for name, path in paths.items()}, out / "curves.png")
+        plot.draw(paths, out / "curves.png")
         (out / "table.md").write_text(markdown(rows, notes), encoding="utf-8")
         print(f"{out / 'table.md'}  {out / 'curves.png'}", file=sys.stderr if args.json else sys.stdout)
 
@@ -172,21 +170,13 @@ def footnotes(runs: list[Summary]) -> list[str]:
     versions = {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {}
     version_list = ", ".join(f"{name} {version}" for name, version in versions.items())
     commits = dict.fromkeys(str(run.info.get("commit")) for run in runs)
-    notes.append(f"{machine()}. {version_list}. Commit {', '.join(commits)}.")
+    notes.append(f"{plot.made_on([run.info for run in runs]) or machine()}. {version_list}. Commit {', '.join(commits)}.")
     return notes
 
 
 def machine() -> str:
     """The date, and the machine that compares: its GPUs, else its processor and cores."""
-    import torch
-
-    today = datetime.date.today().isoformat()
-    if torch.cuda.is_available():
-        return f"{today}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{today}, {os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
+    return f"{datetime.date.today().isoformat()}, {run_record.hardware()}"
 
 
 def markdown(rows: list[list[str]], notes: list[str]) -> str:

@@ -8,6 +8,7 @@ python -m scripts.plan --validate    predictions beside published and simulated 
 """
 
 import argparse
+import datetime
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import config, families, screen
+from common import config, families, pictures, screen
 from common.comparison.layouts import name_of
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
@@ -325,26 +326,29 @@ def scaling(
                 print(f"  {gpus:>6} {stack:<10} {batch:>7} {row}")
                 curves[kind][stack] += [(gpus, best.tokens_per_s)] if best else []
     if args.plot:
-        draw(curves, args.plot, f"{Path(args.config).stem} on {cluster.gpu.name}, predicted")
+        about = f"{Path(args.config).stem}; predicted for {cluster.gpu.name}, {datetime.date.today().isoformat()}"
+        draw(curves, counts, args.plot, about)
 
 
-def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], target: Path, title: str) -> None:
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], counts: Sequence[int], target: Path, about: str) -> None:
     """Tokens/s over the number of GPUs, both on logarithmic axes, strong and weak scaling side by side; dotted: in proportion
     to the GPUs from a curve's first point."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(title)
-    for axes, (kind, of_stack) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
+    figure, both = pictures.new(1, 2, sharey=True)
+    for axes, (kind, of_stack) in zip(both, curves.items(), strict=True):
         for stack, points in of_stack.items():
             if points:
                 numbers, rates = zip(*points, strict=True)
-                [line] = axes.plot(numbers, rates, marker="o", label=stack)
-                axes.plot(numbers, [rates[0] * n / numbers[0] for n in numbers], ":", color=line.get_color())
-        axes.set(xscale="log", yscale="log", title=f"{kind} scaling", xlabel="GPUs", ylabel="tokens/s")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(target)
+                colour = pictures.STACK_COLOURS[stack]
+                axes.plot(numbers, rates, marker=".", label=stack, color=colour)
+                axes.plot(numbers, [rates[0] * n / numbers[0] for n in numbers], ":", color=colour)
+        axes.set(xscale="log", yscale="log", title=f"{kind} scaling", xlabel="GPUs")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
+        axes.grid()
+    both[0].set_ylabel("tokens/s; dotted: in proportion")
+    both[0].legend()
+    pictures.label(figure, "Predicted scaling of the fastest layouts", about)
+    pictures.save(figure, target)
     print(f"drawn to {target}")
 
 

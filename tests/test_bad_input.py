@@ -908,6 +908,8 @@ def test_what_a_killed_run_left_half_written_is_removed(place: Path) -> None:
         (place / "out" / name).write_text("{")
     (place / "out/other.tmp").write_text("do not touch")
     run_record.begin(preflight.prepare("tiny.yaml", "out", [], "baseline", task, 1))
+    record = json.loads((place / "out/run.json").read_text())
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", record["date"]) and re.search(r"cores of \S| x \S", record["hardware"])
     lock.release()
     assert snapshot(place) == before | {"out/other.tmp": b"do not touch"}
 

@@ -1,12 +1,13 @@
 """common/pictures.py: pictures read on a white and on a dark page, say what they show, and nothing in them lies on another."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from common import pictures
-from scripts import benchmark, document_comparison
+from scripts import benchmark, document_comparison, plot
 
 WHITE, DARK = "#ffffff", "#0d1117"  # pages of GitHub
 
@@ -63,3 +64,32 @@ def test_the_pictures_of_the_comparison_are_there_with_config_hardware_and_date(
         assert (document_comparison.FOLDER / f"{picture.name}.png").is_file()
         assert picture.title in text.replace("&#x27;", "'") and report.date in text
         assert re.search("AMD EPYC|H100|A100|any hardware", text), picture.name
+
+
+def run(folder: Path, losses: list[float], **info: object) -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "run.json").write_text(json.dumps(info))
+    return folder
+
+
+def words_of(svg: Path) -> str:
+    return " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text(encoding="utf-8")))
+
+
+def test_curves_say_where_runs_are_equal_and_what_made_them(tmp_path: Path) -> None:
+    facts = {"family": "gpt", "config": "tiny", "date": "2026-01-02", "hardware": "8 x H100"}
+    one = run(tmp_path / "one", [3.0, 2.0, 1.0], stack="baseline", **facts)
+    other = run(tmp_path / "other", [3.0, 2.0 + 1e-4, 1.0], stack="megatron", **facts)
+    plot.draw({"one": one, "other": other}, tmp_path / "a.png")
+    words = words_of(tmp_path / "a.svg")
+    assert "difference to one: at most 1.0e-04 (other, step 2)" in words and "logged digit: other 2" in words
+    assert "equal" in words.split() and "gpt tiny; 2026-01-02, 8 x H100" in words
+    assert set(pictures.STACK_COLOURS.values()) & set(plot.colours([one, other])) == {"#009e73", "#d55e00"}
+    same = run(tmp_path / "same", [3.0, 2.0, 1.0])
+    plot.draw({"one": one, "same": same}, tmp_path / "b.png")
+    assert "at most 0.0e+00" in words_of(tmp_path / "b.svg") and "logged digit: same 3" in words_of(tmp_path / "b.svg")
+    plot.draw({"same": same}, tmp_path / "c.svg")
+    assert "hardware not recorded" in words_of(tmp_path / "c.svg") and "difference" not in words_of(tmp_path / "c.svg")
+    assert len(set(plot.colours([one, one, one, one, one, one]))) == 6

@@ -1,6 +1,8 @@
 """OUT/run.json: what a run was made of (data, versions, commit), written at its start, and what its end has written."""
 
+import datetime
 import os
+import platform
 import shutil
 import subprocess
 import uuid
@@ -74,6 +76,18 @@ def gpu() -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def hardware() -> str:
+    """Of this machine: its GPUs, else its cores and their processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
+
+
 def threads() -> int:
     """Of this process, in the operators of torch."""
     import torch
@@ -137,6 +151,7 @@ def begin(run: "Run") -> None:
         if recorded:
             run.record["init"] = recorded.get("init")  # where it began, whatever init.from holds since
         run.record.update(gpu=gpu(), world=run.layout.world, threads=threads())
+        run.record.update(hardware=hardware(), date=datetime.date.today().isoformat())  # of this start, not of the first
         before = recorded.get("stacks")
         before = before if isinstance(before, list) else []
         stacks = [*before, run.stack] if before[-1:] != [run.stack] else before
