@@ -56,12 +56,14 @@ TWO_RANKS: dict[str, tuple[str, list[str]]] = {
     "dp2_distributed_optimizer": ("megatron", ["megatron.distributed_optimizer=true"]),
     "dp2_micro1": ("megatron", ["megatron.micro_batch=1"]),
 }
+# ZeRO 3 keeps parameters of up to 100,000 elements whole, so all of a tiny model; of these hpz makes no second copy
+DIVIDED = "deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 1}}"
 FOUR_RANKS: dict[str, tuple[str, list[str]]] = {
     "fsdp2_4_ranks": ("baseline", ["baseline.shard=full", "baseline.micro_batch=1"]),
     "zero1_pp2_dp2": ("deepspeed", ["deepspeed.pp=2"]),
     "zero1_pp4": ("deepspeed", ["deepspeed.pp=4", "deepspeed.partition=uniform", "deepspeed.micro_batch=1"]),
     "zero3_tp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
-    "zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", "deepspeed.micro_batch=1"]),
+    "zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", "deepspeed.micro_batch=1", DIVIDED]),
     "zero1_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.sp=2"]),
     "zero3_sp2_dp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.sp=2"]),
     "tp2_pp2": ("megatron", ["megatron.tp=2", "megatron.pp=2", "megatron.micro_batch=4"]),

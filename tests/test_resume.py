@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, case, finished, launch_script, losses
 from safetensors.torch import load_file
-from test_parity import LOSS, NORM, farthest
+from test_parity import DIVIDED, LOSS, NORM, farthest
 
 from common import families
 from tests import plain
@@ -62,7 +62,9 @@ def moves_without(*refused: set[str]) -> list[tuple[str, list[str]]]:
 BF16 = ["zero1", "zero1_pp2", "zero3", "fsdp2", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
 EACH = 5  # steps on each stack
 MOVED, SLOW_MOVED = ["tiny_llama"], ["tiny"]  # the layouts above resume the other architecture
-SLOW_FOUR_RANKS = {"zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", "deepspeed.micro_batch=1"])}
+SLOW_FOUR_RANKS = {
+    "zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", "deepspeed.micro_batch=1", DIVIDED])
+}
 
 
 def halves_and_whole(name: str, layout: tuple[str, list[str]], out: Path, settings: list[str]) -> list[dict]:

@@ -25,11 +25,14 @@ from common.preflight import task_module
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("simulated.json")
 WORLD, STEPS = 4, 2
+# ZeRO 3 keeps parameters of up to 100,000 elements whole, so all of a tiny model; of these hpz makes no second copy
+DIVIDED = "deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 1}}"
 LAYOUTS = {
     "baseline": ("baseline", []),
     "baseline_recompute": ("baseline", ["baseline.recompute=true"]),
     "fsdp2": ("baseline", ["baseline.shard=full"]),
     "fsdp2_recompute": ("baseline", ["baseline.shard=full", "baseline.recompute=true"]),
+    "fsdp2_compile": ("baseline", ["baseline.shard=full", "baseline.compile=true"]),
     "zero0": ("deepspeed", ["deepspeed.zero_stage=0"]),
     "zero1": ("deepspeed", ["deepspeed.zero_stage=1"]),
     "zero2": ("deepspeed", ["deepspeed.zero_stage=2"]),
@@ -37,6 +40,7 @@ LAYOUTS = {
     "zero2_offload": ("deepspeed", ["deepspeed.zero_stage=2", "deepspeed.offload=optimizer"]),
     "zero3_recompute": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.recompute=true"]),
     "zero3_offload_all": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.offload=all"]),
+    "zero3_hpz2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.hpz=2", DIVIDED]),
     "zero1_tp2": ("deepspeed", ["deepspeed.zero_stage=1", "deepspeed.tp=2"]),
     "zero3_tp2": ("deepspeed", ["deepspeed.zero_stage=3", "deepspeed.tp=2"]),
     "zero1_pp2": ("deepspeed", ["deepspeed.pp=2"]),
@@ -58,7 +62,9 @@ REFUSED = {("t5", layout) for layout in ("zero1_pp2", "pp2", "pp2_vpp2", "tp2_pp
 REFUSED |= {(family, layout) for family in ("bert", "t5") for layout in ("zero1_ulysses2", "zero3_ulysses2", "zero3_tp2")}
 # In the fast suite GPT has each mechanism in pretraining, BERT and T5 have what their models change of it, and each layout is
 # finetuned by one family; the other cases are marked slow.
-SLOW: dict[str, set[str]] = {"gpt": {"baseline_recompute", "zero0", "zero3_recompute", "tp2", "tp2_pp2"}}
+SLOW: dict[str, set[str]] = {
+    "gpt": {"baseline_recompute", "fsdp2_compile", "zero0", "zero3_recompute", "zero3_hpz2", "tp2", "tp2_pp2"}
+}
 SLOW["bert"] = SLOW["t5"] = SLOW["gpt"] | {
     *("fsdp2_recompute", "zero1", "zero2", "zero2_offload", "zero3_offload_all", "megatron", "distributed_optimizer", "pp2"),
     "tp2_cp2",
@@ -222,6 +228,28 @@ def test_fsdp2_gathers_layers_twice_and_reduces_all_once(results, family):
         collectives = results[f"{family} pretrain {kind} rank 0"][0]["collectives"]
         moved = {c["op"]: c["bytes"] for c in collectives if c["op"] in ("all_gather", "reduce_scatter")}
         assert moved == fsdp2_bytes(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("gpt", "bert", "t5"))
+def test_compiled_fsdp2_moves_the_same_bytes(results, family):
+    plain, compiled = (results[f"{family} pretrain {layout} rank 0"][0] for layout in ("fsdp2", "fsdp2_compile"))
+    assert counted(compiled)["collectives"] == counted(plain)["collectives"]
+    assert sum(compiled["compiled_regions"].values()) > 0 == len(plain["compiled_regions"])
+    assert compiled["kernels"] < plain["kernels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("gpt", "bert", "t5"))
+def test_hpz_gathers_between_nodes_once_per_step(results, family):
+    """Weights change once in a step: all ranks gather them for the first forward pass, which leaves a copy in each pair of
+    ranks. From it they are gathered for what comes after, if they were freed between."""
+    collectives = counted(results[f"{family} pretrain zero3_hpz2 rank 0"][0])["collectives"]
+    [_, between], [_, within] = collectives["all_gather bf16 of 4"], collectives["all_gather bf16 of 2"]
+    task = task_module(family, {})
+    cfg = config.load(ROOT / f"recipes/{family}/configs/tiny.yaml", MODEL[family], task.Config)
+    weights = sum(map(prod, task.parameter_shapes(cfg.model.resolve(cfg, None)).values())) * 2
+    assert weights == pytest.approx(between, rel=0.01) and between <= within  # each weight is padded to the ranks
 
 
 def fsdp2_bytes(family: str) -> dict[str, int]:
