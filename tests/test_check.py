@@ -623,7 +623,7 @@ def test_plot(good: Path, tmp_path: Path) -> None:
     png = tmp_path / "curves.png"
     done = command("scripts.plot", str(good), str(other), "--out", str(png))
     assert done.returncode == 0, done.stderr
-    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 20_000
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 10_000
     assert png.with_suffix(".svg").is_file()
     single = command("scripts.plot", str(good), "--out", str(png))
     assert single.returncode == 0, single.stderr
