@@ -12,11 +12,13 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, launch_script
 
+import twinstack
+
 FAMILIES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("recipes/*/README.md"))
 OTHERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md") if p.name != "table.md")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "DATA_LICENSES.md", *OTHERS, *FAMILIES]
 # commands of the shell and of other tools: only their paths are checked
-SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", ".", ".venv/bin/pre-commit"}
+SHELL_WORDS = {"git", "cd", "rm", "cp", "ruff", "pytest", "lm_eval", ".", ".venv/bin/pre-commit", "pip", "docker"}
 OWN = {"FAMILY", "STACK", "NAME", "mine", "own_text"}  # in a path, these stand for the reader's own
 
 
@@ -74,6 +76,9 @@ def test_command(line: Line, settings: list[str], bert_settings: list[str], t5_s
     words, env = [of_gpt(word) for word in line.words], dict(line.env)
     for family, stack in re.findall(r"recipes/(\w+)/(baseline|deepspeed|megatron)/", " ".join(words)):
         launch_script(stack, family=family)
+    if words[0] == "twinstack":  # the command that it stands for
+        words = [word.removeprefix(f"{ROOT}/") for word in twinstack.command_of(words[1:])]
+        words = ["python", *words[1:]] if words[1] == "-m" else words
     if words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
         assert (ROOT / words[script]).is_file()
