@@ -834,8 +834,9 @@ def _explain(error: Any, schema: type[Config]) -> str:
         if now != ".".join([*parents, last]):
             return _is_called(name, now, error.get("input"))
         keys = _known_keys(parents, schema)
-        close = difflib.get_close_matches(last, keys, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        elsewhere = [f"{name}.{last}" for name in sections(schema) if len(parents) < 2 and last in _known_keys([name], schema)]
+        close = elsewhere or [repr(key) for key in difflib.get_close_matches(last, keys, 1)]
+        hint = f"; did you mean {' or '.join(close)}?" if close else ";"
         return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{name}: is missing; add it, or give {name}=VALUE on the command line"

@@ -59,9 +59,11 @@ def layout_for(cfg: Config, stack: str, world: int) -> Layout:
     dp = max(1, world // replica)
     batch, micro = cfg.train.global_batch, system.micro_batch
     if batch % (micro * dp):
+        below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
+        batches = f"train.global_batch may be {f'{below} or ' if below else ''}{above}"
         problems.append(
             f"train.global_batch={batch} is not a multiple of {stack}.micro_batch={micro} x {dp} data-parallel ranks; "
-            + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else "change the number of processes")
+            + (f"{stack}.micro_batch may be {fit}" if (fit := _divisors(batch, dp)) else f"{batches}, or change NPROC")
         )
     vpp = getattr(system, "vpp", 1)
     if not problems and (problem := pipeline.micro_batch_problem(system, batch // (micro * dp)) if vpp > 1 else None):

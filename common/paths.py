@@ -1,5 +1,6 @@
 """Resolves the paths of a config or command line: relative to the current folder, else to the repository's root."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ def find(path: str) -> Path:
         return any(os.path.exists(f"{place}{suffix}") for suffix in ("", ".bin", ".idx"))  # False for a name too long
 
     return ROOT / path if exists(ROOT / path) and not exists(Path(path)) else Path(path)
+
+
+def near(path: str | Path, suffix: str) -> str:
+    """' did you mean out/tiny?' if the first part of `path` that does not exist resembles a name beside it, with which the
+    path, and `suffix` behind it, exists; else ''."""
+    path = Path(path)
+    missing = next((part for part in [*reversed(path.parents), path] if not os.path.exists(part)), path)
+    try:
+        names = {name for entry in missing.parent.iterdir() for name in (entry.name, entry.name.removesuffix(suffix))}
+    except OSError:
+        return ""
+    for name in difflib.get_close_matches(missing.name, sorted(names)):
+        other = missing.parent / name / path.relative_to(missing)
+        if os.path.exists(f"{other}{suffix}"):
+            return f" did you mean {other}?"
+    return ""
 
 
 def find_blend(blend: Blend) -> Blend:

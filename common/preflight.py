@@ -25,6 +25,7 @@ from common.json_files import read_object
 from common.launch import lock
 from common.layout import Layout, fitting, layout_for
 from common.paths import SHOWN, Blend, find, prefixes
+from common.training.optim import lr_at
 
 C = TypeVar("C", bound=Config, default=Config, covariant=True)
 
@@ -95,16 +96,24 @@ def prepare[C: Config](
     recorded = _recorded(out_path, type(loaded), problems)
     decay = loaded.optim.decay_steps or recorded and recorded.optim.decay_steps
     # a trial of a few steps may end during the warmup
-    decay = decay or max(loaded.last_step, loaded.optim.warmup_steps + (loaded.optim.wsd_decay_steps or 0))
+    first_decay = max(loaded.last_step, loaded.optim.warmup_steps + (loaded.optim.wsd_decay_steps or 0))
+    decay = decay or first_decay
     if loaded.optim.schedule == "wsd" and not loaded.phases and loaded.last_step < decay:
         notes.append(f"the run ends at step {loaded.last_step}, and optim.schedule=wsd reaches optim.min_lr at step {decay}")
     falls = loaded.optim.schedule in config.FALLS_TO_MIN and loaded.optim.min_lr < loaded.optim.lr
-    if recorded and not loaded.optim.decay_steps and falls and not loaded.phases and decay < loaded.last_step:
+    keeps_decay = recorded and not loaded.optim.decay_steps and falls and not loaded.phases
+    if keeps_decay and decay < loaded.last_step:
         notes.append(
             f"optim.decay_steps stays {decay}, the steps of the first start: after that the rate is optim.min_lr; a longer "
             "schedule needs another OUT"
         )
     optim = loaded.optim.model_copy(update={"decay_steps": decay})
+    if keeps_decay and optim.schedule != "wsd" and first_decay < decay:
+        rate = f"{lr_at(loaded.last_step, optim):.3g}, above optim.min_lr={optim.min_lr:g}"
+        notes.append(
+            f"optim.decay_steps stays {decay}, the steps of the first start: the rate ends at {rate}; a schedule of "
+            f"{loaded.last_step} steps needs another OUT"
+        )
     unknown: list[str] = []  # where the size of the vocabulary is not known
     try:
         whole = config.resolve(loaded, task.ResolvedConfig, tokenizer_info.get("size"), optim=optim)
@@ -118,6 +127,10 @@ def prepare[C: Config](
         problems += unknown
     elif dry_run and not data_problems:  # else the tokenizer is unknown because of a problem that is reported already
         problems += [*missing, *unknown]
+    if valid is not None and (cfg.train.eval_samples or 0) > len(valid):
+        notes.append(
+            f"data.valid has {len(valid)} {valid.unit}, fewer than train.eval_samples={cfg.train.eval_samples}: all are used"
+        )
     for key, dataset in (("data.train", train), ("data.valid", valid)):
         if dataset is not None:
             dataset.limit_ids(None if unknown else cfg.model.vocab_size, key)

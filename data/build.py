@@ -51,6 +51,7 @@ FEW_DOCUMENTS = 5  # if fewer whole files are expected in a split, files are cut
 MAX_MB = 1e12
 MAX_IDS = 2_000_000  # of a tokenizer trained here: the trainers allocate memory for as many, and abort if that fails
 MAX_WORKERS = 1024  # threads that the tokenizer starts
+SMALL_VALID = 64 * 64  # tokens: the 64 samples of 64 tokens with which the tiny configs are evaluated
 FAMILIES = {"bpe": "BPE", "wordpiece": "WordPiece", "sentencepiece": "SentencePiece"}  # of a tokenizer trained here
 
 EncodedBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # arguments of IndexedDatasetWriter.append
@@ -658,11 +659,23 @@ def _say(line: str) -> None:
 def _report(out: Path, manifest: dict[str, Any], how: str) -> None:
     for name, split in manifest["splits"].items():
         sentences = f"  {split['sentences']:>12,} sentences" if "sentences" in split else ""
-        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {split['documents']:>11,} documents{sentences}")
+        documents = f"{split['documents']:>11,} document{'s' * (split['documents'] != 1)}"
+        _say(f"{out / name!s:<28}  {split['tokens']:>14,} tokens  {documents}{sentences}")
     for kind, count in manifest["skipped"].items():
         _say(f"skipped: {count:,} x {kind}")
+    if note := _small_valid(manifest):
+        _say(note)
     text = f"{manifest['bytes_of_text'] / 1e6:,.1f} MB of text"
     _say(f"{how}: {out} ({text}, tokenizer of {manifest['tokenizer_size']:,} ids)")
+
+
+def _small_valid(manifest: dict[str, Any]) -> str | None:
+    """A note if `valid` is a share of the text and too small to evaluate on."""
+    share, tokens = manifest["request"]["shares"].get("valid"), manifest["splits"].get("valid", {}).get("tokens", 0)
+    if share is None or tokens >= SMALL_VALID:
+        return None
+    larger = next((f"--valid-share {x} --force" for x in (0.1, 0.2) if x > share), "more text")
+    return f"note: valid has {tokens:,} tokens; {larger} gives more"
 
 
 class _Progress:

@@ -44,6 +44,7 @@ from common.huggingface.pretrained import architecture_of, load, refuse_unknown
 from common.json_files import read_object
 from common.launch import processes
 from common.launch.processes import Ranks
+from common.paths import near
 
 Result = dict[str, Any]
 # Evaluates models with a head: the evaluate.py of MODEL's family, else of the first family that has one (recipes/bert).
@@ -170,6 +171,8 @@ def export_of(model: Path) -> Path:
             f"{model}: the run has no export yet; finish it by its own command, or make one of its last checkpoint: "
             f"python -m recipes.{family}.convert to-hf {model} HF_DIR"
         )
+    if not model.exists():
+        raise BadInput(f"{model}: no such folder;{near(model, '')} give a Hugging Face folder, or OUT of a run")
     raise BadInput(f"{model}: no config.json and no run.json there; give a Hugging Face folder, or OUT of a run")
 
 
@@ -203,8 +206,13 @@ def check_arguments(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         problems.append(f"{folder}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     hf_folder.tensors(folder, str(folder), problems)
-    if args.data and not args.data.exists():
-        problems.append(f"--data {args.data}: no such file or folder")
+    if args.data and Path(f"{args.data}.idx").is_file():
+        problems.append(
+            f"--data {args.data}: is a tokenized corpus, and {' '.join(args.tasks)} takes text; give a text file, or score the "
+            "run on its own data.valid: python -m scripts.heldout OUT"
+        )
+    elif args.data and not args.data.exists():
+        problems.append(f"--data {args.data}: no such file or folder;{near(args.data, '')} give one that exists")
     if problems:
         raise BadInput(problems)
     return {name: read_data(name, args, folder, able) for name in dict.fromkeys(args.tasks)}

@@ -18,6 +18,7 @@ from common import families
 from common.errors import BadInput, exit_cleanly
 from common.huggingface.pretrained import architecture_of, load, refuse_unknown
 from common.json_files import read_object
+from common.paths import near
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
     folders = [path if (Path(path) / "config.json").is_file() else str(Path(path) / "hf") for path in args.folders]
     problems = [
         f"{path}: no config.json there, nor in {path}/hf; give a Hugging Face folder, or OUT of a run that is finished"
+        if Path(path).exists()
+        else f"{path}: no such folder;{near(path, '')} give a Hugging Face folder, or OUT of a run that is finished"
         for path, folder in zip(args.folders, folders, strict=True)
         if not (Path(folder) / "config.json").is_file()
     ]

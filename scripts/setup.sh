@@ -57,7 +57,10 @@ python=$venv/bin/python
 
 wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
 stamp=$venv/.installed-${extra:-plain}
-if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
+if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+  echo "setup: already installed"
+  exit 0
+fi
 
 quiet=(--quiet)
 if [[ ! -e $venv ]]; then

@@ -5,6 +5,7 @@ modules of data/ refuse is in test_data.py, the environment's variables, ports a
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from common.checkpoints import checkpoint, run_record, state
 from common.data.indexed_dataset import IndexedDatasetWriter, write_manifest
 from common.errors import BadInput, exit_cleanly
 from common.launch import launcher, lock
+from common.training import optim
 from recipes.gpt import task
 
 TEXT = """\
@@ -176,6 +178,8 @@ KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
     ('init.from=""', ['init.from="": String should have at least 1 character']),
     ("optim.betas=0.9", ["optim.betas=0.9: should be a valid list"]),
     ("optim.betas=[0.9]", ["optim.betas=[0.9]: List should have at least 2 items"]),
+    ("steps=5", ["steps: unknown key; did you mean train.steps? a config has: "]),
+    ("model.micro_batch=5", ["did you mean baseline.micro_batch or deepspeed.micro_batch or megatron.micro_batch? model has"]),
     # overrides that are none
     ("train.steps", ["override 'train.steps': must be section.key=value, for example train.steps=100"]),
     ("=x", ["override '=x': must be section.key=value"]),
@@ -347,7 +351,8 @@ LAYOUTS: list[tuple[str, int, str, str]] = [  # stack, processes, overrides, mes
         "megatron", 1, "train.global_batch=2147483640 megatron.micro_batch=7 data.seq_len=1",
         "megatron.micro_batch may be 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 29, 30, 40, 43, ... or 2147483640",
     ),
-    ("baseline", 3, "", "x 3 data-parallel ranks; change the number of processes"),
+    ("baseline", 3, "", "x 3 data-parallel ranks; train.global_batch may be 6 or 12, or change NPROC"),
+    ("baseline", 2, "train.global_batch=3", "x 2 data-parallel ranks; train.global_batch may be 4, or change NPROC"),
     ("deepspeed", 2, "deepspeed.micro_batch=8", "deepspeed.micro_batch may be 1, 2 or 4"),
     ("megatron", 3, "megatron.tp=3 train.global_batch=6 model.ffn=240", "megatron.tp=3 does not divide model.heads=4"),
     ("megatron", 2, "megatron.tp=2 model.ffn=255", "megatron.tp=2 does not divide model.ffn=255"),
@@ -778,6 +783,37 @@ def test_what_a_continued_run_may_change(stack: str, overrides: str, place: Path
     run = preflight.prepare("tiny.yaml", "out", words, stack, task, 1)
     assert run.resume.step == 4
     assert run.cfg.optim.decay_steps == 4  # of the first start: raising steps does not bend the schedule
+
+
+def test_a_continued_run_with_fewer_steps_says_where_its_rate_ends(place: Path, attempt: Try) -> None:
+    finished_run(place / "out", (2,), "train.steps=2000")
+    note = (
+        "note: optim.decay_steps stays 2000, the steps of the first start: the rate ends at 0.000621, above "
+        "optim.min_lr=0.0001; a schedule of 900 steps needs another OUT"
+    )
+    assert attempt("train.steps=900") == (0, [note], True)
+    run = preflight.prepare("tiny.yaml", "out", ["train.steps=900"], "baseline", task, 1)
+    done = (900 - 2) / (2000 - 2)
+    assert optim.lr_at(900, run.cfg.optim) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi * done)) / 2)
+    assert attempt("train.steps=900", out="another") == (0, [], True)
+    run = preflight.prepare("tiny.yaml", "another", ["train.steps=900"], "baseline", task, 1)
+    assert optim.lr_at(900, run.cfg.optim) == pytest.approx(run.cfg.optim.min_lr)
+
+
+def test_overrides_of_a_stack_that_is_not_started_are_noted(place: Path, attempt: Try) -> None:
+    lines = [
+        "note: deepspeed.zero_stage=3 has no effect on megatron; start recipes/gpt/deepspeed/pretrain.sh",
+        "note: baseline.shard=full has no effect on megatron; start recipes/gpt/baseline/pretrain.sh",
+    ]
+    words = ["deepspeed.zero_stage=3", "train.keep=3", "megatron.tp=1", "baseline.shard=full"]
+    assert attempt(*words, stack="megatron") == (0, lines, True)
+
+
+def test_a_validation_set_smaller_than_what_is_asked_for_is_noted(place: Path, attempt: Try) -> None:
+    """4,000 ids are 124 samples of 32 tokens, each with one more for its last target."""
+    note = "note: data.valid has 124 samples, fewer than train.eval_samples=125: all are used"
+    assert attempt("train.eval_samples=125") == (0, [note], True)
+    assert attempt("train.eval_samples=124") == (0, [], True)
 
 
 def test_a_corpus_moved_without_its_tokenizer_trains(place: Path, attempt: Try) -> None:

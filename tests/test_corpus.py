@@ -238,6 +238,29 @@ def test_an_empty_corpus_is_readable(tmp_path):
         Samples(tmp_path / "empty", 8)
 
 
+def test_a_corpus_that_is_not_there_names_one_that_is(documents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("corpora/mine/train"), documents)
+    there = " did you mean corpora/mine/train? build it (python -m data.NAME "
+    rows = [
+        ("corpora/mine/trian", f"{there}corpora/mine;"),
+        ("corpora/mien/train", f"{there}corpora/mien;"),
+        ("corpora/mine/valid", "(corpora/mine/valid.bin and .idx); build it (python -m data.NAME corpora/mine;"),
+        (
+            "corpora/python/train",
+            "; build it (bash scripts/quickstart.sh gpt builds it, as does python -m data.python_docs corpor",
+        ),
+        (
+            "corpora/python_sentences/train",
+            "; build it (bash scripts/quickstart.sh bert builds it, as does python -m data.pyth",
+        ),
+    ]
+    for prefix, words in rows:
+        with pytest.raises(BadInput) as error:
+            IndexedDataset(prefix)
+        assert words in str(error.value), error.value
+
+
 def test_damaged_files_are_named(documents, tmp_path):
     def rewrite():
         write(tmp_path / "a", documents)

@@ -588,6 +588,21 @@ def test_what_is_there_is_not_overwritten(jsonl, words, tmp_path, monkeypatch, c
         make("text", monkeypatch, other, "--source", jsonl, "--tokenizer", words)
 
 
+def test_a_small_valid_says_how_it_becomes_larger(play, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.txt").write_text(play[:120_000])
+
+    def lines(*args):
+        make("text", monkeypatch, tmp_path / "out", "--source", tmp_path / "one.txt", "--tokenizer", words, *args)
+        return capsys.readouterr().out.splitlines()
+
+    notes = [line for line in lines() if line.startswith("note: ")]
+    tokens = IndexedDataset(tmp_path / "out" / "valid").tokens
+    assert notes == [f"note: valid has {tokens:,} tokens; --valid-share 0.1 --force gives more"] and tokens < 4096
+    larger = lines("--valid-share", 0.1, "--force")  # as the note says
+    assert not any(line.startswith("note: ") for line in larger) and larger[0].endswith(" 1 document")
+    assert IndexedDataset(tmp_path / "out" / "valid").tokens > 4096
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -234,6 +234,12 @@ def test_what_is_refused(arguments: list[str], message: str, run: Path):
     assert len(lines) == 1 and lines[0].startswith(f"error: {message}"), lines
 
 
+def test_a_corpus_is_not_a_text(run: Path, tmp_path: Path):
+    (tmp_path / "valid.idx").touch()
+    message = f"--data {tmp_path}/valid: is a tokenized corpus, and text takes text; give a text file, or score the run on its "
+    assert message in evaluate(run, "text", "--data", tmp_path / "valid", code=2)
+
+
 def test_an_eval_json_that_is_none_is_kept(run: Path, data: Path, tmp_path: Path):
     (tmp_path / "eval.json").write_text("my notes")
     output = evaluate(run, "lambada", "--data", data, "--out", tmp_path, code=2)

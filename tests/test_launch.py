@@ -85,8 +85,8 @@ def test_bad_environment_is_told_in_one_line(env: dict[str, str], message: str) 
     ("arguments", "message"),
     [
         ([], "CONFIG and OUT are missing"),
-        (["a.yaml"], "OUT is missing; type: pretrain.sh a.yaml out/a"),
-        (["a.yaml", "train.steps=3"], "OUT is missing; type: pretrain.sh a.yaml out/a train.steps=3"),
+        (["a.yaml"], "OUT is missing; type: bash recipes/gpt/baseline/pretrain.sh a.yaml out/a"),
+        (["a.yaml", "train.steps=3"], "OUT is missing; type: bash recipes/gpt/baseline/pretrain.sh a.yaml out/a train.steps=3"),
         (["a.yaml", "out", "--dryrun"], "unknown option --dryrun"),
         (["no_such.yaml", "out"], "no such config"),
     ],
@@ -183,7 +183,9 @@ def test_a_broken_rank_shows_its_traceback_and_one_line(tmp_path: Path) -> None:
 
 def details(errors: str) -> str:
     """What the file that these last words name holds."""
-    return Path(re.search(r"^details: (.*)\nfailed with exit code .*\n\Z", errors, re.M)[1]).read_text()
+    return Path(
+        re.search(r"^details: (.*)\n.*; the same command .*\nfailed with exit code .*\n\Z", errors, re.M)[1]
+    ).read_text()
 
 
 def stop(folder: Path, rank: int, number: int) -> float:
@@ -199,11 +201,11 @@ def test_a_killed_rank_is_the_first_line_and_ends_the_launch_soon(tmp_path: Path
     begin = stop(tmp_path, 1, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 137 and time.monotonic() - begin < 15
-    first, second, last = errors.splitlines()
+    first, second, third, last = errors.splitlines()
     where = rf"\({re.escape(socket.gethostname())}, process {(tmp_path / 'pid_1').read_text()}\)"
     assert re.match(rf"error: rank 1 of node 0 {where} was killed by SIGKILL \(out of memory\?\) at step \d+ \(", first)
     assert "Connection closed by peer" in details(errors) and second.startswith("details: ")
-    assert last == f"failed with exit code 137: {first.removeprefix('error: ')}"
+    assert (third, last) == ("no step was saved; the same command begins again", "failed with exit code 137")
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
 
@@ -225,10 +227,10 @@ def test_a_stopped_rank_is_named_within_the_limit(tmp_path: Path) -> None:
     begin = stop(tmp_path, 1, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 4 and 1.5 < time.monotonic() - begin < 15
-    first, second, _, last = errors.splitlines()
-    assert last == f"failed with exit code 4: {first.removeprefix('error: ')}"
+    first, second, _, third, last = errors.splitlines()
+    assert (third, last) == ("no step was saved; the same command begins again", "failed with exit code 4")
     assert re.match(r"error: rank 1 of node 0 \(.*, process \d+\) hangs: stopped by a signal, at step \d+ \(.* since 20", first)
-    assert "train.hang_seconds" in second and "nothing was saved" in second
+    assert "train.hang_seconds" in second and "ended without a save" in second
     assert re.search(r"rank 0: stacks\n(?:.*\n){1,9}.* in _meet", details(errors))  # where the other one waits
     assert not any(psutil.pid_exists(p) for p in rank_pids(tmp_path))
 
@@ -422,12 +424,12 @@ def test_a_rank_that_stops_is_named_and_the_same_command_continues(
     how = "hangs: stopped by a signal," if number == signal.SIGSTOP else "was killed by SIGKILL"
     assert re.match(rf"error: rank 1 of node 0 \(.*, process {victim.pid}\) {how}.* at step \d+ ", errors), errors
     assert process.returncode == (4 if number == signal.SIGSTOP else 137) and time.monotonic() - begin < 40
-    assert "Traceback" not in errors and len(errors.splitlines()) <= 4
+    assert "Traceback" not in errors and len(errors.splitlines()) <= 5
     assert "Current thread" in details(errors) or "exception" in details(errors)  # of the other rank
 
     lines = training_lines(out)
     saved = max(int(p.name[5:]) for p in out.glob("step_*") if p.suffix != ".tmp")
-    assert 40 <= saved < len(lines)
+    assert 40 <= saved < len(lines) and f"saved up to step {saved:,}; the same command continues from there\n" in errors
     subprocess.run(pretrain(stack, config, out, *settings, f"train.steps={len(lines)}"), env=env, check=True)
     again = training_lines(out)
     assert [(a["step"], a["loss"], a["grad_norm"]) for a in again] == [(b["step"], b["loss"], b["grad_norm"]) for b in lines]

@@ -296,6 +296,7 @@ def test_heldout_and_generate_refuse_what_is_not_there(tmp_path: Path) -> None:
         ("heldout", [run], "no export there"),
         ("heldout", [run, "--samples", "none"], "--samples none: must be"),
         ("generate", [run], "no config.json there"),
+        ("generate", [tmp_path / "rum"], f"rum: no such folder; did you mean {run}? give a Hugging Face folder, or OUT of a"),
         ("generate", [run, "--tokens", "0"], "--tokens 0: must be from 1 to"),
     ):
         done = module(name, *arguments)

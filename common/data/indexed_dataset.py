@@ -20,6 +20,8 @@ import numpy as np
 from common.data.manifest import BLOCK, checksum, crc32, fingerprint, read_manifest, sha256, write_checksums
 from common.errors import BadInput, Missing
 from common.json_files import write_json
+from common.paths import ROOT, near
+from common.yaml_files import read_yaml
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, number of sequences, number of document bounds
@@ -228,9 +230,11 @@ class IndexedDataset:
             raise BadInput(f"{self.prefix} is a folder of corpora; give one of them, such as {self.prefix}/train")
         if missing:
             folder = os.path.dirname(self.prefix) or "corpora/NAME"
+            how = _made_by_quickstart(folder) or f"python -m data.NAME {folder}; the modules are in data/"
+            close = near(self.prefix, ".idx")
             raise Missing(
-                f"no corpus at {self.prefix} ({self.prefix}.bin and .idx); build it (python -m data.NAME {folder}; "
-                "the modules are in data/), or give the prefix of an existing one"
+                f"no corpus at {self.prefix} ({self.prefix}.bin and .idx);{close} build it ({how}), or give "
+                "the prefix of an existing one"
             )
 
     def _read_index(self) -> None:
@@ -499,6 +503,20 @@ class IndexedDataset:
 
 
 _UNKNOWN = {"eod_id": None, "tokenizer": None, "tokenizer_hash": None, "tokenizer_size": None}
+
+
+def _made_by_quickstart(folder: str) -> str | None:
+    """What makes the corpora of `folder` if a quickstart does: 'bash scripts/quickstart.sh gpt builds it, as does python -m
+    data.python_docs corpora/python'."""
+    for path in sorted(ROOT.glob("recipes/*/configs/quickstart.yaml")):
+        try:
+            command = read_yaml(path).get("quickstart", {})["corpus"]
+            made = command.split()[3]  # python -m data.NAME FOLDER [options]
+        except (BadInput, KeyError, IndexError, TypeError, AttributeError):
+            continue  # somebody's draft of a recipe
+        if Path(made) == Path(folder):
+            return f"bash scripts/quickstart.sh {path.parent.parent.name} builds it, as does {command}"
+    return None
 
 
 def write_manifest(prefix: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,19 @@ def parse(argv: Sequence[str], script: str) -> Command:
     return Command(words[0], words[1], words[2:], "--dry-run" in argv)
 
 
+def without_effect(overrides: Sequence[str], module: str) -> list[str]:
+    """A note for each override of a stack that `module` (recipes.gpt.megatron.pretrain) does not start."""
+    recipe, stack, name = module.rsplit(".", 2)
+    notes = []
+    for override in overrides:
+        other = override.partition(".")[0]
+        if other in STACKS and other != stack:
+            script = f"{recipe.replace('.', '/')}/{other}/{name}.sh"
+            hint = f"; start {script}" if find(script).is_file() else ""
+            notes.append(f"{shortened(override)} has no effect on {stack}{hint}")
+    return notes
+
+
 def nodes(environ: Mapping[str, str]) -> Nodes:
     """Processes and nodes from the environment. BadInput names every variable with a wrong value."""
     problems: list[str] = []
@@ -457,8 +470,22 @@ def run_ranks(
         if details:
             print(details, file=sys.stderr, flush=True)
         if failure and not is_told:
-            print(error_line(failure.last_words), file=sys.stderr, flush=True)
+            if out is not None and code != EXIT_BAD_INPUT:
+                print(_continues(out), file=sys.stderr, flush=True)
+            is_shown = failure is not watch.hung  # just above, and not at the end of an earlier round
+            print(error_line(failure.last_words(is_shown)), file=sys.stderr, flush=True)
         return code
+
+
+def _continues(out: Path) -> str:
+    """What the same command does after a failure. Ranks that are killed save nothing."""
+    try:
+        newest = checkpoint.latest(out)
+    except (BadInput, OSError) as error:
+        return f"the checkpoints cannot be read: {error}"
+    if newest is None or not newest.step:
+        return "no step was saved; the same command begins again"
+    return f"saved up to step {newest.step:,}; the same command continues from there"
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -536,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         section = next((word for word in rest[rest.index("--help-config") + 1 :] if not word.startswith("-")), None)
         print(config_help.text(task.Config, section))
         return 0
-    command = parse(rest, f"{name}.sh")
+    command = parse(rest, f"bash {module.replace('.', '/')}.sh")
     if stack not in STACKS:
         raise BadInput(f"{module}: the folder must be one of {', '.join(STACKS)}, is {stack}")
     on = nodes(os.environ)
@@ -552,6 +579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     begin = time.time()
     run = prepared()
+    run.notes.extend(without_effect(command.overrides, module))
     if on.is_elastic:
         on = with_worlds(on, run)
     on = free_port(on)

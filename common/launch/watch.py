@@ -56,9 +56,11 @@ class Failure(NamedTuple):
     is_cause: bool = True  # False: a consequence of what happened on another node
     in_short: str = ""  # the line that matters, where it is not the first of `lines` that begins with error:
 
-    @property
-    def last_words(self) -> str:
-        """How the run failed, in one line."""
+    def last_words(self, is_shown: bool) -> str:
+        """How the run failed, in one line. is_shown: `lines` stand just above it: the cause again only where a traceback is
+        among them."""
+        if is_shown and not self.in_short:
+            return f"failed with exit code {self.code}"
         first = next((line.removeprefix("error: ") for line in self.lines if line.startswith("error: ")), "")
         return f"failed with exit code {self.code}: {self.in_short or first or ' '.join(self.lines)}"
 
@@ -174,10 +176,8 @@ class Watch:
     def _hang(self) -> Failure:
         lines = [f"error: {self.peers.describe(node)}" for node in self.peers.silent()] if self.peers else []
         lines = lines or _first_lines([f"error: {line}" for line in _culprits(self._all_states())])
-        what = "the run" if self.nodes.is_elastic else "all were ended, nothing was saved; the same command"
-        lines += [
-            f"no rank made progress for {self.idle:.0f} s (train.hang_seconds): {what} continues from the last checkpoint"
-        ]
+        what = "the run continues from the last checkpoint" if self.nodes.is_elastic else "all were ended without a save"
+        lines += [f"no rank made progress for {self.idle:.0f} s (train.hang_seconds): {what}"]
         return Failure(EXIT_HANG, lines)
 
     def _all_states(self) -> list[RankState]:
