@@ -36,7 +36,7 @@ BROWSER = f"""
 
 ![The first screen of report.html, 390 pixels wide]({FOLDER.name}/page_390.png)
 """
-CHOICES, ON_16 = "Which one for you / GPT on H100", "Which one for you / 16 x H100"
+ON_16 = "Which one for you / 16 x H100"
 
 
 def main() -> int:
@@ -77,13 +77,14 @@ def page(report: Report) -> str:
 
 
 def readme(text: str, report: Report) -> str:
-    """README.md with the verdict of a report: the figures, then the stack for some models and numbers of GPUs."""
+    """README.md with the verdict of a report: in words, the stack for some models and numbers of GPUs, then the figures."""
     shown = with_verdict(report)
     found = {table.section: table for table in tables(shown.figures)}
-    lines = [*render.markdown_table(render.grid(found[CHOICES])), ""]
+    lines = [*verdict.in_words(shown.figures), "", verdict.LEGEND, ""]
+    lines += [*render.markdown_table(render.grid(found[verdict.CHOICES])), ""]
     lines += [*taken(found[ON_16]), ""]
     lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), ""]
-    lines += [*verdict.shown_in_readme(shown.figures), ""]
+    lines += [*verdict.shown_in_readme(shown.figures, report.hardware), ""]
     lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
     return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)
 

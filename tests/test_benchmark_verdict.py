@@ -25,7 +25,7 @@ def favoured(found: list[Figure], name: str) -> object:
     ],
 )
 def test_a_figure_is_in_favour_of_a_stack_only_beyond_its_spread(deepspeed: Figure, megatron: Figure, favour: str) -> None:
-    assert favoured([deepspeed, megatron], "Performance: GPT on the machine") == favour
+    assert favoured([deepspeed, megatron], "Performance: GPT, fastest layout") == favour
 
 
 def test_fewer_lines_are_better_and_a_missing_stack_decides_nothing() -> None:
@@ -56,5 +56,38 @@ def test_pros_of_one_are_cons_of_the_other_and_no_column_mixes_kinds() -> None:
 
 
 def test_the_readme_table_names_the_kind_of_each_row() -> None:
-    lines = verdict.shown_in_readme(verdict.figures([ratio("deepspeed", 1.2, (1.1, 1.3)), ratio("megatron", 1.0)]))
-    assert lines[2].endswith("| measured | - | 1.200 [1.100 .. 1.300] | 1.000 | deepspeed |")
+    lines = verdict.shown_in_readme(verdict.figures([ratio("deepspeed", 1.2, (1.1, 1.3)), ratio("megatron", 1.0)]), "2 cores")
+    assert lines[2].endswith("| measured (2 cores) | - | 1.200 [1.100 .. 1.300] | 1.000 | deepspeed |")
+
+
+def cells(**answers: str) -> list[Figure]:
+    """The table of choices; a keyword such as b13_64 is the cell of 13B on 64 GPUs."""
+    models = {"b1": "1.3B", "b13": "13B", "b70": "70B (Llama)", "b175": "175B"}
+    found = []
+    for name, answer in answers.items():
+        model, gpus = name.split("_")
+        found.append(Figure(verdict.CHOICES, models[model], f"{int(gpus):,} GPUs", answer, "", "predicted", "x"))
+    return found
+
+
+def test_the_verdict_in_words_follows_the_cells() -> None:
+    either = "either: deepspeed zero=2 micro=2, or megatron tp=2 sp dist-opt micro=4"
+    offload = "deepspeed zero=3 offload=all micro=2 (9 GB of host memory per node)"
+    lines = verdict.in_words(cells(b1_8=offload, b13_64=either, b70_64="megatron pp=8", b70_1024="megatron tp=8"))
+    assert [line.partition("**: ")[2] for line in lines] == [
+        "DeepSpeed, which has the fastest layout that is predicted.",
+        "DeepSpeed or Megatron Core: the prediction cannot tell them apart, so take the simpler, DeepSpeed.",
+        "Megatron Core, which has the fastest layout that is predicted.",
+    ]
+    [line] = verdict.in_words(cells(b70_64="megatron pp=8", b175_64="does not fit: needs 3,143 GB of host memory per node"))
+    assert "it depends" in line
+    [line] = verdict.in_words(cells(b13_64="does not fit"))
+    assert "no layout of these recipes fits" in line
+
+
+def test_the_largest_model_in_words_names_the_stack_that_has_it() -> None:
+    rows = (("1 GPU: deepspeed zero=3", 4.0), ("1 GPU: megatron", 40.25))
+    found = [Figure(verdict.LARGEST, row, "estimate", b, "billion parameters", "predicted", "x") for row, b in rows]
+    [line] = verdict.in_words(found)
+    assert "Megatron Core: on one H100 with 2 TB of CPU memory, a GPT of up to 40.2 billion parameters is" in line
+    assert line.endswith("against 4 billion with DeepSpeed.")

@@ -19,8 +19,8 @@ COMPARED = ("deepspeed", "megatron")
 STACKS = ("baseline", *COMPARED)
 TENTH = 0.05  # on either side of a figure without a spread
 RULE = (
-    "DeepSpeed or Megatron is the better of the two if their spreads (measured) or errors (predicted) do not overlap; figures "
-    "without a spread must differ by a tenth. A pro of one is a con of the other."
+    "DeepSpeed or Megatron is the better of the two only if their ranges do not overlap: the spread of a measurement, or the "
+    "error of a prediction. Figures without a range must differ by a tenth. A pro of one is a con of the other."
 )
 
 Find = Callable[[Sequence[Figure], str], Figure | None]
@@ -81,7 +81,6 @@ def is_of(subject: str, begin: str) -> bool:
 
 
 LARGEST = "Scalability / Largest GPT per GPU"
-HERE = "on the machine of this report"
 NEAREST = "modelscope/ms-swift, quick start of its Megatron backend, read in 2026: Megatron 9.04 s, ZeRO 2 10.32 s per step"
 HEADS = (
     *(
@@ -94,13 +93,14 @@ HEADS = (
     Head("Scalability: largest GPT on 1 H100 with 2 TB of CPU memory, in billions of parameters", "predicted", "higher",
          best_row(LARGEST, "estimate", "1 GPU: {stack}", max)),
     *(
-        Head(f"Performance: {label} {HERE}, its fastest layout, x the baseline", "measured", "higher",
+        Head(f"Performance: {label}, fastest layout, speed relative to the baseline", "measured", "higher",
              at(f"Performance / {label}, best", "{stack}", "ratio"))
         for label in ("GPT", "BERT", "T5", "BERT on MRPC")
     ),
-    Head(f"Load balance: idle share of a 1F1B pipeline {HERE}, in its best partition, in %", "measured", "lower",
+    Head("Load balance: idle share of a 1F1B pipeline in its best partition, in %", "measured", "lower",
          best_row("Load balance / Pipelines", "bubble", "{stack}", min, without="vpp")),
-    Head("Ease of use: of ten mistakes, those that the library alone trains on with", "measured", "lower", silent_mistakes),
+    Head("Ease of use: of ten planted mistakes, how many the bare library trains through without an error", "measured",
+         "lower", silent_mistakes),
     *(
         Head(f"Scalability: largest GPT on {number} H100 80 GB, without offload, in billions of parameters", "counted",
              "higher", best_row(LARGEST, "H100 80 GB", f"{number} GPU{'s' * (number > 1)}: {{stack}}", max))
@@ -115,7 +115,7 @@ HEADS = (
     Head("Ease of use: silent traps found", "counted", "lower", at("Ease of use / Silent traps by stack", "{stack}", "traps")),
     Head("Ease of use: MB to install beyond the baseline", "counted", "",
          at("Ease of use / Packages", "{stack}, beyond it", "size")),
-    Head("Ecosystem: runs of layouts held to a plain loop in this repository", "counted", "",
+    Head("Ecosystem: runs compared with a plain training loop in this repository", "counted", "",
          at("Ecosystem / Checked here", "runs compared", "{stack}")),
     Head("Performance: Qwen2.5-14B on 8 A800, 8,192 tokens, s per step", "cited", "lower",
          published({"deepspeed": 10.32, "megatron": 9.04}, NEAREST)),
@@ -178,6 +178,61 @@ def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
     yield Figure(f"{SECTION} / Rule", BETTER, "rule", RULE, "", "counted", "common/comparison/verdict.py")
 
 
+LEGEND = (
+    "micro: samples per micro batch; tp, pp, cp: tensor, pipeline and context parallel ranks; vpp: chunks of layers per "
+    "pipeline stage; sp: sequence parallel; zero: ZeRO stage; dist-opt: Megatron's distributed optimizer; shard=full: FSDP2; "
+    "MFU: share of the GPU's peak FLOP/s; 1F1B: the pipeline schedule that alternates forward and backward passes."
+)
+NAMES = {"baseline": "plain data parallelism", "deepspeed": "DeepSpeed", "megatron": "Megatron Core"}
+CHOICES = "Which one for you / GPT on H100"  # of common/comparison/choice.py
+WORDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (  # the question, and its cells of that table
+    ("1.3B on 8 GPUs", ("1.3B",), ("8 GPUs",)),
+    ("13B on 64 GPUs", ("13B",), ("64 GPUs",)),
+    ("70B and above, on 64 GPUs or more", ("70B (Llama)", "175B"), ("64 GPUs", "1,024 GPUs")),
+)
+
+
+def in_words(figures: Sequence[Figure]) -> list[str]:
+    """What to take, one sentence for each question, from the predicted layouts and the largest models of the same report."""
+    cells = {(f.subject, f.metric): str(f.value) for f in figures if f.section == CHOICES}
+    lines = []
+    for question, models, gpus in WORDS:
+        answers = {named(cells[model, number]) for model in models for number in gpus if (model, number) in cells}
+        if answers:
+            lines.append(f"- **{question}**: {take(answers)}")
+    find = next(head.find for head in HEADS if "CPU memory" in head.name)
+    largest = {stack: figure for stack in COMPARED if (figure := find(figures, stack))}
+    if len(largest) == len(COMPARED):
+        first, second = sorted(COMPARED, key=lambda stack: -float(largest[stack].value or 0))
+        sizes = [f"{float(largest[stack].value or 0):,.3g}" for stack in (first, second)]
+        lines.append(
+            "- **A model larger than the memory of its GPUs**: "
+            f"{NAMES[first]}: on one H100 with 2 TB of CPU memory, a GPT of up to {sizes[0]} billion parameters is predicted "
+            f"to fit, against {sizes[1]} billion with {NAMES[second]}."
+        )
+    return lines
+
+
+def named(answer: str) -> tuple[str, ...]:
+    """('deepspeed', 'megatron') for 'either: deepspeed zero=1 micro=2, or megatron dist-opt micro=1'; () if nothing fits."""
+    words = (part.split()[0] for part in answer.removeprefix("either: ").split(", or "))
+    return tuple(word for word in words if word in STACKS)
+
+
+def take(answers: set[tuple[str, ...]]) -> str:
+    """The sentence for the stacks that the cells of a question name."""
+    if len(answers) > 1:
+        return "it depends on the size and the number of GPUs, as the table says."
+    [stacks] = answers
+    if not stacks:
+        return "no layout of these recipes fits."
+    if len(stacks) == 1:
+        return f"{NAMES[stacks[0]]}, which has the fastest layout that is predicted."
+    least = "simplest" if len(stacks) > 2 else "simpler"
+    *some, last = [NAMES[stack] for stack in stacks]
+    return f"{', '.join(some)} or {last}: the prediction cannot tell them apart, so take the {least}, {NAMES[stacks[0]]}."
+
+
 SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
 
 
@@ -230,8 +285,8 @@ ABOUT = "a small GPT on {hardware}; memory predicted for a GPU"
 PICTURES = (Picture("at_a_glance", SECTION, "A small GPT: one loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
 
 
-def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
-    """The rows of the verdict as one Markdown table, with the kind of each row."""
+def shown_in_readme(figures: Sequence[Figure], hardware: str) -> list[str]:
+    """The rows of the verdict as one Markdown table, with the kind of each row, and where it was measured."""
     lines = [f"| | kind | baseline | DeepSpeed | Megatron Core | {BETTER} |", "|---|---|---:|---:|---:|---|"]
     from common.comparison.render import cell
 
@@ -239,5 +294,6 @@ def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
         for name in table.rows:
             kind = table.cells[name, BETTER].kind
             cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, BETTER)]
-            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+            where = f" ({hardware})" if kind == "measured" else ""
+            lines.append(f"| {name} | {kind}{where} | {' | '.join(cells)} |")
     return lines
