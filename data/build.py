@@ -674,8 +674,8 @@ def _small_valid(manifest: dict[str, Any]) -> str | None:
     share, tokens = manifest["request"]["shares"].get("valid"), manifest["splits"].get("valid", {}).get("tokens", 0)
     if share is None or tokens >= SMALL_VALID:
         return None
-    larger = next((f"--valid-share {x} --force" for x in (0.1, 0.2) if x > share), "more text")
-    return f"note: valid has {tokens:,} tokens; {larger} gives more"
+    what = "--valid-share 0.1 --force gives more" if share < 0.1 else "more text gives more"
+    return f"note: valid has {tokens:,} tokens; {what}"
 
 
 class _Progress:

@@ -601,6 +601,8 @@ def test_a_small_valid_says_how_it_becomes_larger(play, words, tmp_path, monkeyp
     larger = lines("--valid-share", 0.1, "--force")  # as the note says
     assert not any(line.startswith("note: ") for line in larger) and larger[0].endswith(" 1 document")
     assert IndexedDataset(tmp_path / "out" / "valid").tokens > 4096
+    (tmp_path / "one.txt").write_text(play[:10_000])
+    assert any(line.endswith(" tokens; more text gives more") for line in lines("--valid-share", 0.1, "--force"))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
