@@ -15,8 +15,8 @@ from common.errors import BadInput, exit_cleanly
 from common.paths import ROOT
 
 PAGE = ROOT / "docs/errors.md"
-CODE = ("common", "data", "recipes", "scripts")
-RAISED = {"BadInput", "Missing", "NotModelled"}  # their arguments are messages
+CODE = ("common/**/*.py", "data/**/*.py", "recipes/**/*.py", "scripts/**/*.py", "twinstack.py")
+RAISED = {"BadInput", "Missing", "NotModelled", "Refused"}  # their arguments are messages
 VALIDATORS = ("common/config.py", "common/stacks/pipeline.py", "common/yaml_files.py")  # whose ValueErrors become messages
 COLLECTED = re.compile(
     r"(problems?|refused|faults|missing|left_out|differences|changed|reasons?|message)$"
@@ -62,7 +62,7 @@ GROUPS = [
         "Words of the command line, and the variables that say how many processes and nodes "
         "there are. `--help` of the launch script lists both. Under `srun`, the nodes are taken from SLURM: give the variables "
         "only outside it ([launching.md](launching.md)).",
-        r"common/(launch|paths|families|errors)",
+        r"common/(launch|paths|families|errors)|twinstack",
         (
             "{path}: {strerror}; make room there, or choose another folder, and try again",
             "{path}...: File name too long; give a path whose parts are shorter",
@@ -286,8 +286,8 @@ def _code(text: str) -> str:
 def messages(root: Path = ROOT) -> list[Message]:
     """Every message of the code, each once per file."""
     found: dict[tuple[str, str], Message] = {}
-    for folder in CODE:
-        for path in sorted((root / folder).rglob("*.py")):
+    for pattern in CODE:
+        for path in sorted(root.glob(pattern)):
             name = path.relative_to(root).as_posix()
             if name.startswith(NO_MESSAGES):
                 continue

@@ -1,5 +1,6 @@
 """The repository itself: what is tracked stays small, what is generated stays out, and its metadata agree."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -64,3 +65,35 @@ def test_issue_forms_have_what_they_need(path: Path) -> None:
     assert all(field["attributes"]["label"] for field in form["body"])
     ids = [field["id"] for field in form["body"]]
     assert len(ids) == len(set(ids))
+
+
+def instructions(name: str) -> list[str]:
+    """The values of one instruction of the Dockerfile, continued lines joined."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(rf"^{name} +(.*)$", text, re.M)
+
+
+def test_the_image_has_the_python_and_the_files_of_the_repository() -> None:
+    [base], [workdir] = instructions("FROM"), instructions("WORKDIR")
+    assert base.startswith(f"python:{(ROOT / '.python-version').read_text().strip()}-")
+    copied = [word for line in instructions("COPY") for word in line.split()[:-1]]
+    assert copied[-1] == "." and all((ROOT / path).exists() for path in copied)
+    runs = " ".join(instructions("RUN"))
+    assert "bash scripts/setup.sh test" in runs, "what scripts/test.sh installs"
+    assert instructions("ENV") == [f"PATH={workdir}/.venv/bin:$PATH"]
+    left_out = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    ignored = [line for line in (ROOT / ".gitignore").read_text().splitlines() if not line.startswith("#")]
+    assert {line.removeprefix("**/") for line in left_out} == set(ignored) - {"*.whl"}
+
+
+def test_the_devcontainer_opens_the_image_where_its_environment_is() -> None:
+    file = ROOT / ".devcontainer/devcontainer.json"
+    container = json.loads(file.read_text(encoding="utf-8"))
+    [workdir] = instructions("WORKDIR")
+    assert (file.parent / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert (file.parent / container["build"]["context"]).resolve() == ROOT
+    assert container["workspaceFolder"] == workdir and f"target={workdir}," in container["workspaceMount"]
+    assert [f"target={workdir}/.venv," in mount for mount in container["mounts"]] == [True]
+    assert container["postCreateCommand"].startswith("bash scripts/setup.sh dev && ")
+    settings = container["customizations"]["vscode"]["settings"]
+    assert settings == {"python.defaultInterpreterPath": f"{workdir}/.venv/bin/python"}
