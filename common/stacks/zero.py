@@ -260,8 +260,9 @@ def _reduction(parameters: int, dp: int) -> dict[str, Any]:
         size is Megatron's (megatron/core/distributed/distributed_data_parallel.py): large enough for full bandwidth, small
         enough that the reduction begins early in the backward pass. A larger gradient is reduced by itself, in place.
     use_multi_rank_bucket_allreduce: at stages 1 and 2, all-reduce a bucket, or reduce each part of it to the rank that owns
-        it, which sends half as much. A reduction passes through the ranks one after the other, and fills that chain only if
-        a rank's share of the gradients is large: the bound is Megatron's million elements per rank, for each share.
+        it, which sends half as much; DeepSpeed has no reduce-scatter there (docs/layouts.md). A reduction passes through the
+        ranks one after the other, and fills that chain only if a rank's share of the gradients is large: the bound is
+        Megatron's million elements per rank, for each share.
     """
     per_rank = 1_000_000
     bucket = min(parameters, max(40_000_000, per_rank * dp))
