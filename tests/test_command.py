@@ -60,7 +60,7 @@ def test_a_command_stands_for_another(words: str, expected: str) -> None:
     (f"pretrain megatron gpt {TINY} OUT", "error: 'megatron': no such FAMILY; FAMILY is bert, gpt, t5"),
     ("data ../scripts/plan", "error: '../scripts/plan': no such NAME; NAME is c4, "),
     ("setup", "error: 'setup': no such COMMAND"),
-    ("pretrain gpt megatron", "error: CONFIG and OUT are missing; type: pretrain.sh CONFIG OUT "),  # of the launch script
+    ("pretrain gpt megatron", "error: CONFIG and OUT are missing; type: "),  # of the launch script
 ])  # fmt: skip
 def test_other_words_are_refused_in_one_line(words: str, message: str) -> None:
     done = run(*words.split())
