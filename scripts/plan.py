@@ -44,6 +44,10 @@ def main() -> None:
     )
     parser.add_argument("--network", metavar="CxRGb", help="network cards per node and their rate, such as 8x400Gb")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument(
+        "--host-memory", type=float, metavar="GB", default=hardware.HOST_MEMORY / 1e9,
+        help="memory of a node, for what deepspeed.offload keeps there (default: %(default).0f)",
+    )  # fmt: skip
     parser.add_argument("--stack", nargs="+", choices=config.STACKS, help="(default: all that the family has)")
     parser.add_argument("--price", type=float, metavar="P", help="per GPU and hour, to print the cost of the run")
     parser.add_argument("--own", action="store_true", help="predict the config's own layouts alone")
@@ -81,6 +85,8 @@ def main() -> None:
     for name in ("gpus", "gpus_per_node", "top"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if not 0 <= args.host_memory < math.inf:
+        raise BadInput(f"--host-memory {args.host_memory}: must be 0 or more, in GB per node")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise BadInput(f"--price {args.price}: must be 0 or more, per GPU and hour")
     needing = ("network", "price", "scale", "write", "dense_attention", "own", "recompute_counted", "simulate")
@@ -108,15 +114,17 @@ def main() -> None:
     if args.gpu or args.calibrate:
         predictions(cfg, args)
     else:
-        memory_table(cfg, task, args.gpus, args.json)
+        memory_table(cfg, task, args.gpus, args.json, args.host_memory * 1e9 / min(args.gpus, args.gpus_per_node))
 
 
-def memory_table(cfg: Config, task: Any, gpus: int, as_json: bool) -> None:
-    """Print tokens and FLOPs of a run, and the memory of the usual layouts of each stack in each phase."""
+def memory_table(cfg: Config, task: Any, gpus: int, as_json: bool, host: float) -> None:
+    """Print tokens and FLOPs of a run, and the memory of the usual layouts of each stack in each phase. host: bytes of the
+    node's memory per GPU."""
     model, stacks = cfg.model, families.stacks(task.FAMILY)
     if as_json:
         phases = [
-            {"seq_len": phase.data.seq_len, "layouts": list(memory_rows(phase, gpus, stacks))} for phase in config.views(cfg)
+            {"seq_len": phase.data.seq_len, "layouts": list(memory_rows(phase, gpus, stacks, host))}
+            for phase in config.views(cfg)
         ]
         print(json.dumps({"parameters": model.parameter_count(), "gpus": gpus, "phases": phases}, indent=1))
         return
@@ -137,7 +145,7 @@ def memory_table(cfg: Config, task: Any, gpus: int, as_json: bool) -> None:
         which = f", phase {number} ({phase.data.seq_len} tokens per sample)" if len(views) > 1 else ""
         text = f"GB (10^9 bytes) on each of {gpus} GPUs, by common/planning/memory.py{which}; *: the config's own layout"
         print("\n" + textwrap.fill(text, screen.width(), break_on_hyphens=False))
-        print(table(list(memory_rows(phase, gpus, stacks))))
+        print(table(list(memory_rows(phase, gpus, stacks, host))))
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -153,6 +161,7 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         assumed = replace(assumed, host=host)
     else:
         cluster = hardware.Cluster(hardware.gpu(args.gpu), args.gpus_per_node, network)
+    cluster = replace(cluster, host_memory=args.host_memory * 1e9)
     card = cluster.gpu
     if card.is_cpu:
         return on_cpu(cfg, cluster, stacks, args)
@@ -176,7 +185,7 @@ def predictions(cfg: Config, args: argparse.Namespace) -> None:
         fitting = own if args.own else [one for one in own if one.fits][: args.top]
         shown += fitting
         for one in fitting:
-            print("\n" + "\n".join(block(one, tokens, args.price, card.memory)))
+            print("\n" + "\n".join(block(one, tokens, args.price, cluster)))
             if not one.fits:
                 print("\n".join(textwrap.wrap(search.instead(one, cluster), 80, initial_indent="  ")))
         if not fitting and not args.own:
@@ -240,7 +249,7 @@ def own_layouts(
     return found, left_out
 
 
-def block(one: search.Prediction, tokens: float, price: float | None, room: int) -> list[str]:
+def block(one: search.Prediction, tokens: float, price: float | None, cluster: hardware.Cluster) -> list[str]:
     """A prediction in lines of at most 80 characters."""
     days = tokens / one.tokens_per_s / 86400
     cost = "" if price is None else f", costs {days * 24 * one.shared.world * price:,.0f}"
@@ -251,10 +260,13 @@ def block(one: search.Prediction, tokens: float, price: float | None, room: int)
     shares = {name.replace("_", " "): value / one.seconds for name, value in one.time.items()}
     times = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda i: -i[1]) if share >= 0.005)
     near = f"up to {one.near[1]:.1%} on the nearest published rows" if one.near else "no published row is near"
+    room = cluster.gpu.memory
+    host = f"{one.host_memory / 1e9:,.0f} of {cluster.host_memory / 1e9:,.0f} GB of each node for what is offloaded"
     lines = [
         f"{one.stack}  {one.seconds:.3g} s per step, {one.tokens_per_s:,.0f} tokens/s, MFU {one.mfu_full:.1%}{causal}",
         f"  layout  {layout}",
         f"  memory  {one.memory['required'] / 1e9:.1f} of {room / 1e9:.1f} GB{'' if one.fits else ', does not fit'}: {sizes}",
+        *([f"  host    {host}"] if one.host_memory else []),
         f"  time    {times}",
         f"  run     {days:.3g} days{cost}; error: {near}",
     ]
@@ -384,9 +396,10 @@ def validate(simulate: bool) -> None:
         path.write_text(page, encoding="utf-8")
 
 
-def memory_rows(cfg: Config, gpus: int, stacks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def memory_rows(cfg: Config, gpus: int, stacks: Sequence[str], host: float = math.inf) -> Iterator[dict[str, Any]]:
     """For each layout of these stacks: what each part takes on a GPU at the peak, in bytes, what it needs beside it, and on
-    which GPUs all of it fits; or why the config's own layout cannot be."""
+    which GPUs all of it fits, with at most `host` bytes per GPU in the node's memory; or why the config's own layout cannot
+    be."""
     for layout, stack, changed in layouts(cfg, stacks):
         try:
             shared = layout_for(changed, stack, gpus)
@@ -395,8 +408,9 @@ def memory_rows(cfg: Config, gpus: int, stacks: Sequence[str]) -> Iterator[dict[
             if layout.startswith("*"):
                 yield {"layout": layout, "cannot": error.problems[0]}
             continue  # the other rows are examples: a layout that does not divide the GPUs or the batch is left out
-        parts = {part: int(estimate[part]) for part in (*memory.PARTS, "total", *memory.BESIDE, "required")}
-        fits = [size for size, name in CARDS.items() if estimate["required"] <= gpu(name).memory]
+        parts = {part: int(estimate[part]) for part in (*memory.PARTS, "total", *memory.BESIDE, "required", "host")}
+        is_on_host = estimate["host"] <= host
+        fits = [size for size, name in CARDS.items() if is_on_host and estimate["required"] <= gpu(name).memory]
         yield {
             "layout": layout,
             "micro_batch": shared.micro_batch,

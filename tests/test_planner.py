@@ -482,6 +482,19 @@ def test_what_a_stack_without_any_layout_says():
 
 # ---- calibration ---------------------------------------------------------------------------------------------------------
 
+
+def test_what_is_offloaded_must_fit_into_the_memory_of_a_node() -> None:
+    cfg = resolved(
+        "recipes/gpt/configs/gpt3_13b.yaml", "deepspeed.zero_stage=3", "deepspeed.offload=all", "deepspeed.recompute=true"
+    )
+    offloaded = 18 * cfg.model.parameter_count()  # fp32 gradients, masters and moments, bf16 weights
+    for gpus, memory, fits in ((1, 1.1, True), (1, 0.9, False), (8, 0.9, False), (16, 0.9, True)):
+        cluster = Cluster(hardware.gpu("H200"), host_memory=memory * offloaded)
+        found = search.predict(cfg, "deepspeed", cluster, gpus)
+        assert found.host_memory == pytest.approx(offloaded * min(gpus, 8) / gpus, rel=1e-6)
+        assert found.fits == fits and found.memory["required"] <= cluster.gpu.memory
+
+
 FACTORS = {"gemm": 0.8, "hbm": 0.7, "host": 3.0}
 WORDS = ("baseline.micro_batch=8", "deepspeed.micro_batch=2", "megatron.tp=2", "megatron.micro_batch=4", "model.hidden=512")
 H100_NAME = "NVIDIA H100 80GB HBM3"

@@ -93,7 +93,7 @@ def answer(best: Best) -> str:
         return max(best.none.values(), key=lambda why: (why.startswith("does not fit"), len(why)), default="does not fit")
     texts = []
     for stack in chosen:
-        host = planned.host_memory(best.of[stack]) / 1e9
+        host = best.of[stack].host_memory / 1e9
         texts.append(planned.words_of(best.of[stack]) + (f" ({host:,.0f} GB of host memory per node)" if host else ""))
     return texts[0] if len(texts) == 1 else "either: " + ", or ".join(texts)
 

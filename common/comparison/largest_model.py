@@ -104,7 +104,7 @@ def is_estimated_to_fit(cell: Cell, layers: int, hidden: int, heads: int, room: 
     """Does the peak of the allocator fit into `room` bytes, and what is offloaded into the memory of a node?"""
     cfg = cell.config(layers, hidden, heads)
     needed = memory.estimate_for(cfg, cfg.model, cell.stack, cell.gpus)
-    return needed["total"] <= room and needed["host"] * cell.gpus <= planned.HOST_MEMORY
+    return needed["total"] <= room and needed["host"] * cell.gpus <= hardware.HOST_MEMORY
 
 
 def boundary(start: int, fits: Callable[[int], bool]) -> int:

@@ -13,7 +13,6 @@ from common.preflight import task_module
 from common.yaml_files import read_yaml
 
 GPU = "H100"
-HOST_MEMORY = 2e12  # bytes of a node: DGX H100 (datasheet, 2023). The search does not know how much there is
 
 
 def resolved(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -43,12 +42,12 @@ class Best:
         self.none: dict[str, str] = {}  # why a stack has none
         for stack in stacks:
             found, _ = search.search(cfg, [stack], cluster(), gpus)
-            fitting = [one for one in found if one.fits]
-            best = next((one for one in fitting if host_memory(one) <= HOST_MEMORY), None)
+            best = next((one for one in found if one.fits), None)
+            on_gpus = [one.host_memory for one in found if one.memory["required"] <= cluster().gpu.memory]
             if best:
                 self.of[stack] = best
-            elif fitting:
-                least = min(host_memory(one) for one in fitting)
+            elif on_gpus:
+                least = min(on_gpus)
                 self.none[stack] = f"does not fit: needs {least / 1e9:,.0f} GB of host memory per node"
             elif found:
                 self.none[stack] = "does not fit"
@@ -58,11 +57,6 @@ class Best:
     @property
     def fastest(self) -> search.Prediction | None:
         return min(self.of.values(), key=lambda one: one.seconds, default=None)
-
-
-def host_memory(one: search.Prediction) -> int:
-    """Bytes that a node's GPUs keep in the memory of their host."""
-    return one.memory["host"] * min(one.shared.world, cluster().gpus_per_node)
 
 
 def words_of(one: search.Prediction) -> str:

@@ -94,6 +94,9 @@ def gpu_of_device(name: str) -> Gpu:
     raise BadInput(f"{name}: is not in common/planning/hardware.py, which has {', '.join(DEVICES.values())} (SXM); add a row")
 
 
+HOST_MEMORY = 2e12  # bytes of a node: DGX H100 (datasheet, 2023)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """The GPUs and what connects them."""
@@ -101,6 +104,7 @@ class Cluster:
     gpu: Gpu
     gpus_per_node: int = 8
     network: float | None = None  # bytes/s per GPU in one direction; default: the GPU's usual server
+    host_memory: float = HOST_MEMORY  # bytes of a node, for what is offloaded
 
     def bandwidth(self, ranks: int, stride: int) -> float:
         """Bytes/s at which one rank of a group sends, if the group's `ranks` ranks lie `stride` apart.

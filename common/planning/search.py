@@ -32,6 +32,7 @@ class Prediction:
     seconds: float
     time: dict[str, float]  # by what takes it
     memory: dict[str, int]
+    host_memory: int  # bytes that a node's GPUs offload to it
     fits: bool
     tokens_per_s: float  # of all GPUs
     mfu_full: float
@@ -45,6 +46,7 @@ class Prediction:
         return {
             "stack": self.stack, "layout": self.layout, "seconds_per_step": self.seconds, "tokens_per_s": self.tokens_per_s,
             "mfu_full": self.mfu_full, "mfu_causal": self.mfu_causal, "memory": self.memory, "time": self.time,
+            "host_memory": self.host_memory,
             "fits": self.fits, "days": hours / 24, "cost": None if price is None else hours * self.shared.world * price,
             "error_of_nearest": self.near[1] if self.near else None, "nearest": self.near[0] if self.near else None,
         }  # fmt: skip
@@ -87,9 +89,11 @@ def predict(cfg: Config, stack: str, cluster: Cluster, gpus: int, assumed: Assum
     recomputed = assumed.recompute_counted and plan.recompute == "full"
     system = getattr(cfg, stack)
     is_measured = cfg.train.dtype == "bf16"  # all published rows are; products in fp32 are slower than `Gpu.peak`
+    on_host = needed["host"] * min(gpus, cluster.gpus_per_node)
+    fits = needed["required"] <= cluster.gpu.memory and on_host <= cluster.host_memory
     return Prediction(
         stack=stack, layout=system.model_dump(exclude={"extra"}, exclude_defaults=True) | {"micro_batch": shared.micro_batch},
-        shared=shared, seconds=time.total, time=vars(time), memory=needed, fits=needed["required"] <= cluster.gpu.memory,
+        shared=shared, seconds=time.total, time=vars(time), memory=needed, host_memory=on_host, fits=fits,
         tokens_per_s=cfg.train.global_batch * cfg.data.sample_tokens / time.total,
         mfu_full=step_time.mfu(cluster, work, plan, time.total, recomputed=recomputed),
         mfu_causal=step_time.mfu(cluster, work, plan, time.total, causal=True, recomputed=recomputed),
