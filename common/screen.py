@@ -24,10 +24,13 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\033[{STYLES[style]}m{text}\033[0m" if has_colour(stream or sys.stdout) else text
 
 
-def error_line(text: str) -> str:
-    """`text`, a line for stderr, with the word before its first colon in red on a terminal."""
+def error_line(text: str, style: str = "red") -> str:
+    """`text`, a line for stderr. On a terminal the word before its first colon is in one of STYLES, and a line that is too long
+    goes on between two words, indented; no word is cut, so that paths and commands stay whole. Elsewhere it stays one line."""
+    if sys.stderr.isatty():
+        text = textwrap.fill(text, width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     word, colon, rest = text.partition(":")
-    return styled(word + colon, "red", sys.stderr) + rest if colon else text
+    return styled(word + colon, style, sys.stderr) + rest if colon else text
 
 
 def field(name: str, text: str) -> str:

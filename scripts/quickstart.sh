@@ -72,7 +72,20 @@ done
 total=$((4 + ${#stacks[@]})) stage=0 child='' stopped=''
 say() { # WHAT THE STAGE DOES
   stage=$((stage + 1))
-  printf '\n[%d/%d %3ds] %s\n' "$stage" "$total" "$SECONDS" "$*"
+  printf '\n[%d/%d %3ds] %s\n' "$stage" "$total" "$SECONDS" "$*" | fold -s -w 80
+}
+
+command_line() { # COMMAND...: in lines of 80 columns that can be copied
+  local line='$' word
+  for word; do
+    word=$(printf '%q' "$word")
+    if ((${#line} + ${#word} > 77)); then
+      printf '%s \\\n' "$line"
+      line='   '
+    fi
+    line+=" $word"
+  done
+  printf '%s\n' "$line"
 }
 
 trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
@@ -91,7 +104,7 @@ thinned() { # LOG: write all lines to the file, and to the screen only every ten
 run() { # LOG COMMAND...: run a command; a signal to this script is passed on to the command, which saves its state
   local log=$1 sink code=0
   shift
-  printf '$ %s\n' "$*"
+  command_line "$@"
   exec 3> >(thinned "$log")
   sink=$!
   "$@" >&3 2>&1 3>&- &

@@ -84,7 +84,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     done = quickstart(*arguments)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     yield folder / "out", arguments, done.stdout
-    corpus = re.search(r"tokenized into (corpora/some_text_txt_\w+)$", done.stdout, re.M)
+    corpus = re.search(r"tokenized into\s+(corpora/some_text_txt_\w+)$", done.stdout, re.M)
     assert corpus
     shutil.rmtree(ROOT / corpus[1])
 
@@ -99,6 +99,10 @@ def test_every_stage_says_what_it_does(small: tuple[Path, list[str], str]) -> No
     stages = re.findall(rf"^\[(\d)/{4 + len(stacks)} +\d+s\] (\w+): .+", output, re.M)
     assert stages == [(str(i), n) for i, n in enumerate(["install", "corpus", *stacks, "sample", "compare"], 1)]
     assert len(re.findall(r"^\$ env NPROC=2 bash recipes/\w+/\w+/pretrain.sh", output, re.M)) == len(stacks)
+    whole = re.sub(r" \\\n {4}", " ", output)  # a command goes on in a line that the shell reads as its own
+    assert len(re.findall(rf"^\$ env NPROC=2 bash \S+ \S+quickstart.yaml {re.escape(str(small[0]))}/\w+ ", whole, re.M)) == len(
+        stacks
+    )
     assert len(re.findall(r"^step +1 +25% ", output, re.M)) == len(stacks), "progress is on the screen"
 
 
@@ -142,7 +146,7 @@ def test_a_rerun_returns_at_once_with_the_same_table(small: tuple[Path, list[str
 def test_another_text_is_not_put_into_the_same_runs(small: tuple[Path, list[str], str], tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("This is another text.\n" * 3000, encoding="utf-8")
     done = quickstart(small[1][0], "--source", tmp_path / "other.txt", "--steps", "4", "--out", small[0])
-    corpus = re.search(r"tokenized into (corpora/other_txt_\w+)$", done.stdout, re.M)
+    corpus = re.search(r"tokenized into\s+(corpora/other_txt_\w+)$", done.stdout, re.M)
     assert corpus
     shutil.rmtree(ROOT / corpus[1])
     assert done.returncode == 2

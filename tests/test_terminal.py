@@ -157,6 +157,21 @@ ROWS = [
 ]  # fmt: skip
 
 
+def test_a_long_error_goes_on_between_two_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "recipes/" + "x" * 100
+    text = f"error: config.yaml: {'a few words, ' * 12}{path}"
+    assert screen.error_line(text) == text
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    lines = screen.error_line(text).splitlines()
+    assert " ".join(line.strip() for line in lines) == text and all(line.startswith("  ") for line in lines[1:])
+    assert len(lines) > 2 and all(len(line) <= 80 or line == f"  {path}" for line in lines)
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm")
+    assert screen.error_line(text).startswith("\x1b[31merror:\x1b[0m config")
+
+
 @pytest.mark.parametrize("columns", [200, 160, 80, 60, 20])
 def test_a_table_fits_and_cuts_nothing(columns: int) -> None:
     text = screen.table(compare.ON_SCREEN, ROWS, {0, 1, 3}, columns)

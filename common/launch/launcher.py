@@ -28,7 +28,7 @@ from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EX
 from common.launch import elastic, heartbeat, lock, processes, startup
 from common.launch.watch import Failure, Watch
 from common.paths import find
-from common.screen import duration, error_line, field
+from common.screen import WIDTH, duration, error_line, field
 
 if TYPE_CHECKING:
     from common.preflight import Run
@@ -591,7 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(message)
         return 0
     for note in run.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print(error_line(f"note: {note}", "cyan"), file=sys.stderr, flush=True)
 
     def started(run: "Run") -> int:
         _announce(run, on)
@@ -651,7 +651,10 @@ def closing(run: "Run", seconds: float) -> str:
     quickstart = run.whole.quickstart
     prompt = quickstart.prompt if quickstart and quickstart.prompt else "TEXT"
     is_pretraining = "task" not in type(run.whole).model_fields
-    following = [f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"] if is_pretraining else []
+    generate = f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"
+    if len(generate) > WIDTH - 10:  # two lines that can be copied together
+        generate = generate.replace(" --prompt", f" \\\n{'':14}--prompt")
+    following = [generate] if is_pretraining else []
     following += [f"python -m scripts.check {out}"] if run.whole.expect else []
     following += [f"tensorboard --logdir {out}/tensorboard"]
     return "\n".join([*lines, *(f"{field('next' * (not i), '')}{command}" for i, command in enumerate(following))])
