@@ -226,6 +226,11 @@ class Train(Section):
     eval_samples: Positive | None = Field(default=None, description="Validation samples per evaluation. Default: all.")
     save_every: Count = Field(default=0, description="Steps between checkpoints; 0: after the last step only.")
     keep: Positive = Field(default=2, description="Checkpoints that are kept, the newest ones.")
+    async_save: bool = Field(
+        default=False,
+        description="Copy each rank's share of the state to host memory, and write it while the training goes on, one "
+        "checkpoint at a time. The last one is written before the run ends.",
+    )
     log_every: Positive = Field(
         default=1,
         description="Steps between lines on the screen, which have the mean time of these steps; the last step has a line too. "
@@ -626,6 +631,8 @@ STEP_TOKENS = 2**31  # 600 times those of the largest published batches
 
 
 def _rules(cfg: Config) -> Iterator[str]:
+    if cfg.train.async_save and "task" in type(cfg).model_fields:
+        yield "train.async_save=true: a finetuning run reads the checkpoints that it has just written; leave it out"
     yield from cfg.model.problems()
     yield from cfg.model.data_problems(cfg.data)
     tokens = cfg.train.global_batch * cfg.data.sample_tokens

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from common import families
+from common.checkpoints import checkpoint
 from tests import layout_table, warm
 from tests.drive import BEGIN, END
 
@@ -228,3 +229,20 @@ def valid_loss(out: Path) -> float:
     """The last validation loss of a run."""
     lines = map(json.loads, (finished(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["valid_loss"] for line in lines if "valid_loss" in line][-1]
+
+
+def step_of(run: Path, number: int) -> checkpoint.Checkpoint:
+    """The checkpoint of a step."""
+    saved = checkpoint.opened(run / f"step_{number}")
+    assert isinstance(saved, checkpoint.Checkpoint), saved
+    return saved
+
+
+def assert_same_state(first: Path, second: Path, number: int) -> None:
+    """Have two runs the same parameters and optimizer state at this step, bit for bit?"""
+    a, b = step_of(first, number), step_of(second, number)
+    assert a.names() == b.names() and a.names()
+    for name in a.names():
+        of_a, of_b = a.read(name), b.read(name)
+        assert of_a.keys() == of_b.keys() and len(of_a) > 1, name
+        assert all(of_a[part].equal(of_b[part]) for part in of_a), name

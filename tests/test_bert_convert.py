@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, case, losses, valid_loss
+from conftest import ROOT, case, losses, step_of, valid_loss
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
@@ -25,6 +25,7 @@ from common.yaml_files import read_yaml
 from recipes.bert import task
 from scripts import heldout
 from tests import warm
+from tests.gathered import join
 
 VOCAB = 613  # a prime: does not divide by tp
 ARCHS = ("tiny", "tiny_postln")
@@ -66,7 +67,7 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
             seen |= set(rule.hf)
             whole = rule.from_hf(*tensors)
             shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
-            back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
+            back = rule.to_hf(join(shards, 0, rule.blocks))
             assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), (part, leaf)
     seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen >= {name for name in shapes if ".layer.0." not in name}, "every parameter has its place in Megatron"
@@ -223,7 +224,7 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     done = convert_cli("from-hf", tmp_path / "older", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for name in ("bert.embeddings.LayerNorm.weight", "bert.encoder.layer.1.output.LayerNorm.bias", "bert.pooler.dense.weight"):
-        assert torch.equal(load_file(tmp_path / f"run/step_0/{name}.safetensors")["weight"], weights[name])
+        assert torch.equal(step_of(tmp_path / "run", 0).read(name)["weight"], weights[name])
     assert read_yaml(tmp_path / "run/model.yaml")["model"]["arch"] == "bert"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, case, losses, valid_loss
+from conftest import ROOT, case, losses, step_of, valid_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +17,7 @@ from common.yaml_files import read_yaml
 from recipes.gpt import task
 from tests import warm
 from tests.drive import END
+from tests.gathered import join
 
 VOCAB = 1021  # a prime: does not divide by tp
 SHAPES = {"tiny": ["model.layers=2"], "tiny_llama": ["model.layers=2", "model.tied=true"]}
@@ -57,7 +58,7 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
         whole = rule.from_hf(*tensors)
         dim = 0 if block in columns else 1
         shards = [mcore.split(whole, dim, rule.blocks, tp, rank) for rank in range(tp)]
-        back = rule.to_hf(mcore.join(shards, dim, rule.blocks))
+        back = rule.to_hf(join(shards, dim, rule.blocks))
         assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), block
 
 
@@ -140,7 +141,7 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     assert converted.keys() == exported.keys() and all(torch.equal(converted[k], exported[k]) for k in converted)
     done = convert_cli("from-hf", folders["tiny_llama"], tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    state = load_file(tmp_path / "run/step_0/model.norm.weight.safetensors")
+    state = step_of(tmp_path / "run", 0).read("model.norm.weight")
     assert torch.equal(state["weight"], load_file(folders["tiny_llama"] / "model.safetensors")["model.norm.weight"])
     assert read_yaml(tmp_path / "run/model.yaml")["model"]["kv_heads"] == 2
 

@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, case, finished, launch_script, losses
+from conftest import ROOT, assert_same_state, case, finished, launch_script, losses, step_of
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 from test_parity import LOSS, NORM, farthest
@@ -366,8 +366,8 @@ def test_the_adapter_is_pefts_and_merged_it_is_the_export(runs, folders, kind, l
     out, arch = finished(runs / kind / layout), kind.partition("_")[2]
     saved = load_file(out / "adapter/adapter_model.safetensors")
     checkpoints = sorted(p.name for p in (out / "best").iterdir())
-    files = list((out / "best" / checkpoints[-1]).glob("*.safetensors"))
-    assert len(saved) == len(files) and all(".lora_" in file.name for file in files)
+    names = step_of(out / "best", int(checkpoints[-1].removeprefix("step_"))).names()
+    assert len(saved) == len(names) and all(".lora_" in name for name in names)
     base = AutoModelForCausalLM.from_pretrained(folders[arch], dtype=torch.float32)
     ids = torch.arange(90)[None]
     with torch.no_grad():
@@ -386,11 +386,7 @@ def test_two_halves_are_one_run_bit_for_bit(runs, which):
     whole, halves = runs / f"{kind}whole" / layout, runs / f"{kind}halves" / layout
     first, second = losses(whole), losses(halves)
     assert len(first) == 8 and all(first[s][key] == second[s][key] for s in first for key in ("loss", "grad_norm", "lr"))
-    files = sorted(p.name for p in (whole / "step_8").glob("*.safetensors"))
-    assert files and (whole / "step_8").is_dir()
-    for file in files:
-        a, b = load_file(whole / "step_8" / file), load_file(halves / "step_8" / file)
-        assert all(a[part].equal(b[part]) for part in a), file
+    assert_same_state(whole, halves, 8)
 
 
 def test_a_run_that_gets_worse_ends_early_and_stays_ended(runs):

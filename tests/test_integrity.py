@@ -27,6 +27,7 @@ from common.training import log
 from recipes.gpt import task
 from scripts import check, compare, evaluate, heldout, plot, seeds
 from tests import warm
+from tests.states import older_file, write_older_step, write_step
 
 CFG = config.load(ROOT / "recipes/gpt/configs/tiny.yaml", ["model.vocab_size=512"], task.Config)
 CFG = CFG.model_copy(update={"model": CFG.model.resolve(CFG, None)})
@@ -37,23 +38,22 @@ META = {
 }  # fmt: skip
 
 
-def saved(out: Path, step: int = 4) -> Path:
-    """A checkpoint of two parameters, written by the parts of checkpoint.save that need no process group."""
-    tmp = out / f"step_{step}.tmp"
-    tmp.mkdir(parents=True)
-    files = {}
+def saved(out: Path, step: int = 4, write: Any = write_step) -> Path:
+    """A checkpoint of two parameters."""
+    parameters = {}
     for name, shape in (("wte.weight", (5, 3)), ("ln_f.bias", (3,))):
         generator = torch.Generator().manual_seed(step)
-        parts = {part: torch.randn(shape, generator=generator) for part in checkpoint.PARTS}
-        files[name] = checkpoint._write(tmp / f"{name}.safetensors", parts)
-    final = out / f"step_{step}"
-    checkpoint._finish(tmp, final, META | {"step": step, "files": files})
-    return final
+        parameters[name] = {part: torch.randn(shape, generator=generator) for part in checkpoint.PARTS}
+    return write(out / f"step_{step}", META | {"step": step}, parameters)
+
+
+WRITERS = pytest.mark.parametrize("write", [write_step, write_older_step])
 
 
 def contents(saved: checkpoint.Checkpoint) -> Any:
     """What its readers use: where a flip renames the key `crc32`, the values beside it are as they were."""
-    return {k: saved.meta[k] for k in (*META, "files")}, {n: saved.read(n) for n in saved.names()}
+    keys = [key for key in (*META, "files", "parameters", "pieces") if key in saved.meta]
+    return {k: saved.meta[k] for k in keys}, {n: saved.read(n) for n in saved.names()}
 
 
 def flip(path: Path, bit: int) -> None:
@@ -62,9 +62,10 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
+@WRITERS
+def test_every_bit_of_a_checkpoint_counts(write: Any, tmp_path: Path) -> None:
     """100 flips, half of them in state.json: another step is used, the read is refused, or the state is the same."""
-    whole = saved(tmp_path)
+    whole = saved(tmp_path, write=write)
     meta, tensors = contents(checkpoint.latest(tmp_path))
     rng, fates = random.Random(0), []
     for number in range(100):
@@ -78,7 +79,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
         except BadInput:
             fates.append("found")
         flip(path, bit)
-    assert fates.count("found") >= 95, fates
+    assert fates.count("found") >= (95 if write is write_older_step else 60), fates  # nothing is read of a header
     assert contents(checkpoint.latest(tmp_path))[0] == meta
 
 
@@ -116,10 +117,11 @@ def damage(text: str, rng: random.Random) -> bytes:
     return json.dumps(values).encode()
 
 
+@WRITERS
 @pytest.mark.parametrize("number", [300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_a_damaged_state_gives_the_step_before(number: int, tmp_path: Path) -> None:
-    saved(tmp_path, 2)
-    text = (saved(tmp_path, 4) / "state.json").read_text()
+def test_a_damaged_state_gives_the_step_before(number: int, write: Any, tmp_path: Path) -> None:
+    saved(tmp_path, 2, write)
+    text = (saved(tmp_path, 4, write) / "state.json").read_text()
     rng, fallen = random.Random(1), 0
     for _ in range(number):
         (tmp_path / "step_4/state.json").write_bytes(damage(text, rng))
@@ -136,7 +138,7 @@ def test_a_damaged_state_gives_the_step_before(number: int, tmp_path: Path) -> N
 
 
 def test_a_state_without_a_checksum_is_read(tmp_path: Path) -> None:
-    path = saved(tmp_path) / "state.json"
+    path = saved(tmp_path, write=write_older_step) / "state.json"
     values = json.loads(path.read_text())
     assert values["crc32"] == integrity.seal({k: v for k, v in values.items() if k != "crc32"})["crc32"]
     path.write_text(json.dumps({k: v for k, v in values.items() if k != "crc32"}))
@@ -150,11 +152,11 @@ def test_a_state_without_a_checksum_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["weight", "exp_avg_sq"])
 def test_a_step_that_is_not_finite_is_named(value: float, part: str, tmp_path: Path) -> None:
     """One of an older version, which saved it."""
-    folder = saved(tmp_path)
+    folder = saved(tmp_path, write=write_older_step)
     parts = checkpoint.latest(tmp_path).read("wte.weight")
     parts[part][3, 1] = value
     meta = checkpoint.latest(tmp_path).meta
-    meta["files"]["wte.weight"] = checkpoint._write(folder / "wte.weight.safetensors", parts)
+    meta["files"]["wte.weight"] = older_file(folder / "wte.weight.safetensors", parts)
     damaged = checkpoint.Checkpoint(folder, meta)
     with pytest.raises(BadInput, match=rf"wte.weight.safetensors: its {part} holds NaN or infinite .* remove .*step_4"):
         damaged.read("wte.weight")
@@ -226,13 +228,11 @@ def test_crc32_is_that_of_the_file(tmp_path: Path) -> None:
 def exported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[checkpoint.Checkpoint, Path]:
     """(the checkpoint of a tiny GPT, OUT/hf of it)"""
     out = tmp_path_factory.mktemp("exported")
-    folder = out / "step_4"
-    folder.mkdir()
-    files = {}
+    parameters: dict[str, dict[str, torch.Tensor]] = {}
     for name, shape in task.parameter_shapes(CFG.model).items():
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(files))) * 0.02
-        files[name] = checkpoint._write(folder / f"{name}.safetensors", {"weight": weight})
-    (folder / "state.json").write_text(json.dumps(META | {"files": files}))
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(parameters))) * 0.02
+        parameters[name] = {"weight": weight}
+    write_step(out / "step_4", META, parameters)
     source = checkpoint.latest(out)
     export.write(source, CFG, task, out / "hf", corpus / "tokenizer", {"config": "tiny", "stack": "baseline"})
     return source, out / "hf"

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, case, finished, launch_script, losses
-from safetensors.torch import load_file
+from conftest import ROOT, assert_same_state, case, finished, launch_script, losses
 from test_parity import DIVIDED, LOSS, NORM, farthest
 
 from common import families
@@ -60,6 +59,7 @@ def moves_without(*refused: set[str]) -> list[tuple[str, list[str]]]:
 
 
 BF16 = ["zero1", "zero1_pp2", "zero3", "fsdp2", "baseline", "tp2_sp", "dp2_distributed_optimizer"]
+IN_BACKGROUND = ["baseline", "zero3", "tp2_sp"]
 EACH = 5  # steps on each stack
 MOVED, SLOW_MOVED = ["tiny_llama"], ["tiny"]  # the layouts above resume the other architecture
 SLOW_FOUR_RANKS = {
@@ -85,6 +85,10 @@ def runs(drive, settings, with_slow, tmp_path_factory) -> tuple[Path, str]:
         shared = [*settings, "train.dtype=bf16", "optim.decay_steps=8", *overrides]
         cases.append(case(stack, "tiny", out / "whole" / f"{name}_bf16", [*shared, "train.steps=8"]))
         cases += [case(stack, "tiny", out / "halves" / f"{name}_bf16", [*shared, f"train.steps={n}"]) for n in (4, 8)]
+    for name in IN_BACKGROUND:
+        stack, overrides = LAYOUTS[name]
+        shared = [*settings, "model.dropout=0.1", "optim.decay_steps=20", "train.async_save=true", "train.save_every=3"]
+        cases += [case(stack, "tiny", out / "background" / name, [*shared, *overrides, f"train.steps={n}"]) for n in (10, 20)]
     total = EACH * len(MOVES)
     for arch in MOVED + SLOW_MOVED * with_slow:
         moved = [*settings, f"optim.decay_steps={total}", "train.keep=100"]
@@ -116,13 +120,21 @@ def test_two_halves_are_one_run_bit_for_bit(runs, name):
     for step in whole:
         for key in ("loss", "grad_norm", "lr"):
             assert whole[step][key] == halves[step][key], (step, key)
-    last = f"step_{max(whole)}"
-    files = sorted(p.name for p in (out / "whole" / name / last).glob("*.safetensors"))
-    assert files
-    for file in files:
-        first, second = (load_file(out / kind / name / last / file) for kind in ("whole", "halves"))
-        for part in ("weight", "exp_avg", "exp_avg_sq"):
-            assert first[part].equal(second[part]), (file, part)
+    assert_same_state(out / "whole" / name, out / "halves" / name, max(whole))
+
+
+@pytest.mark.parametrize("name", IN_BACKGROUND)
+def test_a_save_in_the_background_is_of_its_step(runs, name):
+    """Every third step, while the training changes the memory that was copied."""
+    out, log = runs
+    whole, written = losses(out / "whole" / name), losses(out / "background" / name)
+    assert all(whole[step][key] == written[step][key] for step in whole for key in ("loss", "grad_norm"))
+    assert_same_state(out / "whole" / name, out / "background" / name, 20)
+    lines = [json.loads(line) for line in (out / "background" / name / "metrics.jsonl").read_text().splitlines()]
+    stalls = {line["step"]: line["save_ms"] for line in lines if "save_ms" in line}
+    on_disk = {line["step"]: line["saved_ms"] for line in lines if "saved_ms" in line}
+    assert list(stalls) == list(on_disk) == [3, 6, 9, 10, 12, 15, 18, 20]
+    assert all(0 < stalls[step] <= on_disk[step] for step in stalls)
 
 
 def test_replicated_parameters_stay_equal_with_dropout(runs):

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, case, losses
-from safetensors.torch import load_file
+from conftest import ROOT, assert_same_state, case, losses
 from test_parity import LOSS, NORM, farthest
 
 from common import config, paths, preflight
@@ -215,9 +214,7 @@ def test_two_halves_are_one_run_bit_for_bit(runs, layout):
     first, second = losses(whole), losses(halves)
     assert len(first) == 8 and all(first[s][key] == second[s][key] for s in first for key in ("loss", "grad_norm", "lr"))
     assert valids(whole) == valids(halves)
-    for file in sorted(p.name for p in (whole / "step_8").glob("*.safetensors")):
-        a, b = load_file(whole / "step_8" / file), load_file(halves / "step_8" / file)
-        assert all(a[part].equal(b[part]) for part in a), file
+    assert_same_state(whole, halves, 8)
     assert (whole / "predictions/dev.txt").read_bytes() == (halves / "predictions/dev.txt").read_bytes()
     assert (whole / "eval.json").read_bytes() == (halves / "eval.json").read_bytes()
 

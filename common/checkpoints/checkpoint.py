@@ -1,28 +1,28 @@
 """A run's training state, by Hugging Face name: any layout of any stack can write and read it (invariants 6, 7).
 
-    OUT/step_N/state.json            written last; step_N.tmp is renamed to step_N when all is on disk
-    OUT/step_N/NAME.safetensors      one per parameter, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or the state of
-                                     another optimizer)
+    OUT/step_N/state.json            the index, written last; step_N.tmp is renamed to step_N when all is on disk
+    OUT/step_N/RANK.safetensors      what this rank held, fp32: `weight` (the master), `exp_avg`, `exp_avg_sq` (or the state of
+                                     another optimizer) of parameters or rectangles of them (common/checkpoints/sharded.py)
 
-With one file per parameter no process holds more than one whole parameter, each rank writes its share, and any tool can read
-a value by name. The order of the data and all random states are functions of (seed, step), so that of them only the step is
-saved.
+Each rank writes and reads its share. The order of the data and all random states are functions of (seed, step), so that of
+them only the step is saved.
 """
 
 import json
 import os
 import re
 import shutil
+import time
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import screen
-from common.checkpoints import integrity, parameters
+from common.checkpoints import integrity
 from common.checkpoints.parameters import Shapes
-from common.errors import EXIT_BAD_INPUT, EXIT_NOT_FINITE, BadInput
+from common.checkpoints.pieces import Batches
+from common.errors import EXIT_NOT_FINITE, BadInput
 from common.json_files import is_count, read_object
 from common.launch import heartbeat
 
@@ -30,45 +30,32 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
-Entry = tuple[str, "dict[str, torch.Tensor] | None"]  # name and parts on the rank that writes them, None on the others
+FORMAT = 2  # of state.json: an index of pieces
 
 
 class Checkpoint(NamedTuple):
     """A finished step_N on disk."""
 
     path: Path
-    meta: dict[str, Any]  # step, samples, seed, stack, layout, hyperparameters, files: {name: {bytes, crc32, shape}}, crc32
+    meta: dict[str, Any]  # state.json: what state.meta has, and what common/checkpoints/sharded.py lists
 
     @property
     def step(self) -> int:
         return self.meta["step"]
 
     def read(self, name: str, parts: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
-        """The parts of one parameter (default: all) as fp32 CPU tensors; BadInput if the bytes are not those written, or if
-        a value is NaN or infinite."""
-        from safetensors.torch import load
+        """The parts of one parameter (default: all), whole, as fp32 CPU tensors; BadInput if the bytes are not those written,
+        or if a value is NaN or infinite."""
+        if not self.is_sharded:
+            return _read_file(self, name, parts)
+        from common.checkpoints import sharded
 
-        path = self.path / f"{name}.safetensors"
-        entry = self.meta["files"].get(name)
-        if entry is None:
-            raise BadInput(f"{self.path}: holds no parameter {name}; it is a checkpoint of another model")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadInput(
-                f"{path}: cannot be read ({error.strerror}); does another run write into {self.path.parent}?"
-            ) from None
-        if zlib.crc32(data) != entry["crc32"]:
-            raise BadInput(f"{path}: its bytes have changed since it was written; remove {self.path} to use the one before")
-        stored = load(data)
-        read = {part: stored[part] for part in parts or stored}
-        for part, tensor in read.items():
-            if not integrity.is_finite(tensor):
-                raise BadInput(
-                    f"{path}: its {part} holds NaN or infinite values, the training had diverged by step {self.step}; remove "
-                    f"{self.path} to continue from the step before, or begin in another OUT with a lower optim.lr"
-                )
-        return read
+        return sharded.read_whole(self, name, parts)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Has it an index of pieces (common/checkpoints/sharded.py)? Earlier versions wrote one file per parameter."""
+        return "pieces" in self.meta
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -76,80 +63,127 @@ class Checkpoint(NamedTuple):
         return _hyperparameters(self.meta)
 
     def names(self) -> list[str]:
-        return list(self.meta["files"])
+        return list(self.shapes())
 
     def shapes(self) -> Shapes:
         """Full shape by name, as state.json records them."""
+        if self.is_sharded:
+            return {name: parts["weight"] for name, parts in self.meta["parameters"].items()}
         return {name: file["shape"] for name, file in self.meta["files"].items()}
 
 
-def save(out: Path, entries: Iterator[Entry], shapes: Shapes, meta: dict[str, Any], keep: int) -> Path:
-    """Write one step; every rank calls this with the same sequence of names (the entries may hold collectives).
+Report = Callable[..., None]  # (step, save_ms=..., saved_ms=...): how long training waited, and when all was on disk
 
-    shapes: the parameters that are trained; BadInput, and nothing saved, unless all ranks together wrote each of them once.
+
+def save(
+    out: Path, batches: Batches, shapes: Shapes, meta: dict[str, Any], keep: int, report: Report = lambda *_, **__: None,
+    in_background: bool = False,
+) -> Path:  # fmt: skip
+    """Write one step; every rank calls this with the pieces that it holds.
+
+    shapes: the parameters that are trained; BadInput, and nothing saved, unless all ranks together hold each of them.
+    in_background: return once the pieces are copied to host memory, and write them while the training goes on. One save at a
+    time: the next one waits, and raises the faults of this one.
+
     A process killed at any moment leaves the previous steps whole: what is not finished is named step_N.tmp. NaN or infinity
     in a parameter or its optimizer state ends the run (exit code 3), and nothing is saved.
     """
     import torch.distributed as dist
 
-    from common.launch.processes import Stopped
+    from common.checkpoints import sharded
 
-    final = out / f"step_{meta['step']}"
-    tmp = out / f"step_{meta['step']}.tmp"
-    first = dist.get_rank() == 0
-    written: dict[str, Any] = {}
-    fault: tuple[int, str] | None = None  # exit code, line
-    if first:
+    wait()
+    begun = time.perf_counter()
+    step, final, tmp = meta["step"], out / f"step_{meta['step']}", out / f"step_{meta['step']}.tmp"
+
+    def begin() -> None:
         shutil.rmtree(tmp, ignore_errors=True)
         try:
             tmp.mkdir(parents=True)
         except OSError as error:
-            fault = EXIT_BAD_INPUT, _disk_error(tmp, "be created", error)
-    dist.barrier()
-    with screen.progress("saving", len(shapes), "parameters", first) as report:
-        for number, (name, parts) in enumerate(entries, 1):
-            heartbeat.beat("saving")
-            if parts is not None and fault is None:
-                try:  # a fault is raised once all ranks are through the collectives
-                    if all(map(integrity.is_finite, parts.values())):
-                        written[name] = _write(tmp / f"{name}.safetensors", parts)
-                    else:
-                        fault = EXIT_NOT_FINITE, f"{name} is NaN or infinite after step {meta['step']}: stopped, nothing saved"
-                except OSError as error:
-                    fault = EXIT_BAD_INPUT, _disk_error(tmp / f"{name}.safetensors", "be written", error)
-            report(number)
-    heartbeat.wait("save")
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (written, fault))
-    faults = [f for _, f in gathered if f]
-    if first and not faults:
-        files = {name: info for part, _ in gathered for name, info in part.items()}
-        writers = Counter(name for part, _ in gathered for name in part)
-        problems = [f"{name} was written by {count} ranks" for name, count in writers.items() if count > 1]
-        problems += parameters.differences({name: info["shape"] for name, info in files.items()}, shapes)
-        faults = [(EXIT_BAD_INPUT, f"{final}: {problem}; nothing was saved") for problem in problems]
-    if first and not faults:
+            raise BadInput(sharded.disk_error(tmp, "be created", error)) from None
+
+    def complete(index: dict[str, Any]) -> None:
         try:
-            _finish(tmp, final, meta | {"files": dict(sorted(files.items()))})
+            finish(tmp, final, meta | index)
         except OSError as error:
-            faults = [(EXIT_BAD_INPUT, _disk_error(final, "be finished", error))]
-    agreed = [faults]
-    dist.broadcast_object_list(agreed)
+            raise BadInput(sharded.disk_error(final, "be finished", error)) from None
+        _remove_old(out, step, keep)
+
+    writer = sharded.Writer(tmp, dist.get_rank(), shapes, begin, complete)
+    if in_background:
+        global _pending
+        _pending = _Pending(sharded.save_in_background(writer, batches), step, begun, tmp, report)
+        report(step, save_ms=(time.perf_counter() - begun) * 1e3)
+        return final
+    with _told(step, tmp):
+        sharded.save(writer, batches)
     heartbeat.beat("saved")
-    if agreed[0]:
-        if first:
-            shutil.rmtree(tmp, ignore_errors=True)
-        code, line = min(agreed[0])
-        if code == EXIT_NOT_FINITE:
-            raise Stopped(code, f"error: {line}; the last checkpoint is as it was")
-        raise BadInput(line)
-    if first:
-        _remove_old(out, meta["step"], keep)
+    passed = (time.perf_counter() - begun) * 1e3
+    report(step, save_ms=passed, saved_ms=passed)
     return final
 
 
-def _disk_error(path: Path, what: str, error: OSError) -> str:
-    return f"{path}: cannot {what}: {error.strerror or error}; the steps saved before are whole"
+class _Pending(NamedTuple):
+    """A save in the background."""
+
+    written: Any  # common.checkpoints.sharded.Background
+    step: int
+    begun: float
+    tmp: Path
+    report: Report
+
+    def tell(self) -> None:
+        self.report(self.step, saved_ms=(self.written.ended - self.begun) * 1e3)
+
+
+_pending: _Pending | None = None
+
+
+def poll() -> None:
+    """Report a save in the background that has succeeded. It raises nothing: the ranks would not raise at the same time."""
+    global _pending
+    if _pending is not None and _pending.written.has_succeeded():
+        _pending.tell()
+        _pending = None
+
+
+def wait() -> None:
+    """Wait for a save in the background, and raise its fault on all ranks."""
+    global _pending
+    if _pending is None:
+        return
+    pending, _pending = _pending, None
+    heartbeat.wait("save")
+    with _told(pending.step, pending.tmp):
+        pending.written.wait()
+    heartbeat.beat("saved")
+    pending.tell()
+
+
+def forget() -> None:
+    """Leave a save in the background unfinished: the run ends, and its other ranks may not."""
+    global _pending
+    _pending = None
+
+
+@contextmanager
+def _told(step: int, tmp: Path) -> Iterator[None]:
+    """Remove what a save has left that failed, and end the run if a value was not finite."""
+    import torch.distributed as dist
+
+    from common.checkpoints import sharded
+    from common.launch.processes import Stopped
+
+    try:
+        yield
+    except Exception as fault:
+        if dist.get_rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        if not isinstance(fault, sharded.NotFinite):
+            raise
+        line = f"{fault} is NaN or infinite after step {step}: stopped, nothing saved"
+        raise Stopped(EXIT_NOT_FINITE, f"error: {line}; the last checkpoint is as it was") from None
 
 
 def _remove_old(out: Path, step: int, keep: int) -> None:
@@ -160,20 +194,34 @@ def _remove_old(out: Path, step: int, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(path: Path, parts: "dict[str, torch.Tensor]") -> dict[str, Any]:
-    from safetensors.torch import save as to_bytes
+def _read_file(saved: Checkpoint, name: str, parts: Iterable[str] | None) -> "dict[str, torch.Tensor]":
+    """Checkpoint.read where each parameter has a file."""
+    from safetensors.torch import load
 
-    data = to_bytes({k: v.contiguous() for k, v in parts.items()})
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(data), "crc32": zlib.crc32(data), "shape": list(parts["weight"].shape)}
+    path = saved.path / f"{name}.safetensors"
+    entry = saved.meta["files"].get(name)
+    if entry is None:
+        raise BadInput(f"{saved.path}: holds no parameter {name}; it is a checkpoint of another model")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); does another run write into {saved.path.parent}?") from None
+    if zlib.crc32(data) != entry["crc32"]:
+        raise BadInput(f"{path}: its bytes have changed since it was written; remove {saved.path} to use the one before")
+    stored = load(data)
+    read = {part: stored[part] for part in parts or stored}
+    for part, tensor in read.items():
+        if not integrity.is_finite(tensor):
+            raise BadInput(
+                f"{path}: its {part} holds NaN or infinite values, the training had diverged by step {saved.step}; remove "
+                f"{saved.path} to continue from the step before, or begin in another OUT with a lower optim.lr"
+            )
+    return read
 
 
-def _finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
+def finish(tmp: Path, final: Path, meta: dict[str, Any]) -> None:
     with open(tmp / "state.json", "w", encoding="utf-8") as file:
-        json.dump(integrity.seal(meta), file, indent=1)
+        json.dump(integrity.seal(meta), file, separators=(",", ":"))
         file.flush()
         os.fsync(file.fileno())
     integrity.replace_folder(tmp, final)  # `final` is there only if it was damaged, so that latest() has skipped it
@@ -194,7 +242,7 @@ def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
     """The newest whole checkpoint. Adds damaged ones, which are skipped, to `notes`. BadInput if all are damaged."""
     problems: list[str] = []
     for path in reversed(finished(out)):
-        newest = _open(path)
+        newest = opened(path)
         if isinstance(newest, Checkpoint):
             if notes is not None:
                 notes += [f"{problem}; continuing from {path}" for problem in problems]
@@ -205,7 +253,7 @@ def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
     return None
 
 
-def _open(path: Path) -> Checkpoint | str:
+def opened(path: Path) -> Checkpoint | str:
     """The checkpoint, or what is wrong with it."""
     record = path / "state.json"
     if not record.exists():
@@ -218,7 +266,7 @@ def _open(path: Path) -> Checkpoint | str:
     if path.name != f"step_{meta['step']}":
         return f"{record} is of step {meta['step']}"
     for name, entry in meta["files"].items():
-        file = path / f"{name}.safetensors"
+        file = path / (name if "pieces" in meta else f"{name}.safetensors")
         try:
             size = file.stat().st_size
         except FileNotFoundError:
@@ -237,6 +285,8 @@ def _hyperparameters(meta: dict[str, Any]) -> Any:
 def _is_meta(meta: dict[str, Any]) -> bool:
     """Do the values of a state.json have the types that its readers rely on?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
+    if "pieces" in meta:  # its checksum, which it has then, proves the rest
+        return "crc32" in meta and is_count(meta.get("step")) and meta.get("format") == FORMAT
     return (
         is_count(meta.get("step"))
         and isinstance(files, dict)

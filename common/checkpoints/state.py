@@ -8,13 +8,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from common import config
-from common.checkpoints import parameters
-from common.checkpoints.checkpoint import PARTS, Checkpoint, Entry
+from common.checkpoints import parameters, pieces
+from common.checkpoints.checkpoint import PARTS, Checkpoint
 from common.checkpoints.parameters import Shapes
+from common.checkpoints.pieces import Batch, Batches, Piece
 from common.config import Config
 from common.contract import Family
 from common.launch import heartbeat
-from common.launch.processes import Ranks
 from common.paths import find
 from common.preflight import Run
 from common.training import init
@@ -34,6 +34,9 @@ def values(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None)
 
     shapes: the family's list; BadInput for a checkpoint of other parameters.
     """
+    if resume and resume.is_sharded:
+        parameters.prove(resume.shapes(), shapes, str(resume.path))
+        return Stored(resume)
     source = _source(cfg, task, shapes, resume)
 
     def value(name: str, shape: init.Shape) -> Parts:
@@ -41,6 +44,46 @@ def values(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None)
         return source(name, shape)
 
     return value
+
+
+class Stored:
+    """The values of a checkpoint that each rank reads in part (`fill`)."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+
+    def __call__(self, name: str, shape: init.Shape) -> Parts:
+        return self.checkpoint.read(name)
+
+
+def fill(
+    batches: Batches, wanted: Sequence[tuple[str, PartShapes]], values: Values, device: "torch.device",
+    group: "dist.ProcessGroup | None" = None,
+) -> None:  # fmt: skip
+    """Set the pieces that this rank holds; a collective.
+
+    wanted: as of in_turns, in the order of the batches' names: the parts that `values` has. Those of a checkpoint are read by
+    the ranks that need them, and nothing is sent. Those that are drawn, or come from a Hugging Face folder, are whole.
+    """
+    if isinstance(values, Stored):
+        from common.checkpoints import sharded
+
+        sharded.load(values.checkpoint, batches)
+        return
+    import torch
+
+    turns = in_turns(values, wanted, device, group)
+    for batch in batches:
+        of_name: dict[str, list[Piece]] = {name: [] for name in batch.names}
+        for piece in batch.pieces:
+            of_name[piece.name].append(piece)
+        for name in batch.names:
+            parts = next(turns)
+            with torch.no_grad():
+                for piece in of_name[name]:
+                    piece.tensor.copy_(parts[piece.part][piece.region])
+    for _ in turns:  # of parameters that this rank does not hold
+        pass
 
 
 def _source(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> Values:
@@ -122,8 +165,9 @@ def load(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Sha
     named = largest_first(net.named_parameters(), shapes)
     parameters.prove({name: parameter.shape for name, parameter in named}, shapes, "the model on the baseline")
     wanted = [(name, stored_shapes(parameter, shapes[name], optimizer, step)) for name, parameter in named]
-    turns = in_turns(values, wanted, named[0][1].device)
-    load_torch_state(((parameter, parts) for (_, parameter), parts in zip(named, turns, strict=True)), optimizer, step)
+    if step:
+        begin_torch_state(named, optimizer, step)
+    fill([Batch([name for name, _ in named], list(_pieces(named, optimizer, bool(step))))], wanted, values, named[0][1].device)
 
 
 def largest_first(named: Named, shapes: Shapes) -> list[tuple[str, "torch.nn.Parameter"]]:
@@ -146,26 +190,21 @@ def stored_shapes(
     return part_shapes(shape, trained)
 
 
-def load_torch_state(
-    filled: Iterable[tuple["torch.nn.Parameter", Parts]], optimizer: "torch.optim.Optimizer", step: int
-) -> None:
-    """Set fp32 parameters, each given with its whole parts, and their optimizer's state after `step` steps."""
+def begin_torch_state(named: Named, optimizer: "torch.optim.Optimizer", step: int) -> None:
+    """Give each trained parameter the optimizer state of `step` steps, with zeros for values."""
     import torch
 
-    from common.training.sharding import own_rows, rows_of
+    from common.training import adafactor
 
-    for parameter, whole in filled:
-        parts = {part: rows_of(tensor, parameter) for part, tensor in whole.items()}
-        with torch.no_grad():
-            own_rows(parameter).copy_(parts["weight"])
-        if step and parameter.requires_grad:
-            state = adam_state(parameter, step)
-            names = parts.keys() - {"weight"}
-            if not state.keys() >= names:  # Adafactor's
-                state = {"step": state["step"]} | {n: torch.empty_like(parts[n], device=parameter.device) for n in names}
-            for part in names:
-                own_rows(state[part]).copy_(parts[part])
-            optimizer.state[parameter] = state
+    for _, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        state = adam_state(parameter, step)
+        if isinstance(optimizer, adafactor.Adafactor):
+            state = {"step": state["step"]} | {
+                n: torch.zeros_like(p) for n, p in adafactor.parts_of(parameter.detach()).items()
+            }
+        optimizer.state[parameter] = state
 
 
 def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"]:
@@ -177,29 +216,35 @@ def adam_state(parameter: "torch.Tensor", step: int) -> dict[str, "torch.Tensor"
     return {"step": counter, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
-def gather_torch_state(named: Named, optimizer: "torch.optim.Optimizer", ranks: Ranks) -> Iterator[Entry]:
-    """Trained parameters that every rank holds whole, or whose rows are gathered, one parameter at a time: the ranks take turns
-    to write."""
-    from common.training.sharding import gathered
-
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    for number, (name, parameter) in enumerate(trained):
-        state = {part: value for part, value in optimizer.state.get(parameter, {}).items() if part != "step"}
-        parts = {part: gathered(value.detach()) for part, value in ({"weight": parameter} | state).items()}
-        if number % ranks.world != ranks.rank:
-            yield name, None
-        elif "exp_avg" in state or not state:
-            yield name, parts_of(parts["weight"], parts.get("exp_avg"), parts.get("exp_avg_sq"))
-        else:  # Adafactor's
-            yield name, {part: value.float().cpu() for part, value in parts.items()}
+def torch_pieces(named: Named, optimizer: "torch.optim.Optimizer") -> Batches:
+    """What this rank holds of the trained parameters and their optimizer's state, to save: whole parameters, or rows."""
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    return [Batch([name for name, _ in named], list(_pieces(named, optimizer, True)))]
 
 
-def parts_of(
-    weight: "torch.Tensor", exp_avg: "torch.Tensor | None", exp_avg_sq: "torch.Tensor | None"
-) -> dict[str, "torch.Tensor"]:
-    """The three parts of a checkpoint's file, fp32 on the CPU; a moment that does not exist yet is zero."""
+def _pieces(named: Named, optimizer: "torch.optim.Optimizer", with_state: bool) -> Iterator[Piece]:
+    import torch.distributed as dist
+
+    from common.training.sharding import first_row, own_rows
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, parameter in named:
+        parts = {"weight": parameter.detach()}
+        if with_state and parameter.requires_grad:
+            parts |= optimizer_parts(parameter, optimizer.state.get(parameter, {}))
+        for part, tensor in parts.items():
+            rows, begin = own_rows(tensor), first_row(tensor)
+            if begin is None:
+                yield from pieces.cut(pieces.whole(name, tensor.shape), part, rows.view(-1), 0, rank, world)
+            else:
+                yield from pieces.cut(pieces.rows_of(name, tensor.shape, begin, len(rows)), part, rows.view(-1))
+
+
+def optimizer_parts(parameter: "torch.Tensor", state: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """The state of a parameter that a checkpoint holds: AdamW's or LAMB's moments, Adafactor's means. AdamW has none for a
+    parameter without a gradient: zeros, which take no memory."""
     import torch
 
-    weight = weight.detach().float().cpu()
-    moments = [torch.zeros_like(weight) if m is None else m.detach().float().cpu() for m in (exp_avg, exp_avg_sq)]
-    return dict(zip(("weight", "exp_avg", "exp_avg_sq"), (weight, *moments), strict=True))
+    if not state:
+        return dict.fromkeys(PARTS[1:], torch.zeros(1).expand(parameter.numel()).view(parameter.shape))
+    return {part: value for part, value in state.items() if part != "step"}

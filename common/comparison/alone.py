@@ -48,7 +48,7 @@ def here(stack: str, folder: Path) -> Iterable[tuple[str, Callable[[], object]]]
     weights["transformer.wte.weight"][0, 0] = float("nan")
     save_file(weights, spoiled / "model.safetensors", {"format": "pt"})
     yield "nan", partial(recipe, stack, config, str(folder / f"{stack}_nan_run"), f"init.from={spoiled}")
-    path = run / "step_2/transformer.wte.weight.safetensors"
+    path = run / "step_2/00000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 64]) + content[-8:])
     yield "byte", partial(recipe, stack, config, str(run), "train.steps=4")

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from common import config
-from common.checkpoints import checkpoint, integrity, parameters, state
+from common.checkpoints import checkpoint, integrity, parameters, pieces
+from common.checkpoints.pieces import Batch
 from common.contract import Family, PretrainingFamily
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
@@ -109,9 +110,9 @@ def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
 
     shapes = parameters.expected(model, task)
 
-    def entries() -> Iterator[checkpoint.Entry]:
+    def batches() -> Iterator[Batch]:
         for name, shape in shapes.items():
-            yield name, state.parts_of(source(name, shape), None, None)
+            yield Batch([name], list(pieces.cut(pieces.whole(name, shape), "weight", source(name, shape).view(-1))))
 
     processes.quiet()
     processes.start()
@@ -122,7 +123,7 @@ def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
         try:
             tokenizers.copy_files(folder, out / TOKENIZER)
             config.write_section(out / "model.yaml", "model", model)
-            checkpoint.save(out, entries(), shapes, meta, keep=1)  # last: an OUT with a checkpoint is whole
+            checkpoint.save(out, batches(), shapes, meta, keep=1)  # last: an OUT with a checkpoint is whole
         except BaseException:
             for path in out.iterdir():  # OUT was empty
                 if path.is_dir():

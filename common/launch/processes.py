@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from common.checkpoints import checkpoint
 from common.errors import DISK_ERRORS, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, BadInput
 from common.launch import heartbeat, lock, startup
 from common.seeding import derive_seed
@@ -300,9 +301,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         if _recorded() != EXIT_BAD_INPUT:  # else another rank has reported the reason, and its end broke a collective here
             raise
         code = EXIT_BAD_INPUT
+    if code == EXIT_BAD_INPUT:  # which one rank alone may have seen: the others do not finish a save with it
+        checkpoint.forget()
     for function in _before_exit:
-        with contextlib.suppress(OSError):  # a full disk, which the run has reported
-            function()
+        try:
+            with contextlib.suppress(OSError):  # a full disk, which the run has reported
+                function()
+        except BadInput as error:  # of a save in the background
+            code, lines = EXIT_BAD_INPUT, [f"error: {line}" for line in error.problems]
     first = bool(code) and _record(code, lines)
     if code != EXIT_BAD_INPUT:  # all ranks stop together, on every node
         first = os.environ.get("RANK", "0") == "0"

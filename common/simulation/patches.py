@@ -5,15 +5,14 @@ Nothing else is changed: the recipes, the stacks and torch run as they are.
 
 import importlib
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from common.simulation import null_gpu, regions
 
-PARTS_OF_OTHERS = ("weight", "exp_avg", "exp_avg_sq")
 _kept: list[Any] = []  # what is installed; torch.library takes an override back when its object is gone
 gloo_groups: list[int] = []  # sizes of the groups for CPU tensors that were asked for
 object_collectives: Counter[str] = Counter()  # all_gather_object and the like, which wait for all ranks
@@ -39,7 +38,7 @@ def install(rank: int, world: int) -> None:
     _objects(world)
     _questions()
     if world > 1:
-        _saving(rank, world)
+        _saving()
 
 
 # ---- values that no kernel has computed ------------------------------------------------------------------------------
@@ -223,38 +222,39 @@ def _objects(world: int) -> None:
         setattr(c10d, function.__name__, function)
 
 
-def _saving(rank: int, world: int) -> None:
-    """A checkpoint is written whole by this rank, so that a later simulation can resume from it: zeros stand for what the
-    other ranks would write, and what they report is left out."""
+def _saving() -> None:
+    """A checkpoint is written whole by this rank, so that a later simulation can resume from it: zeros stand for values. It is
+    read without the other ranks."""
     import torch
-    import torch.distributed as dist
 
-    from common.checkpoints import checkpoint
+    from common.checkpoints import checkpoint, pieces, sharded
 
-    save = checkpoint.save
+    module: Any = sharded
+    write = sharded.write
 
-    def complete(own: Sequence[checkpoint.Entry], shapes: Any) -> Iterator[checkpoint.Entry]:
-        names = next((list(parts) for _, parts in own if parts is not None), list(PARTS_OF_OTHERS))
-        written = {name: parts for name, parts in own if parts is not None}
-        for name, shape in shapes.items():
-            yield name, written.get(name) or {part: torch.zeros(()).expand(tuple(shape)) for part in names}
+    def save(writer: sharded.Writer, batches: pieces.Batches) -> None:
+        writer.begin()
+        held = [piece for batch in batches for piece in batch.pieces]
+        for piece in pieces.own(held):
+            piece.tensor.detach().to("cpu")
+        shapes = {(piece.name, piece.part): piece.shape for piece in held if piece.is_saved}
+        parts = {part for _, part in shapes}
+        for name, shape in writer.shapes.items():
+            if not any((name, part) in shapes for part in parts):  # of another rank
+                shapes |= {(name, part): tuple(shape) for part in parts}
+        zeros = [
+            piece
+            for (name, part), shape in shapes.items()
+            for piece in pieces.cut(pieces.whole(name, shape), part, torch.zeros(1).expand(math.prod(shape)))
+        ]
+        writer.finish_step(sharded.index([[write(writer.tmp / "00000.safetensors", zeros)]], writer.shapes))
 
-    def whole(out: Path, entries: Iterator[checkpoint.Entry], shapes: Any, meta: dict[str, Any], keep: int) -> Path:
-        own = list(entries)  # with the collectives in which the other ranks take part
-        module: Any = dist
-        get_rank, gather = dist.get_rank, dist.all_gather_object
+    def load(saved: checkpoint.Checkpoint, batches: pieces.Batches) -> None:
+        reader = sharded.Reader(saved)
+        for batch in batches:
+            reader.read(batch.pieces)
 
-        def only_this(object_list: list[Any], obj: Any, group: Any = None) -> None:
-            object_collectives["all_gather_object"] += 1
-            object_list[:] = [obj, *[({}, None)] * (len(object_list) - 1)]
-
-        try:
-            module.get_rank, module.all_gather_object = lambda *_, **__: 0, only_this
-            return save(out, complete(own, shapes), shapes, meta, keep)
-        finally:
-            module.get_rank, module.all_gather_object = get_rank, gather
-
-    checkpoint.save = whole
+    module.save, module.load = save, load
 
 
 def after_imports(stack: str, world: int) -> None:

@@ -36,9 +36,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.attention.bias import causal_lower_right
 
-from common.checkpoints import parameters, state
-from common.checkpoints.checkpoint import PARTS, Entry
+from common.checkpoints import parameters, pieces, state
 from common.checkpoints.parameters import Shapes
+from common.checkpoints.pieces import Batch, Batches, Piece, Placement
 from common.config import Config
 from common.errors import BadInput
 from common.launch import heartbeat, processes
@@ -465,12 +465,6 @@ def split(whole: torch.Tensor, dim: int, blocks: int, tp: int, rank: int) -> tor
     return torch.cat([block.chunk(tp, dim)[rank] for block in whole.chunk(blocks, dim)], dim)
 
 
-def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
-    """The inverse of split over all ranks."""
-    pieces = [shard.chunk(blocks, dim) for shard in shards]
-    return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)
-
-
 def _core(chunk: Any) -> Any:
     """The model without its wrappers."""
     while hasattr(chunk, "module"):
@@ -501,36 +495,76 @@ def load_state(
     model: Chunks, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
     values: state.Values, step: int,
 ) -> None:  # fmt: skip
-    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time; a collective.
+    """Set weights, fp32 masters and moments from `values` after `step` steps; a collective.
 
     shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together have exactly these.
     """
     _prove(model, parameter_map, shapes)
     named = sorted(global_names(model), key=lambda item: -item[1].numel())  # as state.in_turns wants it
-    wanted = [(hf, state.part_shapes(shapes[hf], bool(step))) for name, _ in named for hf in parameter_map(name).hf]
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)  # the ranks of this stage
-    turns = state.in_turns(values, wanted, named[0][1].device, group)
     for name, parameter in named:
-        conversion = parameter_map(name)
-        hf_values = [next(turns) for _ in conversion.hf]
-        parts = PARTS if step else PARTS[:1]
-        local = {part: _local(conversion, parameter, [value[part] for value in hf_values]) for part in parts}
-        with torch.no_grad():
-            parameter.copy_(local["weight"])
-        for main, where in _mains(optimizer, parameter):
-            one = _owner(optimizer, main)
-            main.detach().copy_(local["weight"].flatten()[where].view_as(main))
+        has_padding = parameter_map(name).unpadded_rows is not None
+        if has_padding:
+            parameter.detach().zero_()
+        for main, _, one in _mains(optimizer, parameter):
+            if has_padding:
+                main.detach().zero_()
             if step:
-                moments = state.adam_state(main, step)
-                for part in MOMENTS:
-                    moments[part].copy_(local[part].flatten()[where].view_as(main))
+                one.state[main] = state.adam_state(main, step)
                 if not isinstance(one, torch.optim.AdamW):
-                    moments.pop("step")  # the fused optimizers count in their groups
-                one.state[main] = moments
+                    one.state[main].pop("step")  # the fused optimizers count in their groups
+    names = [hf for name, _ in named for hf in parameter_map(name).hf]
+    wanted = [(hf, state.part_shapes(shapes[hf], bool(step))) for hf in names]
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)  # the ranks of this stage
+    held = _pieces(named, optimizer, parameter_map, shapes, with_moments=bool(step))
+    state.fill([Batch(names, list(held))], wanted, values, named[0][1].device, group)
     for one in each(optimizer):
         if step and not isinstance(one.optimizer, torch.optim.AdamW):
             for group in one.optimizer.param_groups:
                 group["step"] = step
+
+
+def pieces_of(model: Chunks, optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes) -> Batches:
+    """What this rank holds of the parameters and their moments, to save."""
+    named = global_names(model)
+    names = [hf for name, _ in named for hf in parameter_map(name).hf]
+    return [Batch(names, list(_pieces(named, optimizer, parameter_map, shapes, with_moments=True)))]
+
+
+def _pieces(
+    named: Iterable[tuple[str, Any]], optimizer: MegatronOptimizer, parameter_map: ParameterMap, shapes: Shapes,
+    with_moments: bool,
+) -> Iterator[Piece]:  # fmt: skip
+    """Masters and moments by Hugging Face name, and the model's weights, which are only loaded."""
+    tp = parallel_state.get_tensor_model_parallel_group()
+    dp = parallel_state.get_data_parallel_group(with_context_parallel=True)  # context-parallel ranks are replicas
+    is_distributed = any(hasattr(one, "model_param_group_index_map") for one in each(optimizer))
+    for name, parameter in named:
+        conversion = parameter_map(name)
+        placement = _placement(parameter, conversion, shapes)
+        replica, replicas = (0, 1) if is_distributed else (dp.rank(), dp.size())
+        if not _is_split(parameter):
+            replica, replicas = replica * tp.size() + tp.rank(), replicas * tp.size()
+        yield from pieces.cut(placement, "weight", parameter.detach().view(-1), is_saved=False)
+        for main, start, one in _mains(optimizer, parameter):
+            parts = {"weight": main.detach()}
+            if with_moments:
+                parts |= state.optimizer_parts(main, one.state.get(main, {}))
+            for part, tensor in parts.items():
+                yield from pieces.cut(
+                    placement, part, tensor.view(-1), start, replica, replicas, is_saved=not conversion.is_copy
+                )
+
+
+def _placement(parameter: Any, conversion: Conversion, shapes: Shapes) -> Placement:
+    """Where the elements of this rank's part of a Megatron parameter are in Hugging Face parameters."""
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    rows = conversion.unpadded_rows or 0
+    padded, is_split = -(-rows // tp) * tp, _is_split(parameter)
+    dim = parameter.partition_dim if is_split else 0
+    of_hf = [shapes[hf] for hf in conversion.hf]
+    placement = pieces.converted(conversion, of_hf, padded, dim, conversion.blocks, tp if is_split else 1, rank)
+    assert placement.local == tuple(parameter.shape), f"{conversion.hf}: {placement.local}, {tuple(parameter.shape)}"
+    return placement
 
 
 def _local(conversion: Conversion, parameter: Any, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -587,72 +621,20 @@ def _shape_problem(name: str, parameter: torch.nn.Parameter, conversion: Convers
     return f"{name} of Megatron has shape {tuple(parameter.shape)}, parameter_map.py makes {shape}"
 
 
-def _owner(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.optim.Optimizer:
-    for one in each(optimizer):
-        if any(main is p for group in one.optimizer.param_groups for p in group["params"]):
-            return one.optimizer
-    raise KeyError("a main parameter without an optimizer")
-
-
-def _mains(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, slice]]:
-    """The fp32 tensor that the optimizer steps for this parameter on this rank, and which flat part of it that is."""
+def _mains(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter
+) -> Iterator[tuple[torch.Tensor, int, torch.optim.Optimizer]]:
+    """The fp32 tensor that is stepped for this parameter on this rank, its first element in the parameter, row-major, and the
+    optimizer that steps it."""
     for one in each(optimizer):
         if hasattr(one, "model_param_group_index_map"):  # distributed optimizer
             if parameter in one.model_param_group_index_map:
                 group, order = one.model_param_group_index_map[parameter]
-                piece = one._get_model_param_range_map(parameter)["param"]
-                yield one.optimizer.param_groups[group]["params"][order], slice(piece.start, piece.end)
-        elif hasattr(parameter, "main_param"):  # bf16
-            yield parameter.main_param, slice(None)
+                start = one._get_model_param_range_map(parameter)["param"].start
+                yield one.optimizer.param_groups[group]["params"][order], start, one.optimizer
+                return
         else:
-            yield parameter, slice(None)
-        return
-
-
-def gather_state(model: Chunks, optimizer: MegatronOptimizer, parameter_map: ParameterMap) -> Iterator[Entry]:
-    """Every parameter's master and moments by Hugging Face name, gathered over dp x cp and tp one at a time.
-
-    The ranks that share a pipeline stage take turns to write.
-    """
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)  # context-parallel ranks are replicas
-    tp, dp = tp_group.size(), dp_group.size()
-    turn = dp_group.rank() * tp + tp_group.rank()
-    for number, (name, parameter) in enumerate(global_names(model)):
-        conversion = parameter_map(name)
-        if conversion.is_copy:
-            continue
-        parts = _local_parts(optimizer, parameter, dp_group)
-        if _is_split(parameter):
-            dim = parameter.partition_dim
-            parts = {part: _gather(tensor, dim, conversion.blocks, tp_group) for part, tensor in parts.items()}
-        if number % (tp * dp) != turn:
-            yield from ((hf, None) for hf in conversion.hf)
-            continue
-        rows = slice(conversion.unpadded_rows)
-        hf_parts = {part: conversion.to_hf(tensor[rows]) for part, tensor in parts.items()}
-        for index, hf in enumerate(conversion.hf):
-            yield hf, {part: tensors[index].contiguous().cpu() for part, tensors in hf_parts.items()}
-
-
-def _local_parts(
-    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, dp_group: dist.ProcessGroup
-) -> dict[str, torch.Tensor]:
-    """fp32 weight, exp_avg, exp_avg_sq of this tp rank's shard, whole over dp."""
-    distributed = any(hasattr(one, "model_param_group_index_map") for one in each(optimizer))
-    stacked = torch.zeros(3, parameter.numel(), device=parameter.device)
-    for main, where in _mains(optimizer, parameter):
-        moments = _owner(optimizer, main).state.get(main, {})
-        stacked[0, where] = main.detach().flatten()
-        for row, part in enumerate(MOMENTS, 1):
-            if part in moments:
-                stacked[row, where] = moments[part].flatten()
-    if distributed and dp_group.size() > 1:
-        dist.all_reduce(stacked, group=dp_group)  # each element is non-zero on one rank only: the sum is exact
-    return {part: row.view(parameter.shape) for part, row in zip(PARTS, stacked, strict=True)}
-
-
-def _gather(shard: torch.Tensor, dim: int, blocks: int, group: dist.ProcessGroup) -> torch.Tensor:
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    return join(shards, dim, blocks)
+            main = getattr(parameter, "main_param", parameter)  # bf16 has an fp32 copy
+            if any(main is p for group in one.optimizer.param_groups for p in group["params"]):
+                yield main, 0, one.optimizer
+                return

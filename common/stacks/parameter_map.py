@@ -15,6 +15,7 @@ class Conversion(NamedTuple):
     from_hf: "Callable[..., torch.Tensor]"  # those -> whole Megatron tensor
     blocks: int = 1  # stacked blocks that are each split over tp: 2 for gate and up
     unpadded_rows: int | None = None  # of a vocabulary, without the rows that make it divisible by tp
+    is_transposed: bool = False  # Hugging Face has (in, out), Megatron (out, in)
     is_copy: bool = False  # the last pipeline stage's copy of a tied embedding: the first stage's stands for both
 
 

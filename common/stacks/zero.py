@@ -19,15 +19,12 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import (
     groups,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state as set_local_state,
 )
 
-from common.checkpoints import parameters, state
-from common.checkpoints.checkpoint import Entry
+from common.checkpoints import parameters, pieces, state
+from common.checkpoints.checkpoint import PARTS
 from common.checkpoints.parameters import Shapes
+from common.checkpoints.pieces import Batch, Batches, Piece, Placement
 from common.config import Config
 from common.launch import processes
 from common.launch.heartbeat import SWAP_FOLDER
@@ -336,21 +333,20 @@ def grad_norm(engine: Any, shapes: Shapes) -> float:
 
 
 def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> None:
-    """Set weights, fp32 masters and moments from `values` after `step` steps, one parameter at a time; a collective.
+    """Set weights, fp32 masters and moments from `values` after `step` steps; a collective.
 
     shapes: the full shape of each Hugging Face parameter; one that is smaller here is AutoTP's shard of it. BadInput unless
     the engine's model holds just these.
     """
-    shapes, values = shapes_here(engine, shapes), values_here(engine, shapes, values)
+    full, shapes = shapes, shapes_here(engine, shapes)
     stage, named = engine.zero_optimization_stage(), state.largest_first(engine.module.named_parameters(), shapes)
     local = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
     whole = {name: _full_shape(shape, shapes.get(name, shape), engine.autotp_size()) for name, shape in local.items()}
     parameters.prove(_of_all_stages(engine, whole), shapes, "the model on deepspeed")
     inner = engine.optimizer
-    if stage == 0:
-        state.load_torch_state(_filled(engine, named, shapes, values, step), inner, step)
-        return
-    if step:
+    if step and stage == 0:
+        state.begin_torch_state(named, inner, step)
+    elif step:
         for group in inner.optimizer.param_groups:
             for flat in group["params"]:
                 inner.optimizer.state[flat] = state.adam_state(flat, step)
@@ -360,15 +356,18 @@ def load_state(engine: Any, shapes: Shapes, values: state.Values, step: int) -> 
                     inner.optimizer.state[flat] = state.adam_state(flat, step)
         else:
             _link(inner)
-    for name, parameter in named:
+    for name, parameter in named if stage else ():
         if split_dim(local[name], shapes[name]) is not None:
             # AutoTP slices embeddings (T5's relative biases) without saying so, and the gradient norm, and with it the
             # clipping, would miss the other ranks' part (deepspeed/runtime/utils.py, is_model_parallel_parameter)
             marked: Any = parameter
             marked.tensor_model_parallel = True
-    put = _put_stage3 if stage == 3 else _put_stage12
-    for parameter, parts in _filled(engine, named, shapes, values, step):
-        put(parameter, parts, bool(step))
+    held = _batches(engine, named, full, bool(step), for_load=True)
+    order = {name: parameter for name, parameter in named}
+    names = [name for batch in _names_of_batches(engine, named) for name in batch]
+    wanted = [(name, state.stored_shapes(order[name], full[name], inner, step)) for name in names]
+    group = engine.grid.get_data_parallel_group() if engine.pipeline_parallelism else None  # the ranks of this stage
+    state.fill(held, wanted, values, engine.device, group)
     if stage == 3:
         inner.invalidate_secondary_tensor()  # deepspeed.hpz: copied from the memory in which the model was built
 
@@ -393,35 +392,12 @@ def _conversions(engine: Any) -> dict[str, Conversion]:
 
 def shapes_here(engine: Any, shapes: Shapes) -> Shapes:
     """The full shapes that parameters of these Hugging Face shapes have in the engine's model."""
-    converted = {
-        name: tuple(conversion.from_hf(torch.empty(*shapes[name], device="meta")).shape)
-        for name, conversion in _conversions(engine).items()
-    }
+    converted = {name: _converted_shape(conversion, shapes[name]) for name, conversion in _conversions(engine).items()}
     return {**shapes, **converted}
 
 
-def values_here(engine: Any, shapes: Shapes, values: state.Values) -> state.Values:
-    """`values`, of parameters of these Hugging Face shapes, as the engine's model stores them."""
-    conversions = _conversions(engine)
-
-    def value(name: str, shape: Sequence[int]) -> state.Parts:
-        if name not in conversions:
-            return values(name, tuple(shape))
-        parts = values(name, tuple(shapes[name]))
-        return {part: conversions[name].from_hf(tensor).contiguous() for part, tensor in parts.items()}
-
-    return value
-
-
-def _filled(
-    engine: Any, named: list[tuple[str, torch.nn.Parameter]], shapes: Shapes, values: state.Values, step: int
-) -> Iterator[tuple[torch.nn.Parameter, state.Parts]]:
-    """Each parameter with this rank's shard of its parts."""
-    wanted = [(name, state.stored_shapes(parameter, shapes[name], engine.optimizer, step)) for name, parameter in named]
-    group = engine.grid.get_data_parallel_group() if engine.pipeline_parallelism else None  # the ranks of this stage
-    turns = state.in_turns(values, wanted, engine.device, group)
-    for (name, parameter), parts in zip(named, turns, strict=True):
-        yield parameter, shard_of(parts, getattr(parameter, "ds_shape", parameter.shape), shapes[name])
+def _converted_shape(conversion: Conversion, shape: Sequence[int]) -> Sequence[int]:
+    return tuple(conversion.from_hf(torch.empty(*shape, device="meta")).shape)
 
 
 def _of_all_stages(engine: Any, shapes: Shapes) -> Shapes:
@@ -447,95 +423,139 @@ def _link(inner: Any) -> None:
     inner._lazy_init_hp_params_optimizer_state()
 
 
+def pieces_of(engine: Any, shapes: Shapes) -> Batches:
+    """What this rank holds of the trained parameters' masters and moments, to save.
+
+    shapes: the full shape of each Hugging Face parameter.
+    """
+    stage, inner = engine.zero_optimization_stage(), engine.optimizer
+    if 0 < stage < 3 and inner.optimizer.state:
+        _link(inner)
+    named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return _batches(engine, named, shapes, with_moments=True, for_load=False)
+
+
+def _names_of_batches(engine: Any, named: Sequence[tuple[str, Any]]) -> list[list[str]]:
+    """Of one batch, or with deepspeed.nvme of one for each group of parameters that is in memory at a time."""
+    inner = engine.optimizer
+    if engine.zero_optimization_stage() < 3 or not any(map(inner._swappable_optimizer_subgroup, range(len(inner.fp16_groups)))):
+        return [[name for name, _ in named]]
+    groups_of: dict[int, list[str]] = {}
+    for name, parameter in named:
+        number = inner.grad_position[inner.get_param_id(parameter)][0] if parameter.requires_grad else -1
+        groups_of.setdefault(number, []).append(name)
+    return [groups_of[number] for number in sorted(groups_of)]
+
+
+def _batches(
+    engine: Any, named: Sequence[tuple[str, Any]], shapes: Shapes, with_moments: bool, for_load: bool
+) -> Iterator[Batch]:
+    """The pieces of this rank. for_load: those of the model's weights too."""
+    stage, inner, found = engine.zero_optimization_stage(), engine.optimizer, dict(named)
+    of_stage = _pieces_stage3 if stage == 3 else _pieces_stage12 if stage else _pieces_stage0
+    for names in _names_of_batches(engine, named):
+        numbers = {
+            inner.grad_position[inner.get_param_id(found[name])][0]
+            for name in names
+            if stage == 3 and found[name].requires_grad
+        }
+        with contextlib.ExitStack() as stack:
+            for number in numbers:
+                stack.enter_context(_in_memory(inner, number))
+            held: list[Piece] = []
+            for name in names:
+                parameter = found[name]
+                if for_load and stage == 3:
+                    stack.enter_context(_weight_in_memory(parameter))
+                placement, replica, replicas = _placement(engine, name, parameter, shapes)
+                for part, tensor, start, is_saved in of_stage(inner, parameter, with_moments, for_load):
+                    place = placement if part in PARTS else pieces.whole(name, tensor.shape)  # Adafactor's means
+                    is_saved = is_saved and not getattr(parameter, "ds_pipe_replicated", False)  # the first stage has it too
+                    held += pieces.cut(place, part, tensor.view(-1), start, replica, replicas, is_saved)
+            yield Batch(names, held)
+
+
+def _placement(engine: Any, name: str, parameter: Any, shapes: Shapes) -> tuple[Placement, int, int]:
+    """Where the elements of this rank's AutoTP shard are in the Hugging Face parameter; of the ranks that have the same
+    elements to save, the number of this one, and their number."""
+    conversion = _conversions(engine).get(name)
+    local = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    full = tuple(_converted_shape(conversion, shapes[name]) if conversion else shapes[name])
+    dim, tp = split_dim(local, full), max(1, engine.autotp_size())  # it is 0 without AutoTP
+    rank = groups.get_tensor_model_parallel_rank() if tp > 1 else 0
+    stage = engine.zero_optimization_stage()
+    if stage == 3 and engine.optimizer._get_param_partition_world_size(parameter) == dist.get_world_size():
+        replica, replicas = 0, 1  # what AutoTP does not split may be divided among its ranks too
+    elif stage:
+        replica, replicas = (rank, tp) if dim is None else (0, 1)
+    elif dim is None:
+        replica, replicas = dist.get_rank(), dist.get_world_size()
+    else:
+        replica, replicas = dist.get_rank() // tp, dist.get_world_size() // tp
+    if conversion:
+        split = {"dim": dim or 0, "tp": 1 if dim is None else tp, "rank": rank}
+        return pieces.converted(conversion, [shapes[name]], **split), replica, replicas
+    first = rank * local[dim] if dim is not None else 0
+    row, column = (first, 0) if not dim else (0, first)
+    return pieces.rows_of(name, full, row, local[0])._replace(local=local, column=column), replica, replicas
+
+
+Held = Iterator[tuple[str, torch.Tensor, int, bool]]  # part, memory, its first element in the local parameter, is it saved
+
 # Below, `parameter` is a torch.nn.Parameter to which DeepSpeed adds attributes: _hp_mapping, ds_tensor and so on.
 
 
-def _put_stage12(parameter: Any, parts: state.Parts, moments: bool) -> None:
-    with torch.no_grad():
-        parameter.copy_(parts["weight"])
+def _pieces_stage0(inner: Any, parameter: Any, with_moments: bool, for_load: bool) -> Held:
+    yield "weight", parameter.detach(), 0, True
+    if with_moments and parameter.requires_grad:
+        for part, tensor in state.optimizer_parts(parameter, inner.state.get(parameter, {})).items():
+            yield part, tensor, 0, True
+
+
+def _pieces_stage12(inner: Any, parameter: Any, with_moments: bool, for_load: bool) -> Held:
+    if for_load:
+        yield "weight", parameter.detach(), 0, False
     if not parameter.requires_grad or parameter._hp_mapping is None:  # this rank owns no piece of its master
         return
-    device = parameter._hp_mapping.hp_fragment.device
-    parameter.set_full_hp_param(parts["weight"].to(device))
-    for part in MOMENTS if moments else ():
-        parameter.set_full_hp_param(parts[part].to(device), part)
+    mapping = parameter._hp_mapping
+    start, master = mapping.lp_fragment_address.start, mapping.hp_fragment.detach()
+    yield "weight", master, start, True
+    if with_moments:
+        moments = {part: mapping.get_hp_fragment(part) for part in MOMENTS} if inner.optimizer.state else {}
+        for part, tensor in state.optimizer_parts(master, moments).items():
+            yield part, tensor, start, True
 
 
-def _put_stage3(parameter: Any, parts: state.Parts, moments: bool) -> None:
-    weight = _piece(parameter, parts["weight"])
-    is_swapped = parameter.ds_tensor.status.name == "NOT_AVAILABLE"  # its memory is on the disk of deepspeed.nvme
-    if is_swapped:
-        parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    parameter.ds_tensor.data.copy_(weight)
-    if is_swapped:
-        parameter.nvme_swapper.swap_out_and_release([parameter])
-    if parameter.ds_status.name == "AVAILABLE":
-        parameter.data.copy_(parts["weight"])
+def _pieces_stage3(inner: Any, parameter: Any, with_moments: bool, for_load: bool) -> Held:
+    start = parameter.ds_tensor.ds_numel * inner._get_param_partition_rank(parameter)
+    if for_load:
+        yield "weight", parameter.ds_tensor.data, start, False
+        if parameter.ds_status.name == "AVAILABLE":
+            yield "weight", parameter.detach(), 0, False
     if not parameter.requires_grad:
         return
-    safe_set_local_fp32_param(parameter, weight)
-    for part in MOMENTS if moments else ():
-        set_local_state(parameter, _piece(parameter, parts[part]), part)
+    group, begin, size = inner.grad_position[inner.get_param_id(parameter)]
+    flat = inner.fp32_partitioned_groups_flat[group]
+    master = flat.detach().narrow(0, begin, size)
+    yield "weight", master, start, True
+    if with_moments:
+        moments = inner.optimizer.state.get(flat, {})
+        own = {part: moments[part].narrow(0, begin, size) for part in MOMENTS} if moments else {}
+        for part, tensor in state.optimizer_parts(master, own).items():
+            yield part, tensor, start, True
 
 
-def _piece(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's equal share of a flat parameter; the last one is padded with zeros."""
-    size, rank = parameter.ds_tensor.ds_numel, parameter._z3_optimizer._get_param_partition_rank(parameter)
-    piece = torch.zeros(size, device=whole.device)
-    values = whole.flatten()[rank * size : (rank + 1) * size]
-    piece[: values.numel()] = values
-    return piece.to(parameter.ds_tensor.device)
-
-
-def shard_of(parts: state.Parts, shape: Sequence[int], full: Sequence[int]) -> state.Parts:
-    """This rank's shard, of this shape, of a parameter's parts."""
-    dim = split_dim(shape, full)
-    if dim is None:
-        return parts
-    tp, rank = groups.get_tensor_model_parallel_world_size(), groups.get_tensor_model_parallel_rank()
-    return {part: tensor.chunk(tp, dim)[rank].contiguous() for part, tensor in parts.items()}
+@contextlib.contextmanager
+def _weight_in_memory(parameter: Any) -> Iterator[None]:
+    """Stage 3 with parameters in deepspeed.nvme: read this rank's share of a weight, and write it back at the end."""
+    is_swapped = parameter.ds_tensor.status.name == "NOT_AVAILABLE"
+    if is_swapped:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    yield
+    if is_swapped:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 def split_dim(shape: Sequence[int], full: Sequence[int]) -> int | None:
     """The dimension in which a shard is smaller than its parameter; None if it is the whole one."""
     return next((dim for dim, (size, whole) in enumerate(zip(shape, full, strict=True)) if size != whole), None)
-
-
-def gather_state(engine: Any, ranks: Ranks, shapes: Shapes) -> Iterator[Entry]:
-    """Every trained parameter's master and moments, gathered one at a time; the ranks take turns to write."""
-    stage, inner = engine.zero_optimization_stage(), engine.optimizer
-    shapes, conversions = shapes_here(engine, shapes), _conversions(engine)
-    if stage == 0 and not isinstance(inner, torch.optim.AdamW):  # every rank has whole parameters, whatever the state holds
-        yield from state.gather_torch_state(engine.module.named_parameters(), inner, ranks)
-        return
-    stepped = stage > 0 and bool(inner.optimizer.state)
-    if stepped and stage < 3:
-        _link(inner)
-    trained = [
-        (name, parameter)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad and not getattr(parameter, "ds_pipe_replicated", False)  # the first stage has it too
-    ]
-    turns = min(ranks.world, engine.grid.data_parallel_size) if engine.pipeline_parallelism else ranks.world
-    for number, (name, parameter) in enumerate(trained):
-        if stage == 0:
-            moments = [inner.state.get(parameter, {}).get(part) for part in MOMENTS]
-            parts = [parameter.detach(), *moments]
-        else:
-            parts = [safe_get_full_fp32_param(parameter)]  # a collective
-            parts += [safe_get_full_optimizer_state(parameter, part) if stepped else None for part in MOMENTS]
-        dim = split_dim(getattr(parameter, "ds_shape", parameter.shape), shapes[name])
-        if dim is not None:
-            parts = [None if part is None else _gather(part, dim) for part in parts]
-        if name in conversions:
-            parts = [None if part is None else conversions[name].to_hf(part)[0] for part in parts]
-        writes = number % turns == ranks.rank % turns  # the ranks, with a pipeline those of a stage, take turns
-        yield name, state.parts_of(*parts) if writes else None
-
-
-def _gather(shard: torch.Tensor, dim: int) -> torch.Tensor:
-    """AutoTP's shards of one tensor, put together on every rank."""
-    group = groups.get_tensor_model_parallel_group()
-    shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    return torch.cat(shards, dim)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import screen
+from common.checkpoints import checkpoint
 from common.config import Section, written
 from common.contract import Family
 from common.json_files import is_count
@@ -32,13 +33,13 @@ class Log:
         self.first_step = self.current = run.resume.step if run.resume else 0
         self.flops_per_token = task.forward_backward_flops(run.cfg.model, run.cfg.data)["full"]
         self.gpu = _gpu_name(ranks)
+        processes.before_exit(self.close)
         if not self.first:
             return
         startup.done(f"model and optimizer with their values ({_origin(run)})")
         self.file = _open_metrics(run.out / "metrics.jsonl", self.first_step)
         before = read(run.out / "metrics.jsonl", self.first_step)
         self.trackers = trackers.started(run, self.first_step, _texts(run, task), before)
-        processes.before_exit(self.close)
         if os.environ.get(startup.HEADER) != str(ranks.world):
             print(header(run), flush=True)
         self.row = Row(run.whole.last_step, flops.peak_tflops(self.gpu) is not None)
@@ -48,6 +49,7 @@ class Log:
     def begin_step(self) -> None:
         self.current += 1
         heartbeat.beat("data", self.current)
+        checkpoint.poll()
         self.step_start = time.perf_counter()
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, **parts: float) -> None:
@@ -89,6 +91,12 @@ class Log:
         named = {f"valid_{name}": value for name, value in parts.items()}
         self._write({"step": step, "valid_loss": loss, "valid_tokens": tokens, **named})
 
+    def saved(self, step: int, **ms: float) -> None:
+        """Log how long the training waited for a checkpoint (save_ms), and when all of it was on disk (saved_ms)."""
+        if self.first:
+            self.file.write(json.dumps({"step": step, **ms}) + "\n")
+            self.file.flush()
+
     def _write(self, values: dict[str, Any]) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
@@ -98,6 +106,7 @@ class Log:
 
     def close(self) -> None:
         """Write what is left. A run that is stopped comes here from processes.run."""
+        checkpoint.wait()
         if self.first and not self.file.closed:
             self.file.close()
             for tracker in self.trackers:

@@ -135,7 +135,7 @@ class Merged:
         self.path, self.step, self.source, self.adapters = source.path, source.step, source, adapters
         self.whole = parameters.expected(cfg.model, task)
         self.base = state.values(cfg, task, self.whole, None)
-        self.meta = source.meta | {"files": {name: {"shape": list(shape)} for name, shape in self.whole.items()}}
+        self.meta, self.adapted = source.meta, set(source.names())
 
     def names(self) -> list[str]:
         return list(self.whole)
@@ -147,7 +147,7 @@ class Merged:
         """{"weight": the merged weight}."""
         weight = self.base(name, self.whole[name])["weight"]
         layer = name.removesuffix(".weight")
-        if f"{layer}.lora_A.default.weight" in self.source.meta["files"]:
+        if f"{layer}.lora_A.default.weight" in self.adapted:
             a, b = (self.source.read(f"{layer}.lora_{which}.default.weight", ("weight",))["weight"] for which in "AB")
             change = self.adapters.alpha / self.adapters.rank * (b @ a)  # (out, in)
             weight = weight + (change.T if self.adapters.weights_are_transposed else change)
@@ -170,6 +170,7 @@ def export(run: Run, ranks: Ranks, steps: Path) -> None:
     tmp.mkdir()
     peft_config(adapters, run.cfg).save_pretrained(tmp)
     names = {f"base_model.model.{name.replace('.default.', '.')}": name for name in source.names()}  # {peft's name: name here}
-    shapes = {peft_name: source.meta["files"][name]["shape"] for peft_name, name in names.items()}
+    of_source = source.shapes()
+    shapes = {peft_name: of_source[name] for peft_name, name in names.items()}
     write_tensors(tmp / "adapter_model.safetensors", shapes, lambda name: source.read(names[name], ("weight",))["weight"])
     integrity.replace_folder(tmp, folder)

@@ -51,13 +51,11 @@ def own_rows(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def rows_of(whole: "torch.Tensor", like: "torch.Tensor") -> "torch.Tensor":
-    """The rows of `whole` that this rank holds of `like`: of n rows ceil(n / ranks), and what is left on the last rank that has
-    any (torch.chunk)."""
+def first_row(tensor: "torch.Tensor") -> int | None:
+    """Of a tensor that is divided among the ranks, the first row that this rank holds; None for other tensors. Of n rows each
+    rank has ceil(n / ranks), and the last one that has any what is left (torch.chunk)."""
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(like, DTensor):
-        return whole
-    number = -(-len(whole) // like.device_mesh.size())
-    begin = number * like.device_mesh.get_local_rank()
-    return whole[begin : begin + number]
+    if not isinstance(tensor, DTensor):
+        return None
+    return -(-len(tensor) // tensor.device_mesh.size()) * tensor.device_mesh.get_local_rank()

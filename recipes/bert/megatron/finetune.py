@@ -98,8 +98,8 @@ def main(argv: list[str]) -> None:
         return selection.judge(step, *predictions.gather())
 
     def save(out: Path, step: int, keep: int) -> None:
-        entries = mcore.gather_state(model, optimizer, mapping)
-        checkpoint.save(out, entries, shapes, state.meta(run, step), keep)
+        pieces = mcore.pieces_of(model, optimizer, mapping, shapes)
+        checkpoint.save(out, pieces, shapes, state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0

@@ -82,8 +82,8 @@ def main(argv: list[str]) -> None:
         return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        entries = state.gather_torch_state(net.named_parameters(), optimizer, ranks)
-        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
+        pieces = state.torch_pieces(net.named_parameters(), optimizer)
+        checkpoint.save(out, pieces, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0

@@ -46,7 +46,8 @@ def _spec(paths: tuple[str, ...], partition_type: str) -> dict[str, Any]:
 def conversion(name: str, blocks: int, tp: int) -> Conversion:
     """How a parameter stands for that of Conv1D: a weight transposed, and rows of `blocks` blocks, each in `tp` shares, ordered
     by share: AutoTP gives each rank the rows that follow each other."""
-    return Conversion((name,), partial(to_conv1d, blocks=blocks, tp=tp), partial(from_conv1d, blocks=blocks, tp=tp))
+    to_hf, from_hf = partial(to_conv1d, blocks=blocks, tp=tp), partial(from_conv1d, blocks=blocks, tp=tp)
+    return Conversion((name,), to_hf, from_hf, is_transposed=True)
 
 
 def from_conv1d(whole: torch.Tensor, blocks: int, tp: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ def _gpt2(m: task.ResolvedModel) -> tuple[Outer, Layer]:
 
     def transposed(name: str) -> Conversion:
         """GPT-2's Conv1D holds (in, out), Megatron's linear layers (out, in)."""
-        return _changed(name, torch.t)
+        return _changed(name, torch.t)._replace(is_transposed=True)
 
     def mixed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Conversion:
         """c_attn holds all queries, then all keys, then all values."""
@@ -66,6 +66,7 @@ def _gpt2(m: task.ResolvedModel) -> tuple[Outer, Layer]:
             (name,),
             lambda tensor: [change(torch.cat(list(split_qkv(m.heads, m.heads, tensor))))],
             lambda tensor: qkv(m.heads, *change(tensor).chunk(3)),
+            is_transposed=change is torch.t,
         )
 
     layer: Layer = {

@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
         return selection.judge(step, (totals[0] / totals[1]).item(), int(totals[1]))
 
     def save(out: Path, step: int, keep: int) -> None:
-        entries = zero.gather_state(engine, ranks, shapes)
-        checkpoint.save(out, entries, lora.trained(shapes, cfg), state.meta(run, step), keep)
+        pieces = zero.pieces_of(engine, shapes)
+        checkpoint.save(out, pieces, lora.trained(shapes, cfg), state.meta(run, step), keep)
 
     # ---- resume
     step = run.resume.step if run.resume else 0

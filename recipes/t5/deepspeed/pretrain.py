@@ -67,8 +67,10 @@ def main(argv: list[str]) -> None:
         log.valid(step, (totals[0] / totals[1]).item(), int(totals[1]))
         engine.train()
 
-    def save(step: int) -> None:
-        checkpoint.save(run.out, zero.gather_state(engine, ranks, shapes), shapes, state.meta(run, step), cfg.train.keep)
+    def save(step: int, is_last: bool) -> None:
+        pieces = zero.pieces_of(engine, shapes)
+        in_background = cfg.train.async_save and not is_last
+        checkpoint.save(run.out, pieces, shapes, state.meta(run, step), cfg.train.keep, log.saved, in_background)
 
     # ---- resume
     step = run.resume.step if run.resume else 0
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> None:
         if run.valid and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
             evaluate(step)
         if last or stop or (cfg.train.save_every and step % cfg.train.save_every == 0):
-            save(step)
+            save(step, is_last=bool(last or stop))
         if stop and not last:
             raise processes.stopped(stop, step)
 

@@ -1,0 +1,298 @@
+"""The training state in pieces (common/checkpoints): what ranks of any layout write, any other layout reads."""
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, step_of
+from test_integrity import META, flip, saved
+
+from common import config
+from common.checkpoints import checkpoint, pieces, sharded
+from common.errors import BadInput
+from common.families import RECIPES
+from common.stacks import mcore
+from scripts import state as state_cli
+from tests.states import write_older_step, write_step
+
+
+def ranges(count: int, ranks: int) -> list[tuple[int, int]]:
+    """The flat ranges of a tensor that ranks have, of unequal sizes."""
+    bounds = sorted({0, count, *random.Random(count).choices(range(count), k=ranks - 1)})
+    return list(pairwise(bounds))
+
+
+def megatron_cases() -> Iterator[Any]:
+    for family, name, given in (
+        ("gpt", "tiny", []), ("gpt", "tiny_llama", []), ("gpt", "tiny_llama", ["model.tied=false"]), ("bert", "tiny", []),
+        ("bert", "tiny_postln", []), ("t5", "tiny", []), ("t5", "tiny_v1_1", []),
+    ):  # fmt: skip
+        path = RECIPES / family / f"configs/{name}.yaml"
+        if path.exists():
+            yield pytest.param(family, path, given, id=f"{family}-{name}{'-'.join(given)}")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("family", "path", "given"), megatron_cases())
+def test_megatron_pieces_are_the_elements_of_the_parameters(family: str, path: Path, given: list[str], tp: int) -> None:
+    """Of every Megatron parameter, every tp rank's part cut into flat ranges, as the distributed optimizer has them: each piece
+    has the values of its rectangle, and together they are each parameter once."""
+    task = importlib.import_module(f"recipes.{family}.task")
+    parameter_map = importlib.import_module(f"recipes.{family}.megatron.parameter_map").parameter_map
+    cfg = config.load(path, ["model.vocab_size=131", *given], task.Config)
+    model = cfg.model.resolve(cfg, None)
+    shapes = task.parameter_shapes(model)
+    values = {name: torch.randn(*shape) for name, shape in shapes.items()}
+    seen: dict[str, list[Any]] = {name: [] for name in shapes}
+    for conversion, dim in of_each_parameter(family, model, parameter_map(model), shapes):
+        whole = conversion.from_hf(*(values[name] for name in conversion.hf))
+        rows = conversion.unpadded_rows or 0
+        padded = -(-rows // tp) * tp
+        if rows:
+            whole = torch.nn.functional.pad(whole, (0, 0) * (whole.dim() - 1) + (0, padded - rows))
+        for rank in range(tp if dim is not None else 1):
+            part = mcore.split(whole, dim, conversion.blocks, tp, rank) if dim is not None else whole
+            split = {"dim": dim or 0, "blocks": conversion.blocks, "tp": 1 if dim is None else tp, "rank": rank}
+            placement = pieces.converted(conversion, [shapes[name] for name in conversion.hf], padded, **split)
+            assert placement.local == tuple(part.shape)
+            for begin, end in ranges(part.numel(), 3):
+                for piece in pieces.cut(placement, "weight", part.reshape(-1)[begin:end], begin):
+                    assert piece.tensor.equal(values[piece.name][piece.region]), (conversion.hf, piece.offset)
+                    seen[piece.name].append((piece.offset, tuple(piece.tensor.shape)))
+    assert {name: pieces.uncovered(shapes[name], found) for name, found in seen.items()} == dict.fromkeys(shapes)
+
+
+def of_each_parameter(family: str, model: Any, mapping: Any, shapes: Any) -> Iterator[tuple[Any, int | None]]:
+    """(conversion, dimension that tensor parallelism splits) of each Megatron parameter that holds one."""
+    row_parallel, column_parallel = ("linear_proj", "linear_fc2"), ("linear_qkv", "linear_fc1", "linear_q", "linear_kv")
+    layer_names = [
+        f"{block}.{leaf}"
+        for block in (
+            "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2", "input_layernorm",
+            "pre_mlp_layernorm", "self_attn_bda.norm", "mlp_bda.norm", "pre_cross_attn_layernorm", "cross_attention.linear_q",
+            "cross_attention.linear_kv", "cross_attention.linear_proj",
+        )
+        for leaf in ("weight", "bias")
+    ]  # fmt: skip
+    outer = [
+        "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias", "embedding.position_embeddings.weight",
+        "embedding.tokentype_embeddings.weight", "lm_head.output_layer.weight", "decoder.final_layernorm.weight",
+        "decoder.final_layernorm.bias", "encoder.final_layernorm.weight", "encoder.final_layernorm.bias",
+        "encoder_relative_pos_emb.relative_attention_bias.weight", "decoder_relative_pos_emb.relative_attention_bias.weight",
+        *(f"{m}.{leaf}" for m in ("lm_head.dense", "lm_head.layer_norm", "pooler.dense", "binary_head",
+                                  "embedding.embedding_dropout.0") for leaf in ("weight", "bias")),
+    ]  # fmt: skip
+    stacks = ("encoder", "decoder") if family == "t5" else ("encoder",) if family == "bert" else ("decoder",)
+    names = [f"{stack}.layers.{number}.{name}" for stack in stacks for number in range(model.layers) for name in layer_names]
+    for name in [*outer, *names]:
+        try:
+            conversion = mapping(name)
+        except KeyError:
+            continue
+        if conversion.is_copy or conversion.hf[0] not in shapes:  # a decoder may have other layers
+            continue
+        module, _, leaf = name.rpartition(".")
+        block = module.rpartition(".")[2]
+        dim: int | None = None
+        if block in column_parallel or conversion.unpadded_rows:
+            dim = 0
+        elif block in row_parallel and leaf == "weight":
+            dim = 1
+        yield conversion, dim
+
+
+def test_flat_ranges_are_at_most_three_rectangles_each() -> None:
+    tensor = torch.arange(7 * 5.0)
+    for begin in range(35):
+        for end in range(begin + 1, 36):
+            found = list(pieces.cut(pieces.whole("w", (7, 5)), "weight", tensor[begin:end], begin))
+            assert len(found) <= 3
+            assert sorted(v for piece in found for v in piece.tensor.flatten().tolist()) == list(range(begin, end))
+            assert all(piece.tensor.equal(tensor.view(7, 5)[piece.region]) for piece in found)
+
+
+def test_what_does_not_cover_a_part_once_is_named() -> None:
+    whole = [((0, 0), (2, 4)), ((2, 0), (1, 1)), ((2, 1), (1, 3)), ((3, 0), (1, 4))]
+    assert pieces.uncovered((4, 4), whole) is None
+    assert pieces.uncovered((4, 4), whole[1:]) == "lacks 8 of its 16 elements"
+    assert pieces.uncovered((4, 4), [*whole, ((0, 0), (1, 1))]) == "has elements that several ranks wrote"
+    assert pieces.uncovered((4, 4), [*whole[:-1], ((0, 0), (1, 4))]) == "has elements that several ranks wrote"
+    assert pieces.uncovered((4, 4), [*whole[:-1], ((4, 0), (1, 4))]) == "has elements beyond its shape"
+
+
+def test_replicas_share_the_writing() -> None:
+    """Weights and biases alternate: each of 4 ranks that hold all writes a quarter of the bytes."""
+    held = [
+        piece
+        for layer in range(12)
+        for name, shape in ((f"{layer}.w", (300, 100)), (f"{layer}.b", (300,)))
+        for piece in pieces.cut(pieces.whole(name, shape), "weight", torch.zeros(300 * (100 if "w" in name else 1)))
+    ]
+    shares = [pieces.own(piece._replace(replica=rank, replicas=4) for piece in held) for rank in range(4)]
+    sizes = [sum(piece.tensor.numel() for piece in share) for share in shares]
+    assert max(sizes) <= 1.05 * sum(sizes) / 4
+    assert sorted((p.name, p.offset) for share in shares for p in share) == sorted((p.name, p.offset) for p in held)
+
+
+# ---- layouts of one model, each written and read as every other ----------------------------------------------------------
+
+SHAPES = {"emb": (97, 32), **{f"{n}.{leaf}": shape for n in range(4) for leaf, shape in (("w", (64, 32)), ("b", (64,)))}}
+VALUES = {name: torch.randn(*shape, generator=torch.Generator().manual_seed(len(name))) for name, shape in SHAPES.items()}
+
+
+def held_by(layout: str, rank: int, world: int, values: dict[str, torch.Tensor]) -> list[pieces.Piece]:
+    """What a rank holds: all of it, rows, columns, a flat range of each parameter, or one of all of them together."""
+    held, at, total = [], 0, sum(v.numel() for v in values.values())
+    for number, (name, value) in enumerate(values.items()):
+        flat, shape = value.reshape(-1), tuple(value.shape)
+        whole = pieces.whole(name, shape)
+        if layout == "replicas":
+            held += pieces.cut(whole, "weight", flat, 0, rank, world)
+        elif layout == "rows":
+            size = -(-shape[0] // world)
+            begin = min(rank * size, shape[0])
+            rows = value[begin : begin + size]
+            held += pieces.cut(pieces.rows_of(name, shape, begin, len(rows)), "weight", rows.reshape(-1))
+        elif layout == "columns" and len(shape) == 2:
+            size = shape[1] // world
+            columns = value[:, rank * size : (rank + 1) * size].contiguous()
+            held += pieces.cut(whole._replace(local=(shape[0], size), column=rank * size), "weight", columns.view(-1))
+        elif layout == "columns":
+            held += pieces.cut(whole, "weight", flat, 0, rank, world)
+        elif layout == "stages":
+            held += pieces.cut(whole, "weight", flat) if number % world == rank else []
+        elif layout == "zero3":
+            size = -(-flat.numel() // world)
+            held += pieces.cut(whole, "weight", flat[rank * size : (rank + 1) * size], rank * size)
+        elif layout == "zero1":
+            begin, end = max(total * rank // world, at), min(total * (rank + 1) // world, at + flat.numel())
+            held += pieces.cut(whole, "weight", flat[begin - at : end - at], begin - at) if begin < end else []
+        at += flat.numel()
+    return held
+
+
+LAYOUTS = ["replicas", "rows", "columns", "stages", "zero1", "zero3"]
+
+
+def write_as(layout: str, world: int, out: Path) -> tuple[checkpoint.Checkpoint, list[int]]:
+    """A step written by so many ranks, and the bytes that each wrote."""
+    tmp = out / "step_4.tmp"
+    tmp.mkdir(parents=True)
+    written, sizes = [], []
+    for rank in range(world):
+        before = sharded.counters["bytes written"]
+        written.append([sharded.write(tmp / f"{rank:05}.safetensors", pieces.own(held_by(layout, rank, world, VALUES)))])
+        sizes.append(sharded.counters["bytes written"] - before)
+    checkpoint.finish(tmp, out / "step_4", META | sharded.index(written, SHAPES))
+    return step_of(out, 4), sizes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_every_other(layout: str, tmp_path: Path) -> None:
+    step, _ = write_as(layout, 4, tmp_path)
+    for other in LAYOUTS:
+        for world in (1, 2, 3, 8) if other not in ("columns",) else (1, 2, 8):
+            for rank in range(world):
+                into = {name: torch.full_like(value, float("nan")) for name, value in VALUES.items()}
+                held = held_by(other, rank, world, into)
+                sharded.Reader(step).read(held)
+                assert held and all(piece.tensor.equal(VALUES[piece.name][piece.region]) for piece in held), (other, rank)
+    assert all(step.read(name)["weight"].equal(value) for name, value in VALUES.items())
+
+
+@pytest.mark.parametrize("layout", ["rows", "stages", "zero1", "zero3"])
+def test_no_rank_writes_or_reads_more_than_its_share(layout: str, tmp_path: Path) -> None:
+    """For 1, 2, 4 and 8 ranks: bytes beside the headers, within a row of each parameter."""
+    total = sum(4 * value.numel() for value in VALUES.values())
+    for world in (1, 2, 4, 8):
+        step, written = write_as(layout, world, tmp_path / f"{world}")
+        slack = 4 * 64 * len(VALUES) + 200 * 3 * len(VALUES) if layout != "stages" else total / 2
+        assert max(written) <= total / world + slack
+        for rank in range(world):
+            before = sharded.counters["bytes read"]
+            sharded.Reader(step).read(held_by(layout, rank, world, {n: torch.empty_like(v) for n, v in VALUES.items()}))
+            assert sharded.counters["bytes read"] - before <= written[rank]
+
+
+# ---- python -m scripts.state -----------------------------------------------------------------------------------------
+
+
+def cli(*args: Any) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "scripts.state", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """100 over all files, the index included: `verify` says which step, or the bit changes no value that is read."""
+    step, _ = write_as("zero3", 3, tmp_path)
+    rng, missed = random.Random(3), []
+    files = sorted(step.path.iterdir())
+    for _ in range(100):
+        path = rng.choices(files, [file.stat().st_size for file in files])[0]
+        bit = rng.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        opened = checkpoint.opened(step.path)
+        lines = [opened] if isinstance(opened, str) else list(state_cli.damaged(opened))
+        if not lines:
+            missed.append((path.name, bit))
+        flip(path, bit)
+    assert not missed
+    assert not list(state_cli.damaged(step_of(tmp_path, 4)))
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    saved(tmp_path, 3, write_older_step)
+    assert state_cli.verify(tmp_path) == 0
+    path = saved(tmp_path, 4) / "00000.safetensors"
+    flip(path, 8 * path.stat().st_size - 5)
+    code, out, err = cli("verify", tmp_path)
+    assert code == 2 and out.count("whole") == 2 and len(err.splitlines()) == 1
+    assert f"{path}: its bytes have changed since it was written (exp_avg_sq of ln_f.bias)" in err
+    with pytest.raises(BadInput, match="no such folder; give OUT of a run, or one of its folders step_N"):
+        state_cli.verify(tmp_path / "nothing")
+
+
+def test_show(tmp_path: Path) -> None:
+    saved(tmp_path)
+    code, out, _ = cli("show", tmp_path)
+    assert code == 0 and "18 parameters in 2 tensors" in out and "exp_avg, exp_avg_sq, weight" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
+    assert json.loads(cli("show", tmp_path / "step_4", "--json")[1])["pieces"] == 6
+
+
+@pytest.mark.parametrize("write", [write_step, write_older_step])
+@pytest.mark.parametrize("files", [1, 3])
+def test_reshard_keeps_every_value(files: int, write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 4, write)
+    assert state_cli.reshard(tmp_path / "step_4", tmp_path / "again/step_4", files) == 0
+    assert f"{files} file" in capsys.readouterr().out
+    before, after = step_of(tmp_path, 4), step_of(tmp_path / "again", 4)
+    assert after.is_sharded and len(after.meta["files"]) == files and after.meta["seed"] == before.meta["seed"]
+    for name in before.names():
+        a, b = before.read(name), after.read(name)
+        assert a.keys() == b.keys() and all(a[part].equal(b[part]) for part in a)
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["step_4", "again/step_4", "--pieces", "0"], "--pieces 0: give the number of files, 1 or more"),
+    (["step_4", "again", "--pieces", "1"], "must be named step_4"),
+    (["step_4", "step_4", "--pieces", "1"], "is there; give a new folder"),
+    (["step_9", "again/step_9", "--pieces", "1"], "step_9/state.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), REFUSED)
+def test_what_reshard_refuses(args: Sequence[str], message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        state_cli.reshard(tmp_path / args[0], tmp_path / args[1], int(args[3]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4"]
