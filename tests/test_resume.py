@@ -197,10 +197,10 @@ def kill_during_a_save(out: Path, process: subprocess.Popen, after: int, rng: ra
     raise AssertionError(f"no save seen; {process.stdout.read()[-2000:]}")
 
 
-def check_kills(out: Path, stack: str, settings: list[str], kills: int, nproc: int) -> None:
+def check_kills(out: Path, stack: str, settings: list[str], kills: int, nproc: int, *overrides: str) -> None:
     rng = random.Random(stack)
     total = 4 * kills + 8
-    run = [f"train.steps={total}", "train.save_every=1", "model.dropout=0.1"]
+    run = [f"train.steps={total}", "train.save_every=1", "model.dropout=0.1", *overrides]
     finished = 0
     for _ in range(kills):
         process = start(out, stack, settings, *run, nproc=nproc)
@@ -228,9 +228,10 @@ def test_killed_while_saving(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("in_background", ["false", "true"])
 @pytest.mark.parametrize("stack", ["baseline", "deepspeed", "megatron"])
-def test_killed_ten_times_while_saving(settings, tmp_path, stack):
-    check_kills(tmp_path / "run", stack, settings, kills=10, nproc=2)
+def test_killed_ten_times_while_saving(settings, tmp_path, stack, in_background):
+    check_kills(tmp_path / "run", stack, settings, 10, 2, f"train.async_save={in_background}")
 
 
 def test_earlier_lines_of_the_log_stay_byte_for_byte(drive, settings, tmp_path):

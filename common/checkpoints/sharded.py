@@ -515,7 +515,7 @@ def damaged_headers(checkpoint: "Checkpoint") -> Iterator[str]:
         try:
             with open(path, "rb") as file:
                 if zlib.crc32(file.read(info["header"])) != info["crc32"]:
-                    yield f"{path}: its header has changed since it was written; the values are read without it"
+                    yield f"{path}: its header has changed since it was written, which no value is read from; copy it again"
         except OSError as error:
             yield f"{path}: cannot be read ({error.strerror or error})"
 
