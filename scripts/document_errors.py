@@ -199,6 +199,7 @@ ADVICE = re.compile(  # a message with one of these says what to type
     r"\{(remedy|instead|advice|wanted|hint|start|keys|also|ROLES|TASKS|KNOWN|NAMES|SPLITS|known)\}"
 )
 REMEDIES = {  # what to do -> regular expression of messages that do not say it themselves; the first that matches counts
+    "Type the same command again.": r"^\{line\}; the same command continues",
     "Report it, with the config and the layout.": r"^\{part\} of \{name\} \{prob",
     "Type what the line shows.": r"OUT (is|are) missing|unknown option|are needed, or|^CONFIG",
     "Correct the string: a part of it for each stage, a t for each layer.":

@@ -1086,6 +1086,8 @@ def test_what_only_ranks_can_see(place: Path, drive: Drive) -> None:
 
     before = unchanged()
     output = drive(cases, 1)
+    assert "00000.safetensors: its bytes have changed" in (flipped / "step_2/damaged.txt").read_text()
+    (flipped / "step_2/damaged.txt").unlink()
     for name, words in messages.items():
         if place / name not in LEFT_OUT:
             assert re.search(rf"CASE {place / name} {words}", output), output[-3000:]
@@ -1111,6 +1113,8 @@ def test_a_file_that_one_rank_alone_reads_is_reported_once(place: Path) -> None:
     code, lines = pretrain(place, out, ranks=2)
     assert code == 2, lines
     assert len(lines) == 1 and re.search(r"step_2/00000\.safetensors: its bytes have changed", lines[0]), lines
+    assert lines[0].endswith("; the same command continues from the step before it")
+    (out / "step_2/damaged.txt").unlink()
     assert snapshot(out) == before
 
 

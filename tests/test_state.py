@@ -261,6 +261,22 @@ def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
         state_cli.verify(tmp_path / "nothing")
 
 
+def test_a_step_that_was_found_damaged_is_passed_over(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    marker = saved(tmp_path, 4) / checkpoint.DAMAGED
+    marker.write_text("step_4/00000.safetensors: its bytes have changed since it was written\n")
+    notes: list[str] = []
+    newest = checkpoint.latest(tmp_path, notes)
+    assert newest is not None and newest.step == 2
+    assert notes == [
+        f"step_4/00000.safetensors: its bytes have changed since it was written (delete {marker} once it is restored); "
+        f"continuing from {tmp_path / 'step_2'}"
+    ]
+    marker.unlink()
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 4
+
+
 def test_show(tmp_path: Path) -> None:
     saved(tmp_path)
     code, out, _ = cli("show", tmp_path)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 2  # of state.json: an index of pieces
+DAMAGED = "damaged.txt"  # in a step whose bytes were found changed: which
 
 
 class Checkpoint(NamedTuple):
@@ -255,6 +256,9 @@ def latest(out: Path, notes: list[str] | None = None) -> Checkpoint | None:
 
 def opened(path: Path) -> Checkpoint | str:
     """The checkpoint, or what is wrong with it."""
+    marker = path / DAMAGED
+    if marker.is_file():
+        return f"{marker.read_text(encoding='utf-8', errors='replace').strip()[:1000]} (delete {marker} once it is restored)"
     record = path / "state.json"
     if not record.exists():
         return f"{record} is missing"

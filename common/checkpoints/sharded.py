@@ -23,7 +23,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -54,6 +54,10 @@ counters: Counter[str] = Counter()  # of this rank: bytes written, bytes read, f
 
 class NotFinite(Exception):
     """A value of the state is NaN or infinite."""
+
+
+class Damaged(BadInput):
+    """Bytes of a checkpoint are not those that were written."""
 
 
 class Written(NamedTuple):
@@ -328,7 +332,7 @@ class Reader(StorageReader):
         _read_all(file_of(file), _bytes_of(values), begin + 4 * (first - offset[0]) * prod(size[1:]), self.files[file])
         if read == size:
             if zlib.crc32(_bytes_of(values)) != crc32:
-                raise BadInput(self._changed(file, name, part))
+                raise Damaged(self._changed(file, name, part))
             self.verified.add(number)
         if not integrity.is_finite(values):
             raise BadInput(
@@ -341,10 +345,7 @@ class Reader(StorageReader):
                 piece.tensor[inside(both, piece.offset)].copy_(values[inside(both, origin)])
 
     def _changed(self, file: int, name: str, part: str) -> str:
-        return (
-            f"{self.files[file]}: its bytes have changed since it was written ({part} of {name}); remove "
-            f"{self.checkpoint.path} to use the one before"
-        )
+        return f"{self.files[file]}: its bytes have changed since it was written ({part} of {name})"
 
     def verify(self, numbers: Iterable[int]) -> Iterator[str]:
         """Compare the checksums of these pieces (number_pieces). Yields one line for each damaged one."""
@@ -396,7 +397,7 @@ def _verify_rest(reader: Reader, count: int) -> None:
     dist.all_gather_object(problems, list(reader.verify(rest[dist.get_rank() :: dist.get_world_size()])))
     found = [line for lines in problems for line in lines]
     if found:
-        raise BadInput(found[:8])
+        raise Damaged(found[:8])
 
 
 def save(writer: Writer, batches: Batches) -> None:
@@ -487,16 +488,27 @@ def _beat(phase: str) -> None:
 def load(checkpoint: "Checkpoint", batches: Batches) -> None:
     """Fill the pieces of this rank; a collective. The fault of one rank is raised on all.
 
-    A rank verifies the checksums of the pieces that it reads whole; those that none reads whole are divided among the ranks.
+    A rank verifies the checksums of the pieces that it reads whole; those that none reads whole are divided among the ranks. A
+    damaged checkpoint is marked, so that the next start uses the one before.
     """
+    import torch.distributed as dist
+
+    from common.checkpoints.checkpoint import DAMAGED
+
     reader = Reader(checkpoint)
     count = reader.number_pieces()
     try:
-        dcp_load({"batches": batches}, storage_reader=reader, planner=LoadingPlanner())
-    except CheckpointException as error:
-        raise _fault(error) from None
-    heartbeat.beat("verifying the state")
-    _verify_rest(reader, count)
+        try:
+            dcp_load({"batches": batches}, storage_reader=reader, planner=LoadingPlanner())
+        except CheckpointException as error:
+            raise _fault(error) from None
+        heartbeat.beat("verifying the state")
+        _verify_rest(reader, count)
+    except Damaged as error:
+        if dist.get_rank() == 0:
+            with suppress(OSError):  # a folder that may only be read
+                (checkpoint.path / DAMAGED).write_text(f"{error.problems[0]}\n", encoding="utf-8")
+        raise BadInput([f"{line}; the same command continues from the step before it" for line in error.problems]) from None
 
 
 def _fault(error: CheckpointException) -> Exception:
