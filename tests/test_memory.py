@@ -189,6 +189,40 @@ def test_peaks_of_context_parallelism(name: str, world: int, overrides: str, pea
     assert estimate["total"] == pytest.approx(peak, rel=0.03)
 
 
+# As above, on the rank that needs the most. Of ZeRO 1 that is the last one with accumulated gradients, as its share of the
+# reduced ones is allocated first, and rank 0 without, if the gradients are larger than a bucket.
+DISTRIBUTED = "distributed_optimizer=true tp=1 sequence_parallel=false"
+RECOMPUTED = "micro_batch=1 recompute=true"
+DIVIDED_OPTIMIZER = [
+    ("gpt/gpt3_1.3b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=16", 8_282_835_968),
+    ("gpt/gpt3_1.3b", "deepspeed", "micro_batch=1 recompute=false zero_stage=1 train.global_batch=16", 11_298_576_384),
+    ("gpt/gpt3_6.7b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=16", 39_971_780_096),
+    ("gpt/gpt3_6.7b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=8", 37_042_490_880),
+    ("gpt/gpt3_6.7b", "deepspeed", f"{RECOMPUTED} zero_stage=2 train.global_batch=16", 30_035_681_792),
+    ("gpt/gpt3_13b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=16 model.layers=20", 39_486_778_368),
+    ("gpt/llama_1b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=16", 6_819_304_448),
+    ("bert/megatron_1.3b", "deepspeed", f"{RECOMPUTED} zero_stage=1 train.global_batch=16", 7_725_859_840),
+    (
+        "t5/t5_3b",
+        "deepspeed",
+        "micro_batch=2 recompute=true zero_stage=1 train.global_batch=32 optim.optimizer=adamw",
+        16_753_119_232,
+    ),
+    ("gpt/gpt3_6.7b", "megatron", f"{RECOMPUTED} {DISTRIBUTED} train.global_batch=16", 53_268_774_912),
+    ("gpt/gpt3_13b", "megatron", f"{RECOMPUTED} {DISTRIBUTED} train.global_batch=16 model.layers=20", 52_486_717_440),
+    ("gpt/gpt3_1.3b", "megatron", f"micro_batch=4 recompute=none {DISTRIBUTED}", 24_722_510_848),
+]
+
+
+@pytest.mark.parametrize(("name", "stack", "overrides", "peak"), DIVIDED_OPTIMIZER)
+def test_peaks_where_the_optimizer_is_divided(name: str, stack: str, overrides: str, peak: int) -> None:
+    """On 8 GPUs."""
+    family, config_name = name.split("/")
+    words = [word if "." in word else f"{stack}.{word}" for word in overrides.split()]
+    case = {"config": f"recipes/{family}/configs/{config_name}.yaml", "stack": stack, "world": 8, "overrides": words}
+    assert simulated.estimate_of(case)["total"] == pytest.approx(peak, rel=0.03)
+
+
 def test_the_page_is_the_one_that_validate_writes():
     assert simulated.PAGE.read_text(encoding="utf-8") == simulated.page()
 

@@ -338,6 +338,7 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
         if run.recompute:
             size += full[number] - entry[number]
         size += layer_backward(block, traits, run) + (copies_of_one if run.recompute else copies) + waiting
+        size += early_share(block, traits, run, parameters, entry[number] if run.recompute else full[number])
         if traits.relative_biases and run.stack == "megatron":  # the gradient of the biases, to which each layer adds
             size += run.width * masked_biases(block, run, block.tokens, block.tokens) // run.tp
         if run.is_sharded:
@@ -349,6 +350,32 @@ def moments(work: Workload, traits: Traits, run: Training, parameters: int, stag
         size -= min(sum(alive), absent)  # gradients come as activations go
         found[f"layers {number}"] = size
     return found
+
+
+def early_share(block: Block, traits: Traits, run: Training, parameters: int, kept: int) -> int:
+    """With ZeRO 1, the rank's share of the reduced gradients, beside all gradients that are accumulated. It is allocated whole
+    with the first of them: on the last rank when the first bucket is reduced. By then the bucket holds those gradients, and
+    their layers have freed the `kept` bytes of each (stage_1_and_2.py, copy_grads_in_partition)."""
+    if run.zero != 1 or run.accumulate == 1 or run.dp == 1 or run.pp > 1 or run.offload != "none":
+        return 0
+    share = run.width * (parameters // run.dp)
+    if beyond_bucket(block, traits, run, parameters):
+        return share
+    first = bucket(run, parameters)
+    return share - run.width * first - kept * min(first, block.count * block.parameters) // block.parameters
+
+
+def bucket(run: Training, parameters: int) -> int:
+    """Elements of a bucket of gradients (reduce_bucket_size in common/stacks/zero.py)."""
+    return min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp))
+
+
+def beyond_bucket(block: Block, traits: Traits, run: Training, parameters: int) -> int:
+    """Parameters of a layer in matrices that are larger than a bucket of gradients."""
+    h, projections = block.hidden, [block.inner, block.kv_inner, block.kv_inner]
+    widths = [sum(projections)] if traits.fused_qkv else projections
+    widths = (widths + [block.inner]) * len(block.attention) + [block.ffn] * (3 if block.gated else 2)
+    return sum(h * width // run.tp for width in widths if h * width // run.tp > bucket(run, parameters))
 
 
 def pipeline_activations(work: Workload, traits: Traits, run: Training, parameters: int, stage: int) -> int:
@@ -394,7 +421,7 @@ def buffers(work: Workload, run: Training, parameters: int) -> int:
         return 0
     if run.pp > 1:  # of activations that are received, and of gradients (pipe_recv_buf, grad_layer)
         return run.width * run.micro_batch * work.blocks[0].tokens * work.hidden
-    buckets = run.width * min(parameters, max(BUCKET, BUCKET_PER_RANK * run.dp)) * (2 if run.dp > 1 else 1)
+    buckets = run.width * bucket(run, parameters) * (2 if run.dp > 1 else 1)
     if run.zero < 3:
         return buckets
     block = work.blocks[0]  # a layer, and the attention of the next, which is fetched beside its computation
@@ -419,12 +446,32 @@ def optimizer_moment(work: Workload, run: Training, parameters: int) -> int:
     return start + held["gradients"] + more
 
 
+def reduced_moment(work: Workload, traits: Traits, run: Training, parameters: int) -> int:
+    """Bytes in all at the end of ZeRO 1's backward pass. A gradient that was copied to a bucket has no memory of its own, one
+    that is larger than a bucket stays until the step, but for those that rank 0 copies to its share, behind the embedding's
+    (stage_1_and_2.py, reduce_ipg_grads). The gradient of a tied embedding is a sum: three matrices."""
+    if run.zero != 1 or run.dp == 1 or run.pp > 1 or run.offload != "none":
+        return 0
+    held, share = states(run, parameters), parameters // run.dp
+    embedding = work.vocab * work.hidden
+    large = sum(block.count * beyond_bucket(block, traits, run, parameters) for block in work.blocks)
+    kept = large - large * max(share - embedding, 0) // work.body
+    more = 3 if work.tied else 2
+    return held["weights"] + held["optimizer"] + buffers(work, run, parameters) + run.width * (kept + share + more * embedding)
+
+
 def ddp_moment(run: Training, parameters: int) -> int:
     """Bytes in all while torch's DDP moves the gradients to new buckets, in the order of the backward pass: in the second
     step, before its forward pass (torch/csrc/distributed/c10d/reducer.cpp, rebuild_buckets)."""
     held = states(run, parameters)
     copies = 2 if run.stack == "baseline" and run.dp > 1 and not run.is_sharded else 1
     return held["weights"] + held["optimizer"] + copies * held["gradients"]
+
+
+def buffers_moment(run: Training, parameters: int) -> int:
+    """Bytes in all while Megatron moves the weights to the buffer in which its distributed optimizer gathers them, when that of
+    the gradients is there too (megatron/core/distributed/param_and_grad_buffer.py)."""
+    return (2 * run.width + 4) * parameters if run.stack == "megatron" and run.distributed_optimizer else 0
 
 
 # ---- in all ----------------------------------------------------------------------------------------------------------
@@ -468,7 +515,10 @@ def on_stage(work: Workload, traits: Traits, run: Training, stage: int | None = 
     if run.stack == "baseline" and run.dp > 1 and run.accumulate > 1 and not run.is_sharded:
         # in the first step DDP's buckets are a second copy of the gradients; the optimizer has no state yet
         peak = max(peak, peak - found["optimizer"] + found["gradients"])
-    found["total"] = max(peak, optimizer_moment(work, run, parameters), ddp_moment(run, parameters))
+    found["total"] = max(
+        peak, optimizer_moment(work, run, parameters), ddp_moment(run, parameters), buffers_moment(run, parameters),
+        reduced_moment(work, traits, run, parameters),
+    )  # fmt: skip
     unused = UNUSED["baseline shard=full" if run.is_sharded else run.stack]
     found |= {"unused": int(unused * found["total"]), "context": CONTEXT, "nccl": NCCL * communicators(run)}
     found["required"] = found["total"] + sum(found[part] for part in BESIDE)

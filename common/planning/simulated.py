@@ -43,7 +43,7 @@ def recorded() -> dict[str, Any]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """A case of each layout, of a pipeline that of the rank that needs the most."""
+    """A case of each layout, of several ranks that of the one that needs the most."""
     highest: dict[str, dict[str, Any]] = {}
     for case in recorded()["cases"]:
         key = json.dumps([case[name] for name in NAMED if name != "rank"])
