@@ -17,6 +17,7 @@ COMMANDS = {  # the file in scripts/ of a command, and what it does
     "quickstart.sh": "train one small model on all stacks and compare them",
     "plan.py": "time, memory and days of the layouts of a config, before a run",
     "simulate.py": "run one rank of a config on a GPU that does nothing",
+    "state.py": "verify, show or re-cut the checkpoints of a run",
     "evaluate.py": "evaluate a model by published protocols",
     "generate.py": "generate text from a model",
     "heldout.py": "loss of a run's export on held-out text",

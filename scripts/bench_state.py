@@ -2,6 +2,7 @@
 
     python -m scripts.bench_state time [--mb 1500] [--ranks 2] [--rounds 5] [--dir DIR]
     python -m scripts.bench_state count [CONFIG]
+    python -m scripts.bench_state recut [CONFIG] [--dir DIR]
 
 time: of a state in flat partitions (ZeRO 1) and one in halves of each matrix (tensor parallelism), on the disk of DIR, in turn:
     ours            common/checkpoints, with checksums
@@ -11,6 +12,8 @@ time: of a state in flat partitions (ZeRO 1) and one in halves of each matrix (t
   save in the background during which the training waits, of the time of one that is not.
 count: without data, of 1, 2, 4 and 8 ranks of CONFIG (default: GPT-2), and of gpt3_175b on 512 ranks at ZeRO 3 and with
   Megatron's tp=8 pp=16 dp=4: the most that any rank has. index: state.json, which rank 0 writes and every rank reads.
+recut: 4 ranks (tp=2 pp=2) write a state of CONFIG, and 2 ranks (ZeRO 3) read it and compare each value: the memory that each
+  rank needs beside its share of the state.
 """
 
 import argparse
@@ -49,20 +52,28 @@ def main() -> int:
     command.add_argument("--dir", type=Path, default=None, help="folder on the disk to measure (default: a temporary one)")
     command = commands.add_parser("count", help="bytes and files of each rank")
     command.add_argument("config", type=Path, nargs="?", default=DEFAULT, metavar="CONFIG")
+    command = commands.add_parser("recut", help="memory of ranks that write a state and of others that read it")
+    command.add_argument("config", type=Path, nargs="?", default=DEFAULT, metavar="CONFIG")
+    command.add_argument("--dir", type=Path, default=None, help="folder for the state (default: a temporary one)")
     args = parser.parse_args()
     if args.command == "count":
         return count(args.config)
+    if args.command == "recut":
+        return recut(args.config, args.dir)
     if args.mb < 1 or args.ranks < 1 or args.rounds < 1:
         raise BadInput("--mb, --ranks and --rounds: give numbers of 1 or more")
     if "RANK" in os.environ:
         measure(args.mb, args.rounds, args.dir)
         return 0
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        given = ["time", f"--mb={args.mb}", f"--rounds={args.rounds}", f"--dir={folder}"]
-        return subprocess.run(
-            [*run, "-m", "scripts.bench_state", *given], cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ
-        ).returncode
+        return on_ranks(args.ranks, "time", f"--mb={args.mb}", f"--rounds={args.rounds}", f"--dir={folder}")
+
+
+def on_ranks(ranks: int, *args: str) -> int:
+    """Run this command in so many processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run([*run, "-m", "scripts.bench_state", *args], cwd=ROOT, env=env).returncode
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -189,15 +200,16 @@ def report(name: str, seconds: dict[str, list[float]]) -> None:
 # ---- count -----------------------------------------------------------------------------------------------------------
 
 
-def count(config: Path) -> int:
-    import torch
-
+def shapes_of(path: Path) -> Shapes:
     from common import config as configs
     from recipes.gpt import task
 
-    def shapes_of(path: Path) -> Shapes:
-        cfg = configs.load(path, [], task.Config)
-        return {name: tuple(shape) for name, shape in task.parameter_shapes(cfg.model.resolve(cfg, 50257)).items()}
+    cfg = configs.load(path, [], task.Config)
+    return {name: tuple(shape) for name, shape in task.parameter_shapes(cfg.model.resolve(cfg, 50257)).items()}
+
+
+def count(config: Path) -> int:
+    import torch
 
     def meta(size: int) -> Any:
         return torch.empty(size, device="meta")
@@ -210,7 +222,7 @@ def count(config: Path) -> int:
     print(f"{config.stem}, the most of any rank\n{screen.table(HEADINGS, rows, {0})}")
     large = shapes_of(LARGE)
     rows = [["ZeRO 3", "512", *counted([list(each(large, rank, 512, meta)) for rank in (0, 511)], 512)]]
-    held = [list(staged(large, tp, stage, meta)) for stage in (0, 15) for tp in (0, 7)]
+    held = [list(staged(large, tp, 8, stage, 16, 4, meta)) for stage in (0, 15) for tp in (0, 7)]
     rows.append(["tp=8 pp=16 dp=4", "512", *counted(held, 512)])
     print(f"\n{LARGE.stem}, the most of any rank\n{screen.table(HEADINGS, rows, {0})}")
     print("s: to write or read a rank's share at 2 GB/s per node of 8 ranks")
@@ -231,20 +243,25 @@ def each(shapes: Shapes, rank: int, world: int, make: Callable[[int], Any]) -> I
             yield from pieces.cut(pieces.whole(name, shape), part, make(here), rank * size)
 
 
-def staged(shapes: Shapes, tp: int, stage: int, make: Callable[[int], Any]) -> Iterator[Any]:
-    """One of 16 stages of layers, a tp-th of each matrix, and of that the first of 4 shares of the distributed optimizer."""
+def staged(
+    shapes: Shapes, tp_rank: int, tp: int, stage: int, stages: int, dp: int, make: Callable[[int], Any]
+) -> Iterator[Any]:
+    """One of the stages of layers, a tp-th of each matrix, and of that the first of dp shares of the distributed optimizer."""
     from common.checkpoints import pieces
 
-    layers = 96 // 16
+    numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), None) for name in shapes}
+    layers = max(number for number in numbers.values() if number is not None) + 1
     for name, shape in shapes.items():
-        number = next((int(word) for word in name.split(".") if word.isdigit()), 0 if "wte" in name or "wpe" in name else 95)
-        if number // layers != stage:
+        number = numbers[name]
+        outside = 0 if "embed" in name or ".wte" in name or ".wpe" in name else stages - 1
+        if (outside if number is None else number * stages // layers) != stage:
             continue
-        is_split = len(shape) == 2 and "wpe" not in name
-        local = (shape[0], shape[1] // 8) if is_split else shape
-        place = pieces.whole(name, shape)._replace(local=local, column=tp * local[-1] if is_split else 0)
+        is_split = len(shape) == 2 and "wpe" not in name and shape[1] % tp == 0
+        local = (shape[0], shape[1] // tp) if is_split else shape
+        place = pieces.whole(name, shape)._replace(local=local, column=tp_rank * local[-1] if is_split else 0)
+        replica, replicas = (0, 1) if is_split or dp > 1 else (tp_rank, tp)
         for part in PARTS:
-            yield from pieces.cut(place, part, make(prod(local) // 4))
+            yield from pieces.cut(place, part, make(prod(local) // dp), 0, replica, replicas)
 
 
 def counted(held: Sequence[Sequence[Any]], world: int) -> list[str]:
@@ -261,6 +278,78 @@ def counted(held: Sequence[Sequence[Any]], world: int) -> list[str]:
         f"{max(size) / 1e6:,.1f}", f"{max(read) / 1e6:,.1f}", f"{max(map(len, own)):,}", f"{max(sent) / 1e3:,.1f}",
         f"{index / 1e6:,.2f}", f"{8 * max(size) / 2e9:,.1f}",
     ]  # fmt: skip
+
+
+# ---- recut -----------------------------------------------------------------------------------------------------------
+
+
+def recut(config: Path, folder: Path | None) -> int:
+    if "RANK" in os.environ:
+        assert folder is not None
+        recut_rank(shapes_of(config), folder)
+        return 0
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        given = ["recut", str(config), f"--dir={place}"]
+        return on_ranks(4, *given) or on_ranks(2, *given)
+
+
+def recut_rank(shapes: Shapes, folder: Path) -> None:
+    """Four ranks write, and two read."""
+    import torch
+    import torch.distributed as dist
+
+    from common.checkpoints import checkpoint, pieces, sharded
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if writes := world == 4:
+        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, 1, torch.empty))
+        for piece in held:
+            piece.tensor.copy_(value_of(piece))
+    else:
+        held = list(each(shapes, rank, world, torch.zeros))
+    share = sum(4 * piece.tensor.numel() for piece in held)
+    reset_peak()
+    before, begin = resident("VmRSS"), time.perf_counter()
+    batches = [pieces.Batch(list(shapes), held)]
+    if writes:
+        meta = {"step": 1, "layout": {"world": 4}, "hyperparameters": {}, "stack": ""}
+        checkpoint.save(folder, batches, shapes, meta, 1)
+    else:
+        opened = checkpoint.opened(folder / "step_1")
+        assert isinstance(opened, checkpoint.Checkpoint), opened
+        sharded.load(opened, batches)
+    peak, seconds = resident("VmHWM") - before, time.perf_counter() - begin
+    wrong = 0 if writes else sum(not piece.tensor.equal(value_of(piece)) for piece in held)
+    gathered: list[Any] = [None] * world
+    line = f"share {share / 1e6:,.0f} MB, {peak / 1e6:,.0f} MB beside it, {seconds:.1f} s"
+    dist.all_gather_object(gathered, line + ("" if writes else f", {wrong} of {len(held):,} pieces wrong"))
+    if rank == 0:
+        print("4 ranks, tp=2 pp=2, write" if writes else "2 ranks, ZeRO 3, read")
+        print("\n".join(f"  rank {number}: {line}" for number, line in enumerate(gathered)), flush=True)
+    dist.destroy_process_group()
+    if wrong:
+        sys.exit(1)
+
+
+def value_of(piece: Any) -> Any:
+    """Values that tell a place in a parameter from most others."""
+    import torch
+
+    columns = [torch.arange(o, o + s, dtype=torch.float32) for o, s in zip(piece.offset, piece.tensor.shape, strict=True)]
+    kind = float(PARTS.index(piece.part) + len(piece.name))
+    return columns[0] + kind if len(columns) == 1 else columns[0][:, None] * 3 + columns[1] + kind
+
+
+def reset_peak() -> None:
+    """Let Linux measure the peak of resident memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str) -> int:
+    """Bytes of resident memory: now (VmRSS), or the peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import ROOT
 import twinstack
 
 # commands of those who work on the repository, and scripts that others start
-NOT_LISTED = {"bench_data", "bench_plan", "sizes", "setup", "slurm", "test"}
+NOT_LISTED = {"bench_data", "bench_plan", "bench_state", "sizes", "setup", "slurm", "test"}
 TINY = "recipes/gpt/configs/tiny.yaml"
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from common.checkpoints import checkpoint, pieces, sharded
 from common.errors import BadInput
 from common.families import RECIPES
 from common.stacks import mcore
-from scripts import state as state_cli
+from scripts import bench_state, state as state_cli
 from tests.states import write_older_step, write_step
 
 
@@ -312,3 +313,29 @@ def test_what_reshard_refuses(args: Sequence[str], message: str, tmp_path: Path)
     with pytest.raises(BadInput, match=message):
         state_cli.reshard(tmp_path / args[0], tmp_path / args[1], int(args[3]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4"]
+
+
+# ---- python -m scripts.bench_state -----------------------------------------------------------------------------------
+
+
+def test_what_a_rank_writes_falls_with_their_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_state.count(RECIPES / "gpt/configs/tiny.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    rows = [line.split() for line in lines if line.startswith("ZeRO 3")]
+    assert [row[2] for row in rows] == ["1", "2", "4", "8", "512"]
+    written = [float(row[3].replace(",", "")) for row in rows]
+    assert all(0.9 < written[0] / (world * one) < 1.1 for world, one in zip((1, 2, 4, 8), written, strict=False))
+    # 175 billion parameters of 12 bytes, and the shares of the largest parameters that 512 does not divide
+    assert 12 * 174.6e3 / 512 < written[-1] < 1.01 * 12 * 174.6e3 / 512
+
+
+@pytest.mark.slow
+def test_a_state_of_four_ranks_is_read_by_two() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.bench_state", "recut", "recipes/gpt/configs/gpt3_125m.yaml"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count(" 0 of ") == 2, done.stdout + done.stderr
+    beside = [float(mb) for mb in re.findall(r"([\d.]+) MB beside it", done.stdout)]
+    assert len(beside) == 6 and max(beside) < 4 * pieces.LARGEST / 1e6

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from common.stacks.parameter_map import Conversion
 
-LARGEST = 64 * 2**20  # bytes of a piece: what a rank copies, checks and writes at a time
+LARGEST = 32 * 2**20  # bytes of a piece: what a rank copies, checks and writes at a time
 Shape = Sequence[int]
 
 
