@@ -97,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--minutes", type=float, metavar="N", help="leave out the parts that do not fit into this time")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each layout, in turn (default: 3)")
+    p.add_argument(
+        "--micro-batches", nargs="+", type=int, default=[], metavar="N",
+        help="of a step, in the pipelines of balance_pipelines (default: four per stage)",
+    )  # fmt: skip
     p.add_argument("--processes", type=int, metavar="N", help="ranks (default: all GPUs of this machine, else 2)")
     p.add_argument("--source", type=Path, metavar="DIR", help="real data: glue/MRPC and tokenizers/bert, for finetuning")
     p.add_argument("--out", type=Path, default=Path("out/benchmark"), metavar="DIR", help="default: out/benchmark")
@@ -118,7 +122,11 @@ def options_of(args: argparse.Namespace) -> tuple[Options, list[str]]:
     processes = args.processes if args.processes is not None else visible_gpus(os.environ) or 2
     problems += [
         f"--{name} {value}: must be at least 1"
-        for name, value in (("processes", processes), ("rounds", args.rounds))
+        for name, value in (
+            ("processes", processes),
+            ("rounds", args.rounds),
+            *(("micro-batches", number) for number in args.micro_batches),
+        )
         if value < 1
     ]
     if args.minutes is not None and not args.minutes > 0:
@@ -131,8 +139,8 @@ def options_of(args: argparse.Namespace) -> tuple[Options, list[str]]:
     stacks, left_out = installed(args.stacks)
     words = tuple(word for word in sys.argv[1:])
     return Options(
-        tuple(Path(name) for name in args.configs), stacks, tuple(args.layouts), processes, args.rounds, args.source, args.out,
-        without_out(words),
+        tuple(Path(name) for name in args.configs), stacks, tuple(args.layouts), processes, args.rounds,
+        tuple(args.micro_batches), args.source, args.out, without_out(words),
     ), left_out  # fmt: skip
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from common.comparison import alternatives, figures, small
+from common.comparison import alternatives, figures, small, starts
 from common.comparison.figures import Disagreement
+from common.errors import BadInput
 from tests import warm
 
 TINY = small.Shape(layers=2, hidden=32, heads=2, seq_len=32, batch=2, micro_batch=2, vocab=8192)
@@ -50,6 +51,34 @@ def test_ratio_is_the_median_over_the_rounds():
     below = reached | {"ratio": {name: value - 0.01 for name, value in alternatives.GOALS.items()}}
     assert len(alternatives.missed(below)) == len(alternatives.GOALS)
     assert not alternatives.missed(reached)
+
+
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_is_compared_with_the_trainers_of_its_round():
+    rounds = [{"megatron": m, "deepspeed": d, "Trainer": 8.0, "Trainer + DeepSpeed": 10.0} for m, d in ((4, 5), (8, 6), (6, 9))]
+    found = {(f.subject, f.metric): f for f in starts.figures_of(rounds, ["deepspeed", "megatron"], "command")}
+    assert (found["megatron", "to Trainer's"].value, found["megatron", "to Trainer's"].spread) == (0.75, (0.5, 1.0))
+    assert (found["deepspeed", "to Trainer's"].value, found["deepspeed", "to Trainer's"].spread) == (0.6, (0.5, 0.9))
+    assert found["Trainer", "to the first step"].value == 8.0 and ("Trainer", "to Trainer's") not in found
+
+
+def test_the_first_step_ends_the_time_of_a_start(tmp_path):
+    out = tmp_path / "out"
+    write = f"sleep 0.2; mkdir {out}; echo 1 > {out}/{starts.DONE}; sleep 0.5"
+    assert 0.2 <= starts.seconds_to_first_step(["bash", "-c", write], out) < 0.6
+    with pytest.raises(BadInput, match="exit code 3, no first step: why"):
+        starts.seconds_to_first_step(["bash", "-c", "echo why; exit 3"], tmp_path / "failed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_recipes_and_trainers_make_a_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "ON_CPU", TINY)
+    found = starts.start_up(figures.Options(rounds=1), tmp_path)
+    names = ["baseline", "deepspeed", "megatron", "Trainer", "Trainer + DeepSpeed"]
+    assert [f.subject for f in found if f.metric == "to the first step"] == names
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from common.comparison import balance, padding, timeline
 from common.comparison.figures import Figure, Options, tables
 from common.comparison.timeline import Slow, Span
+from common.errors import BadInput
 from common.stacks import pipeline
 from tests import warm
 
@@ -130,6 +131,15 @@ def test_balanced_stages():
                 loads = pipeline.stage_layers(4 * p, system)
                 loads[-1] += balance.HEAD_LAYERS
                 assert max(loads) - min(loads) <= (2 if keys.get("pipeline_layout") is None else 1)
+
+
+def test_micro_batches_of_a_step():
+    assert balance.batches(Options(), True, 2) == [["train.global_batch=32"]]
+    given = Options(micro_batches=(2, 4))
+    assert balance.batches(given, True, 2) == [["train.global_batch=8"], ["train.global_batch=16"]]
+    assert balance.command_of(given, "balance_pipelines").endswith("--parts balance_pipelines --micro-batches 2 4")
+    with pytest.raises(BadInput, match="is of the small GPT"):
+        balance.batches(given, False, 2)
 
 
 def test_layouts_with_lists():

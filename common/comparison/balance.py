@@ -221,6 +221,7 @@ def figures_of(cells: Iterable[Cell], source: str) -> list[Figure]:
 def command_of(options: Options, part: str) -> str:
     """The command that yields the figures of one task again."""
     words = [*map(str, options.configs), "--parts", part, *(["--layouts", *options.layouts] if options.layouts else [])]
+    words += ["--micro-batches", *map(str, options.micro_batches)] if options.micro_batches else []
     return " ".join(["python -m scripts.benchmark", *words])
 
 
@@ -296,21 +297,33 @@ def balance_pipelines(options: Options, folder: Path) -> list[Figure]:
     config, overrides, is_small = model_of(options, folder)
     layers = 4 * p
     if is_small:
-        overrides += [f"train.global_batch={16 * p}", "deepspeed.micro_batch=4", "megatron.micro_batch=4"]
+        overrides += ["deepspeed.micro_batch=4", "megatron.micro_batch=4"]
         chosen = pipelines(layers, HEAD_LAYERS, p)
     else:
         chosen = [("deepspeed", {}), ("megatron", {})]
     chosen = [(stack, keys) for stack, keys in asked(options) or chosen if stack in stacks_of(config, options) - {"baseline"}]
     cases: dict[str, Case] = {}
-    for stack, keys in chosen:
-        case = case_of(config, overrides, stack, {"pp": str(p)} | keys, p, folder)
-        if len(case.work) == p:  # else a layout of --layouts that has other ranks beside its stages
-            cases.setdefault(case.name, case)  # deepspeed's two ways to divide layers may agree
+    for batch in batches(options, is_small, p):
+        for stack, keys in chosen:
+            case = case_of(config, [*overrides, *batch], stack, {"pp": str(p)} | keys, p, folder)
+            if len(options.micro_batches) > 1:
+                case = case._replace(name=f"{case.name} m={case.micro_batches}")
+            if len(case.work) == p:  # else a layout of --layouts that has other ranks beside its stages
+                cases.setdefault(case.name, case)  # deepspeed's two ways to divide layers may agree
     if not cases:
         raise BadInput(f"none of the layouts is a pipeline of {p} stages on {p} processes")
     steps = measure(list(cases.values()), options, folder)
     cells = [cell for name, case in cases.items() for cell in pipeline_cells(case, steps[name])]
     return figures_of(cells, command_of(options, "balance_pipelines"))
+
+
+def batches(options: Options, is_small: bool, p: int) -> list[list[str]]:
+    """Overrides that give a step each of the micro batches of --micro-batches; the small GPT's have four samples."""
+    if is_small:
+        return [[f"train.global_batch={4 * number}"] for number in options.micro_batches or (4 * p,)]
+    if options.micro_batches:
+        raise BadInput("--micro-batches: is of the small GPT; give a config train.global_batch and micro_batch")
+    return [[]]
 
 
 def balance_ranks(options: Options, folder: Path) -> list[Figure]:

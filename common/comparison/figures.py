@@ -74,6 +74,7 @@ class Options:
     layouts: tuple[str, ...] = ()  # as of scripts/parity.py: stack:key=value,...; empty: the usual ones
     processes: int = 2  # ranks on this machine
     rounds: int = 3  # of A B C A B C
+    micro_batches: tuple[int, ...] = ()  # of a step, in the pipelines of balance_pipelines; empty: four per stage
     source: Path | None = None  # folder of real data, for finetuning
     out: Path = Path("out/benchmark")
     words: tuple[str, ...] = ()  # the command line, without --out

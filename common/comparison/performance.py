@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import config as configs, families
-from common.comparison import alternatives, layouts as cases_module, measuring, small
+from common.comparison import alternatives, layouts as cases_module, measuring, small, starts
 from common.comparison.figures import Figure, Kind, Options, Task, Value
 from common.comparison.layouts import Case, Layout
 from common.comparison.measuring import Record
@@ -356,4 +356,5 @@ TASKS = (
     ),
     Task("performance_mrpc", "Performance / BERT on MRPC", 90, mrpc),
     *alternatives.TASKS,
+    *starts.TASKS,
 )  # fmt: skip
