@@ -75,9 +75,10 @@ def test_the_verdict_in_words_follows_the_cells() -> None:
     offload = "deepspeed zero=3 offload=all micro=2 (9 GB of host memory per node)"
     lines = verdict.in_words(cells(b1_8=offload, b13_64=either, b70_64="megatron pp=8", b70_1024="megatron tp=8"))
     assert [line.partition("**: ")[2] for line in lines] == [
-        "DeepSpeed, which has the fastest layout that is predicted.",
-        "DeepSpeed or Megatron Core: the prediction cannot tell them apart, so take the simpler, DeepSpeed.",
-        "Megatron Core, which has the fastest layout that is predicted.",
+        f"DeepSpeed (`{offload}`), whose best layout is predicted to be the fastest.",
+        "DeepSpeed or Megatron Core: the prediction cannot tell them apart, so take the simpler, DeepSpeed "
+        "(`deepspeed zero=2 micro=2`).",
+        "Megatron Core, whose best layout is predicted to be the fastest.",
     ]
     [line] = verdict.in_words(cells(b70_64="megatron pp=8", b175_64="does not fit: needs 3,143 GB of host memory per node"))
     assert "it depends" in line

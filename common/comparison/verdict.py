@@ -197,9 +197,9 @@ def in_words(figures: Sequence[Figure]) -> list[str]:
     cells = {(f.subject, f.metric): str(f.value) for f in figures if f.section == CHOICES}
     lines = []
     for question, models, gpus in WORDS:
-        answers = {named(cells[model, number]) for model in models for number in gpus if (model, number) in cells}
-        if answers:
-            lines.append(f"- **{question}**: {take(answers)}")
+        found = [cells[model, number] for model in models for number in gpus if (model, number) in cells]
+        if found:
+            lines.append(f"- **{question}**: {take(found)}")
     find = next(head.find for head in HEADS if "CPU memory" in head.name)
     largest = {stack: figure for stack in COMPARED if (figure := find(figures, stack))}
     if len(largest) == len(COMPARED):
@@ -219,18 +219,23 @@ def named(answer: str) -> tuple[str, ...]:
     return tuple(word for word in words if word in STACKS)
 
 
-def take(answers: set[tuple[str, ...]]) -> str:
-    """The sentence for the stacks that the cells of a question name."""
+def take(cells: Sequence[str]) -> str:
+    """The sentence for the stacks, and for one cell the layout, that the cells of a question name."""
+    answers = {named(cell) for cell in cells}
     if len(answers) > 1:
         return "it depends on the size and the number of GPUs, as the table says."
     [stacks] = answers
+    first = cells[0].removeprefix("either: ").partition(", or ")[0]
+    layout = f" (`{first}`)" if len(cells) == 1 else ""
     if not stacks:
         return "no layout of these recipes fits."
     if len(stacks) == 1:
-        return f"{NAMES[stacks[0]]}, which has the fastest layout that is predicted."
+        return f"{NAMES[stacks[0]]}{layout}, whose best layout is predicted to be the fastest."
     least = "simplest" if len(stacks) > 2 else "simpler"
     *some, last = [NAMES[stack] for stack in stacks]
-    return f"{', '.join(some)} or {last}: the prediction cannot tell them apart, so take the {least}, {NAMES[stacks[0]]}."
+    return (
+        f"{', '.join(some)} or {last}: the prediction cannot tell them apart, so take the {least}, {NAMES[stacks[0]]}{layout}."
+    )
 
 
 SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
@@ -290,10 +295,11 @@ def shown_in_readme(figures: Sequence[Figure], hardware: str) -> list[str]:
     lines = [f"| | kind | baseline | DeepSpeed | Megatron Core | {BETTER} |", "|---|---|---:|---:|---:|---|"]
     from common.comparison.render import cell
 
+    directions = {head.name: f" ({head.better} is better)" for head in HEADS if head.better}
     for table in tables(f for f in figures if f.section in {f"{SECTION} / {title}" for title in KINDS.values()}):
         for name in table.rows:
             kind = table.cells[name, BETTER].kind
             cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, BETTER)]
             where = f" ({hardware})" if kind == "measured" else ""
-            lines.append(f"| {name} | {kind}{where} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{directions.get(name, '')} | {kind}{where} | {' | '.join(cells)} |")
     return lines
