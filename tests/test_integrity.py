@@ -204,6 +204,14 @@ def test_lines_that_are_damaged_leave_the_log(lines: list[str], whole_lines: lis
     assert (f"{path}: {damaged} damaged line" in printed) == bool(damaged) and printed.count("\n") == bool(damaged)
 
 
+def test_later_steps_between_the_lines_to_keep_are_removed(tmp_path: Path, capsys: Any) -> None:
+    """A save in the background is logged once it is on disk, after later steps, which a killed run makes again."""
+    path, saved_line = tmp_path / "metrics.jsonl", '{"step": 2, "saved_ms": 3.0}\n'
+    path.write_text("".join([*LINES[:3], saved_line, LINES[3]]))
+    log._open_metrics(path, 2).close()
+    assert path.read_text() == "".join([*LINES[:2], saved_line]) and not capsys.readouterr().err
+
+
 def test_a_log_of_noise_is_read(tmp_path: Path) -> None:
     rng, path = random.Random(2), tmp_path / "metrics.jsonl"
     for _ in range(300):

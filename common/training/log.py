@@ -115,21 +115,25 @@ class Log:
 
 def _open_metrics(path: Path, step: int) -> TextIO:
     """Open metrics.jsonl to append after the lines of steps up to `step`; those lines keep their bytes. Damaged lines are
-    removed, with a note: a disk may change a byte in the middle of the file, and a killed run leaves half a line at its end."""
-    end = place = damaged = 0  # end of the last line to keep; current offset; damaged lines before `end`
-    damaged_spans: list[tuple[int, int]] = []  # (begin, end) of each damaged line, in bytes
+    removed, with a note: a disk may change a byte in the middle of the file, and a killed run leaves half a line at its end.
+    Later steps may stand between those lines: that a checkpoint is on disk is logged when it is (`Log.saved`)."""
+    place = found = 0  # current offset; damaged lines up to it
+    end = damaged = removed = 0  # end of the last line to keep; before it: damaged lines, and all lines to remove
+    spans: list[tuple[int, int]] = []  # (begin, end) of each line to remove, in bytes
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
                 values = parsed(line)
-                if values is None:
-                    damaged_spans.append((place, place + len(line)))
-                elif values["step"] <= step:
-                    end, damaged = place + len(line), len(damaged_spans)
+                if values is None or values["step"] > step:
+                    spans.append((place, place + len(line)))
+                    found += values is None
+                else:
+                    end, damaged, removed = place + len(line), found, len(spans)
                 place += len(line)
         os.truncate(path, end)
+        if removed:
+            _cut_out(path, spans[:removed])
         if damaged:
-            _cut_out(path, damaged_spans[:damaged])
             print(
                 f"note: {path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out", file=sys.stderr, flush=True
             )
