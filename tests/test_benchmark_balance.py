@@ -11,6 +11,7 @@ from common.comparison.figures import Figure, Options, tables
 from common.comparison.timeline import Slow, Span
 from common.errors import BadInput
 from common.stacks import pipeline
+from scripts import document_balance
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +141,12 @@ def test_micro_batches_of_a_step():
     assert balance.command_of(given, "balance_pipelines").endswith("--parts balance_pipelines --micro-batches 2 4")
     with pytest.raises(BadInput, match="is of the small GPT"):
         balance.batches(given, False, 2)
+
+
+def test_the_table_of_the_document_is_the_one_that_the_script_writes():
+    page = document_balance.PAGE.read_text(encoding="utf-8")
+    assert document_balance.page(page) == page
+    assert document_balance.TABLE.search(page)
 
 
 def test_layouts_with_lists():
