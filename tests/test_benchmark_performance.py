@@ -43,7 +43,8 @@ def test_weight_decay_on_norms_is_refused(corpus, tmp_path):
     reference, right, wrong = map(json.loads, lines)
     assert len(reference["losses"]) == len(reference["timing"]["seconds"]) == STEPS
     # the same state, by the same names; state.json names the layout
-    assert reference["saved_bytes"] == pytest.approx(right["saved_bytes"], rel=1e-4)
+    # and in more pieces, which the header and the index of so small a state show: Megatron's q, k and v lie together
+    assert reference["saved_bytes"] < right["saved_bytes"] < 1.02 * reference["saved_bytes"]
     assert not reference["disagreement"] and not right["disagreement"], right
     assert wrong["disagreement"].startswith("deepspeed zero=1 and baseline have not one curve: at step "), wrong
     print(wrong["disagreement"])

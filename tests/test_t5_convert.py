@@ -17,6 +17,7 @@ from common.stacks import mcore
 from recipes.t5 import task
 from scripts import heldout
 from tests import warm
+from tests.gathered import join
 
 VOCAB = 709  # a prime: does not divide by tp
 ARCHS = ("tiny", "tiny_v1_1")
@@ -61,7 +62,7 @@ def test_table_is_its_own_inverse_at_every_tp(name, tp):
                 seen |= set(rule.hf)
                 whole = rule.from_hf(*tensors)
                 shards = [mcore.split(whole, 0, rule.blocks, tp, rank) for rank in range(tp)]
-                back = rule.to_hf(mcore.join(shards, 0, rule.blocks))
+                back = rule.to_hf(join(shards, 0, rule.blocks))
                 assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True)), part
     seen |= {hf for rule in parameter_map._outer(model).values() for hf in rule.hf}
     assert seen == set(shapes), "every parameter has its place in Megatron"

@@ -70,7 +70,7 @@ TRAPS: tuple[Trap, ...] = (
         "export under AutoTP",
         "save_16bit_model writes the first rank's shards alone (ZeRO 0 and 1), and returns True",
         "tests/test_resume.py::test_every_move_reads_back_bit_for_bit",
-        ("common/stacks/zero.py", "AutoTP's shards of one tensor"),
+        ("common/stacks/zero.py", "elements of this rank's AutoTP shard"),
     ),
     Trap(
         "deepspeed",

@@ -37,8 +37,7 @@ def install(rank: int, world: int) -> None:
     _groups(rank, world)
     _objects(world)
     _questions()
-    if world > 1:
-        _saving()
+    _saving()
 
 
 # ---- values that no kernel has computed ------------------------------------------------------------------------------
@@ -223,8 +222,8 @@ def _objects(world: int) -> None:
 
 
 def _saving() -> None:
-    """A checkpoint is written whole by this rank, so that a later simulation can resume from it: zeros stand for values. It is
-    read without the other ranks."""
+    """A checkpoint is written whole by this rank, so that a later simulation can resume from it: zeros stand for values, which
+    no kernel has computed. It is read without the other ranks."""
     import torch
 
     from common.checkpoints import checkpoint, pieces, sharded

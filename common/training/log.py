@@ -21,6 +21,8 @@ from common.preflight import Run
 from common.training import trackers
 from common.yaml_files import to_yaml
 
+SAVING = {"save_ms", "saved_ms"}  # keys of the lines of a checkpoint, which the trackers do not get
+
 
 class Log:
     """The log of a run. It starts at the step of the checkpoint that the run resumes from, and cuts off later lines of
@@ -38,7 +40,7 @@ class Log:
             return
         startup.done(f"model and optimizer with their values ({_origin(run)})")
         self.file = _open_metrics(run.out / "metrics.jsonl", self.first_step)
-        before = read(run.out / "metrics.jsonl", self.first_step)
+        before = (line for line in read(run.out / "metrics.jsonl", self.first_step) if not SAVING & line.keys())
         self.trackers = trackers.started(run, self.first_step, _texts(run, task), before)
         if os.environ.get(startup.HEADER) != str(ranks.world):
             print(header(run), flush=True)
