@@ -270,7 +270,7 @@ def counted(held: Sequence[Sequence[Any]], world: int) -> list[str]:
 
     own = [pieces.own(of_rank) for of_rank in held]
     size = [sum(4 * piece.tensor.numel() for piece in of_rank) for of_rank in own]
-    entries = [[[0, 2**31, 2**31, list(p.offset), list(p.tensor.shape)] for p in of_rank] for of_rank in own]
+    entries = [[[0, 2**31, "0123456789abcdef", list(p.offset), list(p.tensor.shape)] for p in of_rank] for of_rank in own]
     sent = [len(pickle.dumps(of_rank)) for of_rank in entries]
     index = sum(len(str(entry)) for of_rank in entries for entry in of_rank) / len(own) * world
     read = [sum(4 * piece.tensor.numel() for piece in of_rank) for of_rank in held]

@@ -6,11 +6,12 @@ Each rank writes the pieces that it holds to a file of its own, and rank 0 write
     step, samples, seed, stack, layout, dtype, hyperparameters, commit    of the run (state.meta)
     parameters   {name: {part: full shape}}
     files        {file: {bytes, header: bytes of its header, crc32: of the header}}
-    pieces       {name: {part: [[number of its file, first byte, crc32, offset, size], ...]}}
+    pieces       {name: {part: [[number of its file, first byte, checksum, offset, size], ...]}}
     crc32        of the index (integrity.seal)
 
-A piece is a rectangle of a part, in fp32 and row-major order. Pieces are loaded as any other pieces: a run goes on in another
-layout of another stack, and each rank reads what it needs.
+A piece is a rectangle of a part, in fp32 and row-major order. Its checksum is XXH3 with 64 bits, in hexadecimal: 19 GB/s on a
+core, where crc32 has 4. Pieces are loaded as any other pieces: a run goes on in another layout of another stack, and each rank
+reads what it needs.
 
 DCP lets the ranks agree on the outcome, and saves behind the training. Its plans stay empty: a rank knows what it holds, and
 with its objects for each piece rank 0 would gather, and send to every rank, a description of the whole model.
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save, save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from torch.futures import Future
+from xxhash import xxh3_64_hexdigest
 
 from common.checkpoints import integrity, parameters
 from common.checkpoints.parameters import Shapes
@@ -47,7 +49,7 @@ from common.launch import heartbeat
 if TYPE_CHECKING:
     from common.checkpoints.checkpoint import Checkpoint
 
-Entry = list[Any]  # number of the file, first byte, crc32, offset, size
+Entry = list[Any]  # number of the file, first byte, checksum, offset, size
 Entries = dict[str, dict[str, list[Entry]]]  # by name and part
 counters: Counter[str] = Counter()  # of this rank: bytes written, bytes read, files opened
 
@@ -101,7 +103,7 @@ def write(path: Path, pieces: Sequence[Piece], values: Callable[[Piece], torch.T
             data = _bytes_of(tensor)
             _write_all(file.fileno(), data)
             written.shapes.setdefault(piece.name, {})[piece.part] = piece.shape
-            entry = [0, at, zlib.crc32(data), list(piece.offset), list(tensor.shape)]
+            entry = [0, at, xxh3_64_hexdigest(data), list(piece.offset), list(tensor.shape)]
             written.entries.setdefault(piece.name, {}).setdefault(piece.part, []).append(entry)
             at += len(data)
         os.fsync(file.fileno())
@@ -328,14 +330,14 @@ class Reader(StorageReader):
 
     def _fill(self, name: str, part: str, number: int, entry: Entry, file_of: Any, regions: Any) -> None:
         """Read of one piece the rows that its regions want, and copy each region to the piece in memory that wants it."""
-        file, begin, crc32, offset, size = entry
+        file, begin, checksum, offset, size = entry
         first, last = min(both[0][0] for _, both in regions), max(both[0][1] for _, both in regions)
         origin, read = [first, *offset[1:]], [last - first, *size[1:]]
         direct = _direct(regions, origin, read)
         values = torch.empty(read) if direct is None else direct
         _read_all(file_of(file), _bytes_of(values), begin + 4 * (first - offset[0]) * prod(size[1:]), self.files[file])
         if read == size:
-            if zlib.crc32(_bytes_of(values)) != crc32:
+            if xxh3_64_hexdigest(_bytes_of(values)) != checksum:
                 raise Damaged(self._changed(file, name, part))
             self.verified.add(number)
             if not integrity.is_finite(values):
@@ -357,7 +359,7 @@ class Reader(StorageReader):
         handles: dict[int, Any] = {}
         with ExitStack() as stack:
             for (name, part), first in self.first.items():
-                for number, (file, begin, crc32, _, size) in enumerate(self.entries[name][part], first):
+                for number, (file, begin, checksum, _, size) in enumerate(self.entries[name][part], first):
                     if number not in numbers:
                         continue
                     heartbeat.beat("verifying the state")
@@ -370,7 +372,7 @@ class Reader(StorageReader):
                     except OSError as error:
                         yield f"{self.files[file]}: cannot be read ({error.strerror or error}): {part} of {name}"
                         continue
-                    if zlib.crc32(data) != crc32:
+                    if xxh3_64_hexdigest(data) != checksum:
                         yield self._changed(file, name, part)
 
 
