@@ -37,7 +37,9 @@ def kept(folder: Path) -> dict[str, object]:
     report = Report.from_json(values) if values else None
     figures = select(report.figures, PIPELINES) if report else []
     if not report or not figures:
-        raise BadInput(f"{folder}: has no report.json with pipelines; scripts.benchmark --parts balance_pipelines writes it")
+        raise BadInput(
+            f"{folder}: has no report.json with pipelines; type: python -m scripts.benchmark --parts balance_pipelines"
+        )
     return report.to_json() | {"figures": [asdict(figure) for figure in figures]}
 
 
