@@ -342,7 +342,7 @@ def value_of(piece: Any) -> Any:
 
 
 def reset_peak() -> None:
-    """Let Linux measure the peak of resident memory anew."""
+    """Reset the peak of resident memory that Linux records."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

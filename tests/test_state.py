@@ -17,7 +17,7 @@ from conftest import ROOT, step_of
 from test_integrity import META, flip, saved
 
 from common import config
-from common.checkpoints import checkpoint, pieces, sharded
+from common.checkpoints import checkpoint, integrity, pieces, sharded
 from common.errors import BadInput
 from common.families import RECIPES
 from common.stacks import mcore
@@ -276,6 +276,15 @@ def test_a_step_that_was_found_damaged_is_passed_over(tmp_path: Path) -> None:
     marker.unlink()
     newest = checkpoint.latest(tmp_path)
     assert newest is not None and newest.step == 4
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    """Its checksum is right: it was written so."""
+    path = saved(tmp_path) / "state.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "crc32"}
+    [entry] = values["files"].values()
+    path.write_text(json.dumps(integrity.seal(values | {"files": {"../step_4/00000.safetensors": entry}})))
+    assert checkpoint.opened(path.parent) == f"{path} is not readable"
 
 
 def test_show(tmp_path: Path) -> None:

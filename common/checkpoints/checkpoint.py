@@ -117,7 +117,7 @@ def save(
         _pending = _Pending(sharded.save_in_background(writer, batches), step, begun, tmp, report)
         report(step, save_ms=(time.perf_counter() - begun) * 1e3)
         return final
-    with _told(step, tmp):
+    with _undone_on_failure(step, tmp):
         sharded.save(writer, batches)
     heartbeat.beat("saved")
     passed = (time.perf_counter() - begun) * 1e3
@@ -156,7 +156,7 @@ def wait() -> None:
         return
     pending, _pending = _pending, None
     heartbeat.wait("save")
-    with _told(pending.step, pending.tmp):
+    with _undone_on_failure(pending.step, pending.tmp):
         pending.written.wait()
     heartbeat.beat("saved")
     pending.tell()
@@ -169,7 +169,7 @@ def forget() -> None:
 
 
 @contextmanager
-def _told(step: int, tmp: Path) -> Iterator[None]:
+def _undone_on_failure(step: int, tmp: Path) -> Iterator[None]:
     """Remove what a save has left that failed, and end the run if a value was not finite."""
     import torch.distributed as dist
 
@@ -289,15 +289,19 @@ def _hyperparameters(meta: dict[str, Any]) -> Any:
 def _is_meta(meta: dict[str, Any]) -> bool:
     """Do the values of a state.json have the types that its readers rely on?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
-    if "pieces" in meta:  # its checksum, which it has then, proves the rest
-        return "crc32" in meta and is_count(meta.get("step")) and meta.get("format") == FORMAT
+    if "pieces" in meta:  # its checksum, which it has then, proves the pieces themselves
+        is_index = meta.get("format") == FORMAT and "crc32" in meta and isinstance(meta.get("parameters"), dict)
+        entries = {"bytes", "crc32", "header"}
+    else:
+        is_index, entries = True, {"bytes", "crc32"}
     return (
-        is_count(meta.get("step"))
+        is_index
+        and is_count(meta.get("step"))
         and isinstance(files, dict)
         and all(isinstance(entry, dict) for entry in files.values())
-        and all(is_count(entry.get(key)) for entry in files.values() for key in ("bytes", "crc32"))
-        and all(isinstance(entry.get("shape"), list) for entry in files.values())
-        and all(is_count(size) for entry in files.values() for size in entry["shape"])
+        and all(is_count(entry.get(key)) for entry in files.values() for key in entries)
+        and ("pieces" in meta or all(isinstance(entry.get("shape"), list) for entry in files.values()))
+        and all(is_count(size) for entry in files.values() for size in entry.get("shape", []))
         and not any(os.sep in name for name in files)
         and isinstance(layout, dict)
         and is_count(layout.get("world"))
