@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LARGEST = 32 * 2**20  # bytes of a piece: what a rank copies, checks and writes at a time
 Shape = Sequence[int]
+Region = tuple[str, tuple[int, ...], tuple[int, ...]]  # part, offset and size of a rectangle
 
 
 class Piece(NamedTuple):
@@ -34,7 +35,12 @@ class Piece(NamedTuple):
     @property
     def region(self) -> tuple[slice, ...]:
         """The index of the rectangle in the whole part."""
-        return tuple(slice(o, o + s) for o, s in zip(self.offset, self.tensor.shape, strict=True))
+        return region(self.offset, self.tensor.shape)
+
+
+def region(offset: Shape, size: Shape) -> Any:
+    """The index of a rectangle."""
+    return tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
 
 
 class Batch(NamedTuple):

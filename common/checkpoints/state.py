@@ -60,30 +60,102 @@ def fill(
     batches: Batches, wanted: Sequence[tuple[str, PartShapes]], values: Values, device: "torch.device",
     group: "dist.ProcessGroup | None" = None,
 ) -> None:  # fmt: skip
-    """Set the pieces that this rank holds; a collective.
+    """Set the pieces that the ranks of `group` (default: all ranks) hold; a collective.
 
-    wanted: as of in_turns, in the order of the batches' names: the parts that `values` has. Those of a checkpoint are read by
-    the ranks that need them, and nothing is sent. Those that are drawn, or come from a Hugging Face folder, are whole.
+    wanted: (name, shapes of the parts that `values` has), of the batches' names in their order, the same on each rank of the
+    group. Of as many successive parameters as there are ranks each rank reads or draws one, all at the same time, so that
+    parameters of similar size should follow each other; of another rank's parameter a rank receives, on `device`, what it
+    holds. A checkpoint is read by the ranks that need it, and nothing is sent.
     """
     if isinstance(values, Stored):
         from common.checkpoints import sharded
 
         sharded.load(values.checkpoint, batches)
         return
-    import torch
+    import torch.distributed as dist
 
-    turns = in_turns(values, wanted, device, group)
+    world, rank, number, own = dist.get_world_size(group), dist.get_rank(group), 0, None
     for batch in batches:
         of_name: dict[str, list[Piece]] = {name: [] for name in batch.names}
         for piece in batch.pieces:
             of_name[piece.name].append(piece)
         for name in batch.names:
-            parts = next(turns)
-            with torch.no_grad():
-                for piece in of_name[name]:
-                    piece.tensor.copy_(parts[piece.part][piece.region])
-    for _ in turns:  # of parameters that this rank does not hold
-        pass
+            owner = number % world
+            if owner == 0:
+                own = values(wanted[number + rank][0], wanted[number + rank][1]["weight"]) if number + rank < len(wanted) else None
+            assert wanted[number][0] == name, f"{wanted[number][0]} in the place of {name}"
+            _fill_parameter(of_name[name], wanted[number][1], own if owner == rank else None, owner, device, group)
+            number += 1
+
+
+def _fill_parameter(
+    held: Sequence[Piece], shapes: PartShapes, parts: Parts | None, owner: int, device: "torch.device",
+    group: "dist.ProcessGroup | None",
+) -> None:  # fmt: skip
+    """Set this rank's pieces of one parameter, which the rank `owner` of the group has in `parts`; a collective.
+
+    What all ranks hold whole is broadcast. Anything else is sent to those who hold it, a piece (pieces.LARGEST) to each rank
+    at a time.
+    """
+    import torch
+    import torch.distributed as dist
+
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    of_region: dict[pieces.Region, list[Piece]] = {}
+    for piece in held:
+        of_region.setdefault((piece.part, piece.offset, tuple(piece.tensor.shape)), []).append(piece)
+    heartbeat.wait("parameters of other ranks")
+    regions: list[Any] = [list(of_region)] * world
+    if world > 1:
+        dist.all_gather_object(regions, list(of_region), group=group)
+    size = sum(prod(shape) for shape in shapes.values())
+    if all(sum(prod(extent) for _, _, extent in of_rank) >= size for of_rank in regions):
+        whole = _broadcast(shapes, parts, owner, device, group)
+        for piece in held:
+            _set(piece, whole[piece.part][piece.region])
+        return
+    for turn in range(max(map(len, regions))):
+        sizes = [prod(of_rank[turn][2]) if turn < len(of_rank) else 0 for of_rank in regions]
+        received = torch.empty(sizes[rank], device=device)
+        if parts is None:
+            sent, sent_sizes = received.new_empty(0), [0] * world
+        else:
+            wanted = [of_rank[turn] for of_rank in regions if turn < len(of_rank)]
+            cut = [parts[part][pieces.region(offset, extent)].reshape(-1) for part, offset, extent in wanted]
+            sent, sent_sizes = torch.cat(cut).to(device), sizes
+        from_owner = [sizes[rank] if sender == owner else 0 for sender in range(world)]
+        dist.all_to_all_single(received, sent, from_owner, sent_sizes, group=group)
+        if turn < len(of_region):
+            region = regions[rank][turn]
+            for piece in of_region[region]:
+                _set(piece, received.view(region[2]))
+    heartbeat.beat("reading parameters")
+
+
+def _broadcast(
+    shapes: PartShapes, parts: Parts | None, owner: int, device: "torch.device", group: "dist.ProcessGroup | None"
+) -> Parts:
+    """The parts, on all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    if parts is not None and dist.get_world_size(group) == 1:
+        return parts
+    sizes = [prod(shape) for shape in shapes.values()]
+    if parts is None:
+        flat = torch.empty(sum(sizes), device=device)
+    else:
+        flat = torch.cat([parts[part].flatten() for part in shapes]).to(device)
+    dist.broadcast(flat, group=group, group_src=owner)
+    heartbeat.beat("reading parameters")
+    return {part: piece.view(*shapes[part]) for part, piece in zip(shapes, flat.split(sizes), strict=True)}
+
+
+def _set(piece: Piece, values: "torch.Tensor") -> None:
+    import torch
+
+    with torch.no_grad():
+        piece.tensor.copy_(values)
 
 
 def _source(cfg: Config, task: Family, shapes: Shapes, resume: Checkpoint | None) -> Values:
@@ -109,43 +181,8 @@ def stored(checkpoint: Checkpoint, shapes: Shapes) -> Values:
     return read
 
 
-def in_turns(
-    values: Values,
-    wanted: Sequence[tuple[str, PartShapes]],
-    device: "torch.device",
-    group: "dist.ProcessGroup | None" = None,
-) -> Iterator[Parts]:
-    """The parts of each parameter of `wanted` (name, shapes of the parts), each read or drawn by one rank of `group` (default:
-    all ranks) and sent to the others, which get them on `device`.
-
-    A collective: every rank of the group wants the same, in the same order. Of as many successive parameters as there are
-    ranks each rank reads one, all at the same time, so that parameters of similar size should follow each other.
-    """
-    import torch
-    import torch.distributed as dist
-
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    if world == 1:
-        yield from (values(name, shapes["weight"]) for name, shapes in wanted)
-        return
-    for begin in range(0, len(wanted), world):
-        window = wanted[begin : begin + world]
-        own = None
-        if rank < len(window):
-            name, shapes = window[rank]
-            parts = values(name, shapes["weight"])
-            own = torch.cat([parts[part].flatten() for part in shapes]).to(device)
-        for owner, (_, shapes) in enumerate(window):
-            sizes = [prod(shape) for shape in shapes.values()]
-            flat = torch.empty(sum(sizes), device=device) if own is None or owner != rank else own
-            heartbeat.wait("parameters of other ranks")
-            dist.broadcast(flat, group=group, group_src=owner)
-            heartbeat.beat("reading parameters")
-            yield {part: piece.view(*shapes[part]) for part, piece in zip(shapes, flat.split(sizes), strict=True)}
-
-
 def part_shapes(shape: init.Shape, with_moments: bool) -> PartShapes:
-    """What in_turns is to send of a parameter: its weight, and AdamW's moments."""
+    """What `fill` is to set of a parameter: its weight, and AdamW's moments."""
     return dict.fromkeys(PARTS if with_moments else PARTS[:1], tuple(shape))
 
 
@@ -171,7 +208,7 @@ def load(net: "torch.nn.Module", optimizer: "torch.optim.Optimizer", shapes: Sha
 
 
 def largest_first(named: Named, shapes: Shapes) -> list[tuple[str, "torch.nn.Parameter"]]:
-    """In the order that in_turns wants; parameters that are not in `shapes` last."""
+    """In the order that `fill` wants; parameters that are not in `shapes` last."""
     return sorted(named, key=lambda item: -prod(shapes.get(item[0], (0,))))
 
 

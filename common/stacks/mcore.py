@@ -500,7 +500,7 @@ def load_state(
     shapes: the full shape of each Hugging Face parameter. BadInput unless all stages and shards together have exactly these.
     """
     _prove(model, parameter_map, shapes)
-    named = sorted(global_names(model), key=lambda item: -item[1].numel())  # as state.in_turns wants it
+    named = sorted(global_names(model), key=lambda item: -item[1].numel())  # as state.fill wants it
     for name, parameter in named:
         has_padding = parameter_map(name).unpadded_rows is not None
         if has_padding:
