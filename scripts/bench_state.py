@@ -3,6 +3,7 @@
     python -m scripts.bench_state time [--mb 1500] [--ranks 2] [--rounds 5] [--dir DIR]
     python -m scripts.bench_state count [CONFIG]
     python -m scripts.bench_state recut [CONFIG] [--dir DIR]
+    python -m scripts.bench_state weights [CONFIG] [--dir DIR]
 
 time: of a state in flat partitions (ZeRO 1) and one in halves of each matrix (tensor parallelism), on the disk of DIR, in turn:
     ours            common/checkpoints, with checksums
@@ -14,6 +15,9 @@ count: without data, of 1, 2, 4 and 8 ranks of CONFIG (default: GPT-2), and of g
   Megatron's tp=8 pp=16 dp=4: the most that any rank has. index: state.json, which rank 0 writes and every rank reads.
 recut: 4 ranks (tp=2 pp=2) write a state of CONFIG, and 2 ranks (ZeRO 3) read it and compare each value: the memory that each
   rank needs beside its share of the state.
+weights: from the seed to an export. 4 ranks (tp=2 pp=2) draw the weights of CONFIG, keep them in bf16 and save them; 2 ranks
+  (ZeRO 3) read them, write the Hugging Face folder together, and compare each of its values with one that is drawn again. DIR
+  needs 8 bytes for each parameter of CONFIG.
 """
 
 import argparse
@@ -55,11 +59,14 @@ def main() -> int:
     command = commands.add_parser("recut", help="memory of ranks that write a state and of others that read it")
     command.add_argument("config", type=Path, nargs="?", default=DEFAULT, metavar="CONFIG")
     command.add_argument("--dir", type=Path, default=None, help="folder for the state (default: a temporary one)")
+    command = commands.add_parser("weights", help="the same, of weights that are drawn, saved, read and exported")
+    command.add_argument("config", type=Path, nargs="?", default=DEFAULT, metavar="CONFIG")
+    command.add_argument("--dir", type=Path, default=None, help="folder for state and export (default: a temporary one)")
     args = parser.parse_args()
     if args.command == "count":
         return count(args.config)
-    if args.command == "recut":
-        return recut(args.config, args.dir)
+    if args.command in ("recut", "weights"):
+        return on_four_and_two(args.command, args.config, args.dir)
     if args.mb < 1 or args.ranks < 1 or args.rounds < 1:
         raise BadInput("--mb, --ranks and --rounds: give numbers of 1 or more")
     if "RANK" in os.environ:
@@ -200,12 +207,18 @@ def report(name: str, seconds: dict[str, list[float]]) -> None:
 # ---- count -----------------------------------------------------------------------------------------------------------
 
 
-def shapes_of(path: Path) -> Shapes:
+def config_of(path: Path) -> Any:
     from common import config as configs
     from recipes.gpt import task
 
     cfg = configs.load(path, [], task.Config)
-    return {name: tuple(shape) for name, shape in task.parameter_shapes(cfg.model.resolve(cfg, 50257)).items()}
+    return cfg.model_copy(update={"model": cfg.model.resolve(cfg, 50257)})
+
+
+def shapes_of(path: Path) -> Shapes:
+    from recipes.gpt import task
+
+    return {name: tuple(shape) for name, shape in task.parameter_shapes(config_of(path).model).items()}
 
 
 def count(config: Path) -> int:
@@ -232,20 +245,21 @@ def count(config: Path) -> int:
 HEADINGS = ["layout", "ranks", "MB written", "MB read", "pieces", "kB sent", "index MB", "s"]
 
 
-def each(shapes: Shapes, rank: int, world: int, make: Callable[[int], Any]) -> Iterator[Any]:
+def each(shapes: Shapes, rank: int, world: int, make: Callable[[int], Any], parts: Sequence[str] = PARTS) -> Iterator[Any]:
     """A share of each parameter, as ZeRO 3 has it."""
     from common.checkpoints import pieces
 
     for name, shape in shapes.items():
         size = -(-prod(shape) // world)
         here = min(size, prod(shape) - rank * size)
-        for part in PARTS if here > 0 else ():
+        for part in parts if here > 0 else ():
             yield from pieces.cut(pieces.whole(name, shape), part, make(here), rank * size)
 
 
 def staged(
-    shapes: Shapes, tp_rank: int, tp: int, stage: int, stages: int, dp: int, make: Callable[[int], Any]
-) -> Iterator[Any]:
+    shapes: Shapes, tp_rank: int, tp: int, stage: int, stages: int, dp: int, make: Callable[[int], Any],
+    parts: Sequence[str] = PARTS,
+) -> Iterator[Any]:  # fmt: skip
     """One of the stages of layers, a tp-th of each matrix, and of that the first of dp shares of the distributed optimizer."""
     from common.checkpoints import pieces
 
@@ -260,7 +274,7 @@ def staged(
         local = (shape[0], shape[1] // tp) if is_split else shape
         place = pieces.whole(name, shape)._replace(local=local, column=tp_rank * local[-1] if is_split else 0)
         replica, replicas = (0, 1) if is_split or dp > 1 else (tp_rank, tp)
-        for part in PARTS:
+        for part in parts:
             yield from pieces.cut(place, part, make(prod(local) // dp), 0, replica, replicas)
 
 
@@ -280,16 +294,20 @@ def counted(held: Sequence[Sequence[Any]], world: int) -> list[str]:
     ]  # fmt: skip
 
 
-# ---- recut -----------------------------------------------------------------------------------------------------------
+# ---- recut and weights -----------------------------------------------------------------------------------------------
 
 
-def recut(config: Path, folder: Path | None) -> int:
+def on_four_and_two(command: str, config: Path, folder: Path | None) -> int:
+    """On 4 ranks, and then on 2."""
     if "RANK" in os.environ:
         assert folder is not None
-        recut_rank(shapes_of(config), folder)
+        if command == "recut":
+            recut_rank(shapes_of(config), folder)
+        else:
+            weights_rank(config, folder)
         return 0
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        given = ["recut", str(config), f"--dir={place}"]
+        given = [command, str(config), f"--dir={place}"]
         return on_ranks(4, *given) or on_ranks(2, *given)
 
 
@@ -308,9 +326,7 @@ def recut_rank(shapes: Shapes, folder: Path) -> None:
             piece.tensor.copy_(value_of(piece))
     else:
         held = list(each(shapes, rank, world, torch.zeros))
-    share = sum(4 * piece.tensor.numel() for piece in held)
-    reset_peak()
-    before, begin = resident("VmRSS"), time.perf_counter()
+    watch = Watch(held)
     batches = [pieces.Batch(list(shapes), held)]
     if writes:
         meta = {"step": 1, "layout": {"world": 4}, "hyperparameters": {}, "stack": ""}
@@ -319,17 +335,109 @@ def recut_rank(shapes: Shapes, folder: Path) -> None:
         opened = checkpoint.opened(folder / "step_1")
         assert isinstance(opened, checkpoint.Checkpoint), opened
         sharded.load(opened, batches)
-    peak, seconds = resident("VmHWM") - before, time.perf_counter() - begin
+    line = str(watch)
     wrong = 0 if writes else sum(not piece.tensor.equal(value_of(piece)) for piece in held)
-    gathered: list[Any] = [None] * world
-    line = f"share {share / 1e6:,.0f} MB, {peak / 1e6:,.0f} MB beside it, {seconds:.1f} s"
-    dist.all_gather_object(gathered, line + ("" if writes else f", {wrong} of {len(held):,} pieces wrong"))
-    if rank == 0:
-        print("4 ranks, tp=2 pp=2, write" if writes else "2 ranks, ZeRO 3, read")
-        print("\n".join(f"  rank {number}: {line}" for number, line in enumerate(gathered)), flush=True)
+    tell(f"{FOUR}, write" if writes else f"{TWO}, read", line + ("" if writes else f", {wrong} of {len(held):,} pieces wrong"))
     dist.destroy_process_group()
     if wrong:
         sys.exit(1)
+
+
+FOUR, TWO = "4 ranks, tp=2 pp=2", "2 ranks, ZeRO 3"
+
+
+class Watch:
+    """The peak of this rank's memory beside its share, and the seconds."""
+
+    def __init__(self, held: Sequence[Any]):
+        self.share = sum(piece.tensor.element_size() * piece.tensor.numel() for piece in held)
+        reset_peak()
+        self.before, self.begin = resident("VmRSS"), time.perf_counter()
+
+    def __str__(self) -> str:
+        beside, seconds = resident("VmHWM") - self.before, time.perf_counter() - self.begin
+        return f"share {self.share / 1e6:,.0f} MB, {beside / 1e6:,.0f} MB beside it, {seconds:.1f} s"
+
+
+def tell(what: str, line: str) -> None:
+    """Print a line of each rank, on rank 0."""
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, line)
+    if dist.get_rank() == 0:
+        print("\n".join([what, *(f"  rank {number}: {line}" for number, line in enumerate(gathered))]), flush=True)
+
+
+def weights_rank(config: Path, folder: Path) -> None:
+    """Four ranks draw and save, and two read and export."""
+    import torch
+    import torch.distributed as dist
+
+    from common.checkpoints import checkpoint, pieces, sharded, state
+    from common.huggingface import export
+    from common.training import init
+    from recipes.gpt import task
+
+    dist.init_process_group("gloo")
+    cfg, rank, cpu = config_of(config), dist.get_rank(), torch.device("cpu")
+    shapes = {name: tuple(shape) for name, shape in task.parameter_shapes(cfg.model).items()}
+    draw = init.scratch(cfg.train.seed, lambda name: task.initializer(cfg.model, name))
+
+    def bf16(size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.bfloat16)
+
+    if dist.get_world_size() == 4:
+        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, 1, bf16, PARTS[:1]))
+        stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        here = {piece.name for piece in held}
+        names = sorted((name for name in shapes if name in here), key=lambda name: -prod(shapes[name]))
+        batches = [pieces.Batch(names, held)]
+        wanted = [(name, state.part_shapes(shapes[name], False)) for name in names]
+        watch = Watch(held)
+        state.fill(batches, wanted, lambda name, shape: {"weight": draw(name, shape)}, cpu, stages[rank // 2])
+        tell(f"{FOUR}, draw; the largest parameter has {4 * max(map(prod, shapes.values())) / 1e6:,.0f} MB", str(watch))
+        meta = {"step": 1, "layout": {"world": 4}, "hyperparameters": {}, "stack": "none", "seed": cfg.train.seed}
+        watch = Watch(held)
+        checkpoint.save(folder, batches, shapes, meta, 1)
+        tell(f"{FOUR}, write", str(watch))
+        dist.destroy_process_group()
+        return
+    held = list(each(shapes, rank, 2, bf16, PARTS[:1]))
+    opened = checkpoint.opened(folder / "step_1")
+    assert isinstance(opened, checkpoint.Checkpoint), opened
+    watch = Watch(held)
+    sharded.load(opened, [pieces.Batch(list(shapes), held)])
+    tell(f"{TWO}, read", str(watch))
+    watch = Watch(held)
+    export.write(opened, cfg, task, folder / "hf", folder / "none", {"config": config.stem})
+    tell(f"{TWO}, export", str(watch))
+    wrong = wrong_values(folder / "hf", held, shapes, draw)
+    tell(f"{TWO}, compare", f"{len(wrong)} of {len(shapes):,} parameters wrong")
+    dist.destroy_process_group()
+    if wrong:
+        sys.exit(1)
+
+
+def wrong_values(folder: Path, held: Sequence[Any], shapes: Shapes, draw: Callable[[str, Any], Any]) -> list[str]:
+    """The parameters of which the export, or what this rank has read, is not what is drawn. A rank compares every other one."""
+    import torch
+    import torch.distributed as dist
+    from safetensors import safe_open
+
+    from common.huggingface import hf_folder
+
+    problems: list[str] = []
+    tensors = hf_folder.tensors(folder, str(folder), problems)
+    wrong = [*problems, *(set(shapes) ^ set(tensors))]
+    for name in sorted(shapes)[dist.get_rank() :: 2]:
+        drawn = draw(name, shapes[name]).to(torch.bfloat16)
+        with safe_open(tensors[name].path, framework="pt") as file:
+            exported = file.get_tensor(name)
+        mine = [piece for piece in held if piece.name == name]
+        if not drawn.float().equal(exported) or not all(piece.tensor.equal(drawn[piece.region]) for piece in mine):
+            wrong.append(name)
+    return wrong
 
 
 def value_of(piece: Any) -> Any:

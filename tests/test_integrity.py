@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_check import run_folder
@@ -267,6 +269,56 @@ def test_an_export_is_what_safetensors_writes(
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3 and integrity.problems(tmp_path / "hf", "x") == []
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert all(weights[name].equal(value) for name, value in net.named_parameters())
+
+
+def export_rank(rank: int, source: checkpoint.Checkpoint, tmp_path: Path, room: int | None, results: Any) -> None:
+    """One of two ranks that export together. room: what a file of rank 1 may have, in bytes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+    if room is not None and rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    written, write = [], export.write_tensors
+    export.write_tensors = lambda path, *args: written.append(path.name) or write(path, *args)
+    try:
+        export.write(source, CFG, task, tmp_path / "hf", tmp_path / "none", {})
+        results.put((rank, written, []))
+    except BadInput as error:
+        results.put((rank, written, error.problems))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def export_on_two_ranks(source: checkpoint.Checkpoint, tmp_path: Path, room: int | None) -> list[Any]:
+    """Of each rank its number, the files of weights that it began, and what was wrong."""
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=export_rank, args=(rank, source, tmp_path, room, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join()
+    return found
+
+
+def test_two_ranks_export_what_one_does(
+    exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    (_, first, none), (_, second, neither) = export_on_two_ranks(exported[0], tmp_path, None)
+    assert none == neither == [] and not set(first) & set(second) and abs(len(first) - len(second)) <= 1
+    (tmp_path / "one").mkdir()
+    export.write(exported[0], CFG, task, tmp_path / "one/hf", tmp_path / "none", {})
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("one/hf", "hf"))
+    assert one == two and {*first, *second} == {name for name in one if name.endswith(".safetensors")}
+
+
+def test_a_rank_that_cannot_write_its_part_of_an_export_ends_it_on_all(
+    exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    line = f"{tmp_path}/hf: cannot write the export: File too large; make room there, and the same command continues"
+    assert [problems for *_, problems in export_on_two_ranks(exported[0], tmp_path, 10_000)] == [[line], [line]]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_every_bit_of_an_export_counts(exported: tuple[checkpoint.Checkpoint, Path], tmp_path: Path) -> None:

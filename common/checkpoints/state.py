@@ -82,7 +82,9 @@ def fill(
         for name in batch.names:
             owner = number % world
             if owner == 0:
-                own = values(wanted[number + rank][0], wanted[number + rank][1]["weight"]) if number + rank < len(wanted) else None
+                own = None
+                for drawn, shapes in wanted[number + rank : number + rank + 1]:
+                    own = values(drawn, shapes["weight"])
             assert wanted[number][0] == name, f"{wanted[number][0]} in the place of {name}"
             _fill_parameter(of_name[name], wanted[number][1], own if owner == rank else None, owner, device, group)
             number += 1
@@ -117,12 +119,14 @@ def _fill_parameter(
     for turn in range(max(map(len, regions))):
         sizes = [prod(of_rank[turn][2]) if turn < len(of_rank) else 0 for of_rank in regions]
         received = torch.empty(sizes[rank], device=device)
-        if parts is None:
-            sent, sent_sizes = received.new_empty(0), [0] * world
-        else:
+        sent, sent_sizes = received.new_empty(0), [0] * world
+        if parts is not None:
+            sent, sent_sizes = torch.empty(sum(sizes)), sizes
+            slots = [slot for slot in sent.split(sizes) if slot.numel()]
             wanted = [of_rank[turn] for of_rank in regions if turn < len(of_rank)]
-            cut = [parts[part][pieces.region(offset, extent)].reshape(-1) for part, offset, extent in wanted]
-            sent, sent_sizes = torch.cat(cut).to(device), sizes
+            for slot, (part, offset, extent) in zip(slots, wanted, strict=True):
+                slot.view(extent).copy_(parts[part][pieces.region(offset, extent)])
+            sent = sent.to(device)
         from_owner = [sizes[rank] if sender == owner else 0 for sender in range(world)]
         dist.all_to_all_single(received, sent, from_owner, sent_sizes, group=group)
         if turn < len(of_region):

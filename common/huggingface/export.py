@@ -25,7 +25,7 @@ from common.yaml_files import to_yaml
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 5 * 10**9
 
 
 class Exportable(Protocol):
@@ -43,31 +43,59 @@ UNCHECKED = ("README.md", integrity.RECORD)  # a model card is there to be edite
 def to_hf(
     run: Run, task: Family, ranks: Ranks, steps: Path | None = None, whole: Callable[[Checkpoint], Any] = lambda c: c
 ) -> None:
-    """Write OUT/hf after the last step, on rank 0; the others wait. An export that exists already stays.
+    """Write OUT/hf after the last step; a collective. An export that exists already stays.
 
     steps: folder whose newest checkpoint is exported (default: OUT). whole: turns a checkpoint with a part of the model into
     one with the whole model (common/training/lora.py).
     """
-    import torch.distributed as dist
+    folder = run.out / "hf"
 
-    problems: list[Any] = [None]
-    if ranks.rank == 0 and run.is_last_phase:
+    def newest() -> Path | None:
+        """The checkpoint to export, on rank 0."""
+        if ranks.rank or not run.is_last_phase:
+            return None
         notes: list[str] = []
         last = checkpoint.latest(steps or run.out, notes)
-        folder = run.out / "hf"
-        try:
-            if last and exported_step(folder) != last.step:
-                for note in notes:
-                    print(f"note: {note}", file=sys.stderr, flush=True)
-                write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.record)
-                print(f"export    {folder}", flush=True)
-        except BadInput as error:
-            problems = [error.problems]
-    heartbeat.wait("export")
-    dist.broadcast_object_list(problems)  # the others wait here
-    heartbeat.beat("exported")
-    if problems[0]:
-        raise BadInput(problems[0])
+        if last is None or exported_step(folder) == last.step:
+            return None
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        return last.path
+
+    path = _on_every_rank(newest, folder)[0]
+    if path is None:
+        return
+    last = checkpoint.opened(path)
+    if not isinstance(last, Checkpoint):  # what is wrong with it, which rank 0 did not see
+        raise BadInput(last)
+    write(whole(last), run.whole, task, folder, run.out / "tokenizer", run.record)
+    if ranks.rank == 0:
+        print(f"export    {folder}", flush=True)
+
+
+def _on_every_rank[T](work: Callable[[], T], folder: Path) -> list[T]:
+    """Do the work, and return what it returned on each rank; a collective. BadInput on all if it fails on one."""
+    import torch.distributed as dist
+
+    result: Any = None
+    problems: list[str] = []
+    try:
+        result = work()
+    except BadInput as error:
+        problems = error.problems
+    except OSError as error:
+        why = error.strerror or error
+        problems = [f"{folder}: cannot write the export: {why}; make room there, and the same command continues"]
+    gathered = [(result, problems)]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        heartbeat.wait("export")
+        dist.all_gather_object(gathered, (result, problems))
+        heartbeat.beat("export")
+    found = [problem for _, of_rank in gathered for problem in of_rank]
+    if found:
+        raise BadInput(list(dict.fromkeys(found))[:8])
+    return [result for result, _ in gathered]
 
 
 def exported_step(folder: Path) -> int | None:
@@ -81,29 +109,39 @@ def write(
     source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder: Path, tokenizer: Path, record: dict[str, Any]
 ) -> None:
     """Write a folder that `AutoModel...from_pretrained` loads; it appears under its name when it is whole. twinstack.json has
-    the record of the run, and bytes and checksum of each file."""
+    the record of the run, and bytes and checksum of each file. A collective where there are ranks, of which each writes some
+    of the files of weights."""
+    import torch.distributed as dist
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+
+    def begin() -> None:
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+
+    def finish(weights: dict[str, dict[str, int]]) -> None:
+        if rank == 0:
+            task.hf_config(cfg.model).save_pretrained(tmp)
+            _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp, record.get("tokenizer")))
+            _prove(source, cfg, task, tmp)
+            (tmp / "README.md").write_text(_card(source, cfg, task, record), encoding="utf-8")
+            others = {path.name for path in tmp.iterdir()} - weights.keys() - set(UNCHECKED)
+            files = weights | {name: integrity.checksum(tmp / name) for name in sorted(others)}
+            sealed = integrity.seal({"step": source.step, **record, "files": files})
+            (tmp / integrity.RECORD).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+            integrity.replace_folder(tmp, folder)
+
     try:
-        tmp.mkdir(parents=True)
-        weights = _weights(source, tmp)
-        task.hf_config(cfg.model).save_pretrained(tmp)
-        _finish_config(tmp, task, cfg, _tokenizer(tokenizer, tmp, record.get("tokenizer")))
-        _prove(source, cfg, task, tmp)
-        (tmp / "README.md").write_text(_card(source, cfg, task, record), encoding="utf-8")
-        others = {path.name for path in tmp.iterdir()} - weights.keys() - set(UNCHECKED)
-        files = weights | {name: integrity.checksum(tmp / name) for name in sorted(others)}
-        sealed = integrity.seal({"step": source.step, **record, "files": files})
-        (tmp / integrity.RECORD).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-        integrity.replace_folder(tmp, folder)
+        _on_every_rank(begin, folder)
+        written = _on_every_rank(lambda: _weights(source, tmp, rank, world), folder)
+        weights = {file: entry for of_rank in written for file, entry in of_rank.items()}
+        _on_every_rank(lambda: finish(dict(sorted(weights.items()))), folder)
     except BadInput:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
         raise
-    except OSError as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise BadInput(
-            f"{folder}: cannot write the export: {error.strerror or error}; make room there, and the same command continues"
-        ) from None
 
 
 def _prove(source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder: Path) -> None:
@@ -125,8 +163,9 @@ def _prove(source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder:
     parameters.prove(stored, shapes, str(source.path), f"{task.hf_class_name(cfg.model)}, which loads the export,")
 
 
-def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str, int]]:
-    """model-0000k-of-0000n.safetensors, at most SHARD_BYTES each, and their index; fp32 as the masters are. {file: checksum}"""
+def _weights(source: checkpoint.Checkpoint, folder: Path, rank: int, world: int) -> dict[str, dict[str, int]]:
+    """Write this rank's share of model-0000k-of-0000n.safetensors, at most SHARD_BYTES each, and on rank 0 their index; fp32 as
+    the masters are. Returns {file: checksum} of those that it wrote."""
     shapes = source.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -137,24 +176,28 @@ def _weights(source: checkpoint.Checkpoint, folder: Path) -> dict[str, dict[str,
             size = 0
         shards[-1].append(name)
         size += sizes[name]
-    index: dict[str, str] = {}
+    own = shards[rank::world]
+    begun: list[str] = []
     written: dict[str, dict[str, int]] = {}
-    with screen.progress("export", len(shapes), "parameters") as report:
-        begun: list[str] = []
+    with screen.progress("export", sum(map(len, own)), "parameters", shown=rank == 0) as report:
 
         def read(name: str) -> "torch.Tensor":
             begun.append(name)
             report(len(begun) - 1)
             return source.read(name, ("weight",))["weight"]
 
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        for number, names in enumerate(own):
+            file = shard_name(rank + number * world, len(shards))
             written[file] = write_tensors(folder / file, {name: shapes[name] for name in names}, read)
-            index |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+    if rank == 0 and len(shards) > 1:
+        index = {name: shard_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
         text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return written
+
+
+def shard_name(number: int, of: int) -> str:
+    return "model.safetensors" if of == 1 else f"model-{number + 1:05}-of-{of:05}.safetensors"
 
 
 def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], "torch.Tensor"]) -> dict[str, int]:
