@@ -223,6 +223,19 @@ def test_no_rank_writes_or_reads_more_than_its_share(layout: str, tmp_path: Path
             assert sharded.counters["bytes read"] - before <= written[rank]
 
 
+def test_columns_of_what_others_have_written_are_read_alone(tmp_path: Path) -> None:
+    """Of rows in files of 4 ranks, each of 8 ranks reads its eighth of the columns, and each of 2 ranks whole rows."""
+    step, _ = write_as("rows", 4, tmp_path)
+    total = sum(4 * value.numel() for value in VALUES.values())
+    for world, share in ((8, total / 8), (2, total)):
+        for rank in range(world):
+            before = sharded.counters["bytes read"]
+            held = held_by("columns", rank, world, {name: torch.empty_like(value) for name, value in VALUES.items()})
+            sharded.Reader(step).read(held)
+            vectors = sum(4 * value.numel() for value in VALUES.values() if value.dim() == 1)
+            assert sharded.counters["bytes read"] - before <= share + vectors
+
+
 # ---- python -m scripts.state -----------------------------------------------------------------------------------------
 
 

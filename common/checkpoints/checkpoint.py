@@ -100,7 +100,7 @@ def save(
     def begin() -> None:
         shutil.rmtree(tmp, ignore_errors=True)
         try:
-            tmp.mkdir(parents=True)
+            tmp.mkdir()  # not OUT itself: where its disk is gone, it must not appear on another
         except OSError as error:
             raise BadInput(sharded.disk_error(tmp, "be created", error)) from None
 

@@ -329,13 +329,27 @@ class Reader(StorageReader):
                             ) from None
 
     def _fill(self, name: str, part: str, number: int, entry: Entry, file_of: Any, regions: Any) -> None:
-        """Read of one piece the rows that its regions want, and copy each region to the piece in memory that wants it."""
+        """Read of one piece what its regions want, and copy each region to the piece in memory that wants it.
+
+        Whole rows are read, by one call, and of a piece that is read whole the checksum is compared. Where less than half of
+        the columns are wanted (a tensor-parallel rank's, of rows that another layout has written), these alone are read.
+        """
         file, begin, checksum, offset, size = entry
         first, last = min(both[0][0] for _, both in regions), max(both[0][1] for _, both in regions)
         origin, read = [first, *offset[1:]], [last - first, *size[1:]]
+        if len(size) == 2:
+            left, right = min(both[1][0] for _, both in regions), max(both[1][1] for _, both in regions)
+            if 2 * (right - left) < size[1]:
+                origin, read = [first, left], [last - first, right - left]
         direct = _direct(regions, origin, read)
         values = torch.empty(read) if direct is None else direct
-        _read_all(file_of(file), _bytes_of(values), begin + 4 * (first - offset[0]) * prod(size[1:]), self.files[file])
+        at = begin + 4 * (first - offset[0]) * prod(size[1:])
+        if read[1:] == size[1:]:
+            _read_all(file_of(file), _bytes_of(values), at, self.files[file])
+        else:
+            at += 4 * (origin[1] - offset[1])
+            for row in range(read[0]):
+                _read_all(file_of(file), _bytes_of(values[row]), at + 4 * row * size[1], self.files[file])
         if read == size:
             if xxh3_64_hexdigest(_bytes_of(values)) != checksum:
                 raise Damaged(self._changed(file, name, part))

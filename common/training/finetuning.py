@@ -288,4 +288,8 @@ def finish(run: Run, task: FinetuningFamily, ranks: Ranks) -> None:
 
 
 def best_folder(run: Run) -> Path:
-    return run.out / "best"
+    """OUT/best, which is made if OUT is there (if it is not, its disk is gone, and the save says so)."""
+    folder = run.out / "best"
+    with contextlib.suppress(FileNotFoundError):
+        folder.mkdir(exist_ok=True)
+    return folder
