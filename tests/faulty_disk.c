@@ -33,12 +33,15 @@ static int fails(int file) {
   return wanted && rank && !strcmp(wanted, rank) && is_state(file);
 }
 
-ssize_t preadv(int file, const struct iovec *into, int count, off_t offset) {
-  static ssize_t (*next)(int, const struct iovec *, int, off_t);
-  if (!next) next = dlsym(RTLD_NEXT, "preadv");
-  if (!fails(file)) return next(file, into, count, offset);
+/* What Python's os.preadv calls */
+ssize_t preadv2(int file, const struct iovec *into, int count, off_t offset, int flags) {
+  static ssize_t (*next)(int, const struct iovec *, int, off_t, int);
+  if (!next) next = dlsym(RTLD_NEXT, "preadv2");
+  if (!fails(file)) return next(file, into, count, offset, flags);
   errno = EIO;
   return -1;
 }
 
-ssize_t preadv64(int file, const struct iovec *into, int count, off64_t offset) { return preadv(file, into, count, offset); }
+ssize_t preadv64v2(int file, const struct iovec *into, int count, off64_t offset, int flags) {
+  return preadv2(file, into, count, offset, flags);
+}

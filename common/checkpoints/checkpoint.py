@@ -155,7 +155,6 @@ def wait() -> None:
     if _pending is None:
         return
     pending, _pending = _pending, None
-    heartbeat.wait("save")
     with _undone_on_failure(pending.step, pending.tmp):
         pending.written.wait()
     heartbeat.beat("saved")

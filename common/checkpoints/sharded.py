@@ -24,6 +24,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
@@ -216,6 +217,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: Any) -> Any:
         written = []
+        progress.phase = "saving"
         for number, batch in enumerate(planner.batches):
             pieces = own(batch.pieces)
             if pieces:
@@ -225,6 +227,7 @@ class Writer(StorageWriter):
                     written.append(write(path, pieces))
                 except OSError as error:
                     raise BadInput(disk_error(path, "be written", error)) from None
+        progress.phase = "waiting"
         if _is_main():
             heartbeat.wait("save")
         future: Any = Future()
@@ -442,6 +445,15 @@ class Background:
         return bool(self.ended) and self.future.exception() is None
 
     def wait(self) -> None:
+        """Wait for the end of the save. The heartbeats are those of the thread: a slow disk that makes progress is no hang."""
+        seen = -1
+        while not self.future.done():
+            if progress.phase == "waiting":
+                heartbeat.wait("save")
+            elif progress.pieces != seen:
+                seen = progress.pieces
+                heartbeat.beat("saving")
+            futures.wait([self.future], timeout=0.1)
         try:
             self.future.result()
         except CheckpointException as error:
@@ -499,8 +511,19 @@ def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+class Progress:
+    """Of the save that this rank makes."""
+
+    phase = "waiting"  # for the other ranks, or "saving"
+    pieces = 0  # that it has begun
+
+
+progress = Progress()
+
+
 def _beat(phase: str) -> None:
-    """A heartbeat, of what the training does: not of a save in the background."""
+    """A heartbeat of what the training does. A save in the background has its own, which Background.wait passes on."""
+    progress.pieces += 1
     if _is_main():
         heartbeat.beat(phase)
 
