@@ -197,14 +197,24 @@ def kill_during_a_save(out: Path, process: subprocess.Popen, after: int, rng: ra
     raise AssertionError(f"no save seen; {process.stdout.read()[-2000:]}")
 
 
+def kill_at_any_moment(process: subprocess.Popen, rng: random.Random) -> None:
+    """kill -9 the launcher at a random moment: mostly while the run starts, and reads its last step."""
+    time.sleep(rng.random() * 8)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def check_kills(out: Path, stack: str, settings: list[str], kills: int, nproc: int, *overrides: str) -> None:
     rng = random.Random(stack)
     total = 4 * kills + 8
     run = [f"train.steps={total}", "train.save_every=1", "model.dropout=0.1", *overrides]
     finished = 0
-    for _ in range(kills):
+    for number in range(kills):
         process = start(out, stack, settings, *run, nproc=nproc)
-        kill_during_a_save(out, process, finished + rng.randrange(3), rng)
+        if number % 2:
+            kill_at_any_moment(process, rng)
+        else:
+            kill_during_a_save(out, process, finished + rng.randrange(3), rng)
         time.sleep(0.5)  # the ranks follow their launcher
         done = steps_on_disk(out)
         finished = done[-1] if done else 0
