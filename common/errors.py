@@ -1,6 +1,7 @@
 """How commands report bad input: one clear line per problem on stderr, exit code 2, and nothing is started."""
 
 import errno
+import importlib.util
 import io
 import sys
 from collections.abc import Callable
@@ -45,6 +46,19 @@ class BadInput(Exception):
 
 class Missing(BadInput):
     """A file that does not exist yet: a dry run continues without it."""
+
+
+def require_environment() -> None:
+    """Exit with 2 and one line where this Python has not the packages: in a shell without the environment."""
+    if sys.version_info >= (3, 12) and all(map(importlib.util.find_spec, ("torch", "pydantic", "numpy"))):
+        return
+    python = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
+    print(
+        f"error: {python} is not the environment of these commands: activate it by `. .venv/bin/activate`, or make it first by "
+        "`bash scripts/setup.sh`",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:

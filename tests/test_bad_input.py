@@ -1104,7 +1104,7 @@ def pretrain(place: Path, out: Path, *overrides: str, ranks: int = 1) -> tuple[i
 
 
 def test_a_file_that_one_rank_alone_reads_is_reported_once(place: Path) -> None:
-    """The ranks read parameters in turns, the largest first: this one is read by rank 1, while rank 0 waits for it."""
+    """The ranks divide the pieces that none reads whole; one of them finds what is damaged, and the others end with it."""
     out = place / "out"
     checkpoint_of(out)
     path = out / "step_2/00000.safetensors"
@@ -1199,3 +1199,15 @@ def test_a_beginning_that_is_none_is_named(family: str, tmp_path: Path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and f"error: init.from={start}: {message}" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["scripts.plan", "data.text", "recipes.gpt.convert"])
+def test_a_python_without_the_packages_is_told_in_one_line(module: str) -> None:
+    """As in a shell in which the environment is not active. -S: without site-packages."""
+    done = subprocess.run([sys.executable, "-S", "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} (Python 3.") and line.endswith(
+        "is not the environment of these commands: activate it by `. .venv/bin/activate`, or make it first by "
+        "`bash scripts/setup.sh`"
+    )
