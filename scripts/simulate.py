@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     parser.add_argument("--fill", action="store_true", help="give every parameter its value, which can take minutes")
     parser.add_argument("--save", action="store_true", help="go on to the end: evaluation, checkpoint, export")
+    parser.add_argument("--state", action="store_true", help="count what this rank writes of a checkpoint")
     parser.add_argument("--out", help="OUT of the run, which is kept, and resumed from if it holds a checkpoint")
     parser.add_argument("--data", action="store_true", help="read the config's own corpus (default: a synthetic one)")
     parser.add_argument("--memory", type=float, metavar="GB", help="of the GPU (default: 85, an H100's)")
@@ -50,7 +51,7 @@ def main() -> int:
     if args.cases:
         return _many(args.cases, args.json)
     case = run.Case(args.config, args.stack, args.world, args.rank, args.steps, args.overrides)
-    found = run.run(case._replace(fill=args.fill, save=args.save, out=args.out, data=args.data))
+    found = run.run(case._replace(fill=args.fill, save=args.save, state=args.state, out=args.out, data=args.data))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(described(found, args.top)), flush=True)
@@ -116,6 +117,9 @@ def described(found: Mapping[str, Any], top: int) -> list[str]:
     lines += ["", "in one optimizer step"]
     lines += [f"  kernels        {found['kernels']:,}, of them matrix products {found['gemms']:,}"]
     lines += [f"  FLOPs          {flops} (matrix products)", f"  attention      {attention} (calls)"]
+    if found["state"]:
+        written, entries, index = (found["state"][key] for key in ("bytes_written", "pieces", "index_bytes"))
+        lines += [f"  a checkpoint   {written / 1e6:,.1f} MB in {entries:,} pieces, {index / 1e3:,.1f} kB of the index"]
     lines += [f"  host syncs     {found['host_syncs']}"]
     lines += [f"    {n:>4} {place}"[:80] for place, n in list(found["sync_places"].items())[:top]]
     lines += ["", f"  {'collective':<24} {'dtype':<6} {'ranks':>6} {'calls':>7} {'MB':>12}"]

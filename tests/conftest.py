@@ -73,7 +73,11 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist the longest files come first, so that no worker is left with one at the end."""
+    """With pytest-xdist the longest files come first, so that no worker is left with one at the end. A slow test, which may
+    make the runs of its whole file, has an hour."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 

@@ -18,6 +18,8 @@ TINY = "recipes/gpt/configs/tiny.yaml"
 LAYERS, HIDDEN, VOCABULARY, SEQ_LEN, GLOBAL_BATCH = 4, 64, 512, 64, 8  # of that config; the vocabulary is the corpus's
 PARAMETERS = VOCABULARY * HIDDEN + SEQ_LEN * HIDDEN + LAYERS * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * HIDDEN
 BF16 = ["train.dtype=bf16"]
+ZERO3 = ["deepspeed.zero_stage=3"]
+SPLIT = ["megatron.tp=2", "megatron.distributed_optimizer=true", "megatron.micro_batch=4"]
 STAGE = ["megatron.pp=2", "megatron.tp=2", "megatron.sequence_parallel=true"]
 ON_CPU = ("baseline", "zero1", "zero2", "zero3", "bert", "t5", "megatron", "distributed")
 # name -> case; `first` and `again` share OUT: the second resumes
@@ -25,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "baseline": {"stack": "baseline"},
     "zero1": {"stack": "deepspeed"},
     "zero2": {"stack": "deepspeed", "overrides": ["deepspeed.zero_stage=2"]},
-    "zero3": {"stack": "deepspeed", "overrides": ["deepspeed.zero_stage=3"]},
+    "zero3": {"stack": "deepspeed", "overrides": ZERO3},
     "bert": {"family": "bert", "stack": "deepspeed"},
     "t5": {"family": "t5", "stack": "deepspeed"},
     "megatron": {"stack": "megatron"},
@@ -34,6 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
     "first": {"stack": "megatron", "world": 8, "rank": 7, "overrides": STAGE, "save": True, "fill": True},
     "again": {"stack": "megatron", "world": 8, "rank": 7, "overrides": STAGE, "save": True},
     "bad": {"stack": "megatron", "world": 3},
+    **{f"zero3 {rank}": {"world": 2, "rank": rank, "stack": "deepspeed", "overrides": ZERO3, "state": True} for rank in (0, 1)},
+    **{
+        f"split {rank}": {"world": 4, "rank": rank, "stack": "megatron", "overrides": SPLIT, "state": True} for rank in range(4)
+    },
 }
 
 
@@ -188,6 +194,16 @@ def test_any_rank_saves_and_resumes(found: dict[str, Any]) -> None:
     assert (first["step"], again["step"]) == (2, 4)
     assert {"load state", "save"} <= again["phases"].keys()
     assert [c for c in again["collectives"] if c["op"] in ("send", "recv")]  # it is a stage of a pipeline
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("zero3", 2), ("split", 4)])
+def test_the_ranks_write_each_element_of_the_state_once(found: dict[str, Any], layout: str, ranks: int) -> None:
+    """Weights and both moments in fp32, as many bytes on each rank: within a share of the embedding."""
+    states = [found[f"{layout} {rank}"]["state"] for rank in range(ranks)]
+    written = [state["bytes_written"] for state in states]
+    assert sum(written) == 12 * PARAMETERS
+    assert max(written) - min(written) <= 12 * VOCABULARY * HIDDEN / ranks
+    assert all(30 * state["pieces"] < state["index_bytes"] < 80 * state["pieces"] for state in states)
 
 
 def test_a_layout_that_cannot_be_is_said_in_one_line(found: dict[str, Any]) -> None:

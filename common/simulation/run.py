@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import config, families
 from common.errors import BadInput
@@ -27,6 +27,9 @@ from common.planning import flops, memory
 from common.preflight import task_module
 from common.simulation import corpus, null_gpu, patches, trace
 from common.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from common.checkpoints import pieces
 
 
 class Case(NamedTuple):
@@ -40,6 +43,7 @@ class Case(NamedTuple):
     overrides: Sequence[str] = ()
     fill: bool = False  # give every parameter its value; where it takes minutes it changes nothing that is counted
     save: bool = False  # go on to the end: evaluation of a finetuning run, checkpoint, export
+    state: bool = False  # go on to the checkpoint, and count what this rank would write, instead of writing it
     out: str | None = None  # OUT of the run, kept, and resumed from; default: a temporary folder
     data: bool = False  # the config's own corpus instead of a synthetic one
     roofline: bool = True
@@ -96,6 +100,7 @@ class _Run:
         self.state = trace.State()
         self.step_trace: trace.StepTrace | None = None
         self.seconds: dict[str, Any] | None = None
+        self.written: dict[str, int] | None = None
 
     # ---- config
 
@@ -134,7 +139,7 @@ class _Run:
     @property
     def _is_timed(self) -> bool:
         """Is there one step more, for the roofline? Watching every operator in Python changes what the allocator sees."""
-        return self.case.roofline and not self.case.save
+        return self.case.roofline and not (self.case.save or self.case.state)
 
     def _resolved(self) -> Any:
         """The config with every key, to estimate from; None where only the run itself can tell the vocabulary."""
@@ -200,7 +205,7 @@ class _Run:
         self._watch_functions()
 
     def _watch_functions(self) -> None:
-        from common.checkpoints import checkpoint, parameters, state
+        from common.checkpoints import checkpoint, parameters, pieces, state
         from common.training import lora
 
         for module in (parameters, lora):
@@ -227,9 +232,12 @@ class _Run:
             self._watch_pipeline()
         save = checkpoint.save
 
-        def saved(*args: Any, **kwargs: Any) -> Any:
+        def saved(out: Path, batches: pieces.Batches, *args: Any, **kwargs: Any) -> Any:
+            if self.case.state:
+                self.written = _counted(batches)
+                raise _Done
             self.phases.begin()
-            path = save(*args, **kwargs)
+            path = save(out, batches, *args, **kwargs)
             self.phases.end("save")
             return path
 
@@ -285,7 +293,7 @@ class _Run:
         if self.step_trace:
             self.step_trace.end(self.state)
         self.phases.end("first step" if self.begun == 1 and self.case.steps > 1 else "step")
-        if self.begun == self.case.steps and not self.case.save and not self._is_timed:
+        if self.begun == self.case.steps and not (self.case.save or self.case.state or self._is_timed):
             raise _Done
 
     # ---- what was found
@@ -298,7 +306,7 @@ class _Run:
             **self.phases.found(), "estimate_bytes": self._estimate(),
             **(self.step_trace.found() if self.step_trace else trace.NOTHING),
             "gloo_groups": len(patches.gloo_groups), "object_collectives": dict(patches.object_collectives),
-            "roofline": None,
+            "state": self.written, "roofline": None,
         }  # fmt: skip
         if self.seconds and self.cfg is not None:
             found["roofline"] = self.seconds | self._mfu(self.seconds["seconds"])
@@ -321,6 +329,19 @@ class _Run:
         }
         rate = tokens / seconds / self.case.world
         return {"mfu_full": shares["full"], "mfu_causal": shares["causal"] or None, "tokens_per_s_per_gpu": rate}
+
+
+def _counted(batches: "pieces.Batches") -> dict[str, int]:
+    """What this rank writes of a checkpoint, beside the header of its file, and its part of the index."""
+    from common.checkpoints import pieces
+
+    own = [piece for batch in batches for piece in pieces.own(batch.pieces)]
+    entries = [[0, 2**31, "0" * 16, list(piece.offset), list(piece.tensor.shape)] for piece in own]
+    return {
+        "bytes_written": sum(4 * piece.tensor.numel() for piece in own),
+        "pieces": len(own),
+        "index_bytes": sum(len(json.dumps(entry, separators=(",", ":"))) + 1 for entry in entries),
+    }
 
 
 def _after(module: Any, name: str, then: Callable[[], None]) -> None:
