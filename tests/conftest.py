@@ -74,10 +74,11 @@ LONGEST = [
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With pytest-xdist the longest files come first, so that no worker is left with one at the end. A slow test, which may
-    make the runs of its whole file, has an hour."""
+    make the runs of its whole file, has an hour at least."""
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.timeout(3600))
+        given = item.get_closest_marker("timeout")
+        if item.get_closest_marker("slow") and (given is None or given.args[0] < 3600):
+            item.add_marker(pytest.mark.timeout(3600), append=False)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
