@@ -11,8 +11,9 @@ time: of a state in flat partitions (ZeRO 1) and one in halves of each matrix (t
     dcp             torch.distributed.checkpoint with its own writer, reader and planners
   A ratio above 1 means that ours is faster. Loads come from the page cache where the state fits into it. stall: the part of a
   save in the background during which the training waits, of the time of one that is not.
-count: without data, of 1, 2, 4 and 8 ranks of CONFIG (default: GPT-2), and of gpt3_175b on 512 ranks at ZeRO 3 and with
-  Megatron's tp=8 pp=16 dp=4: the most that any rank has. index: state.json, which rank 0 writes and every rank reads.
+count: without data, of 1, 2, 4 and 8 ranks of CONFIG (default: GPT-2), and of gpt3_175b on 512 ranks at ZeRO 3: the most that
+  any rank has. index: state.json, which rank 0 writes and every rank reads. What a rank of the stacks writes is counted by
+  `python -m scripts.simulate CONFIG --stack S --world N --rank R --state`.
 recut: 4 ranks (tp=2 pp=2) write a state of CONFIG, and 2 ranks (ZeRO 3) read it and compare each value: the memory that each
   rank needs beside its share of the state.
 weights: from the seed to an export. 4 ranks (tp=2 pp=2) draw the weights of CONFIG, keep them in bf16 and save them; 2 ranks
@@ -235,8 +236,6 @@ def count(config: Path) -> int:
     print(f"{config.stem}, the most of any rank\n{screen.table(HEADINGS, rows, {0})}")
     large = shapes_of(LARGE)
     rows = [["ZeRO 3", "512", *counted([list(each(large, rank, 512, meta)) for rank in (0, 511)], 512)]]
-    held = [list(staged(large, tp, 8, stage, 16, 4, meta)) for stage in (0, 15) for tp in (0, 7)]
-    rows.append(["tp=8 pp=16 dp=4", "512", *counted(held, 512)])
     print(f"\n{LARGE.stem}, the most of any rank\n{screen.table(HEADINGS, rows, {0})}")
     print("s: to write or read a rank's share at 2 GB/s per node of 8 ranks")
     return 0
@@ -257,10 +256,9 @@ def each(shapes: Shapes, rank: int, world: int, make: Callable[[int], Any], part
 
 
 def staged(
-    shapes: Shapes, tp_rank: int, tp: int, stage: int, stages: int, dp: int, make: Callable[[int], Any],
-    parts: Sequence[str] = PARTS,
-) -> Iterator[Any]:  # fmt: skip
-    """One of the stages of layers, a tp-th of each matrix, and of that the first of dp shares of the distributed optimizer."""
+    shapes: Shapes, tp_rank: int, tp: int, stage: int, stages: int, make: Callable[[int], Any], parts: Sequence[str] = PARTS
+) -> Iterator[Any]:
+    """One of the stages of layers, and a tp-th of each matrix."""
     from common.checkpoints import pieces
 
     numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), None) for name in shapes}
@@ -273,9 +271,9 @@ def staged(
         is_split = len(shape) == 2 and "wpe" not in name and shape[1] % tp == 0
         local = (shape[0], shape[1] // tp) if is_split else shape
         place = pieces.whole(name, shape)._replace(local=local, column=tp_rank * local[-1] if is_split else 0)
-        replica, replicas = (0, 1) if is_split or dp > 1 else (tp_rank, tp)
+        replica, replicas = (0, 1) if is_split else (tp_rank, tp)
         for part in parts:
-            yield from pieces.cut(place, part, make(prod(local) // dp), 0, replica, replicas)
+            yield from pieces.cut(place, part, make(prod(local)), 0, replica, replicas)
 
 
 def counted(held: Sequence[Sequence[Any]], world: int) -> list[str]:
@@ -321,7 +319,7 @@ def recut_rank(shapes: Shapes, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     if writes := world == 4:
-        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, 1, torch.empty))
+        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, torch.empty))
         for piece in held:
             piece.tensor.copy_(value_of(piece))
     else:
@@ -388,7 +386,7 @@ def weights_rank(config: Path, folder: Path) -> None:
         return torch.zeros(size, dtype=torch.bfloat16)
 
     if dist.get_world_size() == 4:
-        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, 1, bf16, PARTS[:1]))
+        held = list(staged(shapes, rank % 2, 2, rank // 2, 2, bf16, PARTS[:1]))
         stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         here = {piece.name for piece in held}
         names = sorted((name for name in shapes if name in here), key=lambda name: -prod(shapes[name]))

@@ -353,11 +353,13 @@ def test_what_a_rank_writes_falls_with_their_number(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_a_state_of_four_ranks_is_read_by_two() -> None:
+@pytest.mark.parametrize(("command", "lines", "largest"), [("recut", 6, 0), ("weights", 12, 4 * 50257 * 768)])
+def test_a_state_of_four_ranks_is_read_by_two(command: str, lines: int, largest: int) -> None:
+    """largest: bytes of the parameter that a rank has whole, to draw it or to export it."""
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench_state", "recut", "recipes/gpt/configs/gpt3_125m.yaml"],
+        [sys.executable, "-m", "scripts.bench_state", command, "recipes/gpt/configs/gpt3_125m.yaml"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.count(" 0 of ") == 2, done.stdout + done.stderr
     beside = [float(mb) for mb in re.findall(r"([\d.]+) MB beside it", done.stdout)]
-    assert len(beside) == 6 and max(beside) < 4 * pieces.LARGEST / 1e6
+    assert len(beside) == lines and max(beside) < (largest + 6 * pieces.LARGEST) / 1e6
