@@ -50,7 +50,7 @@ class Missing(BadInput):
 
 def require_environment() -> None:
     """Exit with 2 and one line where this Python has not the packages: in a shell without the environment."""
-    if sys.version_info >= (3, 12) and all(map(importlib.util.find_spec, ("torch", "pydantic", "numpy"))):
+    if sys.version_info >= (3, 12) and all(map(importlib.util.find_spec, ("pydantic", "numpy"))):
         return
     python = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
     print(
