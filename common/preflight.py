@@ -293,6 +293,8 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
     for name in ("tensorboard", "logs"):
         if (out / name).exists() and not (out / name).is_dir():
             problems.append(f"{out / name}: must be a folder that the run writes; move it away, or choose another OUT")
+    if not _is_export(out / "hf"):
+        problems.append(f"{out / 'hf'}: must be the export that the run writes; move it away, or choose another OUT")
     if (out / "config.yaml").is_file():
         try:
             return config.recorded(out / "config.yaml", schema)
@@ -308,6 +310,13 @@ def _recorded(out: Path, schema: type[Config], problems: list[str]) -> Config | 
     ):
         problems.append(f"{out}: is not empty and has no run (no config.yaml); choose another OUT")
     return None
+
+
+def _is_export(folder: Path) -> bool:
+    """May the run replace this folder? Not what is there and has no twinstack.json: it is somebody's own."""
+    if folder.is_symlink() or not folder.exists():
+        return not folder.is_symlink()
+    return folder.is_dir() and ((folder / integrity.RECORD).is_file() or not any(folder.iterdir()))
 
 
 def unusable(out: Path) -> str | None:

@@ -474,7 +474,7 @@ def read_all(out: Path) -> None:
         lambda: seeds.summary({1: out}),
         lambda: evaluate.read_results(out / "eval.json"),
         lambda: export._losses(out / "metrics.jsonl", 4),
-        lambda: export.exported_step(out / "hf"),
+        lambda: integrity.exported_step(out / "hf"),
         lambda: integrity.problems(out / "hf", "hf"),
         lambda: run_record.finished(run),
     ):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -93,3 +95,16 @@ def test_an_import_without_its_model_section_is_refused(folders: Path, tmp_path:
             to_hf(run, tmp_path / "hf", task)
     (run / "model.yaml").write_text(before)
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_command_reads_what_it_has_written(tmp_path: Path) -> None:
+    """In a process of its own, as in a shell: it looks at the config where torch cannot be imported."""
+    task = import_module("recipes.gpt.task")
+    cfg = config.load(ROOT / "recipes/gpt/configs/tiny.yaml", ["model.vocab_size=512"], task.Config)
+    task.hf_model(cfg.model.resolve(cfg, 512)).save_pretrained(tmp_path / "hf")
+    for words in (["from-hf", "hf", "run"], ["to-hf", "run", "again"]):
+        command = [sys.executable, "-m", "recipes.gpt.convert", words[0], *(str(tmp_path / word) for word in words[1:])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    first, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "again"))
+    assert all(again[name].equal(value) for name, value in first.items() if name in again) and len(again) > 10

@@ -291,13 +291,51 @@ def test_a_step_that_was_found_damaged_is_passed_over(tmp_path: Path) -> None:
     assert newest is not None and newest.step == 4
 
 
-def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    """Its checksum is right: it was written so."""
+WEIGHT = ("pieces", "wte.weight", "weight")
+PIECE = (*WEIGHT, 0)
+FOREIGN: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
+    "file elsewhere": (("files",), {"../step_4/00000.safetensors": {"bytes": 1, "crc32": 1, "header": 1}}, "is not readable"),
+    "file ..": (("files",), {"..": {"bytes": 1, "crc32": 1, "header": 1}}, "'..' must be the name of a .safetensors file"),
+    "no file": (("files",), {}, "a piece of weight of ln_f.bias is not in its file"),
+    "header": (("files", "00000.safetensors", "header"), 2**62, "is larger than the file"),
+    "no parameters": (("parameters",), {}, "its `pieces` are not those of its `parameters`"),
+    "parameter null": (("parameters", "wte.weight"), None, "its pieces of wte.weight are not those of its parts"),
+    "ghost": (("parameters", "ghost"), {"weight": [2**40]}, "its `pieces` are not those of its `parameters`"),
+    "shape": (("parameters", "wte.weight", "weight"), [5, 4], "weight of wte.weight is not whole"),
+    "huge shape": (("parameters", "wte.weight", "weight"), [2**31, 3], "weight of wte.weight is not whole"),
+    "shape null": (("parameters", "wte.weight", "weight"), None, "must be a list of sizes"),
+    "no pieces": (WEIGHT, [], "weight of wte.weight lacks 15 of its 15 elements"),
+    "twice": (
+        WEIGHT,
+        [[0, 480, "0" * 16, [0, 0], [4, 3]], [0, 480, "0" * 16, [2, 0], [3, 3]]],
+        "weight of wte.weight has elements that several ranks wrote",
+    ),
+    "short": (PIECE, [0, 8], "a piece of weight of wte.weight is not in its file, or not in the shape [5, 3]"),
+    **{f"file {value}": ((*PIECE, 0), value, "is not in its file") for value in (99, -1, "x", None, 0.0, True)},
+    **{f"first byte {value}": ((*PIECE, 1), value, "is not in its file") for value in (2**62, 2**70, "8", 8.0, 0)},
+    **{f"offset {value}": ((*PIECE, 3), value, "is not in its file") for value in (None, [], [10**9, 0], [-1, 0], [0] * 4)},
+    **{f"size {value}": ((*PIECE, 4), value, "is not in its file") for value in (None, [-96, 3], [2**40, 3], ["a", 3], [5])},
+    "checksum": ((*PIECE, 2), 5, "is not in its file"),
+    "samples": (("samples",), float("nan"), "is not readable"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_an_index_that_no_run_has_written_is_refused(case: str, tmp_path: Path) -> None:
+    """Its checksum is right: it was written so. The step before is used."""
+    saved(tmp_path, 2)
     path = saved(tmp_path) / "state.json"
+    where, value, message = FOREIGN[case]
     values = {key: value for key, value in json.loads(path.read_text()).items() if key != "crc32"}
-    [entry] = values["files"].values()
-    path.write_text(json.dumps(integrity.seal(values | {"files": {"../step_4/00000.safetensors": entry}})))
-    assert checkpoint.opened(path.parent) == f"{path} is not readable"
+    place: Any = values
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    path.write_text(json.dumps(integrity.seal(values)))
+    problem = checkpoint.opened(path.parent)
+    assert isinstance(problem, str) and problem.startswith(f"{path} is no") and message in problem
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 2
 
 
 def test_show(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.checkpoints import integrity
+from common.checkpoints import integrity, pieces
 from common.checkpoints.parameters import Shapes
 from common.checkpoints.pieces import Batches
 from common.errors import EXIT_NOT_FINITE, BadInput
@@ -196,6 +196,7 @@ def _remove_old(out: Path, step: int, keep: int) -> None:
 
 def _read_file(saved: Checkpoint, name: str, parts: Iterable[str] | None) -> "dict[str, torch.Tensor]":
     """Checkpoint.read where each parameter has a file."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = saved.path / f"{name}.safetensors"
@@ -208,7 +209,10 @@ def _read_file(saved: Checkpoint, name: str, parts: Iterable[str] | None) -> "di
         raise BadInput(f"{path}: cannot be read ({error.strerror}); does another run write into {saved.path.parent}?") from None
     if zlib.crc32(data) != entry["crc32"]:
         raise BadInput(f"{path}: its bytes have changed since it was written; remove {saved.path} to use the one before")
-    stored = load(data)
+    try:
+        stored = load(data)
+    except SafetensorError as error:
+        raise BadInput(f"{path}: is no safetensors file ({error}); remove {saved.path} to use the one before") from None
     read = {part: stored[part] for part in parts or stored}
     for part, tensor in read.items():
         if not integrity.is_finite(tensor):
@@ -266,6 +270,9 @@ def opened(path: Path) -> Checkpoint | str:
         return f"{record} is not readable"
     if not integrity.is_whole(meta):
         return f"{record} has other contents than were written"
+    problem = pieces.index_problem(meta) if "pieces" in meta else None
+    if problem:
+        return f"{record} is no index of a state: {problem}"
     if path.name != f"step_{meta['step']}":
         return f"{record} is of step {meta['step']}"
     for name, entry in meta["files"].items():
@@ -289,13 +296,14 @@ def _is_meta(meta: dict[str, Any]) -> bool:
     """Do the values of a state.json have the types that its readers rely on?"""
     files, layout = meta.get("files"), meta.get("layout", {"world": 1})  # step_0 of an import has no layout
     if "pieces" in meta:  # its checksum, which it has then, proves the pieces themselves
-        is_index = meta.get("format") == FORMAT and "crc32" in meta and isinstance(meta.get("parameters"), dict)
+        is_index = meta.get("format") == FORMAT and {"crc32", "hyperparameters"} <= meta.keys()
         entries = {"bytes", "crc32", "header"}
     else:
         is_index, entries = True, {"bytes", "crc32"}
     return (
         is_index
         and is_count(meta.get("step"))
+        and is_count(meta.get("samples", 0))
         and isinstance(files, dict)
         and all(isinstance(entry, dict) for entry in files.values())
         and all(is_count(entry.get(key)) for entry in files.values() for key in entries)

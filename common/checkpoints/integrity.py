@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.json_files import read_object
+from common.json_files import is_count, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,20 @@ def checksum(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc32}
 
 
+def exported_step(folder: Path) -> int | None:
+    """The step of an export, from its twinstack.json; None if there is none that can be read, or if one of its files is missing
+    or has another size."""
+    values = read_object(folder / RECORD)
+    if values is None or not is_whole(values):
+        return None
+    files, step = values.get("files", {}), values.get("step")
+    try:
+        is_complete = all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # a file is missing, or the record is of something else
+        return None
+    return step if is_complete and is_count(step) else None
+
+
 def problems(folder: Path, name: str) -> list[str]:
     """One line for each file of an export that has changed since it was written. A folder without twinstack.json, or with that
     of an older version, has no checksums. Reads all files, several at once.
@@ -94,7 +108,7 @@ def problems(folder: Path, name: str) -> list[str]:
     if values is None or not is_whole(values):
         return [f"{name}: {RECORD} is not as it was written; {again}"]
     files = values.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and os.sep not in name for name, f in files.items()):
+    if not isinstance(files, dict) or not all(_is_recorded(name, entry) for name, entry in files.items()):
         return [f"{name}: {RECORD} is not as it was written; {again}"]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         differences = pool.map(lambda file: _difference(folder / file, files[file]), files)
@@ -104,6 +118,10 @@ def problems(folder: Path, name: str) -> list[str]:
         others = sorted(present - files.keys())
         lines += [f"{name}: {file} is not of this export; {again}" for file in others]
     return lines
+
+
+def _is_recorded(name: str, entry: Any) -> bool:
+    return os.path.basename(name) == name and isinstance(entry, dict) and all(map(is_count, map(entry.get, ("bytes", "crc32"))))
 
 
 def _difference(path: Path, recorded: dict[str, Any]) -> str | None:

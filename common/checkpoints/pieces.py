@@ -5,10 +5,13 @@ parallelism, FSDP2), or a range of their elements in row-major order (ZeRO, Mega
 are views of the memory that the optimizer steps: saving reads them, and loading writes into them.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common.json_files import is_count
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +224,55 @@ def uncovered(shape: Shape, rectangles: Sequence[tuple[Shape, Shape]]) -> str | 
     if (counts == 1).all():
         return None
     return "has elements that several ranks wrote" if counts.max() > 1 else "is not whole"
+
+
+def index_problem(meta: dict[str, Any]) -> str | None:
+    """What is wrong with the index of a step (common/checkpoints/sharded.py); None if its pieces lie in its files and cover
+    each parameter once. Its checksum tells what has changed on a disk; this, what was written by something else."""
+    parameters, found, files = meta.get("parameters"), meta.get("pieces"), list(meta["files"].items())
+    if not isinstance(parameters, dict) or not isinstance(found, dict) or not parameters or parameters.keys() != found.keys():
+        return "its `pieces` are not those of its `parameters`"
+    for file, info in files:
+        if os.path.basename(file) != file or not file.endswith(".safetensors"):
+            return f"its file {file!r} must be the name of a .safetensors file"
+        if info["header"] > info["bytes"]:
+            return f"the header of its file {file} is larger than the file"
+    room = [(info["header"], info["bytes"]) for _, info in files]
+    for name, shapes in parameters.items():
+        if not isinstance(shapes, dict) or not isinstance(found[name], dict) or shapes.keys() != found[name].keys():
+            return f"its pieces of {name} are not those of its parts"
+        if "weight" not in shapes:
+            return f"it has no weight of {name}"
+        for part, shape in shapes.items():
+            if not _are_counts(shape) or not shape or 0 in shape:
+                return f"the shape of {part} of {name} must be a list of sizes"
+            entries = found[name][part]
+            if not isinstance(entries, list) or not all(_is_entry(entry, shape, room) for entry in entries):
+                return f"a piece of {part} of {name} is not in its file, or not in the shape {shape}"
+            problem = uncovered(shape, [(entry[3], entry[4]) for entry in entries])
+            if problem:
+                return f"{part} of {name} {problem}"
+    return None
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_count, values))
+
+
+def _is_entry(entry: Any, shape: Shape, room: Sequence[tuple[int, int]]) -> bool:
+    """Is it [number of a file, first byte, checksum, offset, size] of a rectangle in `shape`, in the bytes of its file?"""
+    if not isinstance(entry, list) or len(entry) != 5:
+        return False
+    file, begin, checksum, offset, size = entry
+    if not (is_count(file) and file < len(room) and is_count(begin) and _are_counts(offset) and _are_counts(size)):
+        return False
+    return (
+        isinstance(checksum, str)
+        and len(offset) == len(size) == len(shape)
+        and all(s > 0 and o + s <= whole for o, s, whole in zip(offset, size, shape, strict=True))
+        and room[file][0] <= begin
+        and begin + 4 * prod(size) <= room[file][1]
+    )
 
 
 def overlap(offset: Shape, size: Shape, other: Shape, other_size: Shape) -> list[tuple[int, int]] | None:

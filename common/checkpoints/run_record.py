@@ -181,8 +181,10 @@ def finished(run: "Run") -> str | None:
         recorded = config.recorded(run.out / "config.yaml", type(run.whole))
     except (BadInput, ValueError):
         return None
-    same = _without_systems(recorded) == _without_systems(run.whole)
     export = run.out / "hf"
+    if export.is_dir() and integrity.exported_step(export) is None:
+        return None
+    same = _without_systems(recorded) == _without_systems(run.whole)
     where = f"; its export is {export}" if export.is_dir() else ""
     return f"complete: {run.out} is at its last step, {run.resume.step:,}{where}" if same else None
 

@@ -17,6 +17,7 @@ DCP lets the ranks agree on the outcome, and saves behind the training. Its plan
 with its objects for each piece rank 0 would gather, and send to every rank, a description of the whole model.
 """
 
+import errno
 import json
 import os
 import threading
@@ -247,7 +248,11 @@ class Writer(StorageWriter):
 
 
 def disk_error(path: Path, what: str, error: OSError) -> str:
-    return f"{path}: cannot {what}: {error.strerror or error}; the steps saved before are whole"
+    """The line for a step of OUT, or a file in it, that could not be written."""
+    line = f"{path}: cannot {what}: {error.strerror or error}"
+    if error.errno == errno.ENOENT:
+        return f"{line}; OUT is gone: with it in its place again, the same command continues"
+    return f"{line}; the steps saved before are whole"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ from common import screen
 from common.checkpoints import checkpoint, integrity, parameters
 from common.checkpoints.checkpoint import Checkpoint
 from common.contract import Family
-from common.errors import BadInput
-from common.json_files import is_count, read_object
+from common.errors import DISK_ERRORS, BadInput
 from common.launch import heartbeat
 from common.launch.processes import Ranks
 from common.preflight import Run
@@ -56,7 +55,7 @@ def to_hf(
             return None
         notes: list[str] = []
         last = checkpoint.latest(steps or run.out, notes)
-        if last is None or exported_step(folder) == last.step:
+        if last is None or integrity.exported_step(folder) == last.step:
             return None
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
@@ -84,8 +83,9 @@ def _on_every_rank[T](work: Callable[[], T], folder: Path) -> list[T]:
     except BadInput as error:
         problems = error.problems
     except OSError as error:
-        why = error.strerror or error
-        problems = [f"{folder}: cannot write the export: {why}; make room there, and the same command continues"]
+        is_disk = error.errno in DISK_ERRORS
+        advice = "make room there, and the same command continues" if is_disk else "give a folder that can be made"
+        problems = [f"{folder}: cannot write the export: {error.strerror or error}; {advice}"]
     gathered = [(result, problems)]
     if dist.is_initialized():
         gathered *= dist.get_world_size()
@@ -96,13 +96,6 @@ def _on_every_rank[T](work: Callable[[], T], folder: Path) -> list[T]:
     if found:
         raise BadInput(list(dict.fromkeys(found))[:8])
     return [result for result, _ in gathered]
-
-
-def exported_step(folder: Path) -> int | None:
-    """The step of an export, from its twinstack.json; None if there is none that can be read."""
-    values = read_object(folder / integrity.RECORD)
-    step = values.get("step") if values and integrity.is_whole(values) else None
-    return step if is_count(step) else None
 
 
 def write(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from common.checkpoints import integrity
 from common.config import Count, FilePath, Positive
 from common.data import examples
 from common.data.tokenizer import Tokenizer
 from common.errors import BadInput
-from common.huggingface import export, pretrained
+from common.huggingface import pretrained
 from common.json_files import write_json
 from common.launch.processes import Ranks
 from common.training import finetuning
@@ -372,7 +373,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
     t, folder, path = cfg.task, run.out / "hf", run.out / "predictions/valid.jsonl"
     if t.name != "sft" or not t.answers or not run.is_last_phase:
         return
-    step = export.exported_step(folder)
+    step = integrity.exported_step(folder)
     template = samples.Template(tokenizers.load(folder), str(folder))
     selected = questions(cfg, template)
     if step is None or not selected or _is_answered(path, step, len(selected)):

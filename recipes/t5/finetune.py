@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from common.checkpoints import integrity
 from common.config import FilePath, Positive, Share
 from common.data import examples
 from common.errors import BadInput
 from common.evaluation import metrics, text
-from common.huggingface import export, pretrained
+from common.huggingface import pretrained
 from common.json_files import write_json
 from common.launch.processes import Ranks
 from common.preflight import Run, data_notes
@@ -236,7 +237,7 @@ def after_export(run: Run, ranks: Ranks) -> None:
         return
     cfg = finetuning.settings(run, Config)
     t, folder = cfg.task, run.out / "hf"
-    step = export.exported_step(folder)
+    step = integrity.exported_step(folder)
     search = text.Search(t.beams, t.length_penalty, cfg.data.target_len, t.generation_batch_size)
     how = f"{t.name} {t.split}, step {step}, the best by dev loss, {search}"
     if step is None or _is_scored(run.out / "eval.json", how):
