@@ -680,6 +680,21 @@ def test_a_read_only_out_is_refused(place: Path, attempt: Try) -> None:
         refused(place, lambda: attempt(out="disk/run"), "disk/run: not writable (Read-only file system)")
 
 
+def test_what_lies_in_the_place_of_the_export_is_not_replaced(place: Path, attempt: Try) -> None:
+    finished_run(place / "out", (2,))
+    message = "out/hf: must be the export that the run writes; move it away, or choose another OUT"
+    (place / "out/hf").mkdir(parents=True)
+    (place / "out/hf/mine.txt").write_text("mine")
+    refused(place, attempt, message)
+    shutil.rmtree(place / "out/hf")
+    (place / "out/hf").write_text("mine")
+    refused(place, attempt, message)
+    (place / "out/hf").unlink()
+    (place / "elsewhere").mkdir()
+    (place / "out/hf").symlink_to(place / "elsewhere")
+    refused(place, attempt, message)
+
+
 def test_a_disk_that_is_full_already_is_refused(place: Path, attempt: Try, small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "all").write_bytes(bytes(2**21))
@@ -1113,9 +1128,18 @@ def test_a_file_that_one_rank_alone_reads_is_reported_once(place: Path) -> None:
     code, lines = pretrain(place, out, ranks=2)
     assert code == 2, lines
     assert len(lines) == 1 and re.search(r"step_2/00000\.safetensors: its bytes have changed", lines[0]), lines
-    assert lines[0].endswith("; the same command continues from the step before it")
+    assert lines[0].endswith("; no step before it is left: restore it, or choose another OUT")
     (out / "step_2/damaged.txt").unlink()
     assert snapshot(out) == before
+
+
+def test_an_export_without_its_weights_is_written_again(place: Path) -> None:
+    out = place / "out"
+    assert pretrain(place, out) == (0, [])
+    weights = (out / "hf/model.safetensors").read_bytes()
+    (out / "hf/model.safetensors").unlink()
+    assert pretrain(place, out) == (0, [])
+    assert (out / "hf/model.safetensors").read_bytes() == weights
 
 
 def test_a_loss_that_explodes_exits_3_and_keeps_what_was_saved(place: Path) -> None:

@@ -545,7 +545,7 @@ def load(checkpoint: "Checkpoint", batches: Batches) -> None:
     """
     import torch.distributed as dist
 
-    from common.checkpoints.checkpoint import DAMAGED
+    from common.checkpoints.checkpoint import DAMAGED, finished
 
     reader = Reader(checkpoint)
     count = reader.number_pieces()
@@ -560,7 +560,10 @@ def load(checkpoint: "Checkpoint", batches: Batches) -> None:
         if dist.get_rank() == 0:
             with suppress(OSError):  # a folder that may only be read
                 (checkpoint.path / DAMAGED).write_text(f"{error.problems[0]}\n", encoding="utf-8")
-        raise BadInput([f"{line}; the same command continues from the step before it" for line in error.problems]) from None
+        is_first = finished(checkpoint.path.parent)[:1] == [checkpoint.path]
+        then = "no step before it is left: restore it, or choose another OUT"
+        then = then if is_first else "the same command continues from the step before it"
+        raise BadInput([f"{line}; {then}" for line in error.problems]) from None
 
 
 def _fault(error: CheckpointException) -> Exception:

@@ -230,14 +230,17 @@ def _tokenizer(tokenizer: Path, folder: Path, wanted: str | None) -> dict[str, i
     """Copy the tokenizer of the run, if it has one; return the ids for config.json. wanted: its hash, if it is known."""
     if not tokenizer.is_dir():
         return {}
+    generation = "generation_config.json"  # the ids that end a text
+    if (tokenizer / generation).is_file():
+        shutil.copyfile(tokenizer / generation, folder / generation)
+    if [path.name for path in tokenizer.iterdir()] == [generation]:  # from-hf of a folder without a tokenizer
+        return {}
     from common.data import tokenizer as tokenizers
 
     loaded = tokenizers.load(tokenizer)
     if wanted not in (None, loaded.hash):
         raise BadInput(f"{tokenizer}: is not the tokenizer that run.json names; copy that of the corpus there again")
     loaded.save(folder)
-    if (tokenizer / "generation_config.json").is_file():  # the ids that end a text
-        shutil.copyfile(tokenizer / "generation_config.json", folder / "generation_config.json")
     ids = {"bos_token_id": loaded.eod_id, "eos_token_id": loaded.eod_id, "pad_token_id": loaded.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 
