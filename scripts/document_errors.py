@@ -223,7 +223,7 @@ REMEDIES = {  # what to do -> regular expression of messages that do not say it 
         r"no linear layer|names a config|names config|no recipe|no quickstart|no model|no stack|--stack|--out \{problem",
     "Copy the file again from where it is whole; remove a damaged checkpoint, and the step before is used.":
         r"checksum|were written|as it was written|blocks are damaged|max_token_id is|state\.json says|is not a file|"
-        r"was written by",
+        r"was written by|^its .?pieces|^the header of|^it has no weight|^a piece of|^its file",
     "Give a folder of the model that the config describes, or copy the folder again.":
         r"another architecture|another model|ties it|no place|weights lack|its config\.json|config's model wants|"
         r"this family knows|is missing|files are missing|a Hugging Face folder with|NaN or infinite|the task wants|"
