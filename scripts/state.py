@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -21,7 +22,11 @@ from typing import Any
 from common import screen
 from common.checkpoints import checkpoint
 from common.checkpoints.checkpoint import Checkpoint
-from common.errors import BadInput, exit_cleanly
+from common.errors import LINE, BadInput, exit_cleanly, printable, shortened
+from common.launch import lock
+
+GIVE_STEPS = "give OUT of a run, or one of its folders step_N"
+REMOVAL = 1  # seconds that a live run may take to remove a step
 
 
 def main() -> int:
@@ -31,12 +36,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("verify", "compare each piece with its checksum"), ("show", "print what a step holds")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="OUT of a run, or one of its folders step_N")
+        command.add_argument("path", type=_path, metavar="RUN_OR_STEP", help="OUT of a run, or one of its folders step_N")
         if name == "show":
             command.add_argument("--json", action="store_true", help="print JSON")
     command = commands.add_parser("reshard", help="write a step again, divided among another number of files")
-    command.add_argument("path", type=Path, metavar="STEP", help="a folder step_N")
-    command.add_argument("out", type=Path, metavar="OUT", help="a new folder, named step_N too")
+    command.add_argument("path", type=_path, metavar="STEP", help="a folder step_N")
+    command.add_argument("out", type=_path, metavar="OUT", help="a new folder, named step_N too")
     command.add_argument("--pieces", type=int, required=True, metavar="N", help="number of files, of as many bytes each")
     args = parser.parse_args()
     if args.command == "verify":
@@ -46,26 +51,54 @@ def main() -> int:
     return reshard(args.path, args.out, args.pieces)
 
 
-def steps_of(path: Path) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints of a run, or the one of a step, and a line for each that is not whole."""
+def _path(text: str) -> Path:
+    if not text:  # Path takes it as the current folder
+        raise BadInput(f"'': no folder was given; {GIVE_STEPS}")
+    path = Path(text)
+    return path if path.name not in ("", "..") else Path(os.path.abspath(path))  # a step is known by its name
+
+
+def steps_of(path: Path) -> tuple[list[Checkpoint], dict[Path, list[str]]]:
+    """The checkpoints of a run, or the one of a step, and what is wrong with those that are not whole."""
     if not path.is_dir():
-        raise BadInput(f"{path}: no such folder; give OUT of a run, or one of its folders step_N")
-    folders = checkpoint.finished(path) or ([path] if path.name.startswith("step_") else [])
+        raise BadInput(f"{path}: {'is a file' if path.exists() else 'no such folder'}; {GIVE_STEPS}")
+    # a step first: a folder in it that is named as a step must not hide its damage
+    folders = [path] if (path / "state.json").exists() else checkpoint.finished(path)
+    folders = folders or ([path] if path.name.startswith("step_") else [])
     if not folders:
-        raise BadInput(f"{path}: holds no step_N; give OUT of a run, or one of its folders step_N")
-    opened = [checkpoint.opened(folder) for folder in folders]
-    return [one for one in opened if isinstance(one, Checkpoint)], [one for one in opened if isinstance(one, str)]
+        raise BadInput(f"{path}: holds no step_N; {GIVE_STEPS}")
+    opened = {folder: checkpoint.opened(folder) for folder in folders}
+    whole = [one for one in opened.values() if isinstance(one, Checkpoint)]
+    return whole, {folder: [one] for folder, one in opened.items() if isinstance(one, str)}
 
 
 def verify(path: Path) -> int:
     whole, problems = steps_of(path)
+    verified = 0
     for saved in whole:
         found = list(damaged(saved))
-        problems += found
-        if not found:
-            print(f"{saved.path}: whole, {_files(saved)}")
-    for problem in problems:
-        print(screen.error_line(f"error: {problem}"), file=sys.stderr)
+        if found:
+            problems[saved.path] = found
+        else:
+            verified += 1
+            print(printable(f"{saved.path}: whole, {_files(saved)}"))
+    problems = _still_there(path, problems)
+    if not verified and not problems:
+        raise BadInput(f"{path}: a run has removed what was read here; type the same command again")
+    return _told(problems)
+
+
+def _still_there(path: Path, problems: dict[Path, list[str]]) -> dict[Path, list[str]]:
+    """The problems of steps that are still there: a live run removes old ones, which may take it a moment."""
+    if problems and any((folder / lock.NAME).exists() for folder in (path, path.parent)):
+        time.sleep(REMOVAL)
+    return {step: lines for step, lines in problems.items() if step.is_dir()}
+
+
+def _told(problems: dict[Path, list[str]]) -> int:
+    """Print problems; returns the exit code."""
+    for line in (line for lines in problems.values() for line in lines):
+        print(screen.error_line(f"error: {printable(shortened(line, LINE))}"), file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -104,8 +137,8 @@ def _files(saved: Checkpoint) -> str:
 
 def show(path: Path, as_json: bool) -> int:
     whole, problems = steps_of(path)
-    if problems and not whole:
-        raise BadInput(problems)
+    if not whole:
+        raise BadInput([line for lines in problems.values() for line in lines])
     saved = whole[-1]
     shapes = saved.shapes()
     values: dict[str, Any] = {
@@ -119,25 +152,27 @@ def show(path: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps(values, indent=1))
         return 0
-    print(screen.field("step", f"{saved.step:,}, {saved.path}"))
-    print(screen.field("run", f"{values['stack']}, {values['dtype']}, seed {values['seed']}, commit {values['commit']}"))
+    print(_field("step", f"{saved.step:,}, {saved.path}"))
+    print(_field("run", f"{values['stack']}, {values['dtype']}, seed {values['seed']}, commit {values['commit']}"))
     layout = values["layout"] or {}
-    print(screen.field("layout", " ".join(f"{key}={value}" for key, value in layout.items() if value not in (1, False))))
-    print(screen.field("holds", f"{values['parameters']:,} parameters in {len(shapes):,} tensors"))
+    print(_field("layout", " ".join(f"{key}={value}" for key, value in layout.items() if value not in (1, False))))
+    print(_field("holds", f"{values['parameters']:,} parameters in {len(shapes):,} tensors"))
     if saved.is_sharded:
-        print(screen.field("parts", f"{', '.join(values['parts'])}; {values['pieces']:,} pieces"))
-        rows = [[name, f"{entry['bytes'] / 1e6:,.1f}"] for name, entry in saved.meta["files"].items()]
+        print(_field("parts", f"{', '.join(values['parts'])}; {values['pieces']:,} pieces"))
+        rows = [[printable(name), f"{entry['bytes'] / 1e6:,.1f}"] for name, entry in saved.meta["files"].items()]
     else:
-        print(screen.field("parts", "one file per parameter, of an earlier version"))
+        print(_field("parts", "one file per parameter, of an earlier version"))
         rows = []
-    print(screen.field("files", _files(saved)))
+    print(_field("files", _files(saved)))
     if rows:
         print(screen.table(["file", "MB"], rows[:40], {0}))
         if len(rows) > 40:
             print(f"... and {len(rows) - 40:,} more (--json lists them)")
-    for problem in problems:
-        print(screen.error_line(f"error: {problem}"), file=sys.stderr)
-    return 2 if problems else 0
+    return _told(_still_there(path, problems))
+
+
+def _field(name: str, text: str) -> str:
+    return screen.field(name, printable(text))
 
 
 def reshard(path: Path, out: Path, files: int) -> int:

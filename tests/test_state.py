@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from common import config
 from common.checkpoints import checkpoint, integrity, pieces, sharded
 from common.errors import BadInput
 from common.families import RECIPES
+from common.launch import lock
 from common.stacks import mcore
 from scripts import bench_state, state as state_cli
 from tests.states import write_older_step, write_step
@@ -335,6 +337,56 @@ def test_what_reshard_refuses(args: Sequence[str], message: str, tmp_path: Path)
     with pytest.raises(BadInput, match=message):
         state_cli.reshard(tmp_path / args[0], tmp_path / args[1], int(args[3]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4"]
+
+
+def test_damage_is_not_hidden_by_a_step_in_a_step(tmp_path: Path) -> None:
+    step = saved(tmp_path)
+    saved(step)
+    path = step / "00000.safetensors"
+    flip(path, 8 * path.stat().st_size - 5)
+    assert state_cli.verify(step) == 2
+
+
+def test_what_verify_and_show_print_is_safe_for_a_terminal(tmp_path: Path) -> None:
+    out = tmp_path / "a\n\x1b[31mb"
+    step = saved(out)
+    path = step / "state.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "crc32"}
+    values |= {"stack": "x\x1b]0;y", "commit": "z\n\x1b[2J", "layout": {"world": 1, "dp\x1b": "\x07"}}
+    path.write_text(json.dumps(integrity.seal(values)))
+    saved(out, 5)
+    (out / "step_5" / checkpoint.DAMAGED).write_text("first\nsecond \x1b[2J\n")
+    for name, count in (("verify", 1), ("show", 0)):
+        code, printed, errors = cli(name, out)
+        assert code == 2 and "\x1b" not in printed + errors and "\x07" not in printed
+        assert [line for line in errors.splitlines() if line] == errors.splitlines() and len(errors.splitlines()) == 1
+        assert r"first\nsecond \x1b[2J" in errors
+        assert not count or printed.count("\n") == count
+
+
+def test_steps_that_a_live_run_removes_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4, 6):
+        saved(tmp_path, step)
+    (tmp_path / lock.NAME).touch()
+    monkeypatch.setattr(state_cli, "REMOVAL", 0)
+    (tmp_path / "step_2/state.json").unlink()
+    damaged = state_cli.damaged
+
+    def removed(of: checkpoint.Checkpoint) -> Iterator[str]:
+        if of.step == 4:
+            for old in (2, 4):
+                shutil.rmtree(tmp_path / f"step_{old}", ignore_errors=True)
+        yield from damaged(of)
+
+    monkeypatch.setattr(state_cli, "damaged", removed)
+    assert state_cli.verify(tmp_path) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path / 'step_6'}: whole") and not printed.err
+    saved(tmp_path, 4)
+    with pytest.raises(BadInput, match="a run has removed what was read here; type the same command again"):
+        state_cli.verify(tmp_path / "step_4")
 
 
 # ---- python -m scripts.bench_state -----------------------------------------------------------------------------------
