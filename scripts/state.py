@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from common.checkpoints.sharded import Written
 
 MOST_FILES = 10_000  # of a step: as many as a run of so many ranks writes
-GIVE_FILES = f"give the number of files, 1 or more, at most {MOST_FILES:,}"
-GIVE_STEPS = "give OUT of a run, or one of its folders step_N"
 # What a launch script needs of a run besides its step, or `to-hf` of an import, and what finetuning adds
 BESIDE = ("run.json", "metrics.jsonl", "tokenizer", "imported_tokenizer", "model.yaml")
 RESULTS = ("eval.json", "predictions")  # of the best step
@@ -69,26 +67,33 @@ def main() -> int:
 
 def _path(text: str) -> Path:
     if not text:  # Path takes it as the current folder
-        raise BadInput(f"'': no folder was given; {GIVE_STEPS}")
+        raise BadInput("'': no folder was given; give OUT of a run, or one of its folders step_N")
     path = Path(text)
     return path if path.name not in ("", "..") else Path(os.path.abspath(path))  # a step is known by its name
 
 
 def _count(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
-        raise BadInput(f"--pieces {shortened(text, 100)}: {GIVE_FILES}")
+        raise _no_count(text)
     return int(text)
+
+
+def _no_count(given: object) -> BadInput:
+    given = shortened(str(given), 100)
+    return BadInput(f"--pieces {given}: give the number of files, 1 or more, at most {MOST_FILES:,}")
 
 
 def steps_of(path: Path) -> tuple[list[Checkpoint], dict[Path, list[str]]]:
     """The checkpoints of a run, or the one of a step, and what is wrong with those that are not whole."""
     if not path.is_dir():
-        raise BadInput(f"{path}: {'is a file' if path.exists() else 'no such folder'}; {GIVE_STEPS}")
+        if path.exists():
+            raise BadInput(f"{path}: is a file; give OUT of a run, or one of its folders step_N")
+        raise BadInput(f"{path}: no such folder; give OUT of a run, or one of its folders step_N")
     # a step first: a folder in it that is named as a step must not hide its damage
     folders = [path] if (path / "state.json").exists() else checkpoint.finished(path)
     folders = folders or ([path] if path.name.startswith("step_") else [])
     if not folders:
-        raise BadInput(f"{path}: holds no step_N; {GIVE_STEPS}")
+        raise BadInput(f"{path}: holds no step_N; give OUT of a run, or one of its folders step_N")
     opened = {folder: checkpoint.opened(folder) for folder in folders}
     whole = [one for one in opened.values() if isinstance(one, Checkpoint)]
     return whole, {folder: [one] for folder, one in opened.items() if isinstance(one, str)}
@@ -226,7 +231,7 @@ def reshard(path: Path, out: Path, files: int) -> int:
 def _checked(path: Path, out: Path, files: int) -> Checkpoint:
     """The step to write again. BadInput if it is not whole, or `out` or `files` cannot be."""
     if not 1 <= files <= MOST_FILES:
-        raise BadInput(f"--pieces {files}: {GIVE_FILES}")
+        raise _no_count(files)
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path}: is a file; give a folder step_N of a run")
     steps = [] if (path / "state.json").exists() else checkpoint.finished(path)
@@ -324,7 +329,7 @@ def _write(saved: Checkpoint, tmp: Path, files: int) -> "tuple[list[Written], in
         try:
             written.append(sharded.write(path, of_file, values))
         except sharded.NotFinite as fault:
-            raise BadInput(f"{saved.path}: {fault} holds NaN or infinite values; nothing was written") from None
+            raise BadInput(f"{saved.path}: {fault} holds NaN or infinite values; give a step before it") from None
         except OSError as fault:
             raise OSError(fault.errno, fault.strerror, str(path)) from None
     # a piece that was read in parts alone was not compared with its checksum, and its damage would get a new one
