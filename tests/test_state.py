@@ -1,9 +1,12 @@
 """The training state in pieces (common/checkpoints): what ranks of any layout write, any other layout reads."""
 
+import errno
+import fcntl
 import importlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, step_of
+from conftest import ROOT, launch_script, step_of
 from test_integrity import META, flip, saved
+from test_launch import config as tiny, env_with, training_lines  # noqa: F401 (tiny: a fixture)
 
 from common import config
 from common.checkpoints import checkpoint, integrity, pieces, sharded
 from common.errors import BadInput
 from common.families import RECIPES
+from common.launch import lock
 from common.stacks import mcore
 from scripts import bench_state, state as state_cli
 from tests.states import write_older_step, write_step
@@ -373,6 +378,241 @@ def test_what_reshard_refuses(args: Sequence[str], message: str, tmp_path: Path)
     with pytest.raises(BadInput, match=message):
         state_cli.reshard(tmp_path / args[0], tmp_path / args[1], int(args[3]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4"]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: Any) -> str:
+    """The only line of a command that is refused."""
+    monkeypatch.setattr(sys, "argv", ["state", *map(str, args)])
+    with pytest.raises(BadInput) as error:
+        state_cli.main()
+    [line] = error.value.problems
+    return line
+
+
+@pytest.mark.parametrize("count", ["-1", "10001", "1000000000", "9" * 20, "1e9", "1.5", "many", "٣", ""])
+def test_a_number_of_files_is_refused_in_one_line(count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    line = command(monkeypatch, "reshard", tmp_path / "step_4", tmp_path / "again/step_4", "--pieces", count)
+    assert line == f"--pieces {count}: give the number of files, 1 or more, at most 10,000"
+
+
+def test_reshard_says_when_the_files_are_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path)
+    assert state_cli.reshard(tmp_path / "step_4", tmp_path / "again/step_4", 1000) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'again/step_4'}: 6 files"
+    assert second == "note: fewer than 1,000: the state has 6 pieces, and no piece is divided among files"
+
+
+def test_files_have_what_ranks_would_write() -> None:
+    held = held_by("zero1", 0, 1, VALUES)
+    for files in (1, 2, 5, 40):
+        ranks = [pieces.own(piece._replace(replica=n, replicas=files) for piece in held) for n in range(files)]
+        names = [[(piece.name, piece.offset) for piece in of_file] for of_file in state_cli._divided(held, files)]
+        assert names == [[(piece.name, piece.offset) for piece in own] for own in ranks if own]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "full disk", "full disk at the index", "Ctrl-C"])
+def test_a_reshard_that_fails_leaves_nothing_and_can_be_repeated(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt if fault == "Ctrl-C" else OSError(errno.ENOSPC, "No space left on device")
+
+    step, out = saved(tmp_path), tmp_path / "again/step_4"
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    path, message = step / "00000.safetensors", "its bytes have changed"
+    if fault == "damaged":
+        flip(path, 8 * path.stat().st_size - 5)
+    else:
+        where = out.with_name("step_4.tmp") / "00000.safetensors" if fault == "full disk" else out
+        message = f"{where}: No space left on device; nothing was written; make room there, or choose another folder"
+        monkeypatch.setattr(*((checkpoint, "finish") if "index" in fault else (sharded, "_write_all")), fail)
+    with pytest.raises(KeyboardInterrupt if fault == "Ctrl-C" else BadInput, match=None if fault == "Ctrl-C" else message):
+        state_cli.reshard(step, out, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "step_4"]
+    monkeypatch.undo()
+    if fault == "damaged":
+        flip(path, 8 * path.stat().st_size - 5)
+    for left in ("step_4.tmp", "step_4.run.tmp"):  # of a reshard that was killed
+        (tmp_path / "again" / left).mkdir(parents=True)
+    assert state_cli.reshard(step, out, 2) == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["config.yaml", "step_4"]
+
+
+def test_reshard_finds_damage_in_what_it_reads_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = write_as("rows", 2, tmp_path)
+    path = step.path / "00000.safetensors"
+    flip(path, 8 * path.stat().st_size - 5)
+    monkeypatch.setattr(pieces, "LARGEST", 4 * 32 * 5)  # rows that no piece of the source has alone
+    with pytest.raises(BadInput, match=f"{path}: its bytes have changed"):
+        state_cli.reshard(step.path, tmp_path / "again/step_4", 2)
+    assert not (tmp_path / "again").exists()
+
+
+def test_targets_that_reshard_refuses(tmp_path: Path) -> None:
+    step = saved(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/step_4").symlink_to(tmp_path / "nothing")
+    (tmp_path / "other").symlink_to(step)
+    for out, message in (
+        (Path("/proc/step_4"), "/proc: not writable .*; give step_4 in a folder that can be written to"),
+        (tmp_path / "file/step_4", "file: is a file; give step_4 in a folder that can be written to"),
+        (tmp_path / "link/step_4", "link/step_4: is there; give a new folder"),
+        (step / "step_4", "is inside .*/step_4, which is a step itself"),
+        (tmp_path / "other/deeper/step_4", "is inside .*/step_4, which is a step itself"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            state_cli.reshard(step, out, 1)
+    assert sorted(path.name for path in step.iterdir()) == ["00000.safetensors", "state.json"]
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_damage_is_not_hidden_by_a_step_in_a_step(tmp_path: Path) -> None:
+    step = saved(tmp_path)
+    saved(step)
+    path = step / "00000.safetensors"
+    flip(path, 8 * path.stat().st_size - 5)
+    assert state_cli.verify(step) == 2
+
+
+def test_reshard_refuses_the_folder_of_a_live_run(tmp_path: Path) -> None:
+    step, folder = saved(tmp_path), tmp_path / "again"
+    folder.mkdir()
+    with open(folder / lock.NAME, "w+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="again: another run writes there"):
+            state_cli.reshard(step, folder / "step_4", 1)
+    assert state_cli.reshard(step, folder / "step_4", 1) == 0
+
+
+def finetuned(out: Path) -> None:
+    """What is beside step_4 and step_6 of a run, with a best step of a finetuning before them."""
+    for step in (4, 6):
+        saved(out, step)
+    saved(out / "best", 2)
+    (out / "tokenizer").mkdir()
+    (out / "tokenizer/tokenizer.json").write_text("{}")
+    (out / "config.yaml").write_text("a: 1\n")
+    (out / "run.json").write_text(json.dumps({"id": "abc", "finished": {"step": 6, "files": []}}))
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)] + ['{"step": 4, "saved_ms": 3}', '{"st']
+    (out / "metrics.jsonl").write_text("\n".join(lines))
+    (out / "eval.json").write_text("[]")
+    (out / "hf").mkdir()
+
+
+def test_reshard_copies_what_a_run_needs_to_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    finetuned(run)
+    assert state_cli.reshard(run / "step_4", again / "step_4", 2) == 0
+    names = ["best", "config.yaml", "eval.json", "metrics.jsonl", "run.json", "step_4", "tokenizer"]
+    assert sorted(path.name for path in again.iterdir()) == names
+    assert f"copied from {run}: run.json, metrics.jsonl, tokenizer, best, eval.json, config.yaml" in capsys.readouterr().out
+    assert json.loads((again / "run.json").read_text()) == {"id": "abc"}
+    assert [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()] == [2, 4, 4]
+    assert step_of(again / "best", 2).step == 2
+    (run / "metrics.jsonl").unlink()
+    assert state_cli.reshard(run / "step_6", again / "step_6", 2) == 0  # a run is there now
+    assert len((again / "metrics.jsonl").read_text().splitlines()) == 3
+    assert f"note: {again} has a run, whose other files are as they were" in capsys.readouterr().out
+
+
+def test_a_later_best_step_and_its_results_are_not_copied(tmp_path: Path) -> None:
+    finetuned(tmp_path / "run")
+    saved(tmp_path / "run/best", 6)
+    assert state_cli.reshard(tmp_path / "run/step_4", tmp_path / "again/step_4", 2) == 0
+    assert [path.name for path in (tmp_path / "again/best").iterdir()] == ["step_2"]
+    assert not (tmp_path / "again/eval.json").exists()
+
+
+def test_reshard_overwrites_nothing_beside_the_step(tmp_path: Path) -> None:
+    finetuned(tmp_path / "run")
+    mine = tmp_path / "mine/tokenizer"
+    mine.mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"mine: has tokenizer and no run \(no config.yaml\); give another folder"):
+        state_cli.reshard(tmp_path / "run/step_4", tmp_path / "mine/step_4", 1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["tokenizer"] and not list(mine.iterdir())
+
+
+@pytest.mark.slow
+def test_a_step_that_was_written_again_continues_as_its_run(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The same command, in OUT and in the folder that reshard wrote, makes the same steps."""
+
+    def train(out: str, steps: int) -> list[tuple[int, float]]:
+        given = [str(tiny), str(tmp_path / out), f"train.steps={steps}", "train.save_every=2"]
+        command, env = ["bash", str(launch_script("baseline")), *given], env_with(NPROC=2, OMP_NUM_THREADS=1)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [(line["step"], line["loss"]) for line in training_lines(tmp_path / out)]
+
+    train("run", 4)
+    for step in (2, 4):
+        assert state_cli.reshard(tmp_path / f"run/step_{step}", tmp_path / f"from_{step}/step_{step}", 3) == 0
+    losses = train("run", 6)
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert train("from_4", 6) == losses and train("from_2", 6) == losses
+    records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("run", "from_2", "from_4")]
+    assert len({record["id"] for record in records}) == 1
+
+
+def test_what_verify_and_show_print_is_safe_for_a_terminal(tmp_path: Path) -> None:
+    out = tmp_path / "a\n\x1b[31mb"
+    step = saved(out)
+    path = step / "state.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "crc32"}
+    values |= {"stack": "x\x1b]0;y", "commit": "z\n\x1b[2J", "layout": {"world": 1, "dp\x1b": "\x07"}}
+    path.write_text(json.dumps(integrity.seal(values)))
+    saved(out, 5)
+    (out / "step_5" / checkpoint.DAMAGED).write_text("first\nsecond \x1b[2J\n")
+    for name, count in (("verify", 1), ("show", 0)):
+        code, printed, errors = cli(name, out)
+        assert code == 2 and "\x1b" not in printed + errors and "\x07" not in printed
+        assert [line for line in errors.splitlines() if line] == errors.splitlines() and len(errors.splitlines()) == 1
+        assert r"first\nsecond \x1b[2J" in errors
+        assert not count or printed.count("\n") == count
+
+
+def test_steps_that_a_live_run_removes_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4, 6):
+        saved(tmp_path, step)
+    (tmp_path / lock.NAME).touch()
+    monkeypatch.setattr(state_cli, "REMOVAL", 0)
+    (tmp_path / "step_2/state.json").unlink()
+    damaged = state_cli.damaged
+
+    def removed(of: checkpoint.Checkpoint) -> Iterator[str]:
+        if of.step == 4:
+            for old in (2, 4):
+                shutil.rmtree(tmp_path / f"step_{old}", ignore_errors=True)
+        yield from damaged(of)
+
+    monkeypatch.setattr(state_cli, "damaged", removed)
+    assert state_cli.verify(tmp_path) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path / 'step_6'}: whole") and not printed.err
+    saved(tmp_path, 4)
+    with pytest.raises(BadInput, match="a run has removed what was read here; type the same command again"):
+        state_cli.verify(tmp_path / "step_4")
+
+
+def test_what_is_no_folder_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = saved(tmp_path)
+    file, out = step / "state.json", tmp_path / "again/step_4"
+    give = "give OUT of a run, or one of its folders step_N"
+    assert command(monkeypatch, "verify", "") == f"'': no folder was given; {give}"
+    for name in ("verify", "show"):
+        assert command(monkeypatch, name, file) == f"{file}: is a file; {give}"
+        assert command(monkeypatch, name, tmp_path / "no") == f"{tmp_path / 'no'}: no such folder; {give}"
+    monkeypatch.chdir(step)
+    monkeypatch.setattr(sys, "argv", ["state", "verify", "."])
+    assert state_cli.main() == 0
+    line = command(monkeypatch, "reshard", tmp_path, out, "--pieces", 1)
+    assert line == f"{tmp_path}: is not a step but holds some; give one of its folders step_N, such as {step}"
+    assert command(monkeypatch, "reshard", file, out, "--pieces", 1) == f"{file}: is a file; give a folder step_N of a run"
+    assert not out.parent.exists()
 
 
 # ---- python -m scripts.bench_state -----------------------------------------------------------------------------------
