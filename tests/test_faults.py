@@ -83,9 +83,7 @@ def test_a_rank_that_cannot_write_and_a_folder_that_vanishes(in_background: str,
     ), line  # fmt: skip
     assert newest(out) and not list(out.glob("step_*.tmp"))
     line = after_a_save(config, out, lambda _: disk.rename(tmp_path / "away"), *overrides)
-    gone = (
-        rf"error: {out}/step_\S*: cannot be (created|written|finished): No such file or directory; the steps saved before are "
-    )
+    gone = rf"error: {out}/step_\S*: cannot be (created|written|finished): No such file or directory; OUT is gone"
     assert re.match(gone, line), line
     assert not disk.exists()  # nothing is written elsewhere
     (tmp_path / "away").rename(disk)
