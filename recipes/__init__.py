@@ -1,5 +1,0 @@
-"""The recipes of all families."""
-
-from common.errors import require_environment
-
-require_environment()
