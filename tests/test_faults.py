@@ -72,6 +72,7 @@ def assert_goes_on(config: Path, out: Path, *overrides: str) -> None:
     assert [(line["loss"], line["grad_norm"]) for line in again] == [(line["loss"], line["grad_norm"]) for line in expected]
 
 
+@pytest.mark.slow
 @IN_BACKGROUND
 def test_a_rank_that_cannot_write_and_a_folder_that_vanishes(in_background: str, config: Path, tmp_path: Path) -> None:
     overrides = [f"train.async_save={in_background}", "model.dropout=0.1"]
@@ -129,6 +130,7 @@ def test_a_read_that_fails_is_told_and_the_same_command_continues(config: Path, 
     assert_goes_on(config, out, *settings)
 
 
+@pytest.mark.slow
 def test_a_node_lost_during_a_save(config: Path, two_nodes: list[list[str]], disk: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = ["train.save_every=2", "train.hang_seconds=4"]
