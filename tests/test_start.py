@@ -115,6 +115,7 @@ def test_each_parameter_is_read_by_one_rank_and_sent_to_those_who_hold_it(
     tmp_path: Path, world: int, members: list[int], layout: str, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "LARGEST", 48)  # bytes: several pieces of a parameter
+    monkeypatch.setattr(state, "TOGETHER", 2)
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
     processes = [

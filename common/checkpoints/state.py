@@ -11,7 +11,7 @@ from common import config
 from common.checkpoints import parameters, pieces
 from common.checkpoints.checkpoint import PARTS, Checkpoint
 from common.checkpoints.parameters import Shapes
-from common.checkpoints.pieces import Batch, Batches, Piece
+from common.checkpoints.pieces import Batch, Batches, Piece, Region
 from common.config import Config
 from common.contract import Family
 from common.launch import heartbeat
@@ -76,44 +76,56 @@ def fill(
 
     world, rank, number, own = dist.get_world_size(group), dist.get_rank(group), 0, None
     for batch in batches:
-        of_name: dict[str, list[Piece]] = {name: [] for name in batch.names}
+        of_name: dict[str, dict[Region, list[Piece]]] = {name: {} for name in batch.names}
         for piece in batch.pieces:
-            of_name[piece.name].append(piece)
-        for name in batch.names:
-            owner = number % world
-            if owner == 0:
-                own = None
-                for drawn, shapes in wanted[number + rank : number + rank + 1]:
-                    own = values(drawn, shapes["weight"])
-            assert wanted[number][0] == name, f"{wanted[number][0]} in the place of {name}"
-            _fill_parameter(of_name[name], wanted[number][1], own if owner == rank else None, owner, device, group)
-            number += 1
+            region = piece.part, piece.offset, tuple(piece.tensor.shape)
+            of_name[piece.name].setdefault(region, []).append(piece)
+        for begin in range(0, len(batch.names), TOGETHER):
+            names = batch.names[begin : begin + TOGETHER]
+            regions = _of_all_ranks([list(of_name[name]) for name in names], group)
+            for index, name in enumerate(names):
+                owner = number % world
+                if owner == 0:
+                    own = None
+                    for drawn, shapes in wanted[number + rank : number + rank + 1]:
+                        own = values(drawn, shapes["weight"])
+                assert wanted[number][0] == name, f"{wanted[number][0]} in the place of {name}"
+                here, parts = [of_rank[index] for of_rank in regions], own if owner == rank else None
+                _fill_parameter(of_name[name], here, wanted[number][1], parts, owner, device, group)
+                number += 1
+
+
+TOGETHER = 32  # parameters of which the ranks say at a time what they hold
+
+
+def _of_all_ranks(regions: list[list[Region]], group: "dist.ProcessGroup | None") -> list[list[list[Region]]]:
+    import torch.distributed as dist
+
+    gathered: list[Any] = [regions] * dist.get_world_size(group)
+    if len(gathered) > 1:
+        heartbeat.wait("parameters of other ranks")
+        dist.all_gather_object(gathered, regions, group=group)
+    return gathered
 
 
 def _fill_parameter(
-    held: Sequence[Piece], shapes: PartShapes, parts: Parts | None, owner: int, device: "torch.device",
-    group: "dist.ProcessGroup | None",
+    held: Mapping[Region, Sequence[Piece]], regions: Sequence[Sequence[Region]], shapes: PartShapes, parts: Parts | None,
+    owner: int, device: "torch.device", group: "dist.ProcessGroup | None",
 ) -> None:  # fmt: skip
     """Set this rank's pieces of one parameter, which the rank `owner` of the group has in `parts`; a collective.
 
-    What all ranks hold whole is broadcast. Anything else is sent to those who hold it, a piece (pieces.LARGEST) to each rank
-    at a time.
+    regions: those of the pieces of each rank. What all ranks hold whole is broadcast. Anything else is sent to those who hold
+    it, a piece (pieces.LARGEST) to each rank at a time.
     """
     import torch
     import torch.distributed as dist
 
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    of_region: dict[pieces.Region, list[Piece]] = {}
-    for piece in held:
-        of_region.setdefault((piece.part, piece.offset, tuple(piece.tensor.shape)), []).append(piece)
     heartbeat.wait("parameters of other ranks")
-    regions: list[Any] = [list(of_region)] * world
-    if world > 1:
-        dist.all_gather_object(regions, list(of_region), group=group)
     size = sum(prod(shape) for shape in shapes.values())
     if all(sum(prod(extent) for _, _, extent in of_rank) >= size for of_rank in regions):
         whole = _broadcast(shapes, parts, owner, device, group)
-        for piece in held:
+        for piece in (piece for of_region in held.values() for piece in of_region):
             _set(piece, whole[piece.part][piece.region])
         return
     for turn in range(max(map(len, regions))):
@@ -129,9 +141,9 @@ def _fill_parameter(
             sent = sent.to(device)
         from_owner = [sizes[rank] if sender == owner else 0 for sender in range(world)]
         dist.all_to_all_single(received, sent, from_owner, sent_sizes, group=group)
-        if turn < len(of_region):
+        if turn < len(regions[rank]):
             region = regions[rank][turn]
-            for piece in of_region[region]:
+            for piece in held[region]:
                 _set(piece, received.view(region[2]))
     heartbeat.beat("reading parameters")
 
