@@ -381,7 +381,7 @@ def _copy(source: Path, names: Iterable[str], to: Path, step: int) -> None:
 
 def _place(beside: Path, folder: Path, names: Iterable[str]) -> None:
     """Move the copies to their places, config.yaml last: a launch script refuses a folder that has a step and no config, and
-    begins anew in one that has a config and no step."""
+    starts from step 0 in one that has a config and no step."""
     for name in names:
         (beside / name).rename(folder / name)
     beside.rmdir()

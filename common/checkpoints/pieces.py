@@ -228,7 +228,7 @@ def uncovered(shape: Shape, rectangles: Sequence[tuple[Shape, Shape]]) -> str | 
 
 def index_problem(meta: dict[str, Any]) -> str | None:
     """What is wrong with the index of a step (common/checkpoints/sharded.py); None if its pieces lie in its files and cover
-    each parameter once. Its checksum tells what has changed on a disk; this, what was written by something else."""
+    each parameter once. The checksum of the index detects damage on disk; this check detects an index that no run wrote."""
     parameters, found, files = meta.get("parameters"), meta.get("pieces"), list(meta["files"].items())
     if not isinstance(parameters, dict) or not isinstance(found, dict) or not parameters or parameters.keys() != found.keys():
         return "its `pieces` are not those of its `parameters`"
