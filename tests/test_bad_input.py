@@ -1218,7 +1218,7 @@ def test_a_beginning_that_is_none_is_named(family: str, tmp_path: Path):
         assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("module", ["scripts.plan", "data.text"])
+@pytest.mark.parametrize("module", ["scripts.plan", "data.text", "recipes.gpt.convert"])
 def test_a_python_without_the_packages_is_told_in_one_line(module: str) -> None:
     """As in a shell in which the environment is not active. -S: without site-packages."""
     done = subprocess.run([sys.executable, "-S", "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)

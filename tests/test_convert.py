@@ -1,6 +1,7 @@
 """Interchange: names and rows move, no bit changes; logits and losses agree; exports load with plain transformers."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -135,6 +136,10 @@ def convert_cli(*words: object) -> subprocess.CompletedProcess[str]:
 
 def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
     run = moved[0] / "tiny_llama" / "tp2"
+    (tmp_path / "hf.tmp").mkdir()  # somebody's own
+    done = convert_cli("to-hf", run, tmp_path / "hf")
+    assert done.returncode == 2 and "hf.tmp: exists, and to-hf writes there first" in done.stderr, done.stderr
+    (tmp_path / "hf.tmp").rmdir()  # as it was: rmdir refuses a folder with files
     done = convert_cli("to-hf", run, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     converted, exported = load_file(tmp_path / "hf/model.safetensors"), load_file(run / "hf/model.safetensors")
@@ -149,10 +154,14 @@ def test_commands_to_hf_and_from_hf(moved, folders, tmp_path):
 def test_commands_refuse_what_they_cannot_convert(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "pipe").mkdir()
+    GPT2Config().save_pretrained(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe/model.safetensors")
     for words, message in (
         (("to-hf", tmp_path / "none", tmp_path / "hf"), "has no run"),
         (("from-hf", tmp_path / "bert", tmp_path / "out"), "'bert' model"),
         (("from-hf", tmp_path / "none", tmp_path / "out"), "no config.json"),
+        (("from-hf", tmp_path / "pipe", tmp_path / "out"), "model.safetensors is not a safetensors file"),
     ):
         done = convert_cli(*words)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -98,6 +98,11 @@ def _on_every_rank[T](work: Callable[[], T], folder: Path) -> list[T]:
     return [result for result, _ in gathered]
 
 
+def unfinished(folder: Path) -> Path:
+    """Where an export is written before it is whole; what is there is removed."""
+    return folder.with_name(folder.name + ".tmp")
+
+
 def write(
     source: checkpoint.Checkpoint, cfg: Exportable, task: Family, folder: Path, tokenizer: Path, record: dict[str, Any]
 ) -> None:
@@ -107,7 +112,7 @@ def write(
     import torch.distributed as dist
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tmp = folder.with_name(folder.name + ".tmp")
+    tmp = unfinished(folder)
 
     def begin() -> None:
         if rank == 0:

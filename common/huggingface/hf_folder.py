@@ -309,6 +309,8 @@ class _Damaged(ValueError):
 
 def _header(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, which fill it without gaps. _Damaged or another exception if they do not."""
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError
     whole = path.stat().st_size
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))

@@ -40,6 +40,9 @@ def to_hf(run: Path, folder: Path, task: Family) -> None:
     if not is_import and not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: has no run (no config.yaml); give the OUT of a pretrain.sh or of from-hf")
     _check_new(folder)
+    unfinished = export.unfinished(folder)
+    if unfinished.exists():
+        raise BadInput(f"{unfinished}: exists, and to-hf writes there first; remove it, or give another HF_DIR")
     last = checkpoint.latest(run)
     if last is None:
         raise BadInput(f"{run}: has no checkpoint yet; it is saved at train.save_every and after the last step")

@@ -6,10 +6,12 @@ python -m recipes.bert.convert from-hf HF_DIR OUT    a run's starting point from
 
 from functools import partial
 
-from common.errors import exit_cleanly
-from common.huggingface import interchange
-
-from . import task
+from common.errors import exit_cleanly, require_environment
 
 if __name__ == "__main__":
+    require_environment()
+    from common.huggingface import interchange
+
+    from . import task
+
     exit_cleanly(partial(interchange.main, task))
