@@ -13,8 +13,7 @@ import re
 import sys
 
 from common.comparison import render, verdict
-from common.comparison.figures import Report, Table, tables
-from common.config import STACKS
+from common.comparison.figures import Report
 from common.errors import exit_cleanly
 from common.paths import ROOT
 from scripts import benchmark
@@ -36,7 +35,6 @@ BROWSER = f"""
 
 ![The first screen of report.html, 390 pixels wide]({FOLDER.name}/page_390.png)
 """
-ON_16 = "Which one for you / 16 x H100"
 
 
 def main() -> int:
@@ -79,24 +77,11 @@ def page(report: Report) -> str:
 def readme(text: str, report: Report) -> str:
     """README.md with the verdict of a report: in words, the stack for some models and numbers of GPUs, then the figures."""
     shown = with_verdict(report)
-    found = {table.section: table for table in tables(shown.figures)}
-    lines = [*verdict.in_words(shown.figures), "", verdict.LEGEND, ""]
-    lines += [*render.markdown_table(render.grid(found[verdict.CHOICES])), ""]
-    lines += [*taken(found[ON_16]), ""]
+    lines = [*verdict.in_words(shown.figures), "", *verdict.table_of_choices(shown.figures), ""]
     lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), ""]
-    lines += [*verdict.shown_in_readme(shown.figures, report.hardware), ""]
+    lines += [*verdict.shown_in_readme(shown.figures), ""]
     lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
     return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)
-
-
-def taken(table: Table) -> list[str]:
-    """The stacks for a model on 16 GPUs, with what each takes."""
-    lines = []
-    for row in table.rows:
-        seconds = {stack: table.cells.get((row, f"{stack} s/step")) for stack in STACKS}
-        times = ", ".join(f"{stack} {render.cell(figure)}" for stack, figure in seconds.items())
-        lines.append(f"- {row} on 16 H100: {render.cell(table.cells[row, 'take'])} (s per step, predicted: {times})")
-    return lines
 
 
 def with_verdict(report: Report) -> Report:

@@ -61,6 +61,17 @@ def test_a_column_has_one_kind_and_a_cell_one_figure() -> None:
         tables([*SPEED, figure("megatron", "tokens/s", 1.0, kind="predicted")])
 
 
+def test_sources_are_named_once_by_column_or_row_or_cell() -> None:
+    found = [
+        figure("a", "s", 1.0), figure("b", "s", 2.0), figure("a", "x", 1.0, source="1"), figure("a", "y", 1.0, source="1"),
+        figure("a", "z", None, source="too large"), figure("b", "x", 1.0, source="2"), figure("b", "y", 1.0, source="3"),
+        figure("b", "z", None, source="too large"), figure("c", "z", 1.0, source="4"),
+    ]  # fmt: skip
+    assert render.sources(*tables(found)) == [
+        ("s", COMMAND), ("a", "1"), ("a, z; b, z", "too large"), ("b, x", "2"), ("b, y", "3"), ("c", "4"),
+    ]  # fmt: skip
+
+
 def test_a_report_is_read_back_whole() -> None:
     written = report(SPEED).to_json()
     assert Report.from_json(json.loads(json.dumps(written))) == report(SPEED)

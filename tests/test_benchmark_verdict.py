@@ -56,8 +56,12 @@ def test_pros_of_one_are_cons_of_the_other_and_no_column_mixes_kinds() -> None:
 
 
 def test_the_readme_table_names_the_kind_of_each_row() -> None:
-    lines = verdict.shown_in_readme(verdict.figures([ratio("deepspeed", 1.2, (1.1, 1.3)), ratio("megatron", 1.0)]), "2 cores")
-    assert lines[2].endswith("| measured (2 cores) | - | 1.200 [1.100 .. 1.300] | 1.000 | deepspeed |")
+    lines = verdict.shown_in_readme(verdict.figures([ratio("deepspeed", 1.2, (1.1, 1.3)), ratio("megatron", 1.0)]))
+    assert lines[2].endswith("| measured | - | 1.200 [1.100 .. 1.300] | 1.000 | DeepSpeed |")
+
+
+def test_every_row_of_the_readme_is_one_of_the_verdict() -> None:
+    assert verdict.IN_README.keys() <= {head.name for head in verdict.HEADS}
 
 
 def cells(**answers: str) -> list[Figure]:
@@ -70,25 +74,35 @@ def cells(**answers: str) -> list[Figure]:
     return found
 
 
+EITHER = "either: deepspeed zero=2 micro=2, or megatron tp=2 sp dist-opt micro=4"
+OFFLOAD = "deepspeed zero=3 offload=all recompute micro=2 (9 GB of host memory per node)"
+
+
 def test_the_verdict_in_words_follows_the_cells() -> None:
-    either = "either: deepspeed zero=2 micro=2, or megatron tp=2 sp dist-opt micro=4"
-    offload = "deepspeed zero=3 offload=all micro=2 (9 GB of host memory per node)"
-    lines = verdict.in_words(cells(b1_8=offload, b13_64=either, b70_64="megatron pp=8", b70_1024="megatron tp=8"))
+    lines = verdict.in_words(cells(b1_8=OFFLOAD, b13_64=EITHER, b70_64="megatron pp=8", b70_1024="megatron tp=8"))
+    offload = "deepspeed.zero_stage=3 deepspeed.offload=all deepspeed.recompute=true deepspeed.micro_batch=2"
     assert [line.partition("**: ")[2] for line in lines] == [
-        f"DeepSpeed (`{offload}`), whose best layout is predicted to be the fastest.",
-        "DeepSpeed or Megatron Core: the prediction cannot tell them apart, so take the simpler, DeepSpeed "
-        "(`deepspeed zero=2 micro=2`).",
-        "Megatron Core, whose best layout is predicted to be the fastest.",
+        f"DeepSpeed (`{offload}`). Its best layout is the fastest.",
+        "DeepSpeed and Megatron Core are equally fast within the error of the prediction. Take the simpler, DeepSpeed "
+        "(`deepspeed.zero_stage=2 deepspeed.micro_batch=2`).",
+        "Megatron Core. Its best layout is the fastest.",
     ]
     [line] = verdict.in_words(cells(b70_64="megatron pp=8", b175_64="does not fit: needs 3,143 GB of host memory per node"))
-    assert "it depends" in line
+    assert "It depends" in line
     [line] = verdict.in_words(cells(b13_64="does not fit"))
-    assert "no layout of these recipes fits" in line
+    assert "No layout of these recipes fits" in line
+
+
+def test_the_table_of_choices_names_stacks_alone() -> None:
+    every = "either: baseline micro=4, or deepspeed zero=1 micro=8, or megatron micro=8"
+    lines = verdict.table_of_choices(cells(b1_8=every, b1_64=EITHER, b13_8=OFFLOAD, b13_64="does not fit: needs 9 GB"))
+    assert lines[0] == "| GPT | 8 H100 | 64 H100 |"
+    assert lines[2:] == ["| 1.3B | any | DeepSpeed or Megatron |", "| 13B | DeepSpeed, offload | does not fit |"]
 
 
 def test_the_largest_model_in_words_names_the_stack_that_has_it() -> None:
     rows = (("1 GPU: deepspeed zero=3", 4.0), ("1 GPU: megatron", 40.25))
     found = [Figure(verdict.LARGEST, row, "estimate", b, "billion parameters", "predicted", "x") for row, b in rows]
     [line] = verdict.in_words(found)
-    assert "Megatron Core: on one H100 with 2 TB of CPU memory, a GPT of up to 40.2 billion parameters is" in line
+    assert "Megatron Core. On one GPU with 2 TB of CPU memory, a GPT of up to 40.2 billion parameters fits" in line
     assert line.endswith("against 4 billion with DeepSpeed.")

@@ -167,6 +167,14 @@ def name_of(cfg: Config, stack: str) -> str:
     return " ".join([stack, *words])
 
 
+def keys_of(name: str) -> str:
+    """What to type for a name: 'megatron.tp=2 megatron.sequence_parallel=true' for 'megatron tp=2 sp'."""
+    stack, *words = name.split()
+    long = {short: key for key, short in SHORT.items()} | {"micro": "micro_batch"}
+    pairs = [(long.get(key, key), value or "true") for key, _, value in (word.partition("=") for word in words)]
+    return " ".join(f"{stack}.{key}={value}" for key, value in pairs)
+
+
 # ---- their runs ------------------------------------------------------------------------------------------------------
 
 

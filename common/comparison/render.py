@@ -115,15 +115,25 @@ def grid(table: Table) -> Grid:
 
 
 def sources(table: Table) -> list[tuple[str, str]]:
-    """(what, source) of a table: one for each column whose cells share it, else one for each cell; equal ones joined."""
+    """(what, source) of a table: one for each column whose cells share it, else one for each row whose other cells with a value
+    do, else one for each cell; equal ones joined. The source of a cell without a value is the reason."""
     found: dict[str, list[str]] = {}
+    mixed = []
     for metric in table.columns:
         column = table.column(metric)
         if len({figure.source for figure in column}) == 1:
             found.setdefault(column[0].source, []).append(metric)
         else:
-            for figure in column:
-                found.setdefault(figure.source, []).append(f"{figure.subject}, {metric}")
+            mixed.append(metric)
+    for row in table.rows:
+        cells = {metric: table.cells[row, metric] for metric in mixed if (row, metric) in table.cells}
+        shared = {figure.source for figure in cells.values() if figure.value is not None}
+        if len(shared) == 1:
+            [source] = shared
+            found.setdefault(source, []).append(row)
+            cells = {metric: figure for metric, figure in cells.items() if figure.source != source}
+        for metric, figure in cells.items():
+            found.setdefault(figure.source, []).append(f"{row}, {metric}")
     everything = len(found) == 1
     return [("all" if everything else "; ".join(what), source) for source, what in found.items()]
 

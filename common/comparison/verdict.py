@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from common.comparison.figures import Figure, Kind, Picture, Table, tables
+from common.comparison.layouts import keys_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -178,26 +179,24 @@ def pros_and_cons(favours: dict[Kind, dict[str, str]]) -> Iterable[Figure]:
     yield Figure(f"{SECTION} / Rule", BETTER, "rule", RULE, "", "counted", "common/comparison/verdict.py")
 
 
-LEGEND = (
-    "micro: samples per micro batch; tp, pp, cp: tensor, pipeline and context parallel ranks; vpp: chunks of layers per "
-    "pipeline stage; sp: sequence parallel; zero: ZeRO stage; dist-opt: Megatron's distributed optimizer; shard=full: FSDP2; "
-    "MFU: share of the GPU's peak FLOP/s; 1F1B: the pipeline schedule that alternates forward and backward passes."
-)
 NAMES = {"baseline": "plain data parallelism", "deepspeed": "DeepSpeed", "megatron": "Megatron Core"}
-CHOICES = "Which one for you / GPT on H100"  # of common/comparison/choice.py
-WORDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (  # the question, and its cells of that table
-    ("1.3B on 8 GPUs", ("1.3B",), ("8 GPUs",)),
-    ("13B on 64 GPUs", ("13B",), ("64 GPUs",)),
-    ("70B and above, on 64 GPUs or more", ("70B (Llama)", "175B"), ("64 GPUs", "1,024 GPUs")),
+SHORT_NAMES = {"baseline": "baseline", "deepspeed": "DeepSpeed", "megatron": "Megatron"}
+CHOICES, ON_16 = "Which one for you / GPT on H100", "Which one for you / 16 x H100"  # of common/comparison/choice.py
+QUESTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (  # and the cells of a table that answer them
+    ("GPT 1.3B on 8 GPUs", CHOICES, ("1.3B",), ("8 GPUs",)),
+    ("GPT 13B on 16 GPUs", ON_16, ("GPT 13B",), ("take",)),
+    ("GPT 13B on 64 GPUs", CHOICES, ("13B",), ("64 GPUs",)),
+    ("GPT of 70B and above, on 64 GPUs or more", CHOICES, ("70B (Llama)", "175B"), ("64 GPUs", "1,024 GPUs")),
+    ("BERT 1.3B on 16 GPUs", ON_16, ("BERT 1.3B",), ("take",)),
 )
 
 
 def in_words(figures: Sequence[Figure]) -> list[str]:
     """What to take, one sentence for each question, from the predicted layouts and the largest models of the same report."""
-    cells = {(f.subject, f.metric): str(f.value) for f in figures if f.section == CHOICES}
     lines = []
-    for question, models, gpus in WORDS:
-        found = [cells[model, number] for model in models for number in gpus if (model, number) in cells]
+    for question, section, models, columns in QUESTIONS:
+        cells = {(f.subject, f.metric): str(f.value) for f in figures if f.section == section}
+        found = [cells[model, column] for model in models for column in columns if (model, column) in cells]
         if found:
             lines.append(f"- **{question}**: {take(found)}")
     find = next(head.find for head in HEADS if "CPU memory" in head.name)
@@ -206,9 +205,8 @@ def in_words(figures: Sequence[Figure]) -> list[str]:
         first, second = sorted(COMPARED, key=lambda stack: -float(largest[stack].value or 0))
         sizes = [f"{float(largest[stack].value or 0):,.3g}" for stack in (first, second)]
         lines.append(
-            "- **A model larger than the memory of its GPUs**: "
-            f"{NAMES[first]}: on one H100 with 2 TB of CPU memory, a GPT of up to {sizes[0]} billion parameters is predicted "
-            f"to fit, against {sizes[1]} billion with {NAMES[second]}."
+            f"- **A model larger than the memory of its GPUs**: {NAMES[first]}. On one GPU with 2 TB of CPU memory, a GPT of "
+            f"up to {sizes[0]} billion parameters fits, against {sizes[1]} billion with {NAMES[second]}."
         )
     return lines
 
@@ -220,22 +218,38 @@ def named(answer: str) -> tuple[str, ...]:
 
 
 def take(cells: Sequence[str]) -> str:
-    """The sentence for the stacks, and for one cell the layout, that the cells of a question name."""
+    """The sentence for the stacks, and for one cell the keys of the layout, that the cells of a question name."""
     answers = {named(cell) for cell in cells}
     if len(answers) > 1:
-        return "it depends on the size and the number of GPUs, as the table says."
+        return "It depends on the size and the number of GPUs; see the table."
     [stacks] = answers
-    first = cells[0].removeprefix("either: ").partition(", or ")[0]
-    layout = f" (`{first}`)" if len(cells) == 1 else ""
     if not stacks:
-        return "no layout of these recipes fits."
+        return "No layout of these recipes fits."
+    layout = cells[0].removeprefix("either: ").partition(", or ")[0].partition(" (")[0]
+    keys = f" (`{keys_of(layout)}`)" if len(cells) == 1 else ""
     if len(stacks) == 1:
-        return f"{NAMES[stacks[0]]}{layout}, whose best layout is predicted to be the fastest."
-    least = "simplest" if len(stacks) > 2 else "simpler"
-    *some, last = [NAMES[stack] for stack in stacks]
-    return (
-        f"{', '.join(some)} or {last}: the prediction cannot tell them apart, so take the {least}, {NAMES[stacks[0]]}{layout}."
-    )
+        return f"{NAMES[stacks[0]]}{keys}. Its best layout is the fastest."
+    what, least = ("All three", "simplest") if len(stacks) > 2 else (" and ".join(NAMES[stack] for stack in stacks), "simpler")
+    return f"{what} are equally fast within the error of the prediction. Take the {least}, {NAMES[stacks[0]]}{keys}."
+
+
+def table_of_choices(figures: Sequence[Figure]) -> list[str]:
+    """The stacks alone for each model and number of GPUs, as a Markdown table."""
+    from common.comparison.render import Grid, markdown_table
+
+    [table] = [table for table in tables(figures) if table.section == CHOICES]
+    body = [[row, *(in_short(str(table.cells[row, column].value)) for column in table.columns)] for row in table.rows]
+    head = ["GPT", *(column.replace("GPU", "H100").replace("100s", "100") for column in table.columns)]
+    return markdown_table(Grid(CHOICES, head, body, [True] * len(head)))
+
+
+def in_short(answer: str) -> str:
+    """'DeepSpeed, offload' for the answer 'deepspeed zero=3 offload=all micro=4 (231 GB of host memory per node)'."""
+    stacks = named(answer)
+    if not stacks:
+        return "does not fit"
+    offload = ", offload" if "offload" in answer else ""
+    return ("any" if len(stacks) == len(STACKS) else " or ".join(SHORT_NAMES[stack] for stack in stacks)) + offload
 
 
 SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
@@ -290,16 +304,36 @@ ABOUT = "a small GPT on {hardware}; memory predicted for a GPU"
 PICTURES = (Picture("at_a_glance", SECTION, "A small GPT: one loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
 
 
-def shown_in_readme(figures: Sequence[Figure], hardware: str) -> list[str]:
-    """The rows of the verdict as one Markdown table, with the kind of each row, and where it was measured."""
-    lines = [f"| | kind | baseline | DeepSpeed | Megatron Core | {BETTER} |", "|---|---|---:|---:|---:|---|"]
+IN_README = {  # HEADS -> their shorter names
+    "Performance: GPT 1.3B on 8 H100, MFU in %": "MFU of GPT 1.3B on 8 H100, %",
+    "Performance: GPT 13B on 64 H100, MFU in %": "MFU of GPT 13B on 64 H100, %",
+    "Scalability: GPT 175B on 1,024 H100, MFU in %": "MFU of GPT 175B on 1,024 H100, %",
+    "Scalability: largest GPT on 1 H100 with 2 TB of CPU memory, in billions of parameters":
+        "Largest GPT on 1 H100 and 2 TB of CPU memory, billions of parameters",
+    "Scalability: largest GPT on 8 H100 80 GB, without offload, in billions of parameters":
+        "Largest GPT on 8 H100, billions of parameters",
+    "Performance: GPT, fastest layout, speed relative to the baseline": "Speed of a small GPT, x baseline",
+    "Performance: BERT, fastest layout, speed relative to the baseline": "Speed of a small BERT, x baseline",
+    "Performance: T5, fastest layout, speed relative to the baseline": "Speed of a small T5, x baseline",
+    "Load balance: idle share of a 1F1B pipeline in its best partition, in %": "Idle share of a pipeline of two stages, %",
+    "Ease of use: lines that a GPT recipe adds to the plain loop": "Lines that a GPT recipe adds to a plain loop",
+    "Ease of use: of ten planted mistakes, how many the bare library trains through without an error":
+        "Mistakes of ten that the library trains on with, silently",
+    "Ecosystem: releases in a year": "Releases in a year",
+}  # fmt: skip
+ARROWS = {"higher": " \N{UPWARDS ARROW}", "lower": " \N{DOWNWARDS ARROW}", "": ""}
+
+
+def shown_in_readme(figures: Sequence[Figure]) -> list[str]:
+    """Some rows of the verdict as one Markdown table, with the kind of each row; an arrow says which is better."""
+    lines = [f"| | kind | baseline | DeepSpeed | Megatron | {BETTER} |", "|---|---|---:|---:|---:|---|"]
     from common.comparison.render import cell
 
-    directions = {head.name: f" ({head.better} is better)" for head in HEADS if head.better}
+    arrows = {head.name: ARROWS[head.better] for head in HEADS}
     for table in tables(f for f in figures if f.section in {f"{SECTION} / {title}" for title in KINDS.values()}):
-        for name in table.rows:
+        for name in (name for name in table.rows if name in IN_README):
             kind = table.cells[name, BETTER].kind
             cells = [cell(table.cells.get((name, metric))) for metric in (*STACKS, BETTER)]
-            where = f" ({hardware})" if kind == "measured" else ""
-            lines.append(f"| {name}{directions.get(name, '')} | {kind}{where} | {' | '.join(cells)} |")
+            cells[-1] = SHORT_NAMES.get(cells[-1], cells[-1])
+            lines.append(f"| {IN_README[name]}{arrows[name]} | {kind} | {' | '.join(cells)} |")
     return lines
