@@ -77,10 +77,13 @@ def page(report: Report) -> str:
 def readme(text: str, report: Report) -> str:
     """README.md with the verdict of a report: in words, the stack for some models and numbers of GPUs, then the figures."""
     shown = with_verdict(report)
-    lines = [*verdict.in_words(shown.figures), "", *verdict.table_of_choices(shown.figures), ""]
+    lines = [*verdict.in_words(shown.figures), "", *verdict.table_of_choices(shown.figures), "", verdict.ABOUT_CHOICES, ""]
     lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), ""]
-    lines += [*verdict.shown_in_readme(shown.figures), ""]
-    lines.append(f"Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.")
+    lines += [
+        *verdict.shown_in_readme(shown.figures),
+        "",
+        f"{verdict.ABOUT_ROWS} Measured on {report.date} on {report.hardware}, commit {report.commit[:12]}.",
+    ]
     return BLOCK.sub(lambda found: found[1] + "\n" + "\n".join(lines) + "\n" + found[2], text)
 
 

@@ -243,6 +243,18 @@ def table_of_choices(figures: Sequence[Figure]) -> list[str]:
     return markdown_table(Grid(CHOICES, head, body, [True] * len(head)))
 
 
+ABOUT_CHOICES = (
+    "These are the fastest layouts that `python -m scripts.plan` predicts; with `--write FILE`, it writes them into a config. "
+    '"any": all three are equally fast within the error of the prediction. "offload": the optimizer\'s state is kept in CPU '
+    "memory."
+)
+ABOUT_ROWS = (
+    "[a .. b] is the spread of a measurement or the error of a prediction. \N{UPWARDS ARROW} means that higher is better. A stack "
+    "is called better only if the ranges do not overlap; figures without a range must differ by a tenth. MFU is the share of "
+    "the peak FLOP/s of the GPUs."
+)
+
+
 def in_short(answer: str) -> str:
     """'DeepSpeed, offload' for the answer 'deepspeed zero=3 offload=all micro=4 (231 GB of host memory per node)'."""
     stacks = named(answer)
