@@ -249,9 +249,9 @@ ABOUT_CHOICES = (
     "memory."
 )
 ABOUT_ROWS = (
-    "[a .. b] is the spread of a measurement or the error of a prediction. \N{UPWARDS ARROW} means that higher is better. A "
-    "stack is called better only if the ranges do not overlap; figures without a range must differ by a tenth. MFU is the share of "
-    "the peak FLOP/s of the GPUs."
+    "[a .. b] is the spread of a measurement or the error of a prediction. \N{UPWARDS ARROW} means that higher is better. "
+    "A stack is called better only if the ranges do not overlap; figures without a range must differ by a tenth. MFU is the "
+    "share of the peak FLOP/s of the GPUs."
 )
 
 
