@@ -26,8 +26,8 @@ class Layout(Section):
         """'8 ranks = 2 dp x 2 tp x 1 pp x 2 cp, 4 micro batches of 1'"""
         sequence = "".join(f" x {ranks} {key}" for key, ranks in (("cp", self.cp), ("sp", self.sp)) if ranks > 1)
         chunks = f" of {self.vpp} chunks" if self.vpp > 1 else ""
-        ranks = f"{self.world} ranks = {self.dp} dp x {self.tp} tp x {self.pp} pp{chunks}{sequence}"
-        return f"{ranks}, {self.accumulate} micro batches of {self.micro_batch}"
+        ranks = f"{self.world} rank{'s' * (self.world > 1)} = {self.dp} dp x {self.tp} tp x {self.pp} pp{chunks}{sequence}"
+        return f"{ranks}, {self.accumulate} micro batch{'es' * (self.accumulate > 1)} of {self.micro_batch}"
 
     @property
     def group(self) -> int:

@@ -78,8 +78,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"runs": [as_json(run, runs[0]) for run in runs], "notes": notes}, indent=1))
     else:
-        cells = [[*row[:-1], row[-1].removesuffix(" GiB")] for row in rows]
-        print(screen.table(ON_SCREEN, cells, words={0, 1, 3}))
+        print(screen.table(ON_SCREEN, on_screen(rows, notes), words={0, 1, 3}))
         print("\n".join(textwrap.fill(note, max(40, screen.width()), break_on_hyphens=False) for note in ["", *notes]))
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +140,18 @@ def row(run: Summary, first: Summary) -> list[str]:
         "-" if run.valid is None else f"{run.valid:.5f}", "-" if run.export is None else f"{run.export:.5f}",
         count(run.tokens_per_s), f"{run.tokens_per_s / first.tokens_per_s:.2f}", f"{run.memory / 2**30:.2f} GiB",
     ]  # fmt: skip
+
+
+def on_screen(rows: list[list[str]], notes: list[str]) -> list[list[str]]:
+    """Shorter cells: the unit stands in the head, and a number of processes that all runs have becomes a note."""
+    layouts = [row[1].rpartition(", ") for row in rows]
+    is_shared = len({processes for _, _, processes in layouts}) == 1 and all(name for name, _, _ in layouts)
+    if is_shared:
+        notes.insert(0, f"{layouts[0][2]} each.")
+    return [
+        [row[0], layout[0] if is_shared else row[1], *row[2:-1], row[-1].removesuffix(" GiB")]
+        for row, layout in zip(rows, layouts, strict=True)
+    ]
 
 
 def as_json(run: Summary, first: Summary) -> dict[str, Any]:

@@ -184,6 +184,16 @@ def test_a_table_fits_and_cuts_nothing(columns: int) -> None:
         assert [m.end() for m in re.finditer(r"4\.7898\d", first)] == [m.end() for m in re.finditer(r"4\.7898\d", last)]
 
 
+def test_a_number_of_processes_that_all_runs_have_is_said_once() -> None:
+    notes = ["2 cores"]
+    cells = compare.on_screen([[*row[:-1], f"{row[-1]} GiB"] for row in ROWS], notes)
+    assert [row[1] for row in cells] == ["baseline", "megatron tp=2 sp dist-opt"] and notes == ["2 processes each.", "2 cores"]
+    assert [row[-1] for row in cells] == ["0.85", "139.85"] and [row[2:8] for row in cells] == [row[2:8] for row in ROWS]
+    for other in ("baseline, 1 process", "baseline"):  # an imported checkpoint has no layout
+        notes, rows = [], [[*ROWS[0][:1], other, *ROWS[0][2:]], ROWS[1]]
+        assert [row[1] for row in compare.on_screen(rows, notes)] == [other, ROWS[1][1]] and not notes
+
+
 def test_nothing_is_said_of_the_start_without_a_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.delenv(startup.LAUNCHED, raising=False)
     startup.begin()

@@ -237,10 +237,9 @@ def header(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hashes = record["data"] | {"tokenizer": record["tokenizer"]}
     lines = {
-        "model": f"{record['family']} {cfg.model.arch}, {cfg.model.parameter_count():,} parameters, "
-        f"vocabulary {cfg.model.vocab_size:,}",
+        "model": f"{cfg.model.arch}, {cfg.model.parameter_count():,} parameters, vocabulary {cfg.model.vocab_size:,}",
         "data": ", ".join(f"{name} {value[:12]}" for name, value in hashes.items() if value) + " (hashes)",
-        "step": f"{cfg.train.global_batch} x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
+        "step": f"{cfg.train.global_batch} samples x {cfg.data.sample_tokens} = {run.tokens_per_step:,} tokens, "
         f"{cfg.train.dtype}, seed {cfg.train.seed}; {run.whole.last_step:,} steps",
         "layout": f"{run.stack}: {layout.shares}",
         "settings": _changed_keys(getattr(cfg, run.stack)),
