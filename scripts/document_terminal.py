@@ -208,7 +208,11 @@ def svg(lines: "Sequence[Text]", width: int, theme: str) -> str:
     size = f'width="{CELL * (width + 2):g}" height="{LINE * (len(lines) + 1.5):g}"'
     font = f'font-family="ui-monospace,Menlo,Consolas,monospace" font-size="{SIZE}" fill="{ink}"'
     background = f'<rect width="100%" height="100%" rx="6" fill="{page}"/>'
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>', "<style>text{white-space:pre}</style>", background]
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font} xml:space="preserve">',
+        "<style>text{white-space:pre}</style>",
+        background,
+    ]
     return "\n".join([*head, *rows, "</svg>\n"])
 
 
