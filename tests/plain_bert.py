@@ -9,6 +9,7 @@ from transformers import BertForMaskedLM, BertForPreTraining, MegatronBertForMas
 from common import config
 from common.training import init, optim
 from recipes.bert import task
+from tests.plain import clip
 
 CLASSES = {
     ("bert", True): BertForPreTraining, ("bert", False): BertForMaskedLM,
@@ -42,7 +43,7 @@ def losses(config_path: Path, overrides: list[str], device: torch.device | str =
             loss = loss + F.cross_entropy(out.seq_relationship_logits, on_device["pair_label"])
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        norm = clip(net.parameters(), o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()
@@ -81,7 +82,7 @@ class PlainLamb(torch.optim.Optimizer):
                 m = s["m"] / (1 - beta1 ** s["t"]) if corrected else s["m"]
                 v = s["v"] / (1 - beta2 ** s["t"]) if corrected else s["v"]
                 update = m / (v.sqrt() + self.o.eps) + group["weight_decay"] * p
-                weight, length = p.norm(), update.norm()
+                weight, length = p.double().norm(), update.double().norm()
                 ratio = 1.0
                 if weight > 0 and length > 0:
                     ratio = min(max((weight / length).item(), self.o.lamb.min_coeff), self.o.lamb.max_coeff)

@@ -15,6 +15,7 @@ from common.data.sampler import epoch_key, permute
 from common.evaluation import glue
 from common.training import init, optim
 from recipes.bert import finetune
+from tests.plain import clip
 
 Encode = Callable[[list[int]], dict[str, torch.Tensor]]  # numbers of examples -> what the class takes
 
@@ -50,7 +51,7 @@ def losses(path: Path, overrides: list[str], auto: str, outputs: int, size: int,
         loss = output.loss if "start_logits" not in output else of_spans(output, inputs)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        norm = clip(net.parameters(), o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()

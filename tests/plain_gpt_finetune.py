@@ -15,6 +15,7 @@ from common import config
 from common.data.sampler import epoch_key, permute
 from common.training import optim
 from recipes.gpt import finetune, finetune_samples as samples
+from tests.plain import clip
 
 Document = tuple[list[int], list[bool]]  # ids, and which of them are targets
 
@@ -61,7 +62,7 @@ def losses(
         loss = F.cross_entropy(logits[mask], tokens[:, 1:][mask])
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, o.grad_clip)
+        norm = clip(trained, o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()

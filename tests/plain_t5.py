@@ -9,6 +9,7 @@ from transformers import T5ForConditionalGeneration
 from common import config
 from common.training import init, optim
 from recipes.t5 import task
+from tests.plain import clip
 
 
 def net_of(model: task.Model) -> T5ForConditionalGeneration:
@@ -90,7 +91,7 @@ def steps(config_path: Path, overrides: list[str], device: torch.device | str = 
         loss = net(input_ids=tokens, attention_mask=seen, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        norm = clip(net.parameters(), o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()

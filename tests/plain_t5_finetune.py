@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 
 from common import config
 from common.data.sampler import epoch_key, permute
 from common.training import optim
 from recipes.t5 import finetune
+from tests.plain import clip
 from tests.plain_t5 import Kinks, Step, torch_optimizer
 
 
@@ -36,7 +36,7 @@ def steps(config_path: Path, overrides: list[str], pairs: list[tuple[str, str]])
         loss = net(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.grad_clip)
+        norm = clip(net.parameters(), o.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step, o)
         optimizer.step()

@@ -84,6 +84,8 @@ REPEATED = ("baseline", "zero3", "zero1_tp2", "zero1_pp2", "tp2_sp", "pp2_vpp2_m
 # Documents of very different lengths, one per sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
+LARGE = ["model.vocab_size=50257", "train.steps=5"]  # an embedding of 3 million values
+LARGE_ROWS = ("baseline", "fsdp2", "zero0", "zero1", "tp2", "dp2_distributed_optimizer")
 UNEVEN = ["model.vocab_size=541", "model.positions=129"]  # rows that 4 ranks cannot share evenly
 UNEQUAL: dict[str, tuple[str, list[str]]] = {
     "baseline_micro1": ("baseline", ["baseline.micro_batch=1"]),
@@ -173,6 +175,9 @@ def runs(drive, settings, with_slow, tmp_path_factory) -> Path:
         case(stack, "tiny_llama", out / "tied" / stack, [*settings, "train.steps=3", "model.tied=true", *overrides])
         for stack, overrides in (("baseline", []), ("deepspeed", ["deepspeed.tp=2"]))
     ]
+    two += [
+        case(TWO_RANKS[name][0], "tiny", out / "large" / name, [*settings, *LARGE, *TWO_RANKS[name][1]]) for name in LARGE_ROWS
+    ]
     two += [  # Megatron's argument is declared as an int
         case(stack, "tiny_llama", out / "theta" / stack, [*settings, "train.steps=3", "model.rope_theta=1.5"])
         for stack in ("baseline", "megatron")
@@ -202,7 +207,10 @@ def reference(settings) -> dict[tuple[str, str], list[tuple[float, float]]]:
         for kind, more in kinds.items()
         for arch in ARCHS
     }
-    return curves | {("uneven", "tiny"): plain.losses(ROOT / "recipes/gpt/configs/tiny.yaml", settings + UNEVEN)}
+    of_tiny = {"uneven": UNEVEN, "large": LARGE}
+    return curves | {
+        (kind, "tiny"): plain.losses(ROOT / "recipes/gpt/configs/tiny.yaml", settings + more) for kind, more in of_tiny.items()
+    }
 
 
 def farthest(run: Path, expected: list[tuple[float, float]]) -> tuple[float, float]:
@@ -234,6 +242,16 @@ def test_unequal_targets_follow_the_reference_loop(runs, reference, arch, kind, 
 def test_rows_that_the_ranks_cannot_share_evenly(runs, reference):
     loss, norm = farthest(runs / "uneven" / "tiny" / "fsdp2", reference["uneven", "tiny"])
     assert loss <= LOSS and norm <= NORM
+
+
+@pytest.mark.parametrize("layout", LARGE_ROWS)
+def test_large_gradients_are_clipped_by_their_norm(runs, reference, layout):
+    """torch's own norm on a CPU is 6e-5 too low here, and the error grows with the size (common/training/norms.py)."""
+    expected = reference["large", "tiny"]
+    lines = losses(runs / "large" / layout)
+    assert all(norm > 1 for _, norm in expected), "clipped"
+    for step, (loss, norm) in enumerate(expected, start=1):
+        assert abs(lines[step]["loss"] - loss) <= 2e-6 and abs(lines[step]["grad_norm"] / norm - 1) <= 2e-6
 
 
 @pytest.mark.parametrize("stack", ["baseline", "deepspeed", "megatron"])

@@ -46,6 +46,7 @@ from common.launch.processes import Ranks
 from common.layout import Layout
 from common.stacks import cuda_stand_in, fusions, pipeline
 from common.stacks.parameter_map import Conversion, ParameterMap
+from common.training import norms
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a loss function returns to Megatron's schedule: summed loss, number of targets, values that the schedule passes on
@@ -56,8 +57,7 @@ StepLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 def norm_of_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], _each: bool) -> Any:
     """amp_C.multi_tensor_l2norm by torch: the norm (1,) of all tensors together, without a wait for the GPU."""
-    norms = torch._foreach_norm(lists[0])
-    norm = torch.linalg.vector_norm(torch.stack(norms)).view(1)
+    norm = norms.total_norm(lists[0]).view(1)
     return norm if AdamScale.of_targets is None else norm * AdamScale.of_targets, None
 
 

@@ -7,7 +7,7 @@ universal form); ours go through the engine parameter by parameter: deepspeed/ut
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from common.launch.processes import Ranks
 from common.layout import Layout
 from common.paths import find
 from common.stacks.parameter_map import Conversion
+from common.training import norms
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _accumulate = stage_1_and_2.DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu
@@ -44,11 +45,25 @@ def start(ranks: Ranks) -> None:
     gloo serves."""
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.runtime.engine.clip_grad_norm_ = _clip_0
     else:
         _adapt_to_gpu()
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     # the groups that it creates do not take the timeout of the default one
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=processes.TIMEOUT)
+
+
+def _clip_0(parameters: Iterable[torch.Tensor], max_norm: float, mpu: Any = None) -> None:
+    """As clip_grad_norm_ in deepspeed/runtime/utils.py, for stage 0 on a CPU, with norms that are right for large parameters
+    too. It also averages the norm over the replicas, which have the same gradients here."""
+    reduced = [p for p in parameters if p.grad is not None]
+    counted = [p for p in reduced if mpu is None or mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(p)]
+    square = torch.zeros(())
+    if counted:
+        square = norms.total_norm([p.grad for p in counted if p.grad is not None]).square()
+    if mpu is not None:
+        dist.all_reduce(square, group=mpu.get_model_parallel_group())
+    torch._foreach_mul_([p.grad for p in reduced if p.grad is not None], (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
 
 
 def _adapt_to_gpu() -> None:
@@ -134,7 +149,7 @@ def _norm(
     counted = [gradient for gradient, parameter in pairs if _counts(optimizer, parameter, is_split)]
     total = torch.zeros((), device=optimizer.device)
     if counted:
-        total = torch.stack(torch._foreach_norm(counted, 2, torch.float32)).square().sum()
+        total = torch.stack(norms.norms(counted)).square().sum()
     dist.all_reduce(total, group=group)
     if not is_split:
         optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
@@ -325,7 +340,7 @@ def grad_norm(engine: Any, shapes: Shapes) -> float:
         grads = {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
         split = [g for n, g in grads.items() if tuple(g.shape) != tuple(shapes[n])]
         whole = [g for n, g in grads.items() if tuple(g.shape) == tuple(shapes[n])]
-        squares = torch.stack([torch.nn.utils.get_total_norm(some) ** 2 for some in (split, whole) if some])
+        squares = torch.stack([norms.total_norm(some) ** 2 for some in (split, whole) if some])
         if split:
             dist.all_reduce(squares[:1], group=groups.get_tensor_model_parallel_group())
         return squares.sum().sqrt().item()

@@ -6,6 +6,7 @@ import torch
 
 from common.checkpoints import state
 from common.config import Optim
+from common.training.norms import norms
 
 
 class Lamb(torch.optim.Optimizer):
@@ -46,8 +47,8 @@ class Lamb(torch.optim.Optimizer):
         updates = torch._foreach_div(torch._foreach_div(first, 1 - self.beta1**count), deviations)
         torch._foreach_add_(updates, params, alpha=weight_decay)
 
-        norms = zip(torch._foreach_norm(params), torch._foreach_norm(updates), strict=True)
-        for p, update, (weight, length) in zip(params, updates, norms, strict=True):
+        lengths = zip(norms(params), norms(list(updates)), strict=True)
+        for p, update, (weight, length) in zip(params, updates, lengths, strict=True):
             ratio = (weight / length).clamp(self.settings.min_coeff, self.settings.max_coeff)
             ratio = torch.where((weight > 0) & (length > 0), ratio, 1.0)
             p.sub_(update * (lr * ratio))

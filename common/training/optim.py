@@ -93,9 +93,32 @@ def clip(optimizer: "torch.optim.Optimizer", parameters: Iterable["torch.nn.Para
     from common.training.sharding import gathered
 
     first = optimizer.param_groups[0]["params"][0]
-    if isinstance(optimizer, torch.optim.AdamW) and first.is_cuda and not isinstance(first, DTensor):
+    if not first.is_cuda:
+        return clip_on_cpu(parameters, max_norm)
+    if isinstance(optimizer, torch.optim.AdamW) and not isinstance(first, DTensor):
         return clip_in_kernel(optimizer, parameters, max_norm)
     return gathered(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)).item()
+
+
+def clip_on_cpu(parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:
+    """As clip, with the norms of norms.py, which are right for large parameters too."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from common.training import norms
+    from common.training.sharding import own_rows
+
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    rows = [own_rows(gradient) for gradient in gradients]
+    norm = norms.total_norm(rows)
+    if isinstance(gradients[0], DTensor):  # baseline.shard: all of them are, over all ranks
+        square = norm.square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+    if max_norm:
+        torch._foreach_mul_(rows, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm.item()
 
 
 def clip_in_kernel(optimizer: Any, parameters: Iterable["torch.nn.Parameter"], max_norm: float) -> float:
