@@ -3,15 +3,55 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 WIDTH = 80  # columns of what runs print
 STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "cyan": 36}  # SGR numbers that light and dark terminals show well
 EVERY = 10  # seconds between two lines of progress that go to a file
+
+
+class Piped:
+    """A stream that outlives its reader: when `| head` or a viewer has ended, what is still written goes nowhere, and this
+    process gets SIGTERM once. A run then stops as it does when it is asked to, with its state saved; a BrokenPipeError in the
+    middle of a step would look like a lost connection."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._without_reader():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_reader():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # for libraries too, and for what is still in the buffer
+            os.close(nowhere)
+            with contextlib.suppress(OSError):  # stderr's reader may be the one that has ended
+                os.write(2, b"note: nothing reads the output any more (`| head` ends after its lines), so this run stops\n")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def outlive_readers() -> None:
+    """Let stdout and stderr of this process outlive their readers."""
+    if not isinstance(sys.stdout, Piped):
+        sys.stdout, sys.stderr = cast(TextIO, Piped(sys.stdout)), cast(TextIO, Piped(sys.stderr))
 
 
 def has_colour(stream: TextIO) -> bool:

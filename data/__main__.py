@@ -3,7 +3,9 @@
 import ast
 from pathlib import Path
 
-NOT_COMMANDS = {"__main__", "build", "sentences", "sources"}
+from common.errors import exit_cleanly
+
+NOT_COMMANDS = {"__init__", "__main__", "build", "sentences", "sources"}
 
 
 def main() -> None:
@@ -15,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -84,7 +84,7 @@ REPEATED = ("baseline", "zero3", "zero1_tp2", "zero1_pp2", "tp2_sp", "pp2_vpp2_m
 # Documents of very different lengths, one per sample: micro batches and ranks hold unequal numbers of targets (invariant 5).
 DOCUMENTS = ["data.pack=false", "data.seq_len=96"]
 WITHIN = ["data.reset_attention=true", "data.eod_mask_loss=true"]  # packed, attention within documents
-LARGE = ["model.vocab_size=50257", "train.steps=5"]  # an embedding of 3 million values
+LARGE = ["model.vocab_size=50257", "optim.grad_clip=0.1", "train.steps=5"]  # an embedding of 3 million values
 LARGE_ROWS = ("baseline", "fsdp2", "zero0", "zero1", "tp2", "dp2_distributed_optimizer")
 UNEVEN = ["model.vocab_size=541", "model.positions=129"]  # rows that 4 ranks cannot share evenly
 UNEQUAL: dict[str, tuple[str, list[str]]] = {
@@ -249,7 +249,7 @@ def test_large_gradients_are_clipped_by_their_norm(runs, reference, layout):
     """torch's own norm on a CPU is 6e-5 too low here, and the error grows with the size (common/training/norms.py)."""
     expected = reference["large", "tiny"]
     lines = losses(runs / "large" / layout)
-    assert all(norm > 1 for _, norm in expected), "clipped"
+    assert all(norm > 0.1 for _, norm in expected), "clipped"
     for step, (loss, norm) in enumerate(expected, start=1):
         assert abs(lines[step]["loss"] - loss) <= 2e-6 and abs(lines[step]["grad_norm"] / norm - 1) <= 2e-6
 

@@ -150,6 +150,31 @@ def test_another_node_says_where_to_look(tmp_path: Path, capsys: pytest.CaptureF
     assert text.startswith("node 1 8 processes of the run; node 0 (node0) prints its progress") and str(tmp_path) in text
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+def test_a_run_whose_reader_ends_stops_with_its_state_saved(both: bool, settings: list[str], tmp_path: Path) -> None:
+    """`pretrain.sh ... | head`"""
+    out = tmp_path / "run"
+    command = ["bash", "recipes/gpt/baseline/pretrain.sh", "recipes/gpt/configs/tiny.yaml", str(out), *settings,
+               "train.steps=100000"]  # fmt: skip
+    stderr = subprocess.STDOUT if both else subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"NPROC": "1"}, stdout=subprocess.PIPE, stderr=stderr, text=True
+    ) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if line.startswith("step    3"))
+        run.stdout.close()
+        said = "" if both else run.stderr.read()  # type: ignore[union-attr]
+        assert run.wait(60) == 143, said
+    [saved] = out.glob("step_*")
+    steps = sorted(losses(out))
+    assert steps == list(range(1, len(steps) + 1)) and saved.name == f"step_{len(steps)}"
+    if not both:
+        assert said.splitlines() == [
+            "note: nothing reads the output any more (`| head` ends after its lines), so this run stops",
+            f"stopped after step {len(steps)}, state saved; the same command continues",
+        ]
+
+
 ROWS = [
     ["baseline", "baseline, 2 processes", "400", "-", "4.78980", "4.78980", "18.6k", "1.00", "0.85"],
     ["megatron", "megatron tp=2 sp dist-opt, 2 processes", "600,000", "2.4e-04 at step 399,123", "4.78981", "4.78982",

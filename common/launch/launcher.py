@@ -28,7 +28,7 @@ from common.errors import EXIT_BAD_INPUT, EXIT_CODES, EXIT_HANG, EXIT_SIGINT, EX
 from common.launch import elastic, heartbeat, lock, processes, startup
 from common.launch.watch import Failure, Watch
 from common.paths import find
-from common.screen import WIDTH, duration, error_line, field
+from common.screen import WIDTH, duration, error_line, field, outlive_readers
 
 if TYPE_CHECKING:
     from common.preflight import Run
@@ -401,6 +401,13 @@ class Stop:
             return
         # A rank that does not handle the signal yet has trained nothing, so no rank has: each step needs all of them.
         self.killed = not ranks or not all(_catches_sigterm(r.pid) for r in ranks)
+        name = signal.Signals(number).name
+        if self.killed:
+            text = f"{name}: stopped before the first step; the same command begins again"
+        else:
+            text = f"{name}: stops after this step and saves its state; to end at once without it: kill -9 {os.getpid()}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())  # print could be called while it is printing
         if self.killed:
             ranks = [psutil.Process(self.agent.pid), *ranks]
         for process in ranks:
@@ -590,6 +597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (message := finished(run)) is not None:
         print(message)
         return 0
+    outlive_readers()
     for note in run.notes:
         print(error_line(f"note: {note}", "cyan"), file=sys.stderr, flush=True)
 
