@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.command_line import Parser
 from common.data import fast_bpe, tokenizer as tokenizers, tokenizer_training
 from common.data.indexed_dataset import FILES, IndexedDataset, IndexedDatasetWriter, write_manifest
 from common.errors import BadInput
@@ -98,7 +99,7 @@ def parser(
     """The options of every corpus. doc: the module's docstring. The other parameters are defaults. valid_share: None if the
     source has splits. sentences: None if the option does not apply."""
     title, _, rest = (doc or "").strip().partition("\n")
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"python -m data.{Path(sys.argv[0]).stem}",
         description=title,
         epilog=rest,

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from data.python_docs import PythonDocs
 from data.sources import find_files
@@ -56,7 +57,7 @@ def modules(sources: Sequence[str] | None) -> list[tuple[str, Path]]:
 
 def main() -> None:
     title, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.python_chat",
         description=title,
         epilog=rest,

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.command_line import Parser
 from common.data.indexed_dataset import IndexedDataset, largest_id
 from common.data.manifest import BLOCK
 from common.errors import BadInput, exit_cleanly
@@ -85,7 +86,7 @@ def _checked_by(corpus: IndexedDataset) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     title, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.verify", description=title, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="prefix of a corpus, or a folder of corpora")

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.command_line import Parser
 from common.data import fast_bpe, tokenizer as tokenizers
 from common.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from common.errors import BadInput, exit_cleanly
@@ -228,9 +229,7 @@ def _filtered(ids: np.ndarray, sentinels: np.ndarray, eos: int) -> np.ndarray:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        prog="python -m scripts.bench_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog="python -m scripts.bench_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
     text = commands.add_parser("tokenize", help="a corpus of texts")
     text.add_argument("--source", nargs="+", required=True, help="text files or folders")

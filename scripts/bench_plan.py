@@ -21,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.command_line import Parser
 from common.comparison.layouts import torchrun
 from common.errors import BadInput, exit_cleanly
 from common.launch import in_process, processes
@@ -136,7 +137,7 @@ def measured(folder: Path, worlds: Sequence[int]) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(Path(sys.argv[2]))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.bench_plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="keep the measurements in docs/planner/cpu.json")

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from common import screen
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.bench_state", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import families
+from common.command_line import Parser
 from common.comparison import verdict
 from common.comparison.figures import Disagreement, Figure, Options, Picture, Report, Task, figures_from_json
 from common.config import STACKS
@@ -82,9 +83,7 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("configs", nargs="*", metavar="CONFIG", help="configs to measure (default: small models of all families)")
     p.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="STACK", help="default: all")
     p.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="to measure (default: the usual ones)")

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from common import config, screen
+from common.command_line import Parser
 from common.config import STACKS, Config, Expect
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
@@ -105,9 +106,7 @@ class Scores(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--all", action="store_true", help="every config with `expect`, from docs/results")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

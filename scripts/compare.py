@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from common import config, screen
 from common.checkpoints import checkpoint, run_record
+from common.command_line import Parser
 from common.comparison.layouts import name_of
 from common.config import STACKS
 from common.errors import BadInput, exit_cleanly
@@ -51,9 +52,7 @@ class Summary(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png; created if needed")
     parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")

@@ -3,13 +3,13 @@
 python -m scripts.document_architecture
 """
 
-import argparse
 import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.command_line import Parser
 from common.errors import exit_cleanly
 from common.paths import ROOT
 
@@ -49,7 +49,7 @@ PICTURE = re.compile(
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m scripts.document_architecture", description=__doc__.splitlines()[0]).parse_args()
+    Parser(prog="python -m scripts.document_architecture", description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE)
 

@@ -4,11 +4,11 @@ python -m scripts.document_balance          from docs/planner/balance.json
 python -m scripts.document_balance DIR      from DIR/report.json of scripts.benchmark, whose figures are kept in that file first
 """
 
-import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
 
+from common.command_line import Parser
 from common.comparison.figures import Report, select, tables
 from common.comparison.timeline_picture import PIPELINES
 from common.errors import BadInput, exit_cleanly
@@ -23,7 +23,7 @@ COLUMNS = ("slowest stage / mean", "bubble", "of it exchanges", "bubble of equal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.document_balance", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.document_balance", description=__doc__.splitlines()[0])
     parser.add_argument("dir", nargs="?", type=Path, metavar="DIR")
     folder = parser.parse_args().dir
     if folder:

@@ -8,6 +8,7 @@ both.
 
 import argparse
 
+from common.command_line import Parser
 from common.comparison import claims
 from common.paths import ROOT
 from scripts import document_comparison
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs/claims.md"
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m scripts.document_claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     PAGE.write_text(claims.page(document_comparison.read().figures), encoding="utf-8")

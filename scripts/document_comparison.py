@@ -12,6 +12,7 @@ import json
 import re
 import sys
 
+from common.command_line import Parser
 from common.comparison import render, verdict
 from common.comparison.figures import Report
 from common.errors import exit_cleanly
@@ -38,7 +39,7 @@ BROWSER = f"""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.document_comparison", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", nargs=argparse.REMAINDER, metavar="WORD", help="measure first, by scripts.benchmark")

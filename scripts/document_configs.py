@@ -3,11 +3,11 @@
 python -m scripts.document_configs
 """
 
-import argparse
 import importlib
 from typing import Any
 
 from common import config, config_help, families
+from common.command_line import Parser
 from common.config import Config, Section, sections
 from common.errors import exit_cleanly
 from common.paths import ROOT
@@ -49,7 +49,7 @@ may change it.
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m scripts.document_configs", description=__doc__.splitlines()[0]).parse_args()
+    Parser(prog="python -m scripts.document_configs", description=__doc__.splitlines()[0]).parse_args()
     PAGE.parent.mkdir(exist_ok=True)
     blocks = [block for part in parts(families.names()).items() for block in part if block]
     PAGE.write_text("\n\n".join([HEAD.rstrip(), *blocks]) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 python -m scripts.document_errors
 """
 
-import argparse
 import ast
 import re
 import textwrap
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.paths import ROOT
 
@@ -254,7 +254,7 @@ def unexplained() -> list[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m scripts.document_errors", description=__doc__.splitlines()[0]).parse_args()
+    Parser(prog="python -m scripts.document_errors", description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 

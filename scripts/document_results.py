@@ -3,7 +3,6 @@
 python -m scripts.document_results
 """
 
-import argparse
 import csv
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config
+from common.command_line import Parser
 from common.config import STACKS, Config
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import metrics
@@ -76,7 +76,7 @@ The score is in the units of [common/evaluation/metrics.py](../common/evaluation
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m scripts.document_results", description=__doc__.splitlines()[0]).parse_args()
+    Parser(prog="python -m scripts.document_results", description=__doc__.splitlines()[0]).parse_args()
     REPRODUCING.write_text(reproducing(), encoding="utf-8")
     DIFFERENCES.write_text(differences(DIFFERENCES.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{REPRODUCING}\n{DIFFERENCES}")

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.paths import ROOT
 
@@ -87,7 +88,7 @@ python -m scripts.document_terminal --source DIR
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.document_terminal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [capture.name for capture in CAPTURES]

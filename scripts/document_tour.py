@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.command_line import Parser
 from common.errors import exit_cleanly
 from common.paths import ROOT
 
@@ -26,7 +27,7 @@ BLOCK = re.compile(
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m scripts.document_tour", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     with tempfile.TemporaryDirectory() as folder:

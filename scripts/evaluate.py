@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import families, screen
+from common.command_line import Parser
 from common.data.text_files import read_text
 from common.errors import BadInput, exit_cleanly
 from common.evaluation import hub, language, metrics, text
@@ -94,7 +95,7 @@ class Model(NamedTuple):
 def main() -> None:
     files = {name: f"; {task.folder}/{task.file}" if task.file else "" for name, task in TASKS.items()}
     listing = "\n".join(f"  {name:<14} {task.what}{files[name]}" for name, task in TASKS.items())
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m scripts.evaluate", description=__doc__, epilog=f"tasks, and their files:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

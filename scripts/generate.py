@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import families
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.huggingface.pretrained import architecture_of, load, refuse_unknown
 from common.json_files import read_object
@@ -22,7 +23,7 @@ from common.paths import near
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="MODEL")

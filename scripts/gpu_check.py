@@ -35,6 +35,7 @@ from typing import Any
 
 from common import config as configs, families
 from common.checkpoints import run_record
+from common.command_line import Parser
 from common.comparison import layouts, measuring
 from common.errors import EXIT_BAD_INPUT, BadInput, exit_cleanly
 from common.launch import processes
@@ -367,7 +368,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--cpu-rehearsal", action="store_true", help="run the parts on a CPU with tiny shapes")
     p.add_argument("--minutes", type=float, default=9.7, help="time limit (default: 9.7, which is enough for one family)")

@@ -17,6 +17,7 @@ import numpy as np
 
 from common import config
 from common.checkpoints import integrity
+from common.command_line import Parser
 from common.config import Config
 from common.contract import Dataset, PretrainingFamily
 from common.errors import BadInput, exit_cleanly
@@ -29,9 +30,7 @@ TOKENS_AT_ONCE = 4096  # tokens per forward pass
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.heldout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.heldout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data", metavar="PREFIX", help="another corpus with the same tokenizer")
     parser.add_argument("--samples", metavar="N", help="number of samples, or all (default: the run's eval_samples)")

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import config, families
+from common.command_line import Parser
 from common.comparison.layouts import (
     BF16,
     LOSS,
@@ -178,9 +179,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         child(Path(sys.argv[2]))
     gpus = visible_gpus(os.environ)
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the config")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="only these layouts (default: all that fit --nproc)")

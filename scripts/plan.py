@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config, families, pictures, screen
+from common.command_line import Parser
 from common.comparison.layouts import name_of
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
@@ -35,7 +36,7 @@ CARDS = {"40 GB": "A100-40GB", "80 GB": "H100", "141 GB": "H200"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.plan", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--gpus", type=int, help="number of GPUs (default: 8; with --calibrate: those of the first run)")

@@ -3,7 +3,6 @@
 python -m scripts.plot RUN... --out curves.png     RUN: an OUT folder of pretrain.sh, or a record of docs/results
 """
 
-import argparse
 import math
 import textwrap
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import pictures
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.json_files import read_object
 from scripts.check import logged, record_of
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.plot", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.plot", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", default="curves.png", help="the picture; beside a .png also an .svg (default curves.png)")
     args = parser.parse_args()

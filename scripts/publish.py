@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config
+from common.command_line import Parser
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
 from common.preflight import task_module, unusable
@@ -30,9 +31,7 @@ WARM_UP = 0.1  # of a run's steps, left out of its speed, as in scripts/compare.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("out", metavar="RECORD", type=Path, help="a new folder")
     parser.add_argument(

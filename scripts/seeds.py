@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import screen
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.json_files import write_json
 from common.launch import lock
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(
-        prog="python -m scripts.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog="python -m scripts.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("script", metavar="SCRIPT", type=Path, help="recipes/FAMILY/STACK/finetune.sh")
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("out", metavar="OUT", type=Path)

@@ -3,7 +3,6 @@
 python -m scripts.simulate CONFIG --stack S [--world N] [--rank R] [a.b=c ...]
 """
 
-import argparse
 import json
 import os
 import sys
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from common import config
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 from common.simulation import build
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.simulate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--stack", choices=config.STACKS)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.command_line import Parser
 from common.errors import BadInput, exit_cleanly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,7 @@ TOTAL_BYTES = 8 * 2**20
 
 
 def main() -> int:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m scripts.sizes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     sizes = tracked(ROOT)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from common import preflight, screen
 from common.checkpoints import checkpoint
 from common.checkpoints.checkpoint import Checkpoint
+from common.command_line import Parser
 from common.errors import LINE, BadInput, exit_cleanly, printable, shortened
 from common.json_files import read_object, write_json
 from common.launch import lock
@@ -44,9 +45,7 @@ REMOVAL = 1  # seconds that a live run may take to remove a step
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.state", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.state", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("verify", "compare each piece with its checksum"), ("show", "print what a step holds")):
         command = commands.add_parser(name, help=text)

@@ -7,7 +7,6 @@ They train a model of two layers for three steps, as the documentation of each s
 to standard output: mistake, stack, exit code, lines of the error on all ranks, and what the stack does in its place.
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from common.command_line import Parser
 from common.comparison import alone_deepspeed, alone_megatron
 from common.comparison.forked import RANKS, attempt
 
@@ -64,7 +64,7 @@ def attempts(stack: str, folder: Path) -> Iterable[tuple[str, str, Callable[[], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.comparison.alone", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m common.comparison.alone", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("stacks", nargs="*", help=" or ".join(ALONE))
     options = parser.parse_args()

@@ -1,6 +1,5 @@
 """The commands of recipes/*/convert.py: a run as a Hugging Face folder, and such a folder as the beginning of a run."""
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from common import config
 from common.checkpoints import checkpoint, integrity, parameters, pieces
 from common.checkpoints.pieces import Batch
+from common.command_line import Parser
 from common.contract import Family, PretrainingFamily
 from common.data import tokenizer as tokenizers
 from common.errors import BadInput
@@ -140,7 +140,7 @@ def from_hf(folder: Path, out: Path, task: PretrainingFamily) -> None:
 def main(task: PretrainingFamily) -> None:
     """The command line."""
     name = f"python -m recipes.{task.FAMILY}.convert"
-    parser = argparse.ArgumentParser(prog=name, description="Hugging Face folders from runs, and runs from them.")
+    parser = Parser(prog=name, description="Hugging Face folders from runs, and runs from them.")
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("to-hf", help="the last checkpoint of a run, or what from-hf wrote, in Hugging Face form")
     there.add_argument("run", type=Path, metavar="RUN")
