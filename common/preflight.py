@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple
 from pydantic import ValidationError
 from typing_extensions import TypeVar
 
-from common import config
+from common import config, families
 from common.checkpoints import checkpoint, integrity, run_record
 from common.config import Config
 from common.contract import Dataset, Family, FamilyOf
@@ -66,6 +66,17 @@ class Run(NamedTuple, Generic[C]):  # noqa: UP046 (with Python 3.12 only typing_
         raise AssertionError("the last phase has every later step")
 
 
+def _of_another_family(config_path: str, family: str, problems: Sequence[str]) -> str:
+    """What to say of a config whose architecture is another family's, in place of `problems`; "" if it is this one's."""
+    try:
+        other = families.of_config(config_path)
+    except BadInput:  # it lies in no recipe
+        return ""
+    if other == family or not any("model.arch" in problem for problem in problems):
+        return ""
+    return f"{config_path}: is a config of {other}; give it to a script of recipes/{other}"
+
+
 def data_notes(*datasets: Dataset | None) -> list[str]:
     """The notes of the datasets, each once, although train and dev may be drawn from one file."""
     return list(dict.fromkeys(note for dataset in datasets if dataset for note in dataset.notes))
@@ -80,7 +91,10 @@ def prepare[C: Config](
     dry_run: a corpus that does not exist is a note, not a problem. worlds: the numbers of ranks that an elastic run may have;
     its layout is that of the largest one with which it can run.
     """
-    loaded = config.load(config_path, overrides, task.Config)
+    try:
+        loaded = config.load(config_path, overrides, task.Config)
+    except BadInput as error:
+        raise BadInput(_of_another_family(config_path, task.FAMILY, error.problems) or error.problems) from None
     problems: list[str] = []
     done = _steps_done(Path(out)) if loaded.phases else 0
     train, valid, data_problems, missing = _datasets(config.at_step(loaded, done), task, stack)

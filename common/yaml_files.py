@@ -119,17 +119,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def no_such_config(path: Path) -> str:
-    """The error for a path without a config: it lists the configs in the same folder, else those of the repository."""
+    """The error for a path without a config: it names the one that is meant in the repository, those in the same folder, or
+    those of a similar name."""
+    if not path.is_absolute() and (ROOT / path).is_file():
+        return f"{path}: no such config in {Path.cwd()}; type {ROOT / path}"
     what = "is a folder, not a config" if path.is_dir() else "no such config"
     folder = path if path.is_dir() else path.parent
-    configs = sorted(folder.glob("*.yaml")) or sorted(ROOT.glob("recipes/*/configs/*.yaml"))
+    configs = sorted(folder.glob("*.yaml")) or sorted((ROOT / folder).glob("*.yaml"))
+    if configs:
+        close = difflib.get_close_matches(path.name, [p.name for p in configs], 1)
+        hint = next((f"; did you mean {p}?" for p in configs if p.name in close), ";")
+        return f"{path}: {what}{hint} {folder} has: {', '.join(p.name for p in configs)}"
+    configs = sorted(ROOT.glob("recipes/*/configs/*.yaml"))
     close = difflib.get_close_matches(path.name, [p.name for p in configs], 1)
-    hint = next((f"; did you mean {p}?" for p in configs if p.name in close), ";")
-    by_folder: dict[Path, list[str]] = {}
-    for p in configs:
-        by_folder.setdefault(p.parent, []).append(p.name)
-    listed = " ".join(f"{folder} has: {', '.join(names)}" for folder, names in by_folder.items())
-    return f"{path}: {what}{hint} {listed}"
+    meant = [str(p) for p in configs if p.name in close]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else f"those of a recipe are in {ROOT / 'recipes/FAMILY/configs'}"
+    return f"{path}: {what}; {hint}"
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:

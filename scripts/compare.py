@@ -35,6 +35,7 @@ from scripts.check import read_json, read_lines
 COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation loss", "export's loss",
            "tokens/s", "x", "peak memory")  # fmt: skip
 ON_SCREEN = (*COLUMNS[:4], "valid. loss", "export loss", "tokens/s", "x", "peak GiB")
+BEGINNING, LOSS = 20, 1e-5  # the bound of the tests: steps, and nats
 WARM_UP = 0.1  # of a run's steps, left out of its speed
 
 
@@ -135,7 +136,7 @@ def row(run: Summary, first: Summary) -> list[str]:
     largest = difference(run, first)
     return [
         run.name, run.layout, f"{run.steps:,}",
-        "-" if run is first or largest is None else f"{largest[0]:.1e} at step {largest[1]:,}",
+        "-" if run is first or largest is None else f"{largest[0]:.1e} at step {largest[1]:,}" if largest[0] else "0",
         "-" if run.valid is None else f"{run.valid:.5f}", "-" if run.export is None else f"{run.export:.5f}",
         count(run.tokens_per_s), f"{run.tokens_per_s / first.tokens_per_s:.2f}", f"{run.memory / 2**30:.2f} GiB",
     ]  # fmt: skip
@@ -173,6 +174,8 @@ def footnotes(runs: list[Summary]) -> list[str]:
             differ.append("the content of data")
         if differ:
             notes.append(f"Another experiment: {run.name} differs from {first.name} in {', '.join(differ)}.")
+    if not notes and (note := start_of_curves(runs)):
+        notes.append(note)
     for run in runs:
         if run.valid is not None and run.export is not None and abs(run.valid - run.export) > 1e-3:
             notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
@@ -182,6 +185,18 @@ def footnotes(runs: list[Summary]) -> list[str]:
     commits = dict.fromkeys(str(run.info.get("commit")) for run in runs)
     notes.append(f"{plot.made_on([run.info for run in runs]) or machine()}. {version_list}. Commit {', '.join(commits)}.")
     return notes
+
+
+def start_of_curves(runs: list[Summary]) -> str:
+    """Whether the losses of the first 20 steps, before rounding differences grow, differ by more than rounding does. "" for
+    runs in bf16 or with dropout, which differ by more."""
+    first, values = runs[0], runs[0].hyperparameters
+    steps = [step for step in range(1, BEGINNING + 1) if all(step in run.losses for run in runs)]
+    if not steps or values.get("train.dtype") != "fp32" or values.get("model.dropout"):
+        return ""
+    largest = max(abs(run.losses[step] - first.losses[step]) for run in runs for step in steps)
+    judged = "as rounding does" if largest <= LOSS else f"more than rounding does, up to {LOSS:.0e}"
+    return f"Up to step {steps[-1]} the losses differ by at most {largest:.1e}, {judged} (docs/loss_differences.md)."
 
 
 def machine() -> str:

@@ -62,7 +62,7 @@ GROUPS = [
         "Words of the command line, and the variables that say how many processes and nodes "
         "there are. `--help` of the launch script lists both. Under `srun`, the nodes are taken from SLURM: give the variables "
         "only outside it ([launching.md](launching.md)).",
-        r"common/(launch|paths|families|errors)|twinstack",
+        r"common/(launch|paths|families|errors|command_line)|twinstack",
         (
             "{path}: {strerror}; make room there, or choose another folder, and try again",
             "{path}...: File name too long; give a path whose parts are shorter",

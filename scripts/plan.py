@@ -21,6 +21,7 @@ from typing import Any
 
 from common import config, families, pictures, screen
 from common.command_line import Parser
+from common.comparison import planned
 from common.comparison.layouts import name_of
 from common.config import Config
 from common.errors import BadInput, exit_cleanly
@@ -260,7 +261,11 @@ def block(one: search.Prediction, tokens: float, price: float | None, cluster: h
     sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
     shares = {name.replace("_", " "): value / one.seconds for name, value in one.time.items()}
     times = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda i: -i[1]) if share >= 0.005)
-    near = f"up to {one.near[1]:.1%} on the nearest published rows" if one.near else "no published row is near"
+    near = (
+        f"up to {one.near[1]:.1%} on the nearest published rows"
+        if one.near
+        else f"no published row is near, up to {planned.error_of(one):.1%} on others"
+    )
     room = cluster.gpu.memory
     host = f"{one.host_memory / 1e9:,.0f} of {cluster.host_memory / 1e9:,.0f} GB of each node for what is offloaded"
     lines = [

@@ -337,10 +337,33 @@ def test_config_files_that_are_fine(content: bytes, place: Path, attempt: Try) -
 def test_no_such_config_lists_what_there_is(place: Path, attempt: Try) -> None:
     refused(place, lambda: attempt(config="tinny.yaml"), "tinny.yaml: no such config; did you mean tiny.yaml? . has: tiny")
     (line,) = refused(place, lambda: attempt(config="no/where/tiny.yaml"), "no/where/tiny.yaml: no such config; did you")
-    assert "recipes/gpt/configs has: finetune_cpu.yaml" in line
+    assert "recipes/bert/configs/tiny.yaml or " in line and line.endswith("recipes/t5/configs/tiny.yaml?")
+    (line,) = refused(place, lambda: attempt(config="no/where"), "no/where: no such config; those of a recipe are in ")
+    (line,) = refused(place, lambda: attempt(config="recipes/gpt/configs/tiny.yaml"), "tiny.yaml: no such config in ")
+    assert line.endswith(f"; type {ROOT / 'recipes/gpt/configs/tiny.yaml'}")
     refused(place, lambda: attempt(config=place), f"{place}: is a folder, not a config; {place} has: tiny.yaml")
     refused(place, lambda: attempt(config="x" * 300), "cannot be read: File name too long")
     refused(place, lambda: attempt(config=""), "CONFIG is empty")
+
+
+def test_a_model_that_is_larger_than_the_memory_is_not_started_without_a_gpu(
+    place: Path, attempt: Try, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "2 processes on a machine without a GPU would need about"
+    (line,) = refused(place, lambda: attempt("model.hidden=65536", nproc=2), message)
+    assert re.search(r"about [0-9,]{4,} GiB of memory, and it has \d+ GiB: give a smaller model", line)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # GPUs have memory of their own
+    assert attempt("model.hidden=65536", nproc=2) == (0, [], True)
+
+
+def test_a_config_of_another_family_is_named(place: Path, attempt: Try) -> None:
+    path = ROOT / "recipes/bert/configs/tiny.yaml"
+    refused(place, lambda: attempt(config=path), f"{path}: is a config of bert; give it to a script of recipes/bert")
+
+
+def test_config_and_out_the_other_way_round(place: Path, attempt: Try) -> None:
+    refused(place, lambda: attempt("a.b=c d", config="out", out="tiny.yaml"), "pretrain.sh tiny.yaml out 'a.b=c d'")
+    refused(place, lambda: attempt("--train.steps=5"), "a key of the config is given without dashes, train.steps=5")
 
 
 # ---- layouts

@@ -282,13 +282,16 @@ Current thread 0x2 (most recent call first):
     assert not watch._waits("")
 
 
+STOPS = "stops after this step and saves its state"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends_with_its_code(number: int, code: int, tmp_path: Path) -> None:
     process = start_standin(tmp_path, "save", 1)
     wait_for_ready(tmp_path)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (code, "")
+    assert (process.returncode, errors) == (code, f"{signal.Signals(number).name}: {STOPS}\n")
     assert (tmp_path / "saved").exists()
 
 
@@ -301,7 +304,7 @@ def test_signals_to_all_processes_of_a_job_are_one_stop(tmp_path: Path) -> None:
             each.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (143, "")
+    assert (process.returncode, errors) == (143, f"SIGTERM: {STOPS}\n")
     assert (tmp_path / "saved").exists()
 
 
@@ -316,7 +319,7 @@ def test_a_save_longer_than_torchruns_patience_is_waited_for(tmp_path: Path) -> 
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and (tmp_path / "saved").exists()
     assert time.monotonic() - begin > 39
-    assert errors == f"still saving; to end at once without it: kill -9 {process.pid}\n"
+    assert errors == f"SIGINT: {STOPS}\nstill saving; to end at once without it: kill -9 {process.pid}\n"
 
 
 def test_a_signal_before_training_ends_at_once(tmp_path: Path) -> None:

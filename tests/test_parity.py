@@ -251,7 +251,7 @@ def test_large_gradients_are_clipped_by_their_norm(runs, reference, layout):
     lines = losses(runs / "large" / layout)
     assert all(norm > 0.1 for _, norm in expected), "clipped"
     for step, (loss, norm) in enumerate(expected, start=1):
-        assert abs(lines[step]["loss"] - loss) <= 2e-6 and abs(lines[step]["grad_norm"] / norm - 1) <= 2e-6
+        assert abs(lines[step]["loss"] - loss) <= 2e-6 and abs(lines[step]["grad_norm"] / norm - 1) <= 1e-5
 
 
 @pytest.mark.parametrize("stack", ["baseline", "deepspeed", "megatron"])

@@ -7,6 +7,7 @@ the block is first read). Corpora without these two, from Megatron's own tool or
 
 import hashlib
 import os
+import shlex
 import struct
 import zlib
 from bisect import bisect_left, bisect_right
@@ -230,6 +231,12 @@ class IndexedDataset:
             raise BadInput(f"{self.prefix} is a folder of corpora; give one of them, such as {self.prefix}/train")
         if missing:
             folder = os.path.dirname(self.prefix) or "corpora/NAME"
+            if os.path.exists(self.prefix):  # perhaps the text itself
+                command = shlex.join(["python", "-m", "data.text", "corpora/NAME", "--source", self.prefix])
+                raise Missing(
+                    f"no corpus at {self.prefix} ({self.prefix}.bin and .idx); if it is text, build a corpus of it "
+                    f"({command} --vocab-size 8192) and give corpora/NAME/train"
+                )
             how = _made_by_quickstart(folder) or f"python -m data.NAME {folder}; the modules are in data/"
             close = near(self.prefix, ".idx")
             raise Missing(

@@ -101,7 +101,12 @@ def parse(argv: Sequence[str], script: str) -> Command:
     """The arguments of a launch script; options may be anywhere among them."""
     unknown = [a for a in argv if a.startswith("-") and a != "--dry-run"]
     words = [a for a in argv if not a.startswith("-")]
-    problems = [f"unknown option {a}; the options are --dry-run, --help and --help-config" for a in unknown]
+    problems = [
+        f"unknown option {a}; a key of the config is given without dashes, {a.lstrip('-')}"
+        if re.match(r"--\w+(\.\w+)+=", a)
+        else f"unknown option {a}; the options are --dry-run, --help and --help-config"
+        for a in unknown
+    ]
     problems += [f"{shortened(word)}: must be UTF-8" for word in words if any("\ud800" <= c <= "\udfff" for c in word)]
     problems += [f"{name} is empty" for name, word in zip(("CONFIG", "OUT"), words, strict=False) if not word]
     if not words:
@@ -109,6 +114,8 @@ def parse(argv: Sequence[str], script: str) -> Command:
     elif len(words) == 1 or re.match(r"\w+(\.\w+)+=", words[1]):
         example = " ".join([words[0], f"out/{Path(words[0]).stem}", *words[1:]])
         problems.append(f"OUT is missing; type: {script} {example}")
+    elif words[1].endswith(".yaml") and not words[0].endswith(".yaml"):
+        problems.append(f"CONFIG comes before OUT; type: {script} {shlex.join([words[1], words[0], *words[2:]])}")
     if problems:
         raise BadInput(problems)
     return Command(words[0], words[1], words[2:], "--dry-run" in argv)
@@ -125,6 +132,25 @@ def without_effect(overrides: Sequence[str], module: str) -> list[str]:
             hint = f"; start {script}" if find(script).is_file() else ""
             notes.append(f"{shortened(override)} has no effect on {stack}{hint}")
     return notes
+
+
+def require_memory(run: "Run", nproc: int) -> None:
+    """BadInput if the processes of this node, which has no GPU, need more memory than it has, by the estimate for GPUs: the
+    kernel would kill one of them, or another user's."""
+    from common.planning import memory
+
+    try:
+        estimate = memory.estimate_for(run.cfg, run.cfg.model, run.stack, run.layout.world)
+    except BadInput:  # of a layout whose memory is not estimated
+        return
+    needed = nproc * (estimate["required"] + estimate.get("host", 0))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        ranks = f"{nproc} process{'es' * (nproc > 1)}"
+        raise BadInput(
+            f"{ranks} on a machine without a GPU would need about {needed / 2**30:,.0f} GiB of memory, and it has "
+            f"{there / 2**30:,.0f} GiB: give a smaller model or micro batch, or find GPUs for it with python -m scripts.plan"
+        )
 
 
 def nodes(environ: Mapping[str, str]) -> Nodes:
@@ -405,7 +431,7 @@ class Stop:
         if self.killed:
             text = f"{name}: stopped before the first step; the same command begins again"
         else:
-            text = f"{name}: stops after this step and saves its state; to end at once without it: kill -9 {os.getpid()}"
+            text = f"{name}: stops after this step and saves its state"
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())  # print could be called while it is printing
         if self.killed:
@@ -587,6 +613,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.time()
     run = prepared()
     run.notes.extend(without_effect(command.overrides, module))
+    if not command.dry_run and not visible_gpus(os.environ):
+        require_memory(run, on.nproc)
     if on.is_elastic:
         on = with_worlds(on, run)
     on = free_port(on)
@@ -657,7 +685,9 @@ def closing(run: "Run", seconds: float) -> str:
         field("files", f"{out}/: {', '.join(present)}"),
     ]
     quickstart = run.whole.quickstart
-    prompt = quickstart.prompt if quickstart and quickstart.prompt else "TEXT"
+    prompt = "TEXT"
+    if quickstart and quickstart.prompt and run.whole.data.train in (f"{path}/train" for path in quickstart.corpus_words):
+        prompt = quickstart.prompt  # for the text of the config, not for one's own
     is_pretraining = "task" not in type(run.whole).model_fields
     generate = f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"
     if len(generate) > WIDTH - 10:  # two lines that can be copied together
