@@ -9,6 +9,7 @@ and 1e-4 for the gradient norm, and at most 1e-5 for the validation loss after t
 Layouts that the recipe refuses for this config are listed with the reason.
 
 LAYOUT is a stack, or a stack with keys of its section: baseline, deepspeed:zero_stage=3, megatron:tp=2,sequence_parallel=true.
+A name that the table prints, such as "deepspeed zero=3", is one too.
 A micro batch that does not divide the batch is lowered to one that does.
 
 With train.dtype=bf16 each layout rounds differently. Then the reference runs in fp32, and a row passes if the relative

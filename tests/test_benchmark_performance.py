@@ -34,6 +34,17 @@ def cases_of(corpus, folder, *words):
     return [case._replace(overrides=[*case.overrides, *more]) for case in cases]
 
 
+def test_a_layout_is_given_by_its_keys_or_by_its_name() -> None:
+    stacks = ["baseline", "deepspeed", "megatron"]
+    for keys, name in (
+        ("megatron:tp=2,sequence_parallel=true", "megatron tp=2 sp"),
+        ("deepspeed:zero_stage=3", "deepspeed zero=3"),
+    ):
+        assert layouts.parsed([name], stacks) == layouts.parsed([keys], stacks)
+    with pytest.raises(BadInput, match="no stack 'megatorn'"):
+        layouts.parsed(["megatorn tp=2"], stacks)
+
+
 def test_weight_decay_on_norms_is_refused(corpus, tmp_path):
     cases = cases_of(corpus, tmp_path, "baseline", "megatron:micro_batch=4", "deepspeed")
     job = measuring.Job([(0, case) for case in cases], cases[0], "fp32", STEPS)

@@ -75,10 +75,12 @@ def usual_layouts(stacks: Sequence[str], nproc: int) -> list[Layout]:
 
 
 def parsed(words: Sequence[str], stacks: Sequence[str]) -> list[Layout]:
-    """The layouts of --layouts."""
+    """The layouts of --layouts: 'megatron:tp=2,sequence_parallel=true', or the name that tables have, 'megatron tp=2 sp'."""
     layouts, problems = [], []
     for word in words:
         stack, _, rest = word.partition(":")
+        if " " in word.strip():
+            stack, rest = word.split()[0], keys_of(word).replace(f"{word.split()[0]}.", "").replace(" ", ",")
         pairs = [part.partition("=") for part in rest.split(",")] if rest else []
         problems += [
             f"--layouts {word}: {''.join(pair)!r} must be key=value, for example {stack}:micro_batch=1"

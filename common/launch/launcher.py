@@ -686,7 +686,7 @@ def closing(run: "Run", seconds: float) -> str:
     ]
     quickstart = run.whole.quickstart
     prompt = "TEXT"
-    if quickstart and quickstart.prompt and run.whole.data.train in (f"{path}/train" for path in quickstart.corpus_words):
+    if quickstart and quickstart.prompt and str(run.whole.data.train) in [f"{path}/train" for path in quickstart.corpus_words]:
         prompt = quickstart.prompt  # for the text of the config, not for one's own
     is_pretraining = "task" not in type(run.whole).model_fields
     generate = f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"
