@@ -79,7 +79,7 @@ def readme(text: str, report: Report) -> str:
     """README.md with the verdict of a report: in words, the stack for some models and numbers of GPUs, then the figures."""
     shown = with_verdict(report)
     lines = [*verdict.in_words(shown.figures), "", *verdict.table_of_choices(shown.figures), "", verdict.ABOUT_CHOICES, ""]
-    lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), ""]
+    lines += [render.linked(verdict.CAPTION, f"{FOLDER.relative_to(ROOT)}/at_a_glance.png"), "", f"*{verdict.CAPTION}*", ""]
     lines += [
         *verdict.shown_in_readme(shown.figures),
         "",

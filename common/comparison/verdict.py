@@ -264,9 +264,6 @@ def in_short(answer: str) -> str:
     return ("any" if len(stacks) == len(STACKS) else " or ".join(SHORT_NAMES[stack] for stack in stacks)) + offload
 
 
-SPEED, MEMORY = "speed, x baseline\n(measured)", "MB per rank\n(predicted)"
-
-
 def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     """GPT's losses on each other, and beside them the speed and the memory of each layout."""
     from common.pictures import INK, SMALL, STACK_COLOURS, new, whole_numbers
@@ -278,18 +275,22 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     losses, speed, memory = (found[name] for name in names)
     rows = speed.rows
     drawing, (left, middle, right) = new(1, 3, height=0.9 + 0.2 * len(rows))
-    for place, row in enumerate(losses.rows):
+    widths = dict(zip(STACKS, (9, 5, 1.5), strict=True))  # so that each shows beside those drawn over it
+    for row in losses.rows:
         values = [number(losses, row, metric) for metric in losses.columns if metric.startswith("step ")]
-        colour = STACK_COLOURS.get(row.split()[0], INK)
-        left.plot(range(1, len(values) + 1), values, color=colour, linewidth=5 - 4 * place / len(losses.rows), alpha=0.6)
-    left.set(title=f"{len(losses.rows)} layouts, one loss\n(measured)", xlabel="step")
+        stack = row.split()[0]
+        left.plot(range(1, len(values) + 1), values, color=STACK_COLOURS.get(stack, INK), linewidth=widths.get(stack, 1))
+    left.set(title=f"{len(losses.rows)} layouts, one loss\n(measured)", xlabel="step", ylabel="loss, nats")
     whole_numbers(left)
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
     for axes, table, metric, title in (
-        (middle, speed, "ratio", "speed, x baseline\n(measured)"),
+        (middle, speed, "ratio", "relative speed\n(measured)"),
         (right, memory, "peak", "MB per rank\n(predicted)"),
     ):
-        axes.barh(range(len(rows)), [number(table, row, metric) for row in rows], color=colours)
+        values = [number(table, row, metric) for row in rows]
+        ends = [cell.spread if (cell := table.cells.get((row, metric))) else None for row in rows]
+        errors = [[abs(v - end[i]) if end else 0 for v, end in zip(values, ends, strict=True)] for i in (0, 1)]
+        axes.barh(range(len(rows)), values, xerr=errors if any(ends) else None, color=colours, error_kw={"ecolor": INK})
         axes.set_yticks(range(len(rows)), [row.removeprefix("megatron ").removeprefix("deepspeed ") for row in rows])
         axes.set_title(title)
         axes.invert_yaxis()
@@ -309,8 +310,8 @@ def number(table: Table, row: str, metric: str) -> float:
 
 CAPTION = (
     "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the speed of each layout on this "
-    "machine (measured). Right, the memory of a rank at its peak on a GPU (predicted); in so small a model, DeepSpeed's "
-    "buffers are a large part."
+    "machine, with its spread (measured). Right, the memory of a rank at its peak on a GPU (predicted); in so small a model, "
+    "DeepSpeed's buffers are a large part. All of the 2 cores share one memory: sharding costs speed here and gains nothing."
 )
 ABOUT = "a small GPT on {hardware}; memory predicted for a GPU"
 PICTURES = (Picture("at_a_glance", SECTION, "A small GPT: one loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
