@@ -193,6 +193,13 @@ TRAPS: tuple[Trap, ...] = (
     ),
     Trap(
         "libraries",
+        "torch's norm of gradients",
+        "too low on a CPU if a tensor is large: 6e-5 at 3 million values, 3e-3 at 40 million",
+        "tests/test_parity.py::test_large_gradients_are_clipped_by_their_norm",
+        ("common/training/norms.py", "the norm is too low by 1e-5 of itself at a million values"),
+    ),
+    Trap(
+        "libraries",
         "torch.compile",
         "the ninth graph of a function is the plain function, with other dropout",
         "tests/test_compile.py::test_layers_of_one_class_share_a_graph",
