@@ -174,7 +174,7 @@ def draw_differences(axes: "Axes", runs: dict[str, Run]) -> None:
         f"difference to {reference}" + (f": at most {largest[0]:.1e} ({largest[1]}, step {largest[2]:,})" if largest else "")
     ]
     if equal:
-        lines += textwrap.wrap(f"steps equal to the last logged digit: {', '.join(equal)}", 62)
+        lines += textwrap.wrap(f"steps with equal losses, as logged: {', '.join(equal)}", 62)
     axes.set_title("\n".join(lines))
     axes.grid()
 
