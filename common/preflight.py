@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple
 from pydantic import ValidationError
 from typing_extensions import TypeVar
 
-from common import config, families
+from common import config
 from common.checkpoints import checkpoint, integrity, run_record
 from common.config import Config
 from common.contract import Dataset, Family, FamilyOf
@@ -68,6 +68,8 @@ class Run(NamedTuple, Generic[C]):  # noqa: UP046 (with Python 3.12 only typing_
 
 def _of_another_family(config_path: str, family: str, problems: Sequence[str]) -> str:
     """What to say of a config whose architecture is another family's, in place of `problems`; "" if it is this one's."""
+    from common import families
+
     try:
         other = families.of_config(config_path)
     except BadInput:  # it lies in no recipe

@@ -20,7 +20,7 @@ from conftest import ROOT, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from common import config, families
-from common.training import init, norms, optim
+from common.training import init, optim
 from tests import warm
 
 LR, MIN, WARMUP, STEPS = 6e-4, 6e-5, 7, 100
@@ -280,13 +280,13 @@ def test_a_loop_that_shares_nothing_with_the_recipe_gives_its_curve(corpus: Path
 def test_norms_are_those_in_fp64(dtype: torch.dtype) -> None:
     """Sizes around those of a block; and where torch's own norm is off by more than is allowed here."""
     generator = torch.Generator().manual_seed(1)
-    sizes = [(), (0,), (1,), (norms.BLOCK - 1,), (norms.BLOCK,), (2 * norms.BLOCK + 1,), (8192, 1024)]
+    sizes = [(), (0,), (1,), (optim.BLOCK - 1,), (optim.BLOCK,), (2 * optim.BLOCK + 1,), (8192, 1024)]
     tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     tensors.append(torch.randn(1000, 200, generator=generator).to(dtype).t())
     exact = [tensor.double().norm() for tensor in tensors]
-    found = norms.norms(tensors)
+    found = optim.norms(tensors)
     assert all(norm.shape == () and norm.dtype == torch.float32 for norm in found)
     allowed = 4e-7 if dtype == torch.float32 else 4e-6
     assert all(abs(norm.item() - value) <= allowed * value for norm, value in zip(found, exact, strict=True))
-    assert abs(norms.total_norm(tensors).item() / torch.stack(exact).norm() - 1) <= allowed
+    assert abs(optim.total_norm(tensors).item() / torch.stack(exact).norm() - 1) <= allowed
     assert abs(torch._foreach_norm(tensors[6:7], 2, torch.float32)[0].item() / exact[6] - 1) > 10 * allowed

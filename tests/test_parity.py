@@ -246,7 +246,7 @@ def test_rows_that_the_ranks_cannot_share_evenly(runs, reference):
 
 @pytest.mark.parametrize("layout", LARGE_ROWS)
 def test_large_gradients_are_clipped_by_their_norm(runs, reference, layout):
-    """torch's own norm on a CPU is 6e-5 too low here, and the error grows with the size (common/training/norms.py)."""
+    """torch's own norm on a CPU is 6e-5 too low here, and the error grows with the size (common/training/optim.py)."""
     expected = reference["large", "tiny"]
     lines = losses(runs / "large" / layout)
     assert all(norm > 0.1 for _, norm in expected), "clipped"

@@ -46,7 +46,7 @@ from common.launch.processes import Ranks
 from common.layout import Layout
 from common.stacks import cuda_stand_in, fusions, pipeline
 from common.stacks.parameter_map import Conversion, ParameterMap
-from common.training import norms
+from common.training import optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a loss function returns to Megatron's schedule: summed loss, number of targets, values that the schedule passes on
@@ -57,7 +57,7 @@ StepLoss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 def norm_of_all(_chunk_size: int, _overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], _each: bool) -> Any:
     """amp_C.multi_tensor_l2norm by torch: the norm (1,) of all tensors together, without a wait for the GPU."""
-    norm = norms.total_norm(lists[0]).view(1)
+    norm = optim.total_norm(lists[0]).view(1)
     return norm if AdamScale.of_targets is None else norm * AdamScale.of_targets, None
 
 

@@ -32,7 +32,7 @@ from common.launch.processes import Ranks
 from common.layout import Layout
 from common.paths import find
 from common.stacks.parameter_map import Conversion
-from common.training import norms
+from common.training import optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _accumulate = stage_1_and_2.DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu
@@ -60,7 +60,7 @@ def _clip_0(parameters: Iterable[torch.Tensor], max_norm: float, mpu: Any = None
     counted = [p for p in reduced if mpu is None or mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(p)]
     square = torch.zeros(())
     if counted:
-        square = norms.total_norm([p.grad for p in counted if p.grad is not None]).square()
+        square = optim.total_norm([p.grad for p in counted if p.grad is not None]).square()
     if mpu is not None:
         dist.all_reduce(square, group=mpu.get_model_parallel_group())
     torch._foreach_mul_([p.grad for p in reduced if p.grad is not None], (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
@@ -149,7 +149,7 @@ def _norm(
     counted = [gradient for gradient, parameter in pairs if _counts(optimizer, parameter, is_split)]
     total = torch.zeros((), device=optimizer.device)
     if counted:
-        total = torch.stack(norms.norms(counted)).square().sum()
+        total = torch.stack(optim.norms(counted)).square().sum()
     dist.all_reduce(total, group=group)
     if not is_split:
         optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
@@ -340,7 +340,7 @@ def grad_norm(engine: Any, shapes: Shapes) -> float:
         grads = {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
         split = [g for n, g in grads.items() if tuple(g.shape) != tuple(shapes[n])]
         whole = [g for n, g in grads.items() if tuple(g.shape) == tuple(shapes[n])]
-        squares = torch.stack([norms.total_norm(some) ** 2 for some in (split, whole) if some])
+        squares = torch.stack([optim.total_norm(some) ** 2 for some in (split, whole) if some])
         if split:
             dist.all_reduce(squares[:1], group=groups.get_tensor_model_parallel_group())
         return squares.sum().sqrt().item()

@@ -6,7 +6,7 @@ import torch
 
 from common.checkpoints import state
 from common.config import Optim
-from common.training.norms import norms
+from common.training.optim import norms
 
 
 class Lamb(torch.optim.Optimizer):
