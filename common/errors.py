@@ -17,8 +17,10 @@ EXIT_LOST = 5
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 EXIT_CODES = """\
-0 done, 2 bad input, 3 loss NaN or infinite, 143 / 130 stopped by SIGTERM / SIGINT with the state saved,
-4 no progress for train.hang_seconds, 5 connection to another node lost, 128 + N: signal N killed a rank"""
+0 done, 1 an error with its traceback, 2 bad input, 3 loss NaN or
+infinite, 4 no progress for train.hang_seconds, 5 connection to
+another node lost, 143 or 130 stopped by SIGTERM or SIGINT with the
+state saved, 128 + N: signal N killed a rank"""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # full, or not to be written to
 
 

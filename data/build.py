@@ -103,7 +103,6 @@ def parser(
         prog=f"python -m data.{Path(sys.argv[0]).stem}",
         description=title,
         epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("out", metavar="OUT", type=Path, help="folder to fill, such as corpora/NAME")
     group = p.add_mutually_exclusive_group(required=tokenizer is None and vocab_size is None)

@@ -10,7 +10,6 @@ version of Python.
     python -m data.python_chat corpora/python_chat
 """
 
-import argparse
 import ast
 import json
 from collections.abc import Iterator, Sequence
@@ -61,7 +60,6 @@ def main() -> None:
         prog="python -m data.python_chat",
         description=title,
         epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", metavar="OUT", help="folder to fill")
     parser.add_argument(

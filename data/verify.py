@@ -14,7 +14,6 @@ Exit code 0: all corpora are intact. 2: some are damaged; stderr has one line
 per damage.
 """
 
-import argparse
 import hashlib
 import os
 import sys
@@ -86,9 +85,7 @@ def _checked_by(corpus: IndexedDataset) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     title, _, rest = (__doc__ or "").partition("\n")
-    parser = Parser(
-        prog="python -m data.verify", description=title, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m data.verify", description=title, epilog=rest)
     parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="prefix of a corpus, or a folder of corpora")
     problems: list[str] = []
     for prefix in [prefix for path in parser.parse_args(argv).prefixes for prefix in corpora_in(path)]:

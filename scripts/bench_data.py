@@ -229,7 +229,7 @@ def _filtered(ids: np.ndarray, sentinels: np.ndarray, eos: int) -> np.ndarray:
 
 
 def main() -> None:
-    p = Parser(prog="python -m scripts.bench_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m scripts.bench_data", description=__doc__)
     commands = p.add_subparsers(required=True)
     text = commands.add_parser("tokenize", help="a corpus of texts")
     text.add_argument("--source", nargs="+", required=True, help="text files or folders")

@@ -8,7 +8,6 @@ It takes four minutes, and needs two cores on which nothing else runs: what was 
 measurements in docs/planner/cpu.json, from which `python -m scripts.plan --validate` writes docs/planner.md.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -137,9 +136,7 @@ def measured(folder: Path, worlds: Sequence[int]) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(Path(sys.argv[2]))
-    parser = Parser(
-        prog="python -m scripts.bench_plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.bench_plan", description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the measurements in docs/planner/cpu.json")
     parser.add_argument("--processes", type=int, choices=WORLDS, help="only these runs; docs/planner/cpu.json has the others")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there, and go on with those that are missing")

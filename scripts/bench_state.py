@@ -21,7 +21,6 @@ weights: from the seed to an export. 4 ranks (tp=2 pp=2) draw the weights of CON
   needs 8 bytes for each parameter of CONFIG.
 """
 
-import argparse
 import os
 import pickle
 import shutil
@@ -47,9 +46,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def main() -> int:
-    parser = Parser(
-        prog="python -m scripts.bench_state", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.bench_state", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("time", help="seconds of saves and loads")
     command.add_argument("--mb", type=int, default=1500, help="size of the state in MB (default: 1500)")

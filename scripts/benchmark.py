@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m scripts.benchmark", description=__doc__)
     p.add_argument("configs", nargs="*", metavar="CONFIG", help="configs to measure (default: small models of all families)")
     p.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="STACK", help="default: all")
     p.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="to measure (default: the usual ones)")

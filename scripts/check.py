@@ -26,7 +26,6 @@ not-run    There is no evidence; the reason is printed. A run is evidence if it 
 The exit code is 0 if no row fails, 1 if one does, 2 on bad input.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -106,7 +105,7 @@ class Scores(NamedTuple):
 
 
 def main() -> int:
-    parser = Parser(prog="python -m scripts.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.check", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--all", action="store_true", help="every config with `expect`, from docs/results")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

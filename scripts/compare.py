@@ -11,7 +11,6 @@ tokens/s             the median over the steps after the first tenth; x: its rat
 peak memory          of the first process: resident set on a CPU, PyTorch's allocator on a GPU
 """
 
-import argparse
 import datetime
 import json
 import statistics
@@ -53,7 +52,7 @@ class Summary(NamedTuple):
 
 
 def main() -> None:
-    parser = Parser(prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", metavar="DIR", help="folder for table.md and curves.png; created if needed")
     parser.add_argument("--no-export", action="store_true", help="do not evaluate the exports")

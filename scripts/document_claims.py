@@ -6,8 +6,6 @@ The claims and their sources are in common/comparison/claims.py, our figures in 
 both.
 """
 
-import argparse
-
 from common.command_line import Parser
 from common.comparison import claims
 from common.paths import ROOT
@@ -17,9 +15,7 @@ PAGE = ROOT / "docs/claims.md"
 
 
 def main() -> None:
-    Parser(
-        prog="python -m scripts.document_claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    Parser(prog="python -m scripts.document_claims", description=__doc__).parse_args()
     PAGE.write_text(claims.page(document_comparison.read().figures), encoding="utf-8")
 
 

@@ -39,9 +39,7 @@ BROWSER = f"""
 
 
 def main() -> int:
-    parser = Parser(
-        prog="python -m scripts.document_comparison", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.document_comparison", description=__doc__)
     parser.add_argument("--measure", nargs=argparse.REMAINDER, metavar="WORD", help="measure first, by scripts.benchmark")
     words = parser.parse_args().measure
     if words is not None:

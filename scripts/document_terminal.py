@@ -7,7 +7,6 @@ SVG files in docs/terminal. DIR holds the files of GLUE's MRPC in the folder MRP
 that are longer than the terminal are named on stderr.
 """
 
-import argparse
 import html
 import importlib.util
 import os
@@ -88,9 +87,7 @@ python -m scripts.document_terminal --source DIR
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m scripts.document_terminal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.document_terminal", description=__doc__)
     names = [capture.name for capture in CAPTURES]
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder with MRPC, the files of GLUE's MRPC")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="of " + ", ".join(names))

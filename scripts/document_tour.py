@@ -6,7 +6,6 @@ Each block of commands is followed by a block of output, and between them stands
 in a folder of their own with links to the repository's, so that paths are those of a reader. It takes about 5 minutes.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -27,9 +26,7 @@ BLOCK = re.compile(
 
 
 def main() -> None:
-    Parser(
-        prog="python -m scripts.document_tour", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    Parser(prog="python -m scripts.document_tour", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for entry in ROOT.iterdir():
             if entry.name not in ("out", "corpora"):

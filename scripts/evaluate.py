@@ -97,7 +97,6 @@ def main() -> None:
     listing = "\n".join(f"  {name:<14} {task.what}{files[name]}" for name, task in TASKS.items())
     p = Parser(
         prog="python -m scripts.evaluate", description=__doc__, epilog=f"tasks, and their files:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("model", metavar="MODEL")
     p.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join(KNOWN))

@@ -8,7 +8,6 @@ with [MASK], and prints the likeliest tokens for each mask. With --chat the prom
 formats it, as in the training of a model that was finetuned on conversations (sft).
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -23,9 +22,7 @@ from common.paths import near
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m scripts.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.generate", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="MODEL")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="beginning of the text (default: that of a document)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question in a conversation")

@@ -368,11 +368,18 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--cpu-rehearsal", action="store_true", help="run the parts on a CPU with tiny shapes")
     p.add_argument("--minutes", type=float, default=9.7, help="time limit (default: 9.7, which is enough for one family)")
-    p.add_argument("--only", nargs="+", choices=list(BUDGET), default=list(BUDGET), help="run only these parts")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(BUDGET),
+        default=list(BUDGET),
+        metavar="PART",
+        help=f"run only these parts, of {', '.join(BUDGET)}",
+    )
     p.add_argument("--family", nargs="+", choices=families.names(), default=families.names(), help="default: all families")
     p.add_argument("--configs", nargs="+", metavar="C", help="configs whose speed is measured (default: two per family)")
     p.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

@@ -7,7 +7,6 @@ samples its train.eval_samples, so the value must equal the run's last validatio
 OUT/hf/heldout.json, and is not computed again.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ TOKENS_AT_ONCE = 4096  # tokens per forward pass
 
 
 def main() -> None:
-    parser = Parser(prog="python -m scripts.heldout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.heldout", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data", metavar="PREFIX", help="another corpus with the same tokenizer")
     parser.add_argument("--samples", metavar="N", help="number of samples, or all (default: the run's eval_samples)")

@@ -21,7 +21,6 @@ passes, this was the case.
 Exit code: 0 all rows pass, 1 a row fails, 2 bad input.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -180,7 +179,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         child(Path(sys.argv[2]))
     gpus = visible_gpus(os.environ)
-    parser = Parser(prog="python -m scripts.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.parity", description=__doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the config")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="only these layouts (default: all that fit --nproc)")

@@ -50,7 +50,13 @@ def main() -> None:
         "--host-memory", type=float, metavar="GB", default=hardware.HOST_MEMORY / 1e9,
         help="memory of a node, for what deepspeed.offload keeps there (default: %(default).0f)",
     )  # fmt: skip
-    parser.add_argument("--stack", nargs="+", choices=config.STACKS, help="(default: all that the family has)")
+    parser.add_argument(
+        "--stack",
+        nargs="+",
+        choices=config.STACKS,
+        metavar="STACK",
+        help=f"of {', '.join(config.STACKS)} (default: all that the family has)",
+    )
     parser.add_argument("--price", type=float, metavar="P", help="per GPU and hour, to print the cost of the run")
     parser.add_argument("--own", action="store_true", help="predict the config's own layouts alone")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="layouts to print per stack (default: 3)")

@@ -12,7 +12,6 @@ loss.tsv       one row per step: the loss, the columns of the validation, and th
 eval.json      a copy of the run's scores, if it has any
 """
 
-import argparse
 import shutil
 import statistics
 from pathlib import Path
@@ -31,7 +30,7 @@ WARM_UP = 0.1  # of a run's steps, left out of its speed, as in scripts/compare.
 
 
 def main() -> None:
-    parser = Parser(prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.publish", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("out", metavar="RECORD", type=Path, help="a new folder")
     parser.add_argument(

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Train one recipe on all its stacks (plain accelerate, DeepSpeed, Megatron Core) and compare their loss curves. Needs no GPU.
+# Train one recipe on all its stacks (plain accelerate, DeepSpeed, Megatron Core)
+# and compare their loss curves. Needs no GPU.
 #   bash scripts/quickstart.sh [FAMILY] [--source PATH ...] [--steps N] [--out DIR]
-# FAMILY    a folder of recipes/ with configs/quickstart.yaml, whose section `quickstart` names the corpus (default: gpt)
-# --source  text files or folders to train on, instead of the texts that the corpus command of the config reads
+# FAMILY    a folder of recipes/ with configs/quickstart.yaml, whose section
+#           `quickstart` names the corpus (default: gpt)
+# --source  text files or folders to train on, instead of the texts that the
+#           corpus command of the config reads
 # --steps   optimizer steps (default: those of the config)
-# --out     folder of the runs (default: out/quickstart/FAMILY); the same command again continues them
-# NPROC     environment variable: number of processes (default: one per GPU, else 2)
+# --out     folder of the runs (default: out/quickstart/FAMILY); the same command
+#           again continues them
+# NPROC     environment variable: number of processes (default: one per GPU,
+#           else 2)
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +27,7 @@ family='' out='' steps='' sources=()
 while (($#)); do
   case $1 in
     -h | --help)
-      sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     --source)

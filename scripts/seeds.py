@@ -26,7 +26,7 @@ from common.launch import lock
 
 
 def main() -> int:
-    p = Parser(prog="python -m scripts.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m scripts.seeds", description=__doc__)
     p.add_argument("script", metavar="SCRIPT", type=Path, help="recipes/FAMILY/STACK/finetune.sh")
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("out", metavar="OUT", type=Path)

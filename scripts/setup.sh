@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Create or update .venv: `bash scripts/setup.sh [test|dev|fast|wandb]`. Returns at once if nothing has changed.
-# Uses $PYTHON, or else the first Python 3.12 or newer that it finds.
+# Create or update .venv: `bash scripts/setup.sh [test|dev|fast|wandb]`. Returns
+# at once if nothing has changed. Uses $PYTHON, or else the first Python 3.12 or
+# newer that it finds.
 set -euo pipefail
 
 fail() {
@@ -46,7 +47,7 @@ PYTHON
 extra=${1:-}
 case $extra in
   -h | --help)
-    sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
 esac

@@ -5,7 +5,6 @@ python -m scripts.sizes
 Large outputs belong in OUT, which git ignores; scripts/publish.py makes a small record of a run.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +18,7 @@ TOTAL_BYTES = 8 * 2**20
 
 
 def main() -> int:
-    Parser(
-        prog="python -m scripts.sizes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    Parser(prog="python -m scripts.sizes", description=__doc__).parse_args()
     sizes = tracked(ROOT)
     errors = problems(sizes)
     for error in errors:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run a launch script on SLURM, with one task per node; save and requeue before the time limit:
-#   sbatch scripts/slurm.sh recipes/gpt/megatron/pretrain.sh CONFIG OUT [section.key=value ...]
+# Run a launch script on SLURM, with one task per node; save and requeue before
+# the time limit:
+#   sbatch scripts/slurm.sh recipes/gpt/megatron/pretrain.sh CONFIG OUT [a.b=c ...]
 # Edit these, or give them to sbatch: sbatch --nodes=4 scripts/slurm.sh ...
 #SBATCH --job-name=twinstack
 #SBATCH --nodes=1
@@ -17,7 +18,7 @@
 set -uo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-  sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   grep '^##\?SBATCH' "${BASH_SOURCE[0]}"
   exit 0
 fi

@@ -9,7 +9,6 @@ of earlier versions, which had one file per parameter. A run needs it for neithe
 script needs to continue the run is copied beside the new step, where there is no run yet.
 """
 
-import argparse
 import heapq
 import json
 import os
@@ -45,7 +44,7 @@ REMOVAL = 1  # seconds that a live run may take to remove a step
 
 
 def main() -> int:
-    parser = Parser(prog="python -m scripts.state", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m scripts.state", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("verify", "compare each piece with its checksum"), ("show", "print what a step holds")):
         command = commands.add_parser(name, help=text)

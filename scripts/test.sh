@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Run all checks of a change: ruff, shellcheck, and the tests that need neither a GPU nor a cluster.
+# Run all checks of a change: ruff, mypy, shellcheck, and the tests that need
+# neither a GPU nor a cluster.
 #   bash scripts/test.sh [--source DIR] [--record-layouts] [pytest arguments ...]
-# --source (or SOURCE): a folder of texts and datasets that some tests use. --record-layouts: write tests/layouts.json again.
+# --source (or SOURCE): a folder of texts and datasets that some tests use.
+# --record-layouts: write tests/layouts.json again.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,7 +17,7 @@ while (($#)); do
       ;;
     --source=*) source_dir=${1#*=} ;;
     -h | --help)
-      sed -n '2,4s/^# //p' "$0"
+      sed -n '2,6s/^# //p' "$0"
       exit 0
       ;;
     *) arguments+=("$1") ;;

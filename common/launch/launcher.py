@@ -37,23 +37,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and
 DEFAULT_PORT = 29500
 RESTARTS, REGROUP_SECONDS = 3, 30  # of elastic runs; the second is torchrun's last_call_timeout
 USAGE = """\
-usage: bash {script} CONFIG OUT [section.key=value ...] [--dry-run]
+usage: bash {script} CONFIG OUT [a.b=c ...] [--dry-run]
        bash {script} --help-config [SECTION]
 
 CONFIG     a YAML file, for example {example}
 OUT        folder of the run; the same command again continues it
-a.b=c      overrides a value of CONFIG
---dry-run  print the resolved config, its size and the torchrun command; start nothing
+a.b=c      overrides a value of CONFIG: section.key=value
+--dry-run  print the resolved config, its size and the torchrun command; start
+           nothing
 --help-config
            print every key of a config, or of one SECTION, with its default
 
 NPROC      processes on this node (default: its GPUs, else 1)
 NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-           several nodes: how many, which one this is (from 0), address and port of node 0; under srun they are known
+           several nodes: how many, which one this is (from 0), address and port
+           of node 0; under srun they are known
 NNODES=MIN:MAX MAX_RESTARTS REGROUP_SECONDS
-           elastic: a node that is lost or joins changes the number of data-parallel ranks, and the run goes on from its last
-           checkpoint; node 0 must stay. At most MAX_RESTARTS times after a failure (default {restarts}); without all of MAX
-           nodes after REGROUP_SECONDS (default {regroup})
+           elastic: a node that is lost or joins changes the number of
+           data-parallel ranks, and the run goes on from its last checkpoint;
+           node 0 must stay. At most MAX_RESTARTS times after a failure (default
+           {restarts}); without all of MAX nodes after REGROUP_SECONDS (default {regroup})
 
 exit code: {exit_codes}"""
 
