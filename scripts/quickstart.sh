@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train one recipe on all its stacks (plain accelerate, DeepSpeed, Megatron Core)
 # and compare their loss curves. Needs no GPU.
-#   bash scripts/quickstart.sh [FAMILY] [--source PATH ...] [--steps N] [--out DIR]
+# bash scripts/quickstart.sh [FAMILY] [--source PATH ...] [--steps N] [--out DIR]
 # FAMILY    a folder of recipes/ with configs/quickstart.yaml, whose section
 #           `quickstart` names the corpus (default: gpt)
 # --source  text files or folders to train on, instead of the texts that the

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a launch script on SLURM, with one task per node; save and requeue before
 # the time limit:
-#   sbatch scripts/slurm.sh recipes/gpt/megatron/pretrain.sh CONFIG OUT [a.b=c ...]
+#   sbatch scripts/slurm.sh recipes/gpt/megatron/pretrain.sh CONFIG OUT [a.b=c]
 # Edit these, or give them to sbatch: sbatch --nodes=4 scripts/slurm.sh ...
 #SBATCH --job-name=twinstack
 #SBATCH --nodes=1

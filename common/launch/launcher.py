@@ -37,7 +37,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each means: save and
 DEFAULT_PORT = 29500
 RESTARTS, REGROUP_SECONDS = 3, 30  # of elastic runs; the second is torchrun's last_call_timeout
 USAGE = """\
-usage: bash {script} CONFIG OUT [a.b=c ...] [--dry-run]
+usage: bash {script} CONFIG OUT
+            [a.b=c ...] [--dry-run]
        bash {script} --help-config [SECTION]
 
 CONFIG     a YAML file, for example {example}
