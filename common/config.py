@@ -833,6 +833,16 @@ def _known_keys(loc: Sequence[str], schema: type[BaseModel]) -> list[str]:
     return [f.alias or n for n, f in getattr(node, "model_fields", {}).items()]
 
 
+OTHER_NAMES = {  # what a key is called elsewhere, and in the tables here -> its name
+    "sp": "sequence_parallel", "zero": "zero_stage", "stage": "zero_stage", "dist_opt": "distributed_optimizer",
+    "tensor_parallel": "tp", "pipeline_parallel": "pp", "context_parallel": "cp", "micro": "micro_batch",
+    "learning_rate": "lr", "min_learning_rate": "min_lr", "warmup": "warmup_steps", "grad_clipping": "grad_clip",
+    "batch_size": "global_batch", "max_steps": "steps", "num_steps": "steps", "precision": "dtype",
+    "path": "train", "num_layers": "layers", "hidden_size": "hidden", "num_heads": "heads", "seq_length": "seq_len",
+    "sequence_length": "seq_len", "gradient_checkpointing": "recompute", "activation_checkpointing": "recompute",
+}  # fmt: skip
+
+
 def _explain(error: Any, schema: type[Config]) -> str:
     *parents, last = _names(error)
     name = ".".join(shortened(part) for part in [*parents, last])
@@ -842,7 +852,8 @@ def _explain(error: Any, schema: type[Config]) -> str:
             return _is_called(name, now, error.get("input"))
         keys = _known_keys(parents, schema)
         elsewhere = [f"{name}.{last}" for name in sections(schema) if len(parents) < 2 and last in _known_keys([name], schema)]
-        close = elsewhere or [repr(key) for key in difflib.get_close_matches(last, keys, 1)]
+        meant = [repr(OTHER_NAMES[last])] if OTHER_NAMES.get(last) in keys else []
+        close = meant or elsewhere or [repr(key) for key in difflib.get_close_matches(last, keys, 1)]
         hint = f"; did you mean {' or '.join(close)}?" if close else ";"
         return f"{name}: unknown key{hint} {name.rpartition('.')[0] or 'a config'} has: {', '.join(keys)}"
     if error["type"] == "missing":

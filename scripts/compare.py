@@ -35,6 +35,7 @@ COLUMNS = ("run", "stack and layout", "steps", "largest difference", "validation
            "tokens/s", "x", "peak memory")  # fmt: skip
 ON_SCREEN = (*COLUMNS[:4], "valid. loss", "export loss", "tokens/s", "x", "peak GiB")
 BEGINNING, LOSS = 20, 1e-5  # the bound of the tests: steps, and nats
+MEASURABLE = 100  # steps whose speed is worth a look
 WARM_UP = 0.1  # of a run's steps, left out of its speed
 
 
@@ -116,8 +117,9 @@ def summary(name: str, run: Path, with_export: bool) -> Summary:
 
 
 def layout_of(run: Path, cfg: config.Config, stack: str) -> str:
-    """'megatron tp=2 sp dist-opt, 2 processes'"""
-    name = name_of(cfg, stack)
+    """'megatron tp=2 sp dist-opt, 2 processes'; of a run that was continued on another stack 'deepspeed, then megatron ...'"""
+    stacks = (read_json(run / "run.json") or {}).get("stacks") or [stack]
+    name = " then ".join([*map(str, stacks[:-1]), name_of(cfg, stack)])
     saved = checkpoint.latest(run)
     if saved is None or "layout" not in saved.meta:  # a checkpoint that was imported has no layout
         return name
@@ -175,6 +177,8 @@ def footnotes(runs: list[Summary]) -> list[str]:
             notes.append(f"Another experiment: {run.name} differs from {first.name} in {', '.join(differ)}.")
     if not notes and (note := start_of_curves(runs)):
         notes.append(note)
+    if min(run.steps for run in runs) < MEASURABLE:
+        notes.append(f"The speed of fewer than {MEASURABLE} steps says little.")
     for run in runs:
         if run.valid is not None and run.export is not None and abs(run.valid - run.export) > 1e-3:
             notes.append(f"The export of {run.name} does not reach the validation loss of its run.")
@@ -194,6 +198,8 @@ def start_of_curves(runs: list[Summary]) -> str:
     if not steps or values.get("train.dtype") != "fp32" or values.get("model.dropout"):
         return ""
     largest = max(abs(run.losses[step] - first.losses[step]) for run in runs for step in steps)
+    if not largest:
+        return f"Up to step {steps[-1]} the losses are equal, as those of the same layout are."
     judged = "as rounding does" if largest <= LOSS else f"more than rounding does, up to {LOSS:.0e}"
     return f"Up to step {steps[-1]} the losses differ by at most {largest:.1e}, {judged} (docs/loss_differences.md)."
 

@@ -25,6 +25,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -48,6 +49,7 @@ from common.comparison.layouts import (
     usual_layouts,
 )
 from common.errors import BadInput, exit_cleanly
+from common.json_files import read_object
 from common.launch import in_process, processes
 from common.launch.launcher import visible_gpus
 from common.preflight import prepare, task_module
@@ -182,14 +184,16 @@ def main() -> int:
     parser = Parser(prog="python -m scripts.parity", description=__doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the config")
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="only these layouts (default: all that fit --nproc)")
+    parser.add_argument(
+        "--layouts", nargs="+", action="extend", metavar="LAYOUT", help="only these layouts (default: all that fit --nproc)"
+    )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps of each run (default: 20)")
     parser.add_argument(
         "--nproc", type=int, default=min(gpus, 2) or 2, metavar="N", help="processes (default: %(default)s here)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = parser.parse_intermixed_args()
-    layouts = [word for word in args.layouts or [] if "=" not in word.partition(":")[0]]
+    layouts = [word for word in args.layouts or [] if "=" not in re.split("[: ]", word)[0]]
     overrides = args.overrides + [word for word in args.layouts or [] if word not in layouts]  # given after --layouts
     problems = [
         f"--{name} {value}: must be 1 or more" for name, value in (("steps", args.steps), ("nproc", args.nproc)) if value < 1
@@ -200,6 +204,10 @@ def main() -> int:
         )
     if args.json and not args.json.parent.is_dir():
         problems.append(f"--json {args.json}: no such folder: {args.json.parent}")
+    if args.json and args.json.exists() and "rows" not in (read_object(args.json) or {}):
+        problems.append(f"--json {args.json}: exists, and is no earlier result of this command; give another file")
+    if len(layouts) == 1:
+        problems.append(f"--layouts {layouts[0]}: nothing to compare it with; give two or more, the reference first")
     if problems:
         raise BadInput(problems)
 
@@ -222,8 +230,9 @@ def main() -> int:
     for line in left_out:
         print(f"left out: {line}")
     failed = sum(row.verdict == "fail" for row in rows)
-    compared_rows = len(rows) - 1
-    print(f"\n{failed} of {len(rows)} rows fail" if failed else f"\none curve: {compared_rows} layouts follow {rows[0].name}")
+    others = len(rows) - 1
+    follow = f"{others} layout{'s follow' if others > 1 else ' follows'} {rows[0].name}"
+    print(f"\n{failed} of {len(rows)} rows fail" if failed else f"\none curve: {follow}")
     if args.json:
         values = {"family": family, "config": Path(path).stem, "steps": args.steps, "nproc": args.nproc, "dtype": dtype,
                   "left_out": left_out, "rows": [row._asdict() for row in rows]}  # fmt: skip

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--out", default="curves.png", help="the picture; beside a .png also an .svg (default curves.png)")
     args = parser.parse_args()
     out = Path(args.out)
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"--out {out}: must end in .png, .svg or .pdf")
     if not out.parent.is_dir():
         raise BadInput(f"--out {out}: no such folder: {out.parent}")
     draw(labels(args.runs), out)

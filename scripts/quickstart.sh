@@ -238,4 +238,6 @@ else
   "$python" -m scripts.heldout "${runs[@]}"
   "$python" -m scripts.plot "${runs[@]}" --out "$out/curves.png"
 fi
-printf '\n%s\n' "done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Next: README.md, or $out/curves.png"
+printf '\n%s\n' "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $out/curves.png. Next, a run of your own:"
+command_line bash "recipes/$family/${stacks[-1]}/pretrain.sh" "recipes/$family/configs/tiny.yaml" out/tiny \
+  "data.train=$corpus/train" "data.valid=$corpus/valid"

@@ -38,7 +38,8 @@ def main() -> int:
     words = [word for word in args.seeds if "=" not in word]
     overrides = args.overrides + [word for word in args.seeds if "=" in word]  # given after --seeds
     is_script = args.script.is_file() and args.script.name == "finetune.sh"
-    problems = [] if is_script else [f"{args.script}: no such script; give recipes/FAMILY/STACK/finetune.sh"]
+    what = "no such script" if not args.script.is_file() else "is no finetuning script"
+    problems = [] if is_script else [f"{args.script}: {what}; give recipes/FAMILY/STACK/finetune.sh"]
     problems += [f"--seeds {word}: must be a whole number from 0" for word in words if not word.isdecimal()]
     problems += [f"--seeds {word}: is given twice" for word in dict.fromkeys(words) if words.count(word) > 1]
     problems += [] if words else ["--seeds: give one or more"]

@@ -123,6 +123,8 @@ def refused(place: Path, attempt: Callable[[], Attempt], *messages: str) -> list
 KEYS: list[tuple[str, list[str]]] = [  # overrides, messages: one entry per line
     # unknown, missing, mistyped
     ("train.stepz=3", ["train.stepz: unknown key; did you mean 'steps'? train has: steps, global_batch"]),
+    ("megatron.sp=true", ["megatron.sp: unknown key; did you mean 'sequence_parallel'? megatron has: "]),
+    ("train.batch_size=4", ["train.batch_size: unknown key; did you mean 'global_batch'? train has: "]),
     ("trian.steps=3", ["trian: unknown key; did you mean 'train'?"]),
     ("a.b.c=1", ["a: unknown key; a config has: model, data, optim"]),
     ("train.steps.x=1", ["override 'train.steps.x=1': steps is a value, not a section"]),

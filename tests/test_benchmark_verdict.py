@@ -83,7 +83,7 @@ def test_the_verdict_in_words_follows_the_cells() -> None:
     offload = "deepspeed.zero_stage=3 deepspeed.offload=all deepspeed.recompute=true deepspeed.micro_batch=2"
     assert [line.partition("**: ")[2] for line in lines] == [
         f"DeepSpeed (`{offload}`). Its best layout is the fastest.",
-        "DeepSpeed and Megatron Core are equally fast within the error of the prediction. Take the simpler, DeepSpeed "
+        "DeepSpeed and Megatron Core are equally fast, within the error of the prediction. Take the simpler, DeepSpeed "
         "(`deepspeed.zero_stage=2 deepspeed.micro_batch=2`).",
         "Megatron Core. Its best layout is the fastest.",
     ]

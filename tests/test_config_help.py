@@ -18,6 +18,13 @@ SCHEMAS = {
 }
 
 
+def test_other_names_are_no_keys_and_mean_one():
+    tables = [rows for schema in SCHEMAS.values() for rows in config_help.of_config(schema).values()]
+    keys = {row.key.rpartition(".")[2] for rows in tables for row in rows}
+    assert set(config.OTHER_NAMES.values()) <= keys
+    assert "stage" not in keys and not {"zero", "batch_size", "learning_rate", "micro"} & keys
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_key_has_a_description(name: str):
     rows = [row for keys in config_help.of_config(SCHEMAS[name]).values() for row in keys]

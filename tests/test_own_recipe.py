@@ -16,6 +16,8 @@ from conftest import ROOT, losses
 from safetensors.torch import load_file
 
 from common import families
+from common.errors import BadInput
+from scripts import parity as parity_command
 from tests import warm
 
 DOCUMENT = (ROOT / "docs/own_recipe.md").read_text(encoding="utf-8")
@@ -128,6 +130,26 @@ def test_a_changed_architecture_is_converted_both_ways_evaluated_and_sampled(nor
     assert done.returncode == 0 and "---- parity/0/hf" in done.stdout, done.stderr
     done = command(folder, "-m", "scripts.plan", "recipes/mine/configs/tiny_llama.yaml", "model.vocab_size=512", "--gpus", "2")
     assert done.returncode == 0 and "megatron tp=2" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layouts", "megatron tp=2"], "--layouts megatron tp=2: nothing to compare it with; give two or more"),
+        (["--layouts", "baseline", "--json", "notes.json"], "--json notes.json: exists, and is no earlier result"),
+        (["--layouts", "baseline", "--layouts", "megatorn tp=2"], "--layouts megatorn tp=2: no stack 'megatorn'"),
+    ],
+)
+def test_the_command_refuses_what_compares_nothing_or_is_lost(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.json").write_text('{"mine": 1}', encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["parity", str(ROOT / "recipes/gpt/configs/tiny.yaml"), *words])
+    with pytest.raises(BadInput) as error:
+        parity_command.main()
+    assert any(line.startswith(message) for line in error.value.problems), error.value.problems
+    assert (tmp_path / "notes.json").read_text(encoding="utf-8") == '{"mine": 1}'
 
 
 @pytest.mark.slow

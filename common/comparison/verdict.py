@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 SECTION = "Verdict"
-BETTER, UNCLEAR = "the better of the two", "no clear difference"
+BETTER, UNCLEAR = "better of DeepSpeed and Megatron", "no clear difference"
 PARTS = "python -m scripts.benchmark --parts"
 COMPARED = ("deepspeed", "megatron")
 STACKS = ("baseline", *COMPARED)
@@ -230,7 +230,7 @@ def take(cells: Sequence[str]) -> str:
     if len(stacks) == 1:
         return f"{NAMES[stacks[0]]}{keys}. Its best layout is the fastest."
     what, least = ("All three", "simplest") if len(stacks) > 2 else (" and ".join(NAMES[stack] for stack in stacks), "simpler")
-    return f"{what} are equally fast within the error of the prediction. Take the {least}, {NAMES[stacks[0]]}{keys}."
+    return f"{what} are equally fast, within the error of the prediction. Take the {least}, {NAMES[stacks[0]]}{keys}."
 
 
 def table_of_choices(figures: Sequence[Figure]) -> list[str]:
@@ -329,9 +329,9 @@ IN_README = {  # HEADS -> their shorter names
     "Performance: BERT, fastest layout, speed relative to the baseline": "Speed of a small BERT, x baseline",
     "Performance: T5, fastest layout, speed relative to the baseline": "Speed of a small T5, x baseline",
     "Load balance: idle share of a 1F1B pipeline in its best partition, in %": "Idle share of a pipeline of two stages, %",
-    "Ease of use: lines that a GPT recipe adds to the plain loop": "Lines that a GPT recipe adds to a plain loop",
+    "Ease of use: lines that a GPT recipe adds to the plain loop": "Lines that the GPT recipe has beyond a plain loop",
     "Ease of use: of ten planted mistakes, how many the bare library trains through without an error":
-        "Mistakes of ten that the library trains on with, silently",
+        "Of ten mistakes in a script, those that the library does not report",
     "Ecosystem: releases in a year": "Releases in a year",
 }  # fmt: skip
 ARROWS = {"higher": " \N{UPWARDS ARROW}", "lower": " \N{DOWNWARDS ARROW}", "": ""}

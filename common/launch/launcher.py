@@ -419,7 +419,7 @@ class Stop:
         again, self.signal = bool(self.signal), self.signal or number
         Stop.first_signal = Stop.first_signal or number
         if again:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not (self.scratch / "exit_code").exists():  # which the ranks write when they end
                 print(f"still saving; to end at once without it: kill -9 {os.getpid()}", file=sys.stderr, flush=True)
             return
         import psutil
@@ -693,10 +693,10 @@ def closing(run: "Run", seconds: float) -> str:
     if quickstart and quickstart.prompt and str(run.whole.data.train) in [f"{path}/train" for path in quickstart.corpus_words]:
         prompt = quickstart.prompt  # for the text of the config, not for one's own
     is_pretraining = "task" not in type(run.whole).model_fields
-    generate = f"python -m scripts.generate {out}/hf --prompt {shlex.quote(prompt)}"
+    generate = f"python -m scripts.generate {shlex.quote(f'{out}/hf')} --prompt {shlex.quote(prompt)}"
     if len(generate) > WIDTH - 10:  # two lines that can be copied together
         generate = generate.replace(" --prompt", f" \\\n{'':14}--prompt")
     following = [generate] if is_pretraining else []
-    following += [f"python -m scripts.check {out}"] if run.whole.expect else []
-    following += [f"tensorboard --logdir {out}/tensorboard"]
+    following += [f"python -m scripts.check {shlex.quote(str(out))}"] if run.whole.expect else []
+    following += [f"tensorboard --logdir {shlex.quote(f'{out}/tensorboard')}"]
     return "\n".join([*lines, *(f"{field('next' * (not i), '')}{command}" for i, command in enumerate(following))])
