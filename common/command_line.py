@@ -59,9 +59,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*words, **({"formatter_class": Help} | options))  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        hint = f"; did you mean {close[0]}?" if close else ""
+        options = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        known = self._option_string_actions
+        unknown = next((word for word in options if not any(name.startswith(word) for name in known)), None)
+        close = difflib.get_close_matches(unknown, known, 1) if unknown else []
+        hint = f"; {unknown}: did you mean {close[0]}?" if close else ""
         line = printable(shortened(f"error: {message}{hint} (type {self.prog} --help)", 400))
         print(screen.error_line(line), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

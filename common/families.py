@@ -41,6 +41,8 @@ def of_config(config_path: str | Path) -> str:
         family = parts[len(parts) - 1 - parts[::-1].index("recipes") + 1]
         if family in names():
             return family
+    if (Path(config_path) / "config.yaml").is_file():
+        raise BadInput(f"{config_path}: is a run; give the config that it was started with, recipes/FAMILY/configs/NAME.yaml")
     raise BadInput(
         f"{config_path}: lies in no recipe, and its folder says which one it is for; "
         f"put it into recipes/FAMILY/configs/, where FAMILY is {', '.join(names())}"

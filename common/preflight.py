@@ -103,13 +103,16 @@ def prepare[C: Config](
     folder, tokenizer_info = _tokenizer(loaded, train, valid, data_problems)
     notes = list(missing) if dry_run else []
     notes += data_notes(train, valid)
-    problems += data_problems + ([] if dry_run else missing)
+    problems += data_problems
     if isinstance(folder, Path) and not folder.is_dir():
         notes.append(f"{folder}, the corpus's tokenizer, does not exist: the export will have none")
         folder = None
 
     out_path = Path(out)
     recorded = _recorded(out_path, type(loaded), problems)
+    if recorded and recorded.data.train != loaded.data.train:
+        missing = [f"{line}; {out} was trained with data.train={config.written(recorded.data.train)}" for line in missing]
+    problems += [] if dry_run else missing
     decay = loaded.optim.decay_steps or recorded and recorded.optim.decay_steps
     # a trial of a few steps may end during the warmup
     first_decay = max(loaded.last_step, loaded.optim.warmup_steps + (loaded.optim.wsd_decay_steps or 0))
@@ -167,7 +170,8 @@ def prepare[C: Config](
     record = run_record.new(config_path, stack, task, cfg, train, valid, tokenizer_info.get("hash"))
     resume = None
     if recorded:
-        problems += _same_run(whole, recorded, record, out_path)
+        other = _same_run(whole, recorded, record, out_path)
+        problems += [p for p in other if not unknown or ": model.vocab_size was " not in p]
     if not problems:
         resume = checkpoint.latest(out_path, notes)
         if resume is not None:

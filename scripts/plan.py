@@ -103,6 +103,11 @@ def main() -> None:
         raise BadInput(f"--plot {args.plot}: draws --scale N,N,...; give it")
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         raise BadInput(f"--plot {args.plot}: must end in .svg or .png")
+    if args.write and args.write.exists():
+        raise BadInput(f"--write {args.write}: exists; give another name, or delete it")
+    for word in args.overrides:
+        if word.isdecimal():
+            raise BadInput(f"{word}: is no override a.b=c; a number of GPUs is given by --gpus {word}")
     given = [name for name in ("scale", "json", "write") if getattr(args, name)]
     if args.simulate and given:
         raise BadInput(f"--simulate and --{given[0]}: exclude each other; give one of them per command")
@@ -378,8 +383,6 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], counts: Sequence
 
 def write(source: str, target: Path, found: Sequence[search.Prediction]) -> None:
     """Write a config whose sections of the stacks are the best layouts that fit."""
-    if target.exists():
-        raise BadInput(f"--write {target}: exists; give another name, or delete it")
     best = {one.stack: one for one in reversed(found) if one.fits}
     lines = Path(source).read_text(encoding="utf-8").splitlines()
     for stack in best:

@@ -60,7 +60,7 @@ cd -- "$root"
 family=${family:-gpt}
 config=recipes/$family/configs/quickstart.yaml
 if [[ ! -f $config ]]; then
-  if [[ -e $here/$family || $family == */* ]]; then
+  if [[ $family != *.yaml && (-e $here/$family || $family == */*) ]]; then
     fail "$family is no family; to train on text of your own: bash scripts/quickstart.sh --source $(printf '%q' "$family")"
   fi
   configs=(recipes/*/configs/quickstart.yaml)

@@ -34,6 +34,22 @@ def cases_of(corpus, folder, *words):
     return [case._replace(overrides=[*case.overrides, *more]) for case in cases]
 
 
+def test_memory_of_a_model_for_which_layouts_matter() -> None:
+    """GPT 1.3B on 8 GPUs: ZeRO 1 keeps an eighth of the fp32 state, and stages 2 and 3 of the gradients and weights too."""
+    rows = {}
+    for words in ("baseline", "deepspeed:zero_stage=1", "deepspeed:zero_stage=2", "deepspeed:zero_stage=3", "megatron:tp=2"):
+        [layout] = layouts.parsed([words], ["baseline", "deepspeed", "megatron"])
+        overrides = [f"{layout.stack}.{key}={value}" for key, value in layout.values.items()]
+        case = layouts.Case(words, f"recipes.gpt.{layout.stack}.pretrain", str(TINY), "", overrides)
+        rows[words] = {figure.metric: figure.value for figure in performance.memory_of_1_3b(case)}
+    parameters = 1.3158e9
+    zero1, zero2, zero3 = (rows[f"deepspeed:zero_stage={stage}"] for stage in (1, 2, 3))
+    assert zero1["optimizer"] == pytest.approx(12 * parameters / 8 / 1e9, 0.01) and zero1["weights"] == zero2["weights"]
+    assert zero2["gradients"] == pytest.approx(zero1["gradients"] / 8, 0.01)
+    assert zero3["weights"] == pytest.approx(zero1["weights"] / 8, 0.01)
+    assert rows["baseline"]["peak"] > 2 * zero1["peak"] > 2 * zero2["peak"] and rows["megatron:tp=2"]["peak"] < 20
+
+
 def test_a_layout_is_given_by_its_keys_or_by_its_name() -> None:
     stacks = ["baseline", "deepspeed", "megatron"]
     for keys, name in (

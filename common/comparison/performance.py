@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import config as configs, families
-from common.comparison import alternatives, layouts as cases_module, measuring, small, starts
+from common.comparison import alternatives, layouts as cases_module, measuring, planned, small, starts
 from common.comparison.figures import Figure, Kind, Options, Task, Value
 from common.comparison.layouts import Case, Layout
 from common.comparison.measuring import Record
@@ -24,9 +24,8 @@ from common.preflight import prepare, task_module
 from common.yaml_files import read_yaml
 
 LABELS = {"gpt": "GPT", "bert": "BERT", "t5": "T5"}
-# On a CPU torch adds up the norm of a large tensor in fp32 one after the other: with 4,096 x 192 embeddings, that of GPT's
-# gradients is 1.2e-4 too low, more than the level allows between layouts that divide the tensor differently. So the vocabulary
-# is small, and a step takes 50 ms or more. On a GPU the model fills it.
+# The vocabulary is small because the alternatives, such as transformers.Trainer, clip by torch's norm of the gradients, which
+# on a CPU is too low for large tensors (common/training/optim.py). A step takes 50 ms or more. On a GPU the model fills it.
 ON_CPU = small.Shape(layers=4, hidden=192, heads=4, seq_len=128, batch=8, micro_batch=2, vocab=768)
 MRPC_IDS = 2048  # its input embedding alone has gradients, which are smaller
 FINETUNED = (
@@ -189,7 +188,10 @@ class Tables:
         for line in left_out:
             name, _, reason = line.partition(": ")
             speed.append(self.figure("", short(name), "speed", None, "tokens/s", "measured", source=f"refused: {reason}"))
-        return [*speed, *self.best(starts), *(f for case in self.runs for f in self.memory(case)), *self.curves()]
+        found = [*speed, *self.best(starts), *(f for case in self.runs for f in self.memory(case)), *self.curves()]
+        if self.work.label == "GPT":
+            found += [figure for case in self.runs for figure in memory_of_1_3b(case)]
+        return found
 
     def figure(
         self, table: str, subject: str, metric: str, value: Value, unit: str, kind: Kind,
@@ -318,6 +320,26 @@ class Tables:
         cfg = self.config(case)
         found: dict[str, float] = self.task.forward_backward_flops(cfg.model, cfg.data)
         return found
+
+
+def memory_of_1_3b(case: Case) -> list[Figure]:
+    """Memory per GPU of a model for which layouts matter: GPT 1.3B on 8 GPUs in the layout of a case and micro batches of two.
+    Nothing for a layout whose memory is not estimated."""
+    stack, path = stack_of(case), "recipes/gpt/configs/gpt3_1.3b.yaml"
+    own = [word for word in case.overrides if word.startswith(f"{stack}.") and ".micro_batch=" not in word]
+    try:
+        cfg = planned.resolved(path, [*own, f"{stack}.micro_batch=2"])
+        estimate = memory.estimate_for(cfg, cfg.model, stack, 8)
+    except BadInput:
+        return []
+    source = f"common/planning/memory.py, of {path} with {' '.join(own)} {stack}.micro_batch=2 (its error: docs/memory.md)"
+    kinds: dict[str, Kind] = {part: "counted" for part in memory.PARTS}
+    kinds |= {"activations": "predicted", "total": "predicted"}
+    section = "Performance / GPT 1.3B on 8 GPUs, memory"
+    return [
+        Figure(section, case.name, {"total": "peak"}.get(part, part), estimate[part] / 1e9, "GB", kind, source)
+        for part, kind in kinds.items()
+    ]
 
 
 def stack_of(case: Case) -> str:

@@ -269,7 +269,7 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     from common.pictures import INK, SMALL, STACK_COLOURS, new, whole_numbers
 
     found = {table.section: table for table in tables(figures) if table.section.startswith("Performance / GPT")}
-    names = ("Performance / GPT, Timeline of the loss", "Performance / GPT", "Performance / GPT, memory")
+    names = ("Performance / GPT, Timeline of the loss", "Performance / GPT", "Performance / GPT 1.3B on 8 GPUs, memory")
     if not all(name in found for name in names):
         return None
     losses, speed, memory = (found[name] for name in names)
@@ -285,7 +285,7 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
     for axes, table, metric, title in (
         (middle, speed, "ratio", "relative speed\n(measured)"),
-        (right, memory, "peak", "MB per rank\n(predicted)"),
+        (right, memory, "peak", "GB per GPU, 1.3B\n(predicted)"),
     ):
         values = [number(table, row, metric) for row in rows]
         ends = [cell.spread if (cell := table.cells.get((row, metric))) else None for row in rows]
@@ -310,11 +310,11 @@ def number(table: Table, row: str, metric: str) -> float:
 
 CAPTION = (
     "Left, the losses of a small GPT in all layouts, drawn on each other (measured). Middle, the speed of each layout on this "
-    "machine, with its spread (measured). Right, the memory of a rank at its peak on a GPU (predicted); in so small a model, "
-    "DeepSpeed's buffers are a large part. All of the 2 cores share one memory: sharding costs speed here and gains nothing."
+    "machine, with its spread (measured); its cores share one memory, so that sharding costs speed and gains nothing. Right, "
+    "the peak memory per GPU of GPT 1.3B in these layouts on 8 GPUs, in micro batches of two (predicted)."
 )
-ABOUT = "a small GPT on {hardware}; memory predicted for a GPU"
-PICTURES = (Picture("at_a_glance", SECTION, "A small GPT: one loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
+ABOUT = "a small GPT on {hardware}; memory: GPT 1.3B on 8 GPUs"
+PICTURES = (Picture("at_a_glance", SECTION, "One loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
 
 
 IN_README = {  # HEADS -> their shorter names
