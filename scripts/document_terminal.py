@@ -75,7 +75,7 @@ CAPTURES = (
     ),
 )  # fmt: skip
 HEAD = """\
-# In the terminal
+# Terminal captures
 
 What tmux holds after each command, in 80 columns and, below it, in 160. GitHub shows the pictures of the light or of the dark
 theme. Between commands and pictures nothing is edited; `...` stands for lines that are left out. Colours are the terminal's
