@@ -206,8 +206,6 @@ def main() -> int:
         problems.append(f"--json {args.json}: no such folder: {args.json.parent}")
     if args.json and args.json.exists() and "rows" not in (read_object(args.json) or {}):
         problems.append(f"--json {args.json}: exists, and is no earlier result of this command; give another file")
-    if len(layouts) == 1:
-        problems.append(f"--layouts {layouts[0]}: nothing to compare it with; give two or more, the reference first")
     if problems:
         raise BadInput(problems)
 
@@ -219,6 +217,8 @@ def main() -> int:
         chosen = parsed(layouts, stacks) if layouts else usual_layouts(stacks, args.nproc)
         path, folder = str(Path(args.config).resolve()), Path(name)
         cases, left_out = cases_of(path, overrides, chosen, args.steps, args.nproc, folder, optional=not layouts)
+        if len(layouts) == 1:
+            raise BadInput(f"--layouts {layouts[0]}: nothing to compare it with; give two or more, the reference first")
         first = cases[0]
         task = task_module(family, read_yaml(path))
         prepare(path, first.out, first.overrides, first.module.split(".")[2], task, args.nproc)  # checks the corpus

@@ -134,7 +134,8 @@ def test_a_node_is_lost_and_joins_again(tmp_path: Path) -> None:
     again = "begins again, as there is no checkpoint yet"
     assert errors == [
         f"note: 1 node lost: 2 ranks on 2 nodes before, 1 rank on 1 node now; {again}\n"
-        f"note: 1 node joined: 1 rank on 1 node before, 2 ranks on 2 nodes now; {again}\n",
+        f"note: 1 node joined: 1 rank on 1 node before, 2 ranks on 2 nodes now; {again}\n"
+        "SIGTERM: stops after this step and saves its state\n",
         "",
     ]
 

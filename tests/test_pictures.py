@@ -84,12 +84,14 @@ def test_curves_say_where_runs_are_equal_and_what_made_them(tmp_path: Path) -> N
     other = run(tmp_path / "other", [3.0, 2.0 + 1e-4, 1.0], stack="megatron", **facts)
     plot.draw({"one": one, "other": other}, tmp_path / "a.png")
     words = words_of(tmp_path / "a.svg")
-    assert "difference to one: at most 1.0e-04 (other, step 2)" in words and "logged digit: other 2" in words
+    assert "difference to one: at most 1.0e-04 (other, step 2)" in words and "equal losses, as logged: other 2" in words
     assert "equal" in words.split() and "gpt tiny; 2026-01-02, 8 x H100" in words
     assert set(pictures.STACK_COLOURS.values()) & set(plot.colours([one, other])) == {"#009e73", "#d55e00"}
     same = run(tmp_path / "same", [3.0, 2.0, 1.0])
     plot.draw({"one": one, "same": same}, tmp_path / "b.png")
-    assert "at most 0.0e+00" in words_of(tmp_path / "b.svg") and "logged digit: same 3" in words_of(tmp_path / "b.svg")
+    assert "at most 0.0e+00" in words_of(tmp_path / "b.svg") and "equal losses, as logged: same 3" in words_of(
+        tmp_path / "b.svg"
+    )
     plot.draw({"same": same}, tmp_path / "c.svg")
     assert "hardware not recorded" in words_of(tmp_path / "c.svg") and "difference" not in words_of(tmp_path / "c.svg")
     assert len(set(plot.colours([one, one, one, one, one, one]))) == 6
