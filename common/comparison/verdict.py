@@ -285,7 +285,7 @@ def at_a_glance(figures: Sequence[Figure]) -> "Drawing | None":
     colours = [STACK_COLOURS.get(row.split()[0], INK) for row in rows]
     for axes, table, metric, title in (
         (middle, speed, "ratio", "relative speed\n(measured)"),
-        (right, memory, "peak", "GB per GPU, 1.3B\n(predicted)"),
+        (right, memory, "peak", "GB per GPU\n(predicted)"),
     ):
         values = [number(table, row, metric) for row in rows]
         ends = [cell.spread if (cell := table.cells.get((row, metric))) else None for row in rows]
@@ -313,7 +313,7 @@ CAPTION = (
     "machine, with its spread (measured); its cores share one memory, so that sharding costs speed and gains nothing. Right, "
     "the peak memory per GPU of GPT 1.3B in these layouts on 8 GPUs, in micro batches of two (predicted)."
 )
-ABOUT = "a small GPT on {hardware}; memory: GPT 1.3B on 8 GPUs"
+ABOUT = "small GPT on {hardware}; memory: GPT 1.3B on 8 GPUs"
 PICTURES = (Picture("at_a_glance", SECTION, "One loss, and what each layout costs", ABOUT, CAPTION, at_a_glance),)
 
 
