@@ -104,7 +104,7 @@ thinned() { # LOG: write all lines to the file, and to the screen only every ten
   local line
   while IFS= read -r line; do
     printf '%s\n' "$line" >>"$1"
-    if [[ $line =~ ^step\ +([0-9]+)\  ]] && ((BASH_REMATCH[1] > 1 && BASH_REMATCH[1] % 10)); then continue; fi
+    if [[ $line =~ ^step\ +([0-9]+)\ +[0-9]+% ]] && ((BASH_REMATCH[1] > 1 && BASH_REMATCH[1] % 10)); then continue; fi
     printf '%s\n' "$line"
   done
 }
