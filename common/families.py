@@ -5,6 +5,7 @@ recipe is therefore found without an edit, and a deleted stack is not looked for
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -41,7 +42,7 @@ def of_config(config_path: str | Path) -> str:
         family = parts[len(parts) - 1 - parts[::-1].index("recipes") + 1]
         if family in names():
             return family
-    if (Path(config_path) / "config.yaml").is_file():
+    if os.path.isfile(os.path.join(config_path, "config.yaml")):  # Path.is_file raises for a name that is too long
         raise BadInput(f"{config_path}: is a run; give the config that it was started with, recipes/FAMILY/configs/NAME.yaml")
     raise BadInput(
         f"{config_path}: lies in no recipe, and its folder says which one it is for; "

@@ -111,7 +111,7 @@ def prepare[C: Config](
     out_path = Path(out)
     recorded = _recorded(out_path, type(loaded), problems)
     if recorded and recorded.data.train != loaded.data.train:
-        missing = [f"{line}; {out} was trained with data.train={config.written(recorded.data.train)}" for line in missing]
+        missing = [f"{line}; give that of {out}, data.train={config.written(recorded.data.train)}" for line in missing]
     problems += [] if dry_run else missing
     decay = loaded.optim.decay_steps or recorded and recorded.optim.decay_steps
     # a trial of a few steps may end during the warmup

@@ -107,7 +107,7 @@ def main() -> None:
         raise BadInput(f"--write {args.write}: exists; give another name, or delete it")
     for word in args.overrides:
         if word.isdecimal():
-            raise BadInput(f"{word}: is no override a.b=c; a number of GPUs is given by --gpus {word}")
+            raise BadInput(f"{word}: is no override a.b=c; give a number of GPUs as --gpus {word}")
     given = [name for name in ("scale", "json", "write") if getattr(args, name)]
     if args.simulate and given:
         raise BadInput(f"--simulate and --{given[0]}: exclude each other; give one of them per command")

@@ -115,10 +115,10 @@ def test_tables_of_a_comparison(corpus, tmp_path, monkeypatch):
     jobs = launches(monkeypatch, {"deepspeed zero=1": 0.5, "deepspeed zero=3": 2.0}, fails=("megatron dist-opt",))
     work = performance.Work("GPT", TINY, [f"data.train={corpus / 'train'}", *performance.TELLING])
     found = performance.compared(work, figures.Options(words=("--rounds", "3")), "performance_gpt", tmp_path)
-    speed, best, memory, curves, losses = figures.tables(found)
+    speed, best, memory, curves, losses, of_1_3b = figures.tables(found)
     rows = {"baseline", "baseline shard=full", *(f"deepspeed zero={stage}" for stage in range(4)), "megatron", "megatron tp=2",
             "megatron pp=2"}  # fmt: skip
-    assert set(memory.rows) == set(curves.rows) == set(losses.rows) == rows
+    assert set(memory.rows) == set(curves.rows) == set(losses.rows) == set(of_1_3b.rows) == rows
     assert set(speed.rows) == rows | {"megatron dist-opt"}
     failed = speed.cells["megatron dist-opt", "speed"]
     assert failed.value is None and failed.source == "failed: OutOfMemoryError: out"

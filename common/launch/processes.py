@@ -283,7 +283,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         script = Path(sys.argv[0]).with_suffix(".sh")
         print(f"usage: bash {script} CONFIG OUT [section.key=value ...] (see its --help); it starts this on every rank")
         sys.exit(0)
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 3 and "RANK" not in os.environ:  # typed, not started by torchrun
         script = Path(sys.argv[0]).with_suffix(".sh")
         print(f"error: CONFIG and OUT are missing; type bash {script} CONFIG OUT", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
